@@ -550,7 +550,7 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 2**63 - 1), help="the same seed gives the same text")
     add("--max_seq_len", type=number(int, 1), help="room in the KV cache, prompt and answer; default: what is needed")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
+    add("--dtype", choices=DTYPES, help="of weights and activations; default: bfloat16, float32 for the small default model")
     add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading")
     add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; auto: --dtype")
     add("--attention", choices=["auto", "flash", "math"], default="auto", help="what decode attends with")
@@ -681,6 +681,7 @@ def profile(model, prompts, args, tokenizer):
 
 def run(args):
     path = args.checkpoint_path or default_model()
+    args.dtype = args.dtype or ("bfloat16" if args.checkpoint_path else "float32")
     tokenizer = None if str(path).endswith(".json") else load_tokenizer(path)
     if args.interactive and (tokenizer is None or not tokenizer.chat_template):
         raise ValueError("--interactive needs a model with a chat template")

@@ -508,7 +508,7 @@ def open_gguf(path):
 
     def read(info, part):
         try:
-            x = torch.from_numpy(gguf.dequantize(info.data, info.tensor_type))
+            x = torch.tensor(gguf.dequantize(info.data, info.tensor_type))
         except NotImplementedError:
             raise ValueError(f"{info.name}: GGUF type {info.tensor_type.name} cannot be dequantized") from None
         if hf["model_type"] == "llama" and part in n_head:  # llama.cpp interleaves the rotated halves of q and k
