@@ -119,7 +119,7 @@ def load_tokenizer(path):
     files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
     file = next((f for f in files if f.is_file() and f.name.endswith(("tokenizer.json", ".model"))), None)
     if file is None:
-        raise ValueError(f"no tokenizer.json or tokenizer.model in {folder}")
+        raise ValueError(f"no tokenizer.json or tokenizer.model in {path}")
     try:
         if file.suffix == ".json":
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -375,8 +375,10 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
     set up before is used, otherwise one is made that fits. cached: tokens that are in it already, for all rows, in front
     of the prompts. stream(row, ids) is called as tokens come. seed: the same seed, the same text. compile: take the
     steps that compile_model compiled. stats: a Stats to fill. ValueError says what does not fit."""
-    if model.cache is None or len(prompts) > model.cache.max_batch_size:
-        model.setup_caches(len(prompts), cached + max(map(len, prompts), default=0) + max_new_tokens)
+    needed, cache = cached + max(map(len, prompts), default=0) + max_new_tokens, model.cache
+    if cache is None or len(prompts) > cache.max_batch_size or cache.may_grow and needed > cache.max_seq_len:
+        model.setup_caches(len(prompts), needed)
+        model.cache.may_grow = True
     capacity, stats = model.cache.max_seq_len, stats or Stats()
     check_prompts(model, prompts, max_new_tokens, capacity - cached)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -500,7 +502,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 def parse_args(argv):
-    p = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser("generate.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--checkpoint_path", help="Hugging Face folder or hub id, .gguf file, folder saved by quantize.py, or a bare "
         "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
@@ -509,9 +511,9 @@ def parse_args(argv):
     add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
     add("--interactive", action="store_true", help="chat, in the model's own template; Ctrl-D ends")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
-    add("--num_samples", type=number(int, 1), default=1, help="how many times to continue the prompt, at least 1")
+    add("--num_samples", type=number(int, 1, 10**6), default=1, help="how many times to continue the prompt, at least 1")
     add("--max_new_tokens", type=number(int, 1), default=200, help="most new tokens of an answer, at least 1")
-    add("--batch_size", type=number(int, 1), default=1, help="rows decoded at once, at least 1")
+    add("--batch_size", type=number(int, 1, 4096), default=1, help="rows decoded at once, 1 to 4096")
     add("--temperature", type=number(float, 0), default=0.0, help="0: greedy; higher: more random")
     add("--top_k", type=number(int, 1), help="sample from the k likeliest tokens, at least 1")
     add("--top_p", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that reach this mass, 0 to 1")
@@ -554,7 +556,7 @@ def read_text(source):
 
 def read_prompts(args, tokenizer, vocab_size):
     """The prompts as token lists, one a sample."""
-    prompt = args.prompt or ("128" if args.benchmark else None)
+    prompt = "128" if args.prompt is None and args.benchmark else args.prompt
     copies = args.num_samples * args.batch_size
     if args.prompts is not None:
         lines = read_text(f"@{args.prompts}").splitlines()
@@ -642,8 +644,9 @@ def profile(model, prompts, args, tokenizer):
     print(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev", file=sys.stderr)
 
 def run(args):
-    path = args.checkpoint_path or default_model()
-    args.dtype = args.dtype or ("bfloat16" if args.checkpoint_path else "float32")
+    given = args.checkpoint_path is not None
+    path = args.checkpoint_path if given else default_model()
+    args.dtype = args.dtype or ("bfloat16" if given else "float32")
     tokenizer = None if str(path).endswith(".json") else load_tokenizer(path)
     if args.interactive and (tokenizer is None or not tokenizer.chat_template):
         raise ValueError("--interactive needs a model with a chat template")

@@ -205,6 +205,7 @@ class KVCache:
         if dtype == torch.int8:
             self.scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
             self.k_mean = torch.zeros(config.n_layer, config.n_kv_head, 1, config.head_dim, device=device)
+        self.may_grow = False  # generate made it to fit one call, and may make a larger one
         self.steps = {}  # decode steps prepared for this cache, see generate.py
 
     @lru_cache(maxsize=8)
@@ -392,10 +393,10 @@ def prefer_flash(device, max_seq_len):
 
 def resolve(path):
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in."""
-    if Path(path).exists():
+    if str(path) and Path(path).exists():
         return Path(path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
-        raise ValueError(f"no such file or folder: {path}")
+        raise ValueError(f"no such file or folder: {str(path)!r}")
     from huggingface_hub import snapshot_download
     files = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     try:
