@@ -113,32 +113,31 @@ def load_tokenizer(path):
     """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model, such a file itself, or
     the vocabulary inside a .gguf. ValueError says what is wrong."""
     path = resolve(path)
-    if path.suffix == ".gguf":
-        return gguf_tokenizer(path)
+    try:
+        return gguf_tokenizer(path) if path.suffix == ".gguf" else folder_tokenizer(path)
+    except ValueError:
+        raise
+    except Exception as e:  # tokenizers raises plain ones
+        raise ValueError(f"cannot read the tokenizer of {path}: {first_line(e)}") from None
+
+def folder_tokenizer(path):
     folder = path if path.is_dir() else path.parent
     files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
     file = next((f for f in files if f.is_file() and f.name.endswith(("tokenizer.json", ".model"))), None)
     if file is None:
         raise ValueError(f"no tokenizer.json or tokenizer.model in {path}")
-    try:
-        if file.suffix == ".json":
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        else:
-            backend = SentencePieceProcessor(model_file=str(file))
-    except Exception as e:
-        raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     if file.suffix == ".json":
+        backend = tokenizers.Tokenizer.from_file(str(file))
         backend.no_padding(), backend.no_truncation()
         backend.encode_special_tokens = True
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        size = backend.get_vocab_size(with_added_tokens=True)
-        first = backend.encode("").ids[:1]  # what the post-processor puts before a text
-        bos = first[0] if first else None
+        size, first = backend.get_vocab_size(with_added_tokens=True), backend.encode("").ids[:1]
+        tokenizer = Tokenizer(backend, size, special, first[0] if first else None)  # what is put before a text
     else:
-        size = backend.get_piece_size()
+        backend = SentencePieceProcessor(model_file=str(file))
+        size, bos = backend.get_piece_size(), backend.bos_id()
         special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-        bos = backend.bos_id() if backend.bos_id() >= 0 else None
-    tokenizer = Tokenizer(backend, size, special, bos)
+        tokenizer = Tokenizer(backend, size, special, bos if bos >= 0 else None)
     add_folder_settings(tokenizer, folder)
     return tokenizer
 

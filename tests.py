@@ -450,7 +450,8 @@ def test_sentencepiece(checkpoint, tmp_path, space_prefix):
     assert load_tokenizer(path).eos_ids == {2}
 
 @pytest.mark.parametrize("name, content, message", [
-    ("tokenizer.json", "{", "cannot read"), ("tokenizer.json", "", "cannot read"), ("tokenizer.model", "junk", "cannot read"),
+    ("tokenizer.json", "{", "cannot read the tokenizer"), ("tokenizer.json", "", "cannot read the tokenizer"),
+    ("tokenizer.model", "junk", "cannot read the tokenizer"),
     ("tokenizer_config.json", "[1]", "no tokenizer.json or tokenizer.model")])
 def test_broken_tokenizers(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
