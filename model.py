@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -206,13 +207,15 @@ class KVCache:
             self.scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
             self.k_mean = torch.zeros(config.n_layer, config.n_kv_head, 1, config.head_dim, device=device)
         self.may_grow = False  # generate made it to fit one call, and may make a larger one
-        self.steps = {}  # decode steps prepared for this cache, see generate.py
+        self.views, self.steps = {}, {}  # layers' views by batch size; decode steps prepared for this cache, see generate.py
 
-    @lru_cache(maxsize=8)
     def layers(self, batch_size):
         """The layers' views of the first batch_size rows."""
-        return [LayerCache(self.kv[i, :, :batch_size], None if self.scale is None else self.scale[i, :, :batch_size],
-                           None if self.k_mean is None else self.k_mean[i]) for i in range(len(self.kv))]
+        if batch_size not in self.views:
+            scales = [None] * len(self.kv) if self.scale is None else self.scale[:, :, :batch_size]
+            means = [None] * len(self.kv) if self.k_mean is None else self.k_mean
+            self.views[batch_size] = [LayerCache(*layer) for layer in zip(self.kv[:, :, :batch_size], scales, means)]
+        return self.views[batch_size]
 
 def available_memory(device):
     """Bytes that can still be allocated on a device, None if unknown."""
@@ -286,7 +289,7 @@ class Attention(nn.Module):
         mask = key_pos <= query_pos
         if self.window is not None:
             mask &= key_pos > query_pos - self.window
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if start is None else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
 
 class FeedForward(nn.Module):
@@ -374,7 +377,7 @@ class Transformer(nn.Module):
         for block, cache in zip(self.layers, self.cache.layers(B)):
             x = block_forward(block, x, cos, sin, input_pos, cache, start)
         if last is not None:
-            x = x[self.positions[:B], last][:, None]
+            x = x[torch.arange(B, device=x.device), last][:, None]
         return self.decode_head(self, x) if decode else self.head(x)
 
     def head(self, x):
