@@ -32,12 +32,13 @@ PREFILL_CHUNK = 8192  # longest run of prompt tokens in one forward pass; bounds
 # --- tokenizer ---
 
 # How each family splits text before BPE, by the name GGUF files give it (tokenizer.ggml.pre).
-GPT4_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-LLAMA3 = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(GPT4_SPLIT % "1,3"), "isolated"), BYTES])
-QWEN2 = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(GPT4_SPLIT % "1"), "isolated"), BYTES])
+def split_like_gpt4(digits):
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+") % digits
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+GPT2, LLAMA3, QWEN2 = pre_tokenizers.ByteLevel(add_prefix_space=False), split_like_gpt4("1,3"), split_like_gpt4("1")
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
 PRE_TOKENIZERS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "qwen2": QWEN2,
                   "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM}
@@ -77,7 +78,9 @@ class Tokenizer:
         show = {char: text for text, char in hide.items()}
         any_of = re.compile("|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)")
         hidden = [{**m, "content": any_of.sub(lambda found: hide[found[0]], m["content"])} for m in messages]
-        text = render_chat(self.chat_template, hidden, self.special_text)
+        names = {i: text for text, i in self.special.items()}
+        text = render_chat(self.chat_template, messages=hidden, bos_token=names.get(self.bos_id, ""),
+                           eos_token=next((names[i] for i in self.eos_ids if i in names), ""))
         if isinstance(self.backend, tokenizers.Tokenizer) and not any(char in text for char in show):
             self.backend.encode_special_tokens = False
             ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -89,13 +92,7 @@ class Tokenizer:
             ids += [self.special[piece]] if piece in self.special else self.encode(plain, bos=False) if piece else []
         return ids
 
-    @property
-    def special_text(self):
-        """What a chat template may ask for: bos_token and eos_token."""
-        texts = {i: text for text, i in self.special.items()}
-        return {"bos_token": texts.get(self.bos_id, ""), "eos_token": next((texts[i] for i in self.eos_ids if i in texts), "")}
-
-def render_chat(template, messages, special_text):
+def render_chat(template, **values):
     def refuse(message):
         raise ValueError(f"the model's chat template refuses this conversation: {message}")
 
@@ -103,7 +100,7 @@ def render_chat(template, messages, special_text):
     env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     try:
-        return env.from_string(template).render(messages=messages, add_generation_prompt=True, **special_text)
+        return env.from_string(template).render(add_generation_prompt=True, **values)
     except ValueError:
         raise
     except Exception as e:  # a template is a program of the checkpoint's author
@@ -143,25 +140,18 @@ def folder_tokenizer(path):
 
 def add_folder_settings(tokenizer, folder):
     """EOS ids, BOS and the chat template from the JSON files beside a tokenizer."""
-    settings = {name: read_json(folder / name) if (folder / name).exists() else {}
-                for name in ("tokenizer_config.json", "config.json", "generation_config.json")}
-    config = settings["tokenizer_config.json"]
-    for name, token in (config.get("added_tokens_decoder") or {}).items():
-        if token.get("special") and name.isdigit():
-            tokenizer.special.setdefault(token["content"], int(name))
-    for source in settings.values():
-        ids = source.get("eos_token_id")
+    names = "tokenizer_config.json", "config.json", "generation_config.json"
+    config, *others = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
+    for ids in (source.get("eos_token_id") for source in others):
         tokenizer.eos_ids |= set(ids) if isinstance(ids, list) else {ids} - {None}
     eos = config.get("eos_token")
     tokenizer.eos_ids |= {tokenizer.special.get(eos["content"] if isinstance(eos, dict) else eos)} - {None}
     if config.get("add_bos_token") is False:
         tokenizer.bos_id = None
-    template = config.get("chat_template")
+    template, file = config.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.chat_template = template
+    tokenizer.chat_template = file.read_text(encoding="utf-8") if file.exists() else template
 
 def gguf_tokenizer(path):
     meta, _ = read_gguf(path)
@@ -261,7 +251,7 @@ class DecodeStep:
     step needs nothing from the host; on CUDA a compiled step is one CUDA graph."""
 
     def __init__(self, model, batch_size, sampling):
-        device = model.embed.weight.device
+        device = model.embed_tokens.weight.device
         self.model, self.sampling, self.graph, self.ready = model, sampling, None, False
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.input_pos = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -322,7 +312,7 @@ class DecodeStep:
 def compile_model(model, prefill=False):
     """Compile one block for decoding, which all layers share, so that compile time does not grow with depth, and the
     output head. prefill: also the block over prompts of any length."""
-    options = {"coordinate_descent_tuning": True} if model.embed.weight.is_cuda else {}
+    options = {"coordinate_descent_tuning": True} if model.embed_tokens.weight.is_cuda else {}
     model.decode_block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
     model.decode_head = torch.compile(Transformer.head, fullgraph=True, dynamic=False, options=options)
     if prefill:
@@ -330,7 +320,7 @@ def compile_model(model, prefill=False):
 
 def prefill(model, prompts, rows, cached, sampling, generator):
     """Put the prompts into the cache after `cached` tokens -> each row's first new token [rows]."""
-    device = model.embed.weight.device
+    device = model.embed_tokens.weight.device
     lengths = torch.tensor([len(p) for p in prompts] + [1] * (rows - len(prompts)), device=device)
     width = max(map(len, prompts))
     tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts] + [[0] * width] * (rows - len(prompts)))
@@ -431,7 +421,7 @@ def copy_bandwidth(device, nbytes):
 
 def summarize(model, stats, rows):
     """Stats as a dict of plain numbers: what --json prints."""
-    device, cache = model.embed.weight.device, model.cache
+    device, cache = model.embed_tokens.weight.device, model.cache
     steps = sorted(stats.steps_s) or [float("nan")]
     step_s = statistics.median(steps)
     n = max(1, len(stats.first_token_s) * rows)
@@ -498,50 +488,56 @@ def number(kind, low, high=float("inf"), above=False):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"generate.py: error: {message}\n")
 
 def parse_args(argv):
-    p = Parser("generate.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser("generate.py", description="Generate text from a Hugging Face or GGUF checkpoint.")
     add = p.add_argument
-    add("--checkpoint_path", help="Hugging Face folder or hub id, .gguf file, folder saved by quantize.py, or a bare "
-        "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", help="text to continue, @FILE, - for standard input, or a whole number for that many random tokens; "
-        "default: a question in the model's chat template")
+    add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder saved by quantize.py, "
+        "or a bare config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
+    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a whole number for that many "
+        "random tokens; default: a question in the model's chat template")
     add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
-    add("--interactive", action="store_true", help="chat, in the model's own template; Ctrl-D ends")
+    add("--interactive", action="store_true", help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
-    add("--num_samples", type=number(int, 1, 10**6), default=1, help="how many times to continue the prompt, at least 1")
-    add("--max_new_tokens", type=number(int, 1), default=200, help="most new tokens of an answer, at least 1")
-    add("--batch_size", type=number(int, 1, 4096), default=1, help="rows decoded at once, 1 to 4096")
-    add("--temperature", type=number(float, 0), default=0.0, help="0: greedy; higher: more random")
-    add("--top_k", type=number(int, 1), help="sample from the k likeliest tokens, at least 1")
-    add("--top_p", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that reach this mass, 0 to 1")
-    add("--min_p", type=number(float, 0, 1), help="sample from tokens this likely relative to the likeliest, 0 to 1")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="the same seed gives the same text")
-    add("--max_seq_len", type=number(int, 1), help="room in the KV cache, prompt and answer; default: what is needed")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, help="of weights and activations; default: bfloat16, float32 for the small default model")
-    add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading")
-    add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; auto: --dtype")
-    add("--attention", choices=["auto", "flash", "math"], default="auto", help="what decode attends with")
+    add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1, help="answers to --prompt, from 1; default: 1")
+    add("--max_new_tokens", metavar="N", type=number(int, 1), default=200, help="most new tokens, from 1; default: 200")
+    add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1, help="rows at once, 1 to 4096; default: 1")
+    add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="from 0, which is greedy; default: 0")
+    add("--top_k", metavar="K", type=number(int, 1), help="sample from the K likeliest tokens, from 1; default: all")
+    add("--top_p", metavar="P", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that hold this "
+        "much probability, above 0 to 1; default: 1")
+    add("--min_p", metavar="P", type=number(float, 0, 1), help="sample from tokens at least P times as likely as the "
+        "likeliest, 0 to 1; default: 0")
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), help="the same seed, the same text; default: a new one")
+    add("--max_seq_len", metavar="N", type=number(int, 1), help="room in the KV cache; default: prompt and answer")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda if there")
+    add("--dtype", choices=DTYPES, help="of weights and activations; default: bfloat16, float32 for the default model")
+    add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading; default: as they are")
+    add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; default: auto, that of the weights")
+    add("--attention", choices=["auto", "flash", "math"], default="auto", help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step; default: on CUDA")
-    add("--compile_prefill", action="store_true", help="compile prefill too")
-    add("--benchmark", action="store_true", help="measure: --prompt random tokens (128) and --max_new_tokens steps, no EOS")
-    add("--json", action="store_true", help="print results and statistics as one JSON line on stdout")
-    add("--profile", metavar="FILE", help="write a Chrome trace of some decode steps")
+    add("--compile_prefill", action="store_true", help="with --compile: prefill too")
+    add("--benchmark", action="store_true", help="measure --prompt N random tokens (128) and --max_new_tokens steps")
+    add("--json", action="store_true", help="print texts and statistics as one JSON line")
+    add("--profile", metavar="FILE", help="write a Chrome trace of 16 decode steps and say what they consist of")
     args = p.parse_args(argv)
     if sum([args.prompt is not None, args.prompts is not None, args.interactive]) > 1:
         p.error("--prompt, --prompts and --interactive exclude each other")
-    if args.interactive and (args.json or args.benchmark or args.num_samples > 1 or args.batch_size > 1):
-        p.error("--interactive goes without --json, --benchmark, --num_samples and --batch_size")
-    if args.benchmark and (args.prompts or not (args.prompt or "0").isdecimal()):
+    if args.interactive and (args.json or args.benchmark or args.profile or args.num_samples * args.batch_size > 1):
+        p.error("--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size")
+    if args.benchmark and (args.prompts is not None or not re.fullmatch(r"\d+", args.prompt or "1")):
         p.error("--benchmark takes its --prompt as a number of random tokens")
+    if args.prompts is not None and args.num_samples > 1:
+        p.error("--num_samples goes with --prompt")
     try:
         args.device = torch.device(args.device)
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         p.error(f"--device {args.device}: {first_line(e)}")
     args.compile = args.device.type == "cuda" if args.compile is None else args.compile
+    if args.compile_prefill and not args.compile:
+        p.error("--compile_prefill goes with --compile")
     return args
 
 def read_text(source):
@@ -630,16 +626,24 @@ def chat(model, tokenizer, args, stats):
         messages.append({"role": "assistant", "content": tokenizer.decode(out)})
         held = ids + out[:-1]  # the last token was never fed back
 
-def profile(model, prompts, args, tokenizer):
-    """Trace 16 decode steps after a warm-up."""
-    opts = options(args, tokenizer) | {"eos_ids": ()}
-    generate(model, prompts[:args.batch_size], 16, **opts)
+def profile(model, prompts, args, stats):
+    """Trace decode steps after a warm-up, and say in words what a step consists of."""
+    opts, steps = options(args, None), 16
+    generate(model, prompts[:args.batch_size], steps, **opts)
     with torch.profiler.profile() as prof:
-        generate(model, prompts[:args.batch_size], 16, **opts)
+        generate(model, prompts[:args.batch_size], steps, stats=stats, **opts)
     try:
         prof.export_chrome_trace(args.profile)
     except (OSError, RuntimeError) as e:
         raise ValueError(f"cannot write --profile {args.profile}: {first_line(e)}") from None
+    kind = "self_device_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(((getattr(row, kind), row) for row in prof.key_averages() if getattr(row, kind) > 0), key=lambda r: -r[0])
+    busy, layers = sum(us for us, _ in rows), len(model.layers)
+    wall = 1e6 * (stats.first_token_s[-1] + sum(stats.steps_s))
+    print(f"prefill and {steps - 1} decode steps: {wall:.0f} us, of which the kernels take {busy:.0f} us and gaps "
+          f"{max(0, wall - busy):.0f} us; the twelve largest, a step and layer:", file=sys.stderr)
+    for us, row in rows[:12]:
+        print(f"  {us / wall:5.1%}  {row.count / steps / layers:5.1f} x {us / row.count:8.1f} us  {row.key[:80]}", file=sys.stderr)
     print(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev", file=sys.stderr)
 
 def run(args):
@@ -667,7 +671,8 @@ def run(args):
     if args.interactive:
         return chat(model, tokenizer, args, stats)
     if args.profile:
-        return profile(model, prompts, args, tokenizer)
+        profile(model, prompts, args, stats)
+        return print_summary(summarize(model, stats, args.batch_size))
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         warm = Stats()
         run_prompts(model, None, prompts[:args.batch_size], args, warm)
@@ -683,17 +688,12 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         run(args)
-    except ValueError as e:
-        fail(e)
-    except torch.OutOfMemoryError as e:
-        fail(f"out of memory: {first_line(e)}")
+    except (ValueError, torch.OutOfMemoryError) as e:
+        print(f"generate.py: error: {e if isinstance(e, ValueError) else first_line(e)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
-
-def fail(message):
-    print(f"generate.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 if __name__ == "__main__":
     main()

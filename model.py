@@ -22,14 +22,8 @@ from kernels import flash_decode, quantize_kv
 from quantize import Linear, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
-
 # What each family does differently from Llama. A new family of the same build is one line here.
-FAMILIES = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 # --- configuration ---
 
@@ -46,7 +40,7 @@ class ModelConfig:
     max_seq_len: int  # the context the model was trained for
     norm_eps: float
     rope_theta: float
-    rope_scaling: dict  # {"rope_type": ..., ...} as Hugging Face writes it
+    rope: dict  # {"rope_type": ..., ...} as Hugging Face writes it
     windows: tuple  # per layer: how many tokens a query sees with itself, None for all
     qkv_bias: bool = False
     o_bias: bool = False
@@ -62,24 +56,33 @@ class ModelConfig:
         if family not in FAMILIES or not all(str(a).endswith("ForCausalLM") for a in architectures):
             raise ValueError(f"unsupported architecture {(architectures or [family])[0]!r} (model_type {family!r}); "
                              f"supported model types: {', '.join(FAMILIES)}")
-        refuse_unsupported(hf)
+        for key, fine in (("hidden_act", "silu"), ("partial_rotary_factor", 1), ("num_experts", 0),
+                          ("num_local_experts", 0), ("quantization_config", {})):  # ignored, these would go wrong
+            if hf.get(key) not in (None, fine):
+                raise ValueError(f"unsupported {key} {hf[key]!r}: only {fine!r} is supported")
+        rope = {"rope_theta": hf.get("rope_theta")}  # older files; transformers 5 writes all of it to rope_parameters
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(hf.get(key) or {}, dict):
+                raise ValueError(f"the model's configuration has {key} = {hf[key]!r}; it must be an object")
+            rope |= hf.get(key) or {}
 
-        def positive(key, default=None, kind=int):
-            value = default if hf.get(key) is None else hf[key]
+        def positive(key, default=None, kind=int, settings=hf):
+            value = default if settings.get(key) is None else settings[key]
             if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
-                raise ValueError(f"the model's configuration has {key} = {value!r}; it must be a positive {kind.__name__}")
+                raise ValueError(f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}")
             return kind(value)
 
         n_head, dim, n_layer = positive("num_attention_heads"), positive("hidden_size"), positive("num_hidden_layers")
         bias = bool(hf.get("attention_bias"))
-        rope_theta, rope = rope_settings(hf)
-        config = cls(**{**dict(
+        settings = dict(
             family=family, vocab_size=positive("vocab_size"), n_layer=n_layer, n_head=n_head,
             n_kv_head=positive("num_key_value_heads", n_head), head_dim=positive("head_dim", dim // n_head), dim=dim,
             ffn_dim=positive("intermediate_size"), max_seq_len=positive("max_position_embeddings", 2048),
-            norm_eps=positive("rms_norm_eps", 1e-6, float), rope_theta=rope_theta, rope_scaling=rope,
+            norm_eps=positive("rms_norm_eps", 1e-6, float), rope_theta=positive("rope_theta", 1e4, float, rope),
+            rope={**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"},
             windows=layer_windows(hf, n_layer, positive("sliding_window", 2**31 - 1)), qkv_bias=bias, o_bias=bias,
-            mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")), hf=hf), **FAMILIES[family]})
+            mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")), hf=hf)
+        config = cls(**{**settings, **FAMILIES[family]})
         if config.n_head % config.n_kv_head:
             raise ValueError(f"{config.n_head} query heads do not divide into {config.n_kv_head} key/value heads")
         if config.head_dim % 8 or config.head_dim > 256:
@@ -87,44 +90,19 @@ class ModelConfig:
         rope_frequencies(config)  # refuses what it cannot do
         return config
 
-def refuse_unsupported(hf):
-    """A setting that this code would ignore, and so run wrongly, is refused by name."""
-    quantization = hf.get("quantization_config")
-    if quantization:
-        raise ValueError(f"checkpoints quantized with {quantization.get('quant_method', 'this method')!r} are not "
-                         "supported; use the original weights with --quantize, or a GGUF file")
-    for key, fine in (("hidden_act", "silu"), ("partial_rotary_factor", 1.0), ("num_experts", 0), ("num_local_experts", 0)):
-        if hf.get(key) not in (None, fine):
-            raise ValueError(f"unsupported {key} {hf[key]!r}: only {fine!r} is supported")
-
 def layer_windows(hf, n_layer, window):
     """Per layer: the sliding window, or None for full attention."""
     used = hf.get("sliding_window") and hf.get("use_sliding_window", hf["model_type"] == "mistral")
-    full_below = hf.get("max_window_layers") or 0
-    kinds = hf.get("layer_types") or ["full_attention" if i < full_below else "sliding_attention" for i in range(n_layer)]
-    return tuple(window if used and kind == "sliding_attention" else None for kind in kinds)
-
-def rope_settings(hf):
-    """-> (theta, {"rope_type": ..., ...}). transformers 5 writes rope_parameters; older files rope_theta and
-    rope_scaling, with "type" for "rope_type"."""
-    rope = {"rope_theta": hf.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(hf.get(key) or {}, dict):
-            raise ValueError(f"the model's configuration has {key} = {hf[key]!r}; it must be an object")
-        rope |= hf.get(key) or {}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.pop("rope_theta")
-    theta = 10000.0 if theta is None else theta
-    if not isinstance(theta, (int, float)) or not theta > 0:
-        raise ValueError(f"the model's configuration has rope_theta = {theta!r}; it must be a positive number")
-    return float(theta), rope
+    full = hf.get("max_window_layers") or 0
+    kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
+    return tuple(window if used and kind == "sliding_attention" else None for kind in kinds[:n_layer])
 
 def rope_frequencies(config):
     """inv_freq [D/2] float32 and the factor on cos and sin, for every rope type supported.
 
     After transformers' modeling_rope_utils: linear (position interpolation), llama3, yarn (arXiv 2309.00071).
     "factors" is GGUF's form: the divisor of each frequency as a list."""
-    rope, half = config.rope_scaling, config.head_dim // 2
+    rope, half = config.rope, config.head_dim // 2
     inv_freq = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
     kind, attention_factor = rope["rope_type"], 1.0
     original = rope.get("original_max_position_embeddings") or config.max_seq_len
@@ -147,13 +125,12 @@ def rope_frequencies(config):
     return inv_freq.float(), attention_factor
 
 def yarn_frequencies(config, inv_freq, original):
-    rope, half = config.rope_scaling, config.head_dim // 2
-    factor = rope["factor"]
+    rope, half, factor = config.rope, config.head_dim // 2, config.rope["factor"]
 
     def dim_of(turns):  # the dimension that turns this often over the original context
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(config.rope_theta)
 
-    def mscale(m=1.0):
+    def mscale(m):
         return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
@@ -161,11 +138,9 @@ def yarn_frequencies(config, inv_freq, original):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
     interpolate = ((torch.arange(half, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        both = rope.get("mscale") and rope.get("mscale_all_dim")
-        attention_factor = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"]) if both else mscale()
-    return inv_freq * (1 - interpolate + interpolate / factor), attention_factor
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    attention_factor = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"]) if both else mscale(1.0)
+    return inv_freq * (1 - interpolate + interpolate / factor), rope.get("attention_factor") or attention_factor
 
 # --- the static KV cache ---
 
@@ -207,7 +182,7 @@ class KVCache:
             self.scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
             self.k_mean = torch.zeros(config.n_layer, config.n_kv_head, 1, config.head_dim, device=device)
         self.may_grow = False  # generate made it to fit one call, and may make a larger one
-        self.views, self.steps = {}, {}  # layers' views by batch size; decode steps prepared for this cache, see generate.py
+        self.views, self.steps = {}, {}  # layers' views by batch size; decode steps prepared for this cache
 
     def layers(self, batch_size):
         """The layers' views of the first batch_size rows."""
@@ -217,17 +192,14 @@ class KVCache:
             self.views[batch_size] = [LayerCache(*layer) for layer in zip(self.kv[:, :, :batch_size], scales, means)]
         return self.views[batch_size]
 
-def available_memory(device):
-    """Bytes that can still be allocated on a device, None if unknown."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
-    return int(match[1]) * 1024 if match else None
-
 def require_memory(nbytes, device, what, advice):
-    free = available_memory(device)
-    if free is not None and nbytes > free:
+    """ValueError if a device has not this many bytes free, as far as that is known."""
+    meminfo = Path("/proc/meminfo")
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) if meminfo.exists() else nbytes
+    if nbytes > free:
         raise ValueError(f"{what} needs {nbytes / 1e9:.1f} GB but {device} has {free / 1e9:.1f} GB free; {advice}")
 
 # --- the transformer ---
@@ -252,14 +224,14 @@ class Attention(nn.Module):
         self.window = config.windows[layer]
         self.flash = False  # flash_decode or math, set by setup_caches
         heads = config.n_head + 2 * config.n_kv_head
-        self.wqkv = Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
-        self.wo = Linear(config.n_head * config.head_dim, config.dim, bias=config.o_bias)
+        self.qkv_proj = Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.dim, bias=config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x, cos, sin, input_pos, cache, start):
         B, T, _ = x.shape
-        qkv = self.wqkv(x).view(B, T, -1, self.head_dim)
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         if self.q_norm is not None:
             q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
@@ -269,7 +241,7 @@ class Attention(nn.Module):
         if cache.k_mean is not None:
             k = (k - cache.k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
         y = self.attend(q, k, v.transpose(1, 2), input_pos, cache, start)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, input_pos, cache, start):
         """Append k, v [B, Hkv, T, D] to the cache and attend with q [B, Hq, T, D]; start as in Transformer.forward."""
@@ -292,36 +264,36 @@ class Attention(nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if start is None else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w13 = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)  # gate and up in one product
-        self.w2 = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)  # gate and up in one product
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x):
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, input_pos, cache, start):
-        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, cache, start)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, input_pos, cache, start)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache = None
         self.decode_block = self.prefill_block = Block.forward  # generate.py may put compiled ones here
         self.decode_head = Transformer.head
@@ -331,11 +303,11 @@ class Transformer(nn.Module):
         """Allocate the cache. kv_dtype: None for the model's own dtype, torch.int8 for a quantized cache.
         attention: "flash", "math" or "auto", the path that decode takes."""
         self.cache = None  # the old one goes before the new one comes
-        device = self.embed.weight.device
-        self.cache = KVCache(self.config, max_batch_size, max_seq_len, kv_dtype or self.embed.weight.dtype, device)
+        device, dtype = self.embed_tokens.weight.device, kv_dtype or self.embed_tokens.weight.dtype
+        self.cache = KVCache(self.config, max_batch_size, max_seq_len, dtype, device)
         flash = attention == "flash" or attention == "auto" and prefer_flash(device, max_seq_len)
         for block in self.layers:
-            block.attention.flash = flash
+            block.self_attn.flash = flash
         inv_freq, factor = rope_frequencies(self.config)
         self.positions = torch.arange(max_seq_len, device=device)
         angles = self.positions[:, None].float() * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
@@ -346,7 +318,7 @@ class Transformer(nn.Module):
 
     def calibrate_k_mean(self, n_tokens=64):
         """The mean key of each head over random tokens. Keys have outlier channels that one int8 scale a token handles
-        badly; subtracting a fixed vector removes them and leaves softmax unchanged (SageAttention, arXiv 2410.02367)."""
+        badly; subtracting a fixed vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367)."""
         n = min(n_tokens, self.cache.max_seq_len)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator).to(self.cache.kv.device)
@@ -358,8 +330,8 @@ class Transformer(nn.Module):
     def forward(self, tokens, input_pos, *, start=None, last=None):
         """tokens [B, T] integer, input_pos [B] int32: tokens of each row already cached -> logits [B, T, vocab_size].
 
-        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16 tokens decode: nothing
-        is read back to the host. More, or a given `start` (the largest input_pos, as a host integer), prefill.
+        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16 tokens decode:
+        nothing is read back to the host. More, or a given `start` (the largest input_pos, a host integer), prefill.
         `last` [B]: compute the logits of that one token of each row, [B, 1, vocab_size]."""
         B, T = tokens.shape
         if self.cache is None or B > self.cache.max_batch_size:
@@ -373,7 +345,7 @@ class Transformer(nn.Module):
         block_forward = self.decode_block if decode else self.prefill_block
         pos = input_pos[:, None] + self.positions[:T]  # (B, T)
         cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]  # (B, T, 1, D)
-        x = self.embed(tokens)
+        x = self.embed_tokens(tokens)
         for block, cache in zip(self.layers, self.cache.layers(B)):
             x = block_forward(block, x, cos, sin, input_pos, cache, start)
         if last is not None:
@@ -381,36 +353,36 @@ class Transformer(nn.Module):
         return self.decode_head(self, x) if decode else self.head(x)
 
     def head(self, x):
-        return self.output(self.norm(x))
+        return self.lm_head(self.norm(x))
 
     def weight_bytes(self):
         """Bytes of weights that one decode step reads: all but the embedding, whose rows are few."""
-        return sum(t.numel() * t.element_size() for name, module in self.named_modules() if name != "embed"
+        return sum(t.numel() * t.element_size() for name, module in self.named_modules() if name != "embed_tokens"
                    for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 def prefer_flash(device, max_seq_len):
     """What --attention auto takes."""
     return True
 
-# --- checkpoints: a configuration and a dict from tensor name to a function that reads the tensor ---
+# --- checkpoints: a configuration, and a dict from tensor name to a function that reads the tensor ---
+
+def first_line(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 def resolve(path):
-    """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in."""
+    """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own cache first."""
     if str(path) and Path(path).exists():
         return Path(path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         raise ValueError(f"no such file or folder: {str(path)!r}")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
     files = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=files, local_files_only=True))
-    except Exception:  # not in the cache yet
+    for local in (True, False):
         try:
-            return Path(snapshot_download(str(path), allow_patterns=files))
-        except Exception as e:
-            reason = str(e).strip().splitlines()
-            raise ValueError(f"no such file or folder, nor a model the hub can give: {path} "
-                             f"({reason[0] if reason else type(e).__name__})") from None
+            return Path(snapshot_download(str(path), allow_patterns=files, local_files_only=local))
+        except Exception as e:  # the hub's and the network's, of many kinds
+            problem = first_line(e)
+    raise ValueError(f"no such file or folder, nor a model the hub can give: {path} ({problem})")
 
 def read_json(path):
     try:
@@ -422,87 +394,66 @@ def read_json(path):
     return value
 
 def open_checkpoint(path):
-    """-> (Hugging Face style configuration dict, {tensor name: function that reads it}); no tensor is read yet."""
-    if path.is_file() and path.suffix == ".gguf":
-        return open_gguf(path)
-    if path.is_file() and path.suffix == ".json":
-        return read_json(path), None
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a model: expected a folder, a .gguf file or a config.json")
-    if not (path / "config.json").exists():
-        raise ValueError(f"no config.json in {path}")
-    for stem, suffix, opener in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", open_pickle)):
-        index = path / f"{stem}.{suffix}.index.json"
-        files = sorted(path.glob(f"{stem}*.{suffix}"))
+    """-> (Hugging Face style configuration, {tensor name: function that reads it}, None for random ones)."""
+    if path.is_file() and path.suffix in (".gguf", ".json"):
+        return open_gguf(path) if path.suffix == ".gguf" else (read_json(path), None)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not a model: expected a folder with a config.json, a .gguf file or a config.json")
+    for pattern, opener in (("model*.safetensors", open_safetensors), ("pytorch_model*.bin", open_pickle)):
+        files, index = sorted(path.glob(pattern)), path / f"{pattern.replace('*', '')}.index.json"
         if index.exists():
             weight_map = read_json(index).get("weight_map")
-            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-            if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+            names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+            if any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise ValueError(f"{index} does not list plain file names of its own folder")
-            files = [path / n for n in names]
+            files = [path / name for name in sorted(names)]
+        tensors = {}
+        for file in files:
+            try:
+                tensors |= opener(file)
+            except Exception as e:
+                raise ValueError(f"cannot read {file}: {first_line(e)}") from None
         if files:
-            tensors = {}
-            for file in files:
-                try:
-                    tensors |= opener(file)
-                except Exception as e:
-                    raise ValueError(f"cannot read {file}: {first_line(e)}") from None
             return read_json(path / "config.json"), tensors
     raise ValueError(f"no model*.safetensors or pytorch_model*.bin in {path}")
 
-def first_line(e):
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-
 def open_safetensors(file):
     handle = safe_open(file, framework="pt")
-    return {name: (lambda name=name: handle.get_tensor(name)) for name in handle.keys()}
+    return {name: lambda name=name: handle.get_tensor(name) for name in handle.keys()}
 
 def open_pickle(file):
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    return {name: (lambda tensor=tensor: tensor) for name, tensor in state.items()}
+    return {name: lambda tensor=tensor: tensor for name, tensor in state.items()}
 
 @lru_cache(maxsize=2)  # the tokenizer asks for the same file
 def read_gguf(path):
+    """-> (metadata, {tensor name: gguf.ReaderTensor})"""
     try:
         reader = gguf.GGUFReader(path)
-        return {key: value.contents() for key, value in reader.fields.items()}, reader.tensors
+        return {key: value.contents() for key, value in reader.fields.items()}, {t.name: t for t in reader.tensors}
     except Exception as e:
         raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one ({first_line(e)})") from None
-
-GGUF_NAMES = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-              "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
-              "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-              "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 def open_gguf(path):
     """A GGUF file under Hugging Face's names, its metadata as a Hugging Face configuration."""
     meta, infos = read_gguf(path)
-    infos = {t.name: t for t in infos}
     if meta.get("split.count", 1) > 1:
         raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
     hf = gguf_config(meta, infos)
     n_head = {"attn_q": hf["num_attention_heads"], "attn_k": hf["num_key_value_heads"]}
 
-    def read(info, part):
-        try:
-            x = torch.tensor(gguf.dequantize(info.data, info.tensor_type))
-        except NotImplementedError:
-            raise ValueError(f"{info.name}: GGUF type {info.tensor_type.name} cannot be dequantized") from None
+    def read(info):
+        x, part = torch.tensor(gguf.dequantize(info.data, info.tensor_type)), info.name.split(".")[-2]
         if hf["model_type"] == "llama" and part in n_head:  # llama.cpp interleaves the rotated halves of q and k
             x = x.view(n_head[part], -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
         return x
 
-    tensors = {}
-    for name, info in infos.items():
-        block = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if name == "rope_freqs.weight":
-            continue
-        if block and block[2] in GGUF_NAMES:
-            layer = "" if block[1] is None else f"model.layers.{block[1]}."
-            name = f"{layer}{GGUF_NAMES[block[2]]}.{block[3]}"
-        tensors[name] = lambda info=info, part=block and block[2]: read(info, part)
-    return hf, tensors
+    with torch.device("meta"):
+        ours = Transformer(ModelConfig.from_hf(hf)).state_dict()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, hf["num_hidden_layers"])  # has every name that is used here
+    theirs = {names.get_name(name, (".weight", ".bias")): name for key in ours for name in sources(key)}
+    return hf, {theirs.get(name, name): lambda info=info: read(info) for name, info in infos.items()
+                if name != "rope_freqs.weight"}
 
 def gguf_config(meta, infos):
     arch = meta.get("general.architecture")
@@ -510,69 +461,52 @@ def gguf_config(meta, infos):
     def get(key, default=None):
         return meta.get(f"{arch}.{key}", default)
 
-    n_head = get("attention.head_count")
-    head_dim = get("attention.key_length") or (get("embedding_length", 0) // n_head if isinstance(n_head, int) else None)
-    if get("expert_count"):
-        raise ValueError(f"unsupported architecture {arch!r} with experts")
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"unsupported partial rotary embedding: {get('rope.dimension_count')} of {head_dim} dimensions")
-    rope = {"rope_type": get("rope.scaling.type", "none"), "factor": get("rope.scaling.factor"),
+    n_head, dim, window = get("attention.head_count"), get("embedding_length"), get("attention.sliding_window")
+    head_dim = get("attention.key_length", dim // n_head if isinstance(n_head, int) else None)
+    scaling = get("rope.scaling.type", "none")
+    if get("expert_count") or get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"unsupported architecture {arch!r} with experts or with a partial rotary embedding")
+    rope = {"rope_type": "default" if scaling == "none" else scaling, "factor": get("rope.scaling.factor"),
             "original_max_position_embeddings": get("rope.scaling.original_context_length")}
-    if rope["rope_type"] == "none":
-        rope = {"rope_type": "default"}
     if "rope_freqs.weight" in infos:
         rope = {"rope_type": "factors", "factors": infos["rope_freqs.weight"].data.tolist()}
     return {
-        "model_type": arch, "hidden_size": get("embedding_length"), "num_hidden_layers": get("block_count"),
-        "num_attention_heads": n_head, "num_key_value_heads": get("attention.head_count_kv", n_head),
-        "head_dim": head_dim, "intermediate_size": get("feed_forward_length"),
+        "model_type": arch, "hidden_size": dim, "num_hidden_layers": get("block_count"),
+        "num_attention_heads": n_head, "num_key_value_heads": get("attention.head_count_kv"), "head_dim": head_dim,
+        "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
         "vocab_size": int(infos["token_embd.weight"].shape[1]) if "token_embd.weight" in infos else None,
-        "max_position_embeddings": get("context_length"), "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": get("rope.freq_base", 10000.0), "rope_scaling": rope,
-        "sliding_window": get("attention.sliding_window"), "use_sliding_window": bool(get("attention.sliding_window")),
-        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in infos, "mlp_bias": "blk.0.ffn_up.bias" in infos,
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"), "rope_theta": get("rope.freq_base"),
+        "rope_scaling": rope, "sliding_window": window, "use_sliding_window": bool(window),
         "tie_word_embeddings": "output.weight" not in infos,
-    }
+        "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in infos, "mlp_bias": "blk.0.ffn_up.bias" in infos}
 
-def sources(config):
-    """Our parameter -> the (Hugging Face name, rows) whose concatenation it is."""
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    plan = {"embed.weight": [("model.embed_tokens.weight", config.vocab_size)], "norm.weight": [("model.norm.weight", config.dim)],
-            "output.weight": [("model.embed_tokens.weight" if config.tied else "lm_head.weight", config.vocab_size)]}
-    block = {"attention.wqkv": [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)],
-             "attention.wo": [("self_attn.o_proj", config.dim)],
-             "attention.q_norm": [("self_attn.q_norm", config.head_dim)],
-             "attention.k_norm": [("self_attn.k_norm", config.head_dim)],
-             "attention_norm": [("input_layernorm", config.dim)], "ffn_norm": [("post_attention_layernorm", config.dim)],
-             "feed_forward.w13": [("mlp.gate_proj", config.ffn_dim), ("mlp.up_proj", config.ffn_dim)],
-             "feed_forward.w2": [("mlp.down_proj", config.dim)]}
-    for i in range(config.n_layer):
-        for ours, theirs in block.items():
-            for kind in ("weight", "bias"):
-                plan[f"layers.{i}.{ours}.{kind}"] = [(f"model.layers.{i}.{name}.{kind}", rows) for name, rows in theirs]
-    return plan
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-def read_parameter(parts, shape, tensors):
+def sources(name):
+    """Our parameter's name -> the Hugging Face names of the tensors that make it, one below the other."""
+    *path, module, kind = (name if name.startswith("lm_head") else f"model.{name}").split(".")
+    return [".".join([*path, part, kind]) for part in FUSED.get(module, (module,))]
+
+def read_parameter(shape, parts, config, tensors):
     """A tensor of this shape from its parts; ValueError by a part's own name."""
+    rows = {"q_proj": config.n_head * config.head_dim, "k_proj": config.n_kv_head * config.head_dim,
+            "v_proj": config.n_kv_head * config.head_dim}
     read = []
-    for name, rows in parts:
+    for part in parts:
         try:
-            tensor = tensors[name]()
+            read.append(tensors[part]())
         except Exception as e:
-            raise ValueError(f"cannot read tensor {name}: {first_line(e)}") from None
-        expected = (rows, *shape[1:])
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {expected}")
-        read.append(tensor)
+            raise ValueError(f"cannot read tensor {part}: {first_line(e)}") from None
+        expected = (rows.get(part.split(".")[-2], shape[0] // len(parts)) if shape else 0, *shape[1:])
+        if tuple(read[-1].shape) != expected:
+            raise ValueError(f"tensor {part} has shape {tuple(read[-1].shape)}, expected {expected}")
     return read[0] if len(read) == 1 else torch.cat(read)
 
 def check_names(wanted, given, path):
-    given = {name for name in given if not name.endswith("rotary_emb.inv_freq")}
-    surplus = given - wanted - ({"lm_head.weight"} if "lm_head.weight" not in wanted else set())
+    surplus = {n for n in given - wanted if not n.endswith("rotary_emb.inv_freq") and n != "lm_head.weight"}
     for names, problem in ((sorted(wanted - given), "has no tensor"), (sorted(surplus), "has an unexpected tensor")):
         if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{path} {problem} {names[0]}{more}")
+            raise ValueError(f"{path} {problem} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
 
 @torch.no_grad()
 def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None):
@@ -581,28 +515,31 @@ def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None):
     loading, so that a model that fits only when quantized can be loaded. ValueError says what is wrong, by name."""
     path = resolve(path)
     hf, tensors = open_checkpoint(path)
+    config = ModelConfig.from_hf(hf)
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_hf(hf)).to(dtype)
-    plan = sources(model.config)
-    if quantized_layout(model, hf):  # a folder of quantize.py has our names and quantized layers
-        plan = {name: [(name, tensor.shape[0])] for name, tensor in model.state_dict().items()}
-    plan = {name: plan[name] for name in model.state_dict()}
+        model = Transformer(config).to(dtype)
+    own = quantized_layout(model, hf)  # a folder of quantize.py has our names and quantized layers
+    tied = config.tied and not own
+    plan = {name: [name] if own else sources(name) for name in model.state_dict()}
+    if tied:
+        del plan["lm_head.weight"]
     if tensors is None:
         print(f"WARNING: {path} is a bare configuration: the weights are RANDOM, for benchmarks only", file=sys.stderr)
     else:
-        check_names({name for parts in plan.values() for name, _ in parts}, set(tensors), path)
+        check_names({part for parts in plan.values() for part in parts}, set(tensors), path)
     nbytes = sum(p.nbytes for p in model.state_dict().values()) * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
-    require_memory(nbytes, device, f"loading {path}", "take --quantize int8 or int4" if not quantize else "it is too large")
+    require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
     for prefix, module in tqdm(list(model.named_modules()), desc="loading", unit=" layers", disable=None, leave=False):
-        for name, meta in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
-            if prefix == "output" and model.config.tied and isinstance(module, Linear):
-                module.weight = model.embed.weight
+        for name, meta in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            full = f"{prefix}.{name}"
+            if full not in plan:
+                module.weight = model.embed_tokens.weight
                 continue
             if tensors is None:
                 tensor = torch.empty(meta.shape, dtype=meta.dtype, device=device).normal_(std=0.02)
             else:
-                tensor = read_parameter(plan[f"{prefix}.{name}"], meta.shape, tensors).to(device, meta.dtype, copy=True)
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False) if isinstance(meta, nn.Parameter) else tensor)
+                tensor = read_parameter(meta.shape, plan[full], config, tensors).to(device, meta.dtype, copy=True)
+            setattr(module, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
         if isinstance(module, Linear) and quantize:
             module = quantize_linear(module, quantize)
             model.set_submodule(prefix, module)
