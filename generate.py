@@ -1,7 +1,4 @@
-"""Generate text: tokenizer, sampling, prefill, decode, batching, chat and the command line.
-
-    python generate.py --prompt "Once upon a time" --max_new_tokens 100
-"""
+"""Generate text: tokenizer, sampling, prefill, decode, batching, chat and the command line."""
 import argparse
 import hashlib
 import json
@@ -31,7 +28,6 @@ PREFILL_CHUNK = 8192  # longest run of prompt tokens in one forward pass; bounds
 
 # --- tokenizer ---
 
-# How each family splits text before BPE, by the name GGUF files give it (tokenizer.ggml.pre).
 def split_like_gpt4(digits):
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+") % digits
@@ -40,6 +36,7 @@ def split_like_gpt4(digits):
 
 GPT2, LLAMA3, QWEN2 = pre_tokenizers.ByteLevel(add_prefix_space=False), split_like_gpt4("1,3"), split_like_gpt4("1")
 SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+# how text is split before BPE, by the name GGUF files give it (tokenizer.ggml.pre)
 PRE_TOKENIZERS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "qwen2": QWEN2,
                   "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM}
 END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|eom_id|>"}
@@ -57,10 +54,8 @@ class Tokenizer:
 
     def encode(self, text, bos=True):
         """The ids of a text. Special tokens written in it are plain text."""
-        if isinstance(self.backend, tokenizers.Tokenizer):
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self.backend.encode(text)
+        bpe = isinstance(self.backend, tokenizers.Tokenizer)
+        ids = self.backend.encode(text, add_special_tokens=False).ids if bpe else self.backend.encode(text)
         return [self.bos_id] * (bos and self.bos_id is not None) + ids
 
     def decode(self, ids):
@@ -81,12 +76,11 @@ class Tokenizer:
         names = {i: text for text, i in self.special.items()}
         text = render_chat(self.chat_template, messages=hidden, bos_token=names.get(self.bos_id, ""),
                            eos_token=next((names[i] for i in self.eos_ids if i in names), ""))
-        if isinstance(self.backend, tokenizers.Tokenizer) and not any(char in text for char in show):
-            self.backend.encode_special_tokens = False
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-            self.backend.encode_special_tokens = True
-            return ids
         ids = []
+        if isinstance(self.backend, tokenizers.Tokenizer) and show.keys().isdisjoint(text):
+            self.backend.encode_special_tokens = False
+            ids, text = self.encode(text, bos=False), ""
+            self.backend.encode_special_tokens = True
         for piece in re.split(f"({any_of.pattern})", text):
             plain = "".join(show.get(char, char) for char in piece)
             ids += [self.special[piece]] if piece in self.special else self.encode(plain, bos=False) if piece else []
@@ -128,64 +122,49 @@ def folder_tokenizer(path):
         backend.no_padding(), backend.no_truncation()
         backend.encode_special_tokens = True
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        size, first = backend.get_vocab_size(with_added_tokens=True), backend.encode("").ids[:1]
-        tokenizer = Tokenizer(backend, size, special, first[0] if first else None)  # what is put before a text
+        size, bos = backend.get_vocab_size(), (backend.encode("").ids or [None])[0]  # what is put before a text
     else:
         backend = SentencePieceProcessor(model_file=str(file))
-        size, bos = backend.get_piece_size(), backend.bos_id()
+        size, bos = backend.get_piece_size(), backend.bos_id() if backend.bos_id() >= 0 else None
         special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-        tokenizer = Tokenizer(backend, size, special, bos if bos >= 0 else None)
-    add_folder_settings(tokenizer, folder)
-    return tokenizer
-
-def add_folder_settings(tokenizer, folder):
-    """EOS ids, BOS and the chat template from the JSON files beside a tokenizer."""
     names = "tokenizer_config.json", "config.json", "generation_config.json"
     config, *others = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
-    for ids in (source.get("eos_token_id") for source in others):
-        tokenizer.eos_ids |= set(ids) if isinstance(ids, list) else {ids} - {None}
     eos = config.get("eos_token")
-    tokenizer.eos_ids |= {tokenizer.special.get(eos["content"] if isinstance(eos, dict) else eos)} - {None}
-    if config.get("add_bos_token") is False:
-        tokenizer.bos_id = None
+    eos_ids = {special.get(eos["content"] if isinstance(eos, dict) else eos)}
+    for ids in (source.get("eos_token_id") for source in others):
+        eos_ids |= set(ids) if isinstance(ids, list) else {ids}
     template, file = config.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name
         template = next((t["template"] for t in template if t["name"] == "default"), None)
-    tokenizer.chat_template = file.read_text(encoding="utf-8") if file.exists() else template
+    template = file.read_text(encoding="utf-8") if file.exists() else template
+    bos = None if config.get("add_bos_token") is False else bos
+    return Tokenizer(backend, size, special, bos, eos_ids - {None}, template)
 
 def gguf_tokenizer(path):
-    meta, _ = read_gguf(path)
-    kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise ValueError(f"{path} holds no tokenizer")
-    types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf(path)[0].items()}
+    tokens, kind, pre, add_bos = meta.get("tokens"), meta.get("model"), meta.get("pre"), meta.get("add_bos_token")
+    if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in PRE_TOKENIZERS:
+        raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r} in {path}; supported: llama "
+                         f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
+    types = meta.get("token_type") or [1] * len(tokens)
     special = {text: i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL}
-    add_bos = meta.get("tokenizer.ggml.add_bos_token")
     if kind == "gpt2":
-        pre = meta.get("tokenizer.ggml.pre", "default")
-        if pre not in PRE_TOKENIZERS:
-            raise ValueError(f"unsupported pre-tokenizer {pre!r} in {path}; supported: {', '.join(PRE_TOKENIZERS)}")
-        backend = byte_level_bpe(tokens, types, meta["tokenizer.ggml.merges"], PRE_TOKENIZERS[pre])
-        add_bos = PRE_TOKENIZERS[pre] is LLAMA3 if add_bos is None else add_bos
-    elif kind == "llama":
-        scores = meta.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
-        backend = sentencepiece_bpe(tokens, scores, types, meta.get("tokenizer.ggml.add_space_prefix", True))
-        add_bos = True if add_bos is None else add_bos
+        backend = byte_level_bpe(tokens, types, meta["merges"], PRE_TOKENIZERS[pre])
     else:
-        raise ValueError(f"unsupported tokenizer {kind!r} in {path}; supported: gpt2 (BPE), llama (SentencePiece)")
-    eos = {meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
-    return Tokenizer(backend, len(tokens), special, meta.get("tokenizer.ggml.bos_token_id") if add_bos else None,
-                     eos | {i for text, i in special.items() if text in END_OF_TURN}, meta.get("tokenizer.chat_template"))
+        backend = sentencepiece_bpe(tokens, meta["scores"], types, meta.get("add_space_prefix", True))
+    if add_bos is None:
+        add_bos = kind == "llama" or PRE_TOKENIZERS[pre] is LLAMA3
+    eos = {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    eos |= {i for text, i in special.items() if text in END_OF_TURN}
+    return Tokenizer(backend, len(tokens), special, meta.get("bos_token_id") if add_bos else None, eos,
+                     meta.get("tokenizer.chat_template"))
 
 def byte_level_bpe(tokens, types, merges, pre_tokenizer):
-    vocab = {text: i for i, text in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in merges]
-    model = tokenizers.models.BPE(vocab, merges, ignore_merges=pre_tokenizer is LLAMA3)
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoders.ByteLevel()
+    vocab, merges = {text: i for i, text in enumerate(tokens)}, [tuple(merge.split(" ", 1)) for merge in merges]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=pre_tokenizer is LLAMA3))
+    backend.pre_tokenizer, backend.decoder, backend.encode_special_tokens = pre_tokenizer, decoders.ByteLevel(), True
     backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
                         for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
-    backend.encode_special_tokens = True
     return backend
 
 def sentencepiece_bpe(pieces, scores, types, space_prefix):
@@ -199,10 +178,10 @@ def sentencepiece_bpe(pieces, scores, types, space_prefix):
     def block(tag, data):
         return varint(tag << 3 | 2) + varint(len(data)) + data
 
-    proto = b"".join(block(1, block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind))
-                     for piece, score, kind in zip(pieces, scores, types))
+    proto = b"".join(block(1, block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, t))
+                     for piece, score, t in zip(pieces, scores, types))
     proto += block(2, number(3, 2) + number(35, 1))  # trainer: BPE, byte fallback
-    proto += block(3, block(1, b"identity") + number(3, int(space_prefix)) + number(4, 0))  # normalizer: keep all spaces
+    proto += block(3, block(1, b"identity") + number(3, int(space_prefix)) + number(4, 0))  # normalizer: keeps spaces
     return SentencePieceProcessor(model_proto=proto)
 
 class TextStream:
@@ -260,8 +239,7 @@ class DecodeStep:
     def advance(self):
         logits = self.model(self.token, self.input_pos)[:, -1]
         self.token.copy_(sample(logits, self.generator, **self.sampling)[:, None])
-        # a row that is done keeps stepping on dead positions until the batch is
-        self.input_pos.add_(1).clamp_(max=self.model.cache.max_seq_len - 1)
+        self.input_pos.add_(1).clamp_(max=self.model.cache.max_seq_len - 1)  # a row that is done steps on, unseen
 
     def prepare(self):
         """Compile by running the step, capture it on CUDA, and put everything back. -> seconds it took"""
@@ -285,11 +263,10 @@ class DecodeStep:
         return time.perf_counter() - start
 
     def run(self, n):
-        """n steps; yields (the tokens of a step as a list [B], its seconds). On CUDA the host reads two steps behind the
-        device, so that looking at tokens never stalls it."""
+        """n steps; yields (the tokens of a step as a list [B], its seconds). On CUDA the host reads two steps behind
+        the device, so that looking at tokens never stalls it."""
         cuda = self.token.is_cuda
-        lag = 2 if cuda else 0
-        host = torch.empty(n, len(self.token), dtype=torch.int64, pin_memory=cuda)
+        host, lag = torch.empty(n, len(self.token), dtype=torch.int64, pin_memory=cuda), 2 if cuda else 0
         marks = [self.mark()]
         for i in range(n + lag):
             if i < n:
@@ -297,7 +274,7 @@ class DecodeStep:
                 host[i].copy_(self.token[:, 0], non_blocking=True)
                 marks.append(self.mark())
             if i >= lag:
-                a, b = marks[i - lag], marks[i - lag + 1]
+                a, b = marks[i - lag:i - lag + 2]
                 if cuda:
                     b.synchronize()
                 yield host[i - lag].tolist(), a.elapsed_time(b) / 1e3 if cuda else b - a
@@ -319,31 +296,30 @@ def compile_model(model, prefill=False):
         model.prefill_block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
 
 def prefill(model, prompts, rows, cached, sampling, generator):
-    """Put the prompts into the cache after `cached` tokens -> each row's first new token [rows]."""
-    device = model.embed_tokens.weight.device
-    lengths = torch.tensor([len(p) for p in prompts] + [1] * (rows - len(prompts)), device=device)
-    width = max(map(len, prompts))
-    tokens = torch.tensor([p + [0] * (width - len(p)) for p in prompts] + [[0] * width] * (rows - len(prompts)))
-    tokens, logits = tokens.to(device), None
+    """Put the prompts into the cache after `cached` tokens -> each row's first new token [rows] and the lengths."""
+    device, width = model.embed_tokens.weight.device, max(map(len, prompts))
+    prompts = prompts + [[0]] * (rows - len(prompts))
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens, logits = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device), None
     for start in range(0, width, PREFILL_CHUNK):
         chunk = tokens[:, start:start + PREFILL_CHUNK]
-        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)  # of this chunk; counts where the prompt ends in it
+        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)  # counts in the chunk where the prompt ends
         input_pos = torch.full((rows,), cached + start, dtype=torch.int32, device=device)
         new = model(chunk, input_pos, start=cached + start, last=last)[:, 0]
         logits = new if logits is None else torch.where((lengths > start)[:, None], new, logits)
     return sample(logits, generator, **sampling), lengths
 
 def check_prompts(model, prompts, max_new_tokens, room):
-    vocab = model.config.vocab_size
     if not prompts or not all(prompts):
         raise ValueError("there is no prompt" if not prompts else "a prompt is empty: it has no token to start from")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     for p in prompts:
         if len(p) >= room:
-            raise ValueError(f"a prompt of {len(p)} tokens leaves no room for a new one in the context of {room} tokens")
-        if not 0 <= min(p) <= max(p) < vocab:
-            raise ValueError(f"a prompt has token {max(p) if max(p) >= vocab else min(p)}, outside the vocabulary of {vocab}")
+            raise ValueError(f"a prompt of {len(p)} tokens leaves no room for a new one in the context of {room}")
+        for token in (min(p), max(p)):
+            if not 0 <= token < model.config.vocab_size:
+                raise ValueError(f"a prompt has token {token}, outside the vocabulary of {model.config.vocab_size}")
 
 @dataclass
 class Stats:
@@ -407,14 +383,12 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
 
 def copy_bandwidth(device, nbytes):
     """Bytes a second that this device moves in a large copy, read and written counted: the median of five."""
-    a, seconds = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1), []
+    a, seconds, cuda = torch.ones(nbytes, dtype=torch.uint8, device=device), [], torch.device(device).type == "cuda"
     b = torch.empty_like(a)
     for _ in range(6):
-        if a.is_cuda:
-            torch.cuda.synchronize()
         start = time.perf_counter()
         b.copy_(a)
-        if a.is_cuda:
+        if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * nbytes / statistics.median(seconds[1:])
@@ -422,14 +396,12 @@ def copy_bandwidth(device, nbytes):
 def summarize(model, stats, rows):
     """Stats as a dict of plain numbers: what --json prints."""
     device, cache = model.embed_tokens.weight.device, model.cache
-    steps = sorted(stats.steps_s) or [float("nan")]
+    cuda, steps = device.type == "cuda", sorted(stats.steps_s or stats.first_token_s)
     step_s = statistics.median(steps)
-    n = max(1, len(stats.first_token_s) * rows)
-    live = (stats.prompt_tokens + stats.new_tokens / 2) / n  # tokens a row has cached, on average
-    read = model.weight_bytes() + rows * live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
-    bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**28)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    live = (stats.prompt_tokens + stats.new_tokens / 2) / len(stats.first_token_s)  # tokens cached, on average
+    read = model.weight_bytes() + live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
+    bandwidth = copy_bandwidth(device, 2**30 if cuda else 2**28)
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "load_s": stats.load_s, "compile_s": stats.compile_s, "prompt_tokens": stats.prompt_tokens,
         "first_token_s": statistics.median(stats.first_token_s), "new_tokens": stats.new_tokens,
