@@ -8,10 +8,21 @@ flash_decode            the operator: Triton on a GPU, PyTorch elsewhere; eager,
 flash_decode_reference  the same in plain PyTorch: the definition of what is right
 quantize_kv             how keys and values become int8
 """
+from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
+
+import functools
 import math
 
 import torch
-from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:
+    triton = None
+    def jit(fn=None, **_):
+        return fn or jit
 
 # --- attention: what is right ---
 
@@ -169,3 +180,258 @@ def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, 
         lse, seen = torch.logaddexp(lse, sinks[:, None]), lse
         out = out * (seen - lse).exp()[..., None].to(q.dtype)
     return out.to(dtype), lse
+
+# --- attention in Triton ---
+#
+# A program attends one chunk of a row's tokens for one KV head. How many chunks a row gets is worked out on the device
+# from the live lengths, by every program for itself, so the grid is fixed and no length ever reaches the host:
+# - the tokens of all rows are cut into at most n_split chunks of equal size, but none below MIN_TILES tiles, so that a
+#   long row fills the GPU, a short one is a single chunk, and a ragged batch is balanced; surplus programs exit at once;
+# - the query heads of a KV head and the T queries are the rows of one tl.dot, so every key and value is loaded once;
+# - the program of a row's last chunk also appends the new tokens and attends to them straight from its registers, so
+#   nobody waits for a write to the cache;
+# - a row's chunks leave their unnormalised output, maximum and sum in scratch memory, and the program that finishes
+#   last, by a counter, combines them in a fixed order and sets the counter back to zero for the next launch.
+
+LOG2E = tl.constexpr(math.log2(math.e)) if triton else None  # the kernels use exp2, the hardware's exponential
+
+@jit
+def _my_chunk(pid, seqlens_ptr, B, S, n_split, TAIL: tl.constexpr, WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+              MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its tokens program pid has.
+    A row's first query is TAIL tokens before the end of what is cached; a window starts WINDOW - 1 tokens before it."""
+    rows = tl.arange(0, BLOCK_B)
+    lens = tl.minimum(tl.load(seqlens_ptr + rows, mask=rows < B, other=0), S)
+    first = lens * 0
+    if WINDOW:
+        first = tl.maximum(lens - TAIL - WINDOW + 1, 0) // BLOCK_N
+    tiles = tl.cdiv(lens, BLOCK_N) - first
+    size = tl.maximum(tl.cdiv(tl.sum(tiles) * PAIRS, n_split), MIN_TILES)
+    chunks = tl.where(rows < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)  # an empty row still has a result to write
+    ends = tl.cumsum(chunks * PAIRS)
+    row = tl.sum((ends <= pid).to(tl.int32))
+    mine = rows == row
+    n_chunks = tl.maximum(tl.sum(tl.where(mine, chunks, 0)), 1)
+    rank = pid - tl.sum(tl.where(mine, ends - chunks * PAIRS, 0))
+    first, tiles = tl.sum(tl.where(mine, first, 0)), tl.sum(tl.where(mine, tiles, 0))
+    pair, chunk = rank // n_chunks, rank % n_chunks
+    start, end = first + tiles * chunk // n_chunks, first + tiles * (chunk + 1) // n_chunks
+    return row, pair, chunk, n_chunks, tl.sum(tl.where(mine, lens, 0)), start * BLOCK_N, end * BLOCK_N
+
+@jit
+def _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc):
+    """One step of the online softmax: q [M, D] against keys and values [N, D]. Returns the weights, the factor that
+    brings earlier sums onto the new maximum, that maximum, and the unnormalised output [M, D]."""
+    s = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+    if k_scale is not None:
+        s *= k_scale[None, :]
+    if softcap is None:
+        s *= scale * LOG2E
+    else:  # tanh(x) = 1 - 2 / (1 + exp(2x))
+        s = softcap * LOG2E * (1 - 2 / (1 + tl.exp2(s * (scale / softcap * 2 * LOG2E))))
+    if slope is not None:
+        s -= (slope * LOG2E)[:, None] * tl.abs(distance)
+    s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far: no -inf - -inf
+    p, decay = tl.exp2(s - safe[:, None]), tl.exp2(top - safe)
+    weights = p
+    if v_scale is not None:
+        weights = p * v_scale[None, :]
+    acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * decay[:, None], input_precision="ieee")
+    return p, decay, new_top, acc
+
+
+@jit
+def _cached_tokens(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, where_q, slope, scale, softcap, top,
+                   acc, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Attend to the cached tokens start ... end: the loop in which the time goes."""
+    offs, d = tl.arange(0, BLOCK_N), tl.arange(0, acc.shape[1])
+    k_offs = offs.to(tl.int64)[:, None] * stride_kn + d[None, :]
+    v_offs = offs.to(tl.int64)[:, None] * stride_vn + d[None, :]
+    sums = tl.zeros([acc.shape[0], BLOCK_N], tl.float32)  # summed over tokens after the loop, to spare a reduction in it
+    for at in tl.range(start, end, BLOCK_N):
+        pos = at + offs
+        live, k_scale, v_scale = pos < n, None, None
+        mask = live[:, None] & (d < D)[None, :]  # of the loads too: 0 * NaN would be NaN
+        keys = tl.load(k_ptr + tl.cast(at, tl.int64) * stride_kn + k_offs, mask=mask, other=0)
+        values = tl.load(v_ptr + tl.cast(at, tl.int64) * stride_vn + v_offs, mask=mask, other=0)
+        if ks_ptr is not None:
+            k_scale, v_scale = tl.load(ks_ptr + pos, mask=live, other=0), tl.load(vs_ptr + pos, mask=live, other=0)
+        distance, seen = where_q[:, None] - pos[None, :], live[None, :]
+        if CAUSAL:
+            seen = seen & (distance >= 0)
+        if WINDOW:
+            seen = seen & (distance < WINDOW)
+        p, decay, top, acc = _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc)
+        sums = sums * decay[:, None] + p
+    return top, tl.sum(sums, 1), acc
+
+@jit
+def _append(x_ptr, cache_ptr, scale_ptr, stride_xt, stride_cn, fits, n, T: tl.constexpr, D: tl.constexpr,
+            BLOCK_D: tl.constexpr):
+    """Write T new vectors into the cache at n, quantized as quantize_kv does; return them as they will be read."""
+    i, d, scale = tl.arange(0, 16), tl.arange(0, BLOCK_D)[None, :], None
+    x = tl.load(x_ptr + i.to(tl.int64)[:, None] * stride_xt + d, mask=(i < T)[:, None] & (d < D), other=0)
+    if scale_ptr is not None:
+        scale = tl.div_rn(tl.max(tl.abs(x.to(tl.float32)), 1), 127.0)
+        x = tl.div_rn(x.to(tl.float32), tl.maximum(scale, 1e-30)[:, None])
+        x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
+        tl.store(scale_ptr + n + i, scale, mask=fits)
+    tl.store(cache_ptr + (n + i).to(tl.int64)[:, None] * stride_cn + d, x.to(cache_ptr.dtype.element_ty),
+             mask=fits[:, None] & (d < D))
+    return x, scale
+
+@jit
+def _finish(out_ptrs, lse_ptrs, mask, mask_rd, sink, top, total, acc):
+    """Normalise and write what all of a row's tokens gave."""
+    if sink is not None:
+        new_top = tl.maximum(top, sink * LOG2E)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        decay = tl.exp2(top - safe)
+        total, acc, top = total * decay + tl.exp2(sink * LOG2E - safe), acc * decay[:, None], new_top
+    norm = tl.where(total == 0, 1.0, total)
+    tl.store(out_ptrs, (acc / norm[:, None]).to(out_ptrs.dtype.element_ty), mask_rd)
+    tl.store(lse_ptrs, (top + tl.log2(norm)) / LOG2E, mask)
+
+@jit
+def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, out_ptrs, lse_ptrs, sink, top, total, acc, D: tl.constexpr,
+             ROWS: tl.constexpr):
+    """Leave this chunk's result in scratch memory; the last program of a row to get here sums and writes them all."""
+    r, d = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
+    mask_rd = mask[:, None] & (d < D)[None, :]
+    here = part_ptr + (tl.program_id(0).to(tl.int64) * ROWS + r) * (D + 8)
+    tl.store(here[:, None] + d[None, :], acc, mask_rd)
+    tl.store(here + D, top, mask)
+    tl.store(here + D + 1, total, mask)
+    tl.debug_barrier()  # every thread's part is written before one of them counts
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1:
+        tl.store(counter_ptr, 0)
+        top, total, acc = tl.full(top.shape, float("-inf"), tl.float32), tl.zeros_like(total), tl.zeros_like(acc)
+        for i in tl.range(0, n_chunks, num_stages=4):  # .cg: past L1, which does not see what other SMs wrote
+            part = here + (i - chunk) * ROWS * (D + 8)
+            part_acc = tl.load(part[:, None] + d[None, :], mask_rd, other=0, cache_modifier=".cg")
+            part_top = tl.load(part + D, mask, other=float("-inf"), cache_modifier=".cg")
+            part_total = tl.load(part + D + 1, mask, other=0, cache_modifier=".cg")
+            new_top = tl.maximum(top, part_top)
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+            decay, grow = tl.exp2(top - safe), tl.exp2(part_top - safe)
+            total, acc = total * decay + part_total * grow, acc * decay[:, None] + part_acc * grow[:, None]
+            top = new_top
+        _finish(out_ptrs, lse_ptrs, mask, mask_rd, sink, top, total, acc)
+
+@jit(do_not_specialize=["B", "S", "n_split"] + [f"stride_{x}{i}" for x in "qkvxyst" for i in range(3)])
+def _flash_decode_kernel(
+        q_ptr, k_ptr, v_ptr, seqlens_ptr, x_ptr, y_ptr, ks_ptr, vs_ptr, slopes_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr,
+        counter_ptr, scale, softcap, B, S, n_split, stride_q0, stride_q1, stride_q2, stride_k0, stride_k1, stride_k2,
+        stride_v0, stride_v1, stride_v2, stride_x0, stride_x1, stride_x2, stride_y0, stride_y1, stride_y2,  # x, y: new k, v
+        stride_s0, stride_s1, stride_t0, stride_t1, HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+        CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    MBLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
+    TAIL: tl.constexpr = T if x_ptr is None else 0
+    row, pair, chunk, n_chunks, n, start, end = _my_chunk(
+        tl.program_id(0), seqlens_ptr, B, S, n_split, TAIL, WINDOW, HKV * MBLOCKS, MIN_TILES, BLOCK_B, BLOCK_N)
+    if row >= B:
+        return
+    # the dot's rows are this KV head's query heads times T tokens; int64 before any stride multiplies
+    b, kv_head, d, slope, sink = row.to(tl.int64), (pair // MBLOCKS).to(tl.int64), tl.arange(0, BLOCK_D), None, None
+    r = pair % MBLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    h, t, mask = kv_head * G + r // T, r % T, r < G * T
+    wide = mask[:, None] & (d < D)[None, :]
+    q = tl.load(q_ptr + b * stride_q0 + (h * stride_q1 + t.to(tl.int64) * stride_q2)[:, None] + d[None, :], wide, other=0)
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + h, mask, other=0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + h, mask, other=0)
+    # strides come divided by VEC, so that the compiler knows what they are a multiple of: loads of 16 bytes
+    k_ptr += (b * stride_k0 + kv_head * stride_k1) * VEC
+    v_ptr += (b * stride_v0 + kv_head * stride_v1) * VEC
+    if ks_ptr is not None:
+        ks_ptr += b * stride_s0 + kv_head * stride_s1
+        vs_ptr += b * stride_t0 + kv_head * stride_t1
+    top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top, total, acc = _cached_tokens(
+        q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_k2 * VEC, stride_v2 * VEC, start, end, n, n - TAIL + t, slope, scale,
+        softcap, top, acc, CAUSAL and TAIL > 1, WINDOW, D, BLOCK_N)
+    if x_ptr is not None:
+        if chunk == n_chunks - 1:
+            i = tl.arange(0, 16)
+            fits = (i < T) & (n + i < S) & (pair % MBLOCKS == 0)
+            keys, k_scale = _append(x_ptr + b * stride_x0 + kv_head * stride_x1, k_ptr, ks_ptr, stride_x2, stride_k2 * VEC,
+                                    fits, n, T, D, BLOCK_D)
+            values, v_scale = _append(y_ptr + b * stride_y0 + kv_head * stride_y1, v_ptr, vs_ptr, stride_y2,
+                                      stride_v2 * VEC, fits, n, T, D, BLOCK_D)
+            distance, seen = t[:, None] - i[None, :], (i < T)[None, :]
+            if CAUSAL:
+                seen = seen & (distance >= 0)
+            if WINDOW:
+                seen = seen & (distance < WINDOW)
+            p, decay, top, acc = _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc)
+            total = total * decay + tl.sum(p, 1)
+    at = (b * HKV * G + h) * T + t
+    out_ptrs, lse_ptrs = out_ptr + at[:, None] * D + d[None, :], lse_ptr + at
+    if n_chunks == 1:
+        _finish(out_ptrs, lse_ptrs, mask, wide, sink, top, total, acc)
+    else:
+        _combine(part_ptr, counter_ptr + row * HKV * MBLOCKS + pair, chunk, n_chunks, mask, out_ptrs, lse_ptrs, sink, top,
+                 total, acc, D, min(BLOCK_M, G * T))
+
+def _blocks(itemsize, D, rows, smem):
+    """Tile sizes such that two programs share an SM with smem bytes of shared memory and keep 64 KB or so in flight."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK_M = min(max(16, triton.next_power_of_2(rows)), 64)
+    BLOCK_N = min(128, max(32, (16384 if smem > 128 * 1024 else 8192) // (BLOCK_D * itemsize)))
+    stages = (smem // 2 - 4096) // (2 * BLOCK_N * BLOCK_D * itemsize)
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, MIN_TILES=max(1, 256 // BLOCK_N),
+                num_warps=4 if BLOCK_M < 64 else 8, num_stages=max(2, min(4, stages)))
+
+def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
+               sinks, blocks, n_programs, counters):
+    """The kernel's grid size and arguments. n_programs is how many programs the GPU runs at once."""
+    (B, Hq, T, D), (_, Hkv, S, _), G = q.shape, k_cache.shape, q.shape[1] // k_cache.shape[1]
+    pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
+    # few pairs: as many chunks as run at once. Many: several waves of chunks, so that the last wave matters little
+    n_split = n_programs - pairs if 2 * pairs <= n_programs else 4 * n_programs
+    grid = n_split + pairs
+    vec = next(n for n in (16, 8, 1) if not any(s % n for s in (*k_cache.stride()[:3], *v_cache.stride()[:3])))
+    args = dict(
+        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, ks_ptr=k_scale, vs_ptr=v_scale,
+        slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=q.new_empty(q.shape),
+        lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32), counter_ptr=counters(pairs),
+        part_ptr=q.new_empty((grid, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
+        scale=D ** -0.5 if scale is None else scale, softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G, T=T, D=D,
+        CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **blocks)
+    for name, x, unit in (("q", q, 1), ("k", k_cache, vec), ("v", v_cache, vec), ("x", k, 1), ("y", v, 1),
+                          ("s", k_scale, 1), ("t", v_scale, 1)):
+        args.update({f"stride_{name}{i}": 0 if x is None else x.stride(i) // unit for i in range(2 if name in "st" else 3)})
+    return grid, args
+
+@functools.cache
+def _device(index):
+    """SM count and bytes of shared memory an SM has."""
+    props = torch.cuda.get_device_properties(index)
+    return props.multi_processor_count, props.shared_memory_per_multiprocessor
+
+_zeros = {}
+
+def _counters(device, n):
+    """At least n counters at zero, where the kernel leaves them; one set a stream, one for the captured graphs."""
+    n, capturing = max(4096, triton.next_power_of_2(n)), torch.cuda.is_current_stream_capturing()
+    key = device, "graph" if capturing else torch.cuda.current_stream(device).cuda_stream, n
+    if key not in _zeros:
+        if capturing:  # never called before: every replay will zero its own
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        for each in {key, (device, "graph", n)} - _zeros.keys():
+            _zeros[each] = torch.zeros(n, dtype=torch.int32, device=device)
+    return _zeros[key]
+
+def _flash_decode_triton(q, k_cache, *args, blocks=None, n_programs=None):
+    """Launch the kernel. blocks and n_programs are for tests: they stand for a device that is not there."""
+    if blocks is None:
+        sms, smem = _device(q.device.index)
+        blocks = _blocks(k_cache.element_size(), q.shape[3], q.shape[1] // k_cache.shape[1] * q.shape[2], smem)
+        n_programs = 2 * sms
+    grid, args = _arguments(q, k_cache, *args, blocks, n_programs, lambda n: _counters(q.device, n))
+    _flash_decode_kernel[(grid,)](**args)
+    return args["out_ptr"], args["lse_ptr"]
