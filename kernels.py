@@ -246,7 +246,8 @@ def _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, sof
 def _cached_tokens(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, where_q, slope, scale, softcap, top,
                    acc, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """Attend to the cached tokens start ... end: the loop in which the time goes."""
-    offs, d = tl.arange(0, BLOCK_N), tl.arange(0, acc.shape[1])
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    offs, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     k_offs = offs.to(tl.int64)[:, None] * stride_kn + d[None, :]
     v_offs = offs.to(tl.int64)[:, None] * stride_vn + d[None, :]
     sums = tl.zeros([acc.shape[0], BLOCK_N], tl.float32)  # summed over tokens after the loop, to spare a reduction in it
@@ -258,6 +259,7 @@ def _cached_tokens(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start,
         values = tl.load(v_ptr + tl.cast(at, tl.int64) * stride_vn + v_offs, mask=mask, other=0)
         if ks_ptr is not None:
             k_scale, v_scale = tl.load(ks_ptr + pos, mask=live, other=0), tl.load(vs_ptr + pos, mask=live, other=0)
+            values = tl.reshape(values, [BLOCK_N, BLOCK_D // 4, 4]).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_D)
         distance, seen = where_q[:, None] - pos[None, :], live[None, :]
         if CAUSAL:
             seen = seen & (distance >= 0)
@@ -265,6 +267,8 @@ def _cached_tokens(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start,
             seen = seen & (distance < WINDOW)
         p, decay, top, acc = _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc)
         sums = sums * decay[:, None] + p
+    if vs_ptr is not None:
+        acc = tl.reshape(acc, [acc.shape[0], 4, BLOCK_D // 4]).permute(0, 2, 1).reshape(acc.shape[0], BLOCK_D)
     return top, tl.sum(sums, 1), acc
 
 @jit
@@ -307,8 +311,9 @@ def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, out_ptrs, lse_ptrs, s
     tl.debug_barrier()  # every thread's part is written before one of them counts
     if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1:
         tl.store(counter_ptr, 0)
+        STAGES: tl.constexpr = 4 if acc.shape[0] * acc.shape[1] <= 2048 else 2
         top, total, acc = tl.full(top.shape, float("-inf"), tl.float32), tl.zeros_like(total), tl.zeros_like(acc)
-        for i in tl.range(0, n_chunks, num_stages=4):  # .cg: past L1, which does not see what other SMs wrote
+        for i in tl.range(0, n_chunks, num_stages=STAGES):  # .cg: past L1, which does not see what other SMs wrote
             part = here + (i - chunk) * ROWS * (D + 8)
             part_acc = tl.load(part[:, None] + d[None, :], mask_rd, other=0, cache_modifier=".cg")
             part_top = tl.load(part + D, mask, other=float("-inf"), cache_modifier=".cg")
