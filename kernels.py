@@ -183,147 +183,120 @@ def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, 
 
 # --- attention in Triton ---
 #
-# A program attends one chunk of a row's tokens for one KV head. How many chunks a row gets is worked out on the device
-# from the live lengths, by every program for itself, so the grid is fixed and no length ever reaches the host:
+# A program attends to one chunk of a row's tokens for one KV head. How many chunks a row gets is worked out on the
+# device from the live lengths, by every program for itself, so the grid is fixed and no length ever reaches the host:
 # - the tokens of all rows are cut into at most n_split chunks of equal size, but none below MIN_TILES tiles, so that a
 #   long row fills the GPU, a short one is a single chunk, and a ragged batch is balanced; surplus programs exit at once;
 # - the query heads of a KV head and the T queries are the rows of one tl.dot, so every key and value is loaded once;
-# - the program of a row's last chunk also appends the new tokens and attends to them straight from its registers, so
-#   nobody waits for a write to the cache;
+# - new tokens are written by the program whose chunk they fall into, before its loop reads them back: nobody waits;
 # - a row's chunks leave their unnormalised output, maximum and sum in scratch memory, and the program that finishes
 #   last, by a counter, combines them in a fixed order and sets the counter back to zero for the next launch.
 
 LOG2E = tl.constexpr(math.log2(math.e)) if triton else None  # the kernels use exp2, the hardware's exponential
 
 @jit
-def _my_chunk(pid, seqlens_ptr, B, S, n_split, TAIL: tl.constexpr, WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+def _my_chunk(seqlens_ptr, B, S, n_split, NEW: tl.constexpr, REACH: tl.constexpr, PAIRS: tl.constexpr,
               MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its tokens program pid has.
-    A row's first query is TAIL tokens before the end of what is cached; a window starts WINDOW - 1 tokens before it."""
-    rows = tl.arange(0, BLOCK_B)
-    lens = tl.minimum(tl.load(seqlens_ptr + rows, mask=rows < B, other=0), S)
+    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its tokens this program has,
+    how many chunks there are, the row's live length, and where the chunk starts and ends. REACH: tokens a window holds."""
+    pid, rows = tl.program_id(0), tl.arange(0, BLOCK_B)
+    lens = tl.where(rows < B, tl.minimum(tl.load(seqlens_ptr + rows, mask=rows < B, other=0) + NEW, S), 0)
     first = lens * 0
-    if WINDOW:
-        first = tl.maximum(lens - TAIL - WINDOW + 1, 0) // BLOCK_N
+    if REACH:
+        first = tl.maximum(lens - REACH, 0) // BLOCK_N
     tiles = tl.cdiv(lens, BLOCK_N) - first
     size = tl.maximum(tl.cdiv(tl.sum(tiles) * PAIRS, n_split), MIN_TILES)
-    chunks = tl.where(rows < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)  # an empty row still has a result to write
+    chunks = tl.where(rows < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)  # an empty row still has zeros to write
     ends = tl.cumsum(chunks * PAIRS)
     row = tl.sum((ends <= pid).to(tl.int32))
     mine = rows == row
     n_chunks = tl.maximum(tl.sum(tl.where(mine, chunks, 0)), 1)
     rank = pid - tl.sum(tl.where(mine, ends - chunks * PAIRS, 0))
-    first, tiles = tl.sum(tl.where(mine, first, 0)), tl.sum(tl.where(mine, tiles, 0))
     pair, chunk = rank // n_chunks, rank % n_chunks
+    first, tiles = tl.sum(tl.where(mine, first, 0)), tl.sum(tl.where(mine, tiles, 0))
     start, end = first + tiles * chunk // n_chunks, first + tiles * (chunk + 1) // n_chunks
     return row, pair, chunk, n_chunks, tl.sum(tl.where(mine, lens, 0)), start * BLOCK_N, end * BLOCK_N
 
 @jit
-def _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc):
-    """One step of the online softmax: q [M, D] against keys and values [N, D]. Returns the weights, the factor that
-    brings earlier sums onto the new maximum, that maximum, and the unnormalised output [M, D]."""
-    s = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
-    if k_scale is not None:
-        s *= k_scale[None, :]
-    if softcap is None:
-        s *= scale * LOG2E
-    else:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-        s = softcap * LOG2E * (1 - 2 / (1 + tl.exp2(s * (scale / softcap * 2 * LOG2E))))
-    if slope is not None:
-        s -= (slope * LOG2E)[:, None] * tl.abs(distance)
-    s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far: no -inf - -inf
-    p, decay = tl.exp2(s - safe[:, None]), tl.exp2(top - safe)
-    weights = p
-    if v_scale is not None:
-        weights = p * v_scale[None, :]
-    acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * decay[:, None], input_precision="ieee")
-    return p, decay, new_top, acc
-
-
-@jit
-def _cached_tokens(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, where_q, slope, scale, softcap, top,
-                   acc, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Attend to the cached tokens start ... end: the loop in which the time goes."""
-    BLOCK_D: tl.constexpr = acc.shape[1]
-    offs, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k_offs = offs.to(tl.int64)[:, None] * stride_kn + d[None, :]
-    v_offs = offs.to(tl.int64)[:, None] * stride_vn + d[None, :]
-    sums = tl.zeros([acc.shape[0], BLOCK_N], tl.float32)  # summed over tokens after the loop, to spare a reduction in it
-    for at in tl.range(start, end, BLOCK_N):
-        pos = at + offs
-        live, k_scale, v_scale = pos < n, None, None
-        mask = live[:, None] & (d < D)[None, :]  # of the loads too: 0 * NaN would be NaN
-        keys = tl.load(k_ptr + tl.cast(at, tl.int64) * stride_kn + k_offs, mask=mask, other=0)
-        values = tl.load(v_ptr + tl.cast(at, tl.int64) * stride_vn + v_offs, mask=mask, other=0)
-        if ks_ptr is not None:
-            k_scale, v_scale = tl.load(ks_ptr + pos, mask=live, other=0), tl.load(vs_ptr + pos, mask=live, other=0)
-            values = tl.reshape(values, [BLOCK_N, BLOCK_D // 4, 4]).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_D)
-        distance, seen = where_q[:, None] - pos[None, :], live[None, :]
-        if CAUSAL:
-            seen = seen & (distance >= 0)
-        if WINDOW:
-            seen = seen & (distance < WINDOW)
-        p, decay, top, acc = _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc)
-        sums = sums * decay[:, None] + p
-    if vs_ptr is not None:
-        acc = tl.reshape(acc, [acc.shape[0], 4, BLOCK_D // 4]).permute(0, 2, 1).reshape(acc.shape[0], BLOCK_D)
-    return top, tl.sum(sums, 1), acc
-
-@jit
-def _append(x_ptr, cache_ptr, scale_ptr, stride_xt, stride_cn, fits, n, T: tl.constexpr, D: tl.constexpr,
-            BLOCK_D: tl.constexpr):
-    """Write T new vectors into the cache at n, quantized as quantize_kv does; return them as they will be read."""
-    i, d, scale = tl.arange(0, 16), tl.arange(0, BLOCK_D)[None, :], None
-    x = tl.load(x_ptr + i.to(tl.int64)[:, None] * stride_xt + d, mask=(i < T)[:, None] & (d < D), other=0)
+def _append(x_ptr, cache_ptr, scale_ptr, stride_xt, stride_cn, pos, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write new vectors into the cache at pos where mask says so, quantized as quantize_kv does."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask_d = mask[:, None] & (d < D)
+    x = tl.load(x_ptr + tl.arange(0, pos.shape[0]).to(tl.int64)[:, None] * stride_xt + d, mask_d, other=0)
     if scale_ptr is not None:
         scale = tl.div_rn(tl.max(tl.abs(x.to(tl.float32)), 1), 127.0)
         x = tl.div_rn(x.to(tl.float32), tl.maximum(scale, 1e-30)[:, None])
         x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
-        tl.store(scale_ptr + n + i, scale, mask=fits)
-    tl.store(cache_ptr + (n + i).to(tl.int64)[:, None] * stride_cn + d, x.to(cache_ptr.dtype.element_ty),
-             mask=fits[:, None] & (d < D))
-    return x, scale
+        tl.store(scale_ptr + pos, scale, mask)
+    tl.store(cache_ptr + pos.to(tl.int64)[:, None] * stride_cn + d, x.to(cache_ptr.dtype.element_ty), mask_d)
 
 @jit
-def _finish(out_ptrs, lse_ptrs, mask, mask_rd, sink, top, total, acc):
-    """Normalise and write what all of a row's tokens gave."""
-    if sink is not None:
-        new_top = tl.maximum(top, sink * LOG2E)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = tl.exp2(top - safe)
-        total, acc, top = total * decay + tl.exp2(sink * LOG2E - safe), acc * decay[:, None], new_top
-    norm = tl.where(total == 0, 1.0, total)
-    tl.store(out_ptrs, (acc / norm[:, None]).to(out_ptrs.dtype.element_ty), mask_rd)
-    tl.store(lse_ptrs, (top + tl.log2(norm)) / LOG2E, mask)
+def _attend(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, q_pos, slope, scale, softcap, top, sums,
+            acc, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Attend to tokens start ... end of n: the loop in which the time goes. Online softmax of q [M, D]: returns the
+    largest score [M], the sum of the weights [M] and the unnormalised output [M, D]."""
+    M: tl.constexpr = acc.shape[0]
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    offs, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)[None, :]
+    k_offs, v_offs = offs.to(tl.int64)[:, None] * stride_kn + d, offs.to(tl.int64)[:, None] * stride_vn + d
+    for at in tl.range(start, end, BLOCK_N):
+        pos = at + offs
+        live = pos < n
+        mask = live[:, None] & (d < D)  # of the loads too: what is not live may be NaN, and 0 * NaN is NaN
+        keys = tl.load(k_ptr + tl.cast(at, tl.int64) * stride_kn + k_offs, mask, other=0)
+        values = tl.load(v_ptr + tl.cast(at, tl.int64) * stride_vn + v_offs, mask, other=0)
+        s = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+        if ks_ptr is not None:
+            s *= tl.load(ks_ptr + pos, live, other=0)[None, :]
+        if softcap is None:
+            s *= scale * LOG2E
+        else:  # tanh(x) = 1 - 2 / (1 + exp(2x))
+            s = softcap * LOG2E * (1 - 2 / (1 + tl.exp2(s * (scale / softcap * 2 * LOG2E))))
+        distance, seen = q_pos[:, None] - pos[None, :], live[None, :]
+        if slope is not None:
+            s -= (slope * LOG2E)[:, None] * tl.abs(distance)
+        if CAUSAL:
+            seen = seen & (distance >= 0)
+        if WINDOW:
+            seen = seen & (distance < WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far: no -inf - -inf
+        p, decay, top = tl.exp2(s - safe[:, None]), tl.exp2(top - safe), new_top
+        sums = sums * decay[:, None] + p  # summed over tokens after the loop, to spare a reduction in it
+        if vs_ptr is not None:  # columns in an order that lets a thread take 4 neighbouring bytes at once
+            p *= tl.load(vs_ptr + pos, live, other=0)[None, :]
+            values = values.reshape(BLOCK_N, BLOCK_D // 4, 4).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_D)
+        acc = tl.dot(p.to(q.dtype), values.to(q.dtype), acc * decay[:, None], input_precision="ieee")
+    if vs_ptr is not None:
+        acc = acc.reshape(M, 4, BLOCK_D // 4).permute(0, 2, 1).reshape(M, BLOCK_D)
+    return top, tl.sum(sums, 1), acc
 
 @jit
-def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, out_ptrs, lse_ptrs, sink, top, total, acc, D: tl.constexpr,
-             ROWS: tl.constexpr):
-    """Leave this chunk's result in scratch memory; the last program of a row to get here sums and writes them all."""
-    r, d = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
-    mask_rd = mask[:, None] & (d < D)[None, :]
+def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, top, total, acc, D: tl.constexpr, ROWS: tl.constexpr):
+    """Leave this chunk's result in scratch memory; the last program of a row to get here sums them all."""
+    r, d = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])[None, :]
+    mask_d = mask[:, None] & (d < D)
     here = part_ptr + (tl.program_id(0).to(tl.int64) * ROWS + r) * (D + 8)
-    tl.store(here[:, None] + d[None, :], acc, mask_rd)
+    tl.store(here[:, None] + d, acc, mask_d)
     tl.store(here + D, top, mask)
     tl.store(here + D + 1, total, mask)
     tl.debug_barrier()  # every thread's part is written before one of them counts
-    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1:
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1
+    if last:
         tl.store(counter_ptr, 0)
         STAGES: tl.constexpr = 4 if acc.shape[0] * acc.shape[1] <= 2048 else 2
         top, total, acc = tl.full(top.shape, float("-inf"), tl.float32), tl.zeros_like(total), tl.zeros_like(acc)
         for i in tl.range(0, n_chunks, num_stages=STAGES):  # .cg: past L1, which does not see what other SMs wrote
             part = here + (i - chunk) * ROWS * (D + 8)
-            part_acc = tl.load(part[:, None] + d[None, :], mask_rd, other=0, cache_modifier=".cg")
+            part_acc = tl.load(part[:, None] + d, mask_d, other=0, cache_modifier=".cg")
             part_top = tl.load(part + D, mask, other=float("-inf"), cache_modifier=".cg")
             part_total = tl.load(part + D + 1, mask, other=0, cache_modifier=".cg")
             new_top = tl.maximum(top, part_top)
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            decay, grow = tl.exp2(top - safe), tl.exp2(part_top - safe)
+            decay, grow, top = tl.exp2(top - safe), tl.exp2(part_top - safe), new_top
             total, acc = total * decay + part_total * grow, acc * decay[:, None] + part_acc * grow[:, None]
-            top = new_top
-        _finish(out_ptrs, lse_ptrs, mask, mask_rd, sink, top, total, acc)
+    return last, top, total, acc
 
 @jit(do_not_specialize=["B", "S", "n_split"] + [f"stride_{x}{i}" for x in "qkvxyst" for i in range(3)])
 def _flash_decode_kernel(
@@ -334,53 +307,48 @@ def _flash_decode_kernel(
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     MBLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
-    TAIL: tl.constexpr = T if x_ptr is None else 0
     row, pair, chunk, n_chunks, n, start, end = _my_chunk(
-        tl.program_id(0), seqlens_ptr, B, S, n_split, TAIL, WINDOW, HKV * MBLOCKS, MIN_TILES, BLOCK_B, BLOCK_N)
+        seqlens_ptr, B, S, n_split, 0 if x_ptr is None else T, T + WINDOW - 1 if WINDOW else 0, HKV * MBLOCKS, MIN_TILES,
+        BLOCK_B, BLOCK_N)
     if row >= B:
         return
     # the dot's rows are this KV head's query heads times T tokens; int64 before any stride multiplies
-    b, kv_head, d, slope, sink = row.to(tl.int64), (pair // MBLOCKS).to(tl.int64), tl.arange(0, BLOCK_D), None, None
+    b, kv_head, d = row.to(tl.int64), (pair // MBLOCKS).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     r = pair % MBLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     h, t, mask = kv_head * G + r // T, r % T, r < G * T
-    wide = mask[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + b * stride_q0 + (h * stride_q1 + t.to(tl.int64) * stride_q2)[:, None] + d[None, :], wide, other=0)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + h, mask, other=0)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + h, mask, other=0)
-    # strides come divided by VEC, so that the compiler knows what they are a multiple of: loads of 16 bytes
+    mask_d, slope = mask[:, None] & (d < D), None
+    q = tl.load(q_ptr + b * stride_q0 + (h * stride_q1 + t.to(tl.int64) * stride_q2)[:, None] + d, mask_d, other=0)
+    # the caches' strides come divided by VEC, so that the compiler knows a multiple and loads 16 bytes at a time
     k_ptr += (b * stride_k0 + kv_head * stride_k1) * VEC
     v_ptr += (b * stride_v0 + kv_head * stride_v1) * VEC
+    stride_kn, stride_vn = stride_k2 * VEC, stride_v2 * VEC
     if ks_ptr is not None:
         ks_ptr += b * stride_s0 + kv_head * stride_s1
         vs_ptr += b * stride_t0 + kv_head * stride_t1
-    top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    top, total, acc = _cached_tokens(
-        q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_k2 * VEC, stride_v2 * VEC, start, end, n, n - TAIL + t, slope, scale,
-        softcap, top, acc, CAUSAL and TAIL > 1, WINDOW, D, BLOCK_N)
     if x_ptr is not None:
-        if chunk == n_chunks - 1:
-            i = tl.arange(0, 16)
-            fits = (i < T) & (n + i < S) & (pair % MBLOCKS == 0)
-            keys, k_scale = _append(x_ptr + b * stride_x0 + kv_head * stride_x1, k_ptr, ks_ptr, stride_x2, stride_k2 * VEC,
-                                    fits, n, T, D, BLOCK_D)
-            values, v_scale = _append(y_ptr + b * stride_y0 + kv_head * stride_y1, v_ptr, vs_ptr, stride_y2,
-                                      stride_v2 * VEC, fits, n, T, D, BLOCK_D)
-            distance, seen = t[:, None] - i[None, :], (i < T)[None, :]
-            if CAUSAL:
-                seen = seen & (distance >= 0)
-            if WINDOW:
-                seen = seen & (distance < WINDOW)
-            p, decay, top, acc = _attend(q, keys, values, k_scale, v_scale, distance, seen, slope, scale, softcap, top, acc)
-            total = total * decay + tl.sum(p, 1)
-    at = (b * HKV * G + h) * T + t
-    out_ptrs, lse_ptrs = out_ptr + at[:, None] * D + d[None, :], lse_ptr + at
-    if n_chunks == 1:
-        _finish(out_ptrs, lse_ptrs, mask, wide, sink, top, total, acc)
-    else:
-        _combine(part_ptr, counter_ptr + row * HKV * MBLOCKS + pair, chunk, n_chunks, mask, out_ptrs, lse_ptrs, sink, top,
-                 total, acc, D, min(BLOCK_M, G * T))
+        if end > n - T:
+            pos = n - T + tl.arange(0, 16)
+            fits = (pos < n) & (pos >= start) & (pos < end)
+            _append(x_ptr + b * stride_x0 + kv_head * stride_x1, k_ptr, ks_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
+            _append(y_ptr + b * stride_y0 + kv_head * stride_y1, v_ptr, vs_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
+            tl.debug_barrier()
+    top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + h, mask, other=0)
+    if sinks_ptr is not None:  # a weight of 1 at the sink's score, in the first chunk
+        top = tl.load(sinks_ptr + h, mask & (chunk == 0), other=float("-inf")) * LOG2E
+        sums += ((tl.arange(0, BLOCK_N) == 0) & (chunk == 0))[None, :].to(tl.float32)
+    top, total, acc = _attend(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, n - T + t, slope, scale,
+                              softcap, top, sums, acc, CAUSAL and T > 1, WINDOW, D, BLOCK_N)
+    last = True
+    if n_chunks > 1:
+        last, top, total, acc = _combine(part_ptr, counter_ptr + row * HKV * MBLOCKS + pair, chunk, n_chunks, mask, top,
+                                         total, acc, D, min(BLOCK_M, G * T))
+    if last:
+        at, norm = (b * HKV * G + h) * T + t, tl.where(total == 0, 1.0, total)
+        tl.store(out_ptr + at[:, None] * D + d, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), mask_d)
+        tl.store(lse_ptr + at, (top + tl.log2(norm)) / LOG2E, mask)
 
 def _blocks(itemsize, D, rows, smem):
     """Tile sizes such that two programs share an SM with smem bytes of shared memory and keep 64 KB or so in flight."""
