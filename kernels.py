@@ -1,19 +1,28 @@
-"""Decode attention whose cost follows the tokens that are cached, not the room that was allocated for them.
+"""Decode attention whose cost follows the tokens that are cached, not the room allocated for them; and products of int8
+and int4 weights with single vectors. Needs torch and triton, nothing else: copy the file, or what you need of it.
 
 Decoding one token reads every live key and value once and does next to no arithmetic with them: B * Hkv * len * D * 2 *
 itemsize bytes a layer, 134 MB for Llama-3-8B at 32k tokens. Reading them at the memory's full speed takes every SM, and
 at batch 1 there are far fewer heads than SMs, so the live length itself has to be split.
 
-flash_decode            the operator: Triton on a GPU, PyTorch elsewhere; eager, torch.compile and CUDA graphs
-flash_decode_reference  the same in plain PyTorch: the definition of what is right
-quantize_kv             how keys and values become int8
+flash_decode, int8_linear, int4_linear    the operators: Triton on a GPU, PyTorch elsewhere; eager, compiled, CUDA graphs
+*_reference                               the same in plain PyTorch: the definition of what is right
+quantize_kv                               how keys and values become int8
+python kernels.py --report [sm_90 ...]    compile every kernel for those GPUs, without having one, and look at the result
 """
 from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
 
+import argparse
+import collections
 import functools
 import math
+import os
+import re
+import subprocess
+import tempfile
 
 import torch
+import torch.nn.functional as F
 
 try:
     import triton
@@ -31,33 +40,34 @@ def quantize_kv(x):
     scale = x.abs().amax(-1, keepdim=True).float() / 127
     return torch.round(x / scale.clamp_min(1e-30)).to(torch.int8), scale.squeeze(-1)
 
-def flash_decode_reference(q, k_cache, v_cache, cache_seqlens, k=None, v=None, *, k_scale=None, v_scale=None, scale=None,
-                           causal=True, window=None, softcap=None, alibi_slopes=None, sinks=None, return_lse=False):
+def flash_decode_reference(q, k_cache, v_cache, cache_seqlens, k=None, v=None, *, k_scale=None, v_scale=None,
+                           scale=None, causal=True, window=None, softcap=None, alibi_slopes=None, sinks=None,
+                           return_lse=False):
     """flash_decode's definition: the same signature and results, in float32 over the whole cache, on any device."""
-    (B, Hq, T, D), (Hkv, S), lens = q.shape, k_cache.shape[1:3], cache_seqlens.long()
+    (B, Hq, T, D), (Hkv, S), lens, device = q.shape, k_cache.shape[1:3], cache_seqlens.long(), q.device
     if k is not None:  # append the new tokens at each row's own position
-        row, pos = torch.arange(B, device=q.device)[:, None], lens[:, None] + torch.arange(T, device=q.device)  # (B, T)
+        row, pos = torch.arange(B, device=device)[:, None], lens[:, None] + torch.arange(T, device=device)  # (B, T)
         for x, cache, scales in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
             if scales is not None:
                 x, s = quantize_kv(x)
                 scales[row, :, pos] = s.transpose(1, 2)
             cache[row, :, pos] = x.transpose(1, 2)
         lens = lens + T
-    live = torch.arange(S, device=q.device) < lens[:, None]                                   # (B, S)
+    live = torch.arange(S, device=device) < lens[:, None]                                  # (B, S)
     keys, values = (torch.where(live[:, None, :, None], c.float() if s is None else c * s[..., None], 0)
                     .repeat_interleave(Hq // Hkv, 1) for c, s in ((k_cache, k_scale), (v_cache, v_scale)))
-    scores = q.float() @ keys.transpose(-1, -2) * (D ** -0.5 if scale is None else scale)      # (B, Hq, T, S)
+    scores = q.float() @ keys.transpose(-1, -2) * (D ** -0.5 if scale is None else scale)  # (B, Hq, T, S)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     # how far each key lies behind each query; the queries are the last T of the row's positions
-    distance = (lens[:, None] - T + torch.arange(T, device=q.device))[..., None] - torch.arange(S, device=q.device)
+    distance = (lens[:, None] - T + torch.arange(T, device=device))[..., None] - torch.arange(S, device=device)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[:, None, None] * distance.abs()[:, None]
     seen = live[:, None] & (distance >= 0 if causal else True) & (True if window is None else distance < window)
     scores = scores.masked_fill(~seen[:, None], -math.inf)
-    lse = scores.logsumexp(-1)                                                                # (B, Hq, T)
+    lse = scores.logsumexp(-1)                                                             # (B, Hq, T)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks[:, None].float())
+        lse = torch.logaddexp(lse, sinks[:, None])
     out = (scores - lse[..., None]).exp().masked_fill(~seen[:, None], 0) @ values
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
@@ -85,59 +95,57 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens, k=None, v=None, *, k_scale=
     return (out, lse) if return_lse else out
 
 def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap, alibi_slopes, sinks):
-    def wrong(x, shape, *dtypes):
-        return x.shape != shape or x.dtype not in dtypes or x.device != q.device
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
-    (B, Hq, T, D), (_, Hkv, S, _), int8 = q.shape, k_cache.shape, k_cache.dtype == torch.int8
+    (B, Hq, T, D), (_, Hkv, S, _), f32, int8 = q.shape, k_cache.shape, torch.float32, k_cache.dtype == torch.int8
+    new = (B, Hkv, T, D)
+    for name, x, shape, *dtypes in (
+            ("q", q, q.shape, torch.bfloat16, torch.float16, f32), ("k", k, new, q.dtype), ("v", v, new, q.dtype),
+            ("k_cache", k_cache, (B, Hkv, S, D), q.dtype, torch.int8), ("k_scale", k_scale, (B, Hkv, S), f32),
+            ("v_cache", v_cache, (B, Hkv, S, D), k_cache.dtype), ("v_scale", v_scale, (B, Hkv, S), f32),
+            ("cache_seqlens", cache_seqlens, (B,), torch.int32), ("alibi_slopes", alibi_slopes, (Hq,), f32),
+            ("sinks", sinks, (Hq,), f32)):
+        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
+            raise ValueError(f"flash_decode: {name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}, "
+                             f"got {list(x.shape)} {x.dtype} on {x.device}")
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
     problem = (
-        f"q's dtype must be bfloat16, float16 or float32, not {q.dtype}"
-        if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) else
         f"T must be 1 to 16 tokens, got {T}" if not 1 <= T <= 16 else
-        f"head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
-        f"query heads must be a multiple of KV heads, got {Hq} and {Hkv}" if not Hkv or Hq % Hkv else
-        f"k_cache and v_cache must be [{B}, {Hkv}, S, {D}] in q's dtype ({q.dtype}) or int8 on {q.device}, got "
-        f"{list(k_cache.shape)} {k_cache.dtype} on {k_cache.device} and {list(v_cache.shape)} {v_cache.dtype}"
-        if wrong(k_cache, (B, Hkv, S, D), q.dtype, torch.int8) or wrong(v_cache, (B, Hkv, S, D), k_cache.dtype) else
-        f"cache_seqlens must be int32 [{B}] on {q.device}" if wrong(cache_seqlens, (B,), torch.int32) else
+        f"the head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
+        f"query heads must be a multiple of KV heads, got {Hq} and {Hkv}" if Hkv < 1 or Hq % Hkv else
         "k and v go together" if (k is None) != (v is None) else
-        f"k and v must be [{B}, {Hkv}, {T}, {D}] {q.dtype} on {q.device}"
-        if k is not None and (wrong(k, (B, Hkv, T, D), q.dtype) or wrong(v, (B, Hkv, T, D), q.dtype)) else
         "k_scale and v_scale are needed exactly when the cache is int8"
-        if not (k_scale is None) == (v_scale is None) == (not int8) else
-        f"k_scale and v_scale must be [{B}, {Hkv}, {S}] float32"
-        if int8 and any(wrong(s, (B, Hkv, S), torch.float32) for s in (k_scale, v_scale)) else
-        f"alibi_slopes and sinks must be [{Hq}] float32"
-        if any(x is not None and wrong(x, (Hq,), torch.float32) for x in (alibi_slopes, sinks)) else
+        if {k_scale is None, v_scale is None} != {not int8} else
         f"window must be at least 1 and needs causal=True, got {window} and causal={causal}"
         if window is not None and (window < 1 or not causal) else
-        f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else
-        "the last dimension of q, k, v and the caches must be contiguous"
-        if any(x is not None and x.stride(-1) != 1 for x in (q, k_cache, v_cache, k, v)) else None)
+        f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else None)
     if problem:
         raise ValueError(f"flash_decode: {problem}")
 
 _lib = torch.library.Library("gpt_flash", "FRAGMENT")
-_lib.define("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
-            "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, SymInt? window, float? softcap, "
-            "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)")
 
-@torch.library.impl(_lib, "flash_decode", "CompositeExplicitAutograd")
-def _flash_decode(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, *options):
-    return _flash_decode_torch(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, *options)
+def _operator(schema, implementation, fake):
+    name = schema[:schema.index("(")]
+    _lib.define(schema)
+    _lib.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gpt_flash::{name}", fake, lib=_lib)
 
-@torch.library.register_fake("gpt_flash::flash_decode", lib=_lib)
-def _(q, *_):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+# In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory would be copied.
+_operator("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
+          "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, float? softcap, "
+          "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)",
+          lambda q, *args: (_flash_decode_triton if triton and q.is_cuda else _flash_decode_torch)(q, *args),
+          lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
 
 # --- attention in PyTorch: the CPU, and wherever Triton is not ---
 
 def _flash_decode_torch(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, *options):
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one where they differ."""
-    lens, T, S = cache_seqlens.tolist(), q.shape[2] if k is not None else 0, k_cache.shape[2]
-    if lens and max(lens) + T > S:
-        raise ValueError(f"flash_decode: {max(lens)} cached + {T} new tokens do not fit into a cache of {S}")
+    lens, new, S = cache_seqlens.tolist(), q.shape[2] if k is not None else 0, k_cache.shape[2]
+    if lens and max(lens) + new > S:
+        raise ValueError(f"flash_decode: {max(lens)} cached + {new} new tokens do not fit into a cache of {S}")
     if len(set(lens)) == 1:
         return _attend_live(lens[0], q, k_cache, v_cache, k, v, k_scale, v_scale, *options)
     rows = [_attend_live(n, *(x if x is None else x[b:b + 1] for x in (q, k_cache, v_cache, k, v, k_scale, v_scale)),
@@ -145,7 +153,7 @@ def _flash_decode_torch(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_sca
     return tuple(torch.cat(x) for x in zip(*rows)) if rows else (torch.empty_like(q), q.new_empty(q.shape[:3]).float())
 
 def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes, sinks):
-    (B, Hq, T, D), Hkv = q.shape, k_cache.shape[1]
+    (B, Hq, T, D), Hkv, dtype = q.shape, k_cache.shape[1], q.dtype
     if k is not None:
         if k_scale is not None:
             (k, v), scales = quantize_kv(torch.stack((k, v)))
@@ -155,17 +163,17 @@ def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, 
     start = 0 if window is None else max(0, n - T - window + 1)
     n -= start
     keys, values = k_cache.narrow(2, start, n), v_cache.narrow(2, start, n)
-    dtype = q.dtype
     if k_scale is not None:  # in float32: as fast as in bf16 here, and one rounding less
         q, keys, values = q.float(), keys.float(), values.float()
         keys.mul_(k_scale.narrow(2, start, n)[..., None]), values.mul_(v_scale.narrow(2, start, n)[..., None])
     if softcap is not None or not q.is_cpu or n == 0:
-        out, lse = flash_decode_reference(q, keys, values, torch.full((B,), n, device=q.device), scale=scale, causal=causal,
-            window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True)
+        out, lse = flash_decode_reference(
+            q, keys, values, torch.full((B,), n, device=q.device), scale=scale, causal=causal, window=window,
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True)
         return out.to(dtype), lse
     mask = None
     if T > 1 and causal or alibi_slopes is not None:
-        distance = torch.arange(n - T, n)[:, None] - torch.arange(n)                           # (T, n)
+        distance = torch.arange(n - T, n)[:, None] - torch.arange(n)                       # (T, n)
         mask = torch.zeros(1, 1, T, n) if alibi_slopes is None else -alibi_slopes.view(Hkv, -1, 1, 1) * distance.abs()
         if causal:
             mask = mask.masked_fill((distance < 0) | (distance >= (window or n)), -math.inf)
@@ -173,7 +181,7 @@ def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, 
     # a KV head's query heads ride along as query rows, so that no key is repeated
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.reshape(B, Hkv, -1, D), keys, values, attn_mask=mask, scale=scale)
-    out, lse = out.reshape(q.shape), lse.reshape(B, Hq, T)
+    out, lse = out.reshape(q.shape).contiguous(), lse.reshape(B, Hq, T).contiguous()
     if causal and n < T:  # the first queries lie before the first position
         out[:, :, :T - n], lse[:, :, :T - n] = 0, -math.inf
     if sinks is not None:
@@ -197,8 +205,9 @@ LOG2E = tl.constexpr(math.log2(math.e)) if triton else None  # the kernels use e
 @jit
 def _my_chunk(seqlens_ptr, B, S, n_split, NEW: tl.constexpr, REACH: tl.constexpr, PAIRS: tl.constexpr,
               MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its tokens this program has,
-    how many chunks there are, the row's live length, and where the chunk starts and ends. REACH: tokens a window holds."""
+    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its tokens this program
+    has, how many chunks there are, the row's live length, and where the chunk starts and ends. NEW tokens are being
+    appended; with a window, only the last REACH tokens are seen."""
     pid, rows = tl.program_id(0), tl.arange(0, BLOCK_B)
     lens = tl.where(rows < B, tl.minimum(tl.load(seqlens_ptr + rows, mask=rows < B, other=0) + NEW, S), 0)
     first = lens * 0
@@ -231,12 +240,13 @@ def _append(x_ptr, cache_ptr, scale_ptr, stride_xt, stride_cn, pos, mask, D: tl.
     tl.store(cache_ptr + pos.to(tl.int64)[:, None] * stride_cn + d, x.to(cache_ptr.dtype.element_ty), mask_d)
 
 @jit
-def _attend(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, q_pos, slope, scale, softcap, top, sums,
-            acc, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _attend(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, q_pos, slope, scale, softcap, top,
+            sums, acc, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr):
     """Attend to tokens start ... end of n: the loop in which the time goes. Online softmax of q [M, D]: returns the
-    largest score [M], the sum of the weights [M] and the unnormalised output [M, D]."""
+    largest score [M] and, relative to it, the sum of the weights [M] and the unnormalised output [M, D]."""
     M: tl.constexpr = acc.shape[0]
     BLOCK_D: tl.constexpr = acc.shape[1]
+    BYTES: tl.constexpr = max(1, min(4, BLOCK_D // 32))
     offs, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)[None, :]
     k_offs, v_offs = offs.to(tl.int64)[:, None] * stride_kn + d, offs.to(tl.int64)[:, None] * stride_vn + d
     for at in tl.range(start, end, BLOCK_N):
@@ -264,12 +274,12 @@ def _attend(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen so far: no -inf - -inf
         p, decay, top = tl.exp2(s - safe[:, None]), tl.exp2(top - safe), new_top
         sums = sums * decay[:, None] + p  # summed over tokens after the loop, to spare a reduction in it
-        if vs_ptr is not None:  # columns in an order that lets a thread take 4 neighbouring bytes at once
+        if vs_ptr is not None:  # columns in an order that lets a thread take several neighbouring bytes at once
             p *= tl.load(vs_ptr + pos, live, other=0)[None, :]
-            values = values.reshape(BLOCK_N, BLOCK_D // 4, 4).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_D)
+            values = values.reshape(BLOCK_N, BLOCK_D // BYTES, BYTES).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_D)
         acc = tl.dot(p.to(q.dtype), values.to(q.dtype), acc * decay[:, None], input_precision="ieee")
     if vs_ptr is not None:
-        acc = acc.reshape(M, 4, BLOCK_D // 4).permute(0, 2, 1).reshape(M, BLOCK_D)
+        acc = acc.reshape(M, BYTES, BLOCK_D // BYTES).permute(0, 2, 1).reshape(M, BLOCK_D)
     return top, tl.sum(sums, 1), acc
 
 @jit
@@ -299,17 +309,17 @@ def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, top, total, acc, D: t
     return last, top, total, acc
 
 @jit(do_not_specialize=["B", "S", "n_split"] + [f"stride_{x}{i}" for x in "qkvxyst" for i in range(3)])
-def _flash_decode_kernel(
-        q_ptr, k_ptr, v_ptr, seqlens_ptr, x_ptr, y_ptr, ks_ptr, vs_ptr, slopes_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr,
+def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
+        q_ptr, k_ptr, v_ptr, seqlens_ptr, x_ptr, y_ptr, s_ptr, t_ptr, slopes_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr,
         counter_ptr, scale, softcap, B, S, n_split, stride_q0, stride_q1, stride_q2, stride_k0, stride_k1, stride_k2,
-        stride_v0, stride_v1, stride_v2, stride_x0, stride_x1, stride_x2, stride_y0, stride_y1, stride_y2,  # x, y: new k, v
-        stride_s0, stride_s1, stride_t0, stride_t1, HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+        stride_v0, stride_v1, stride_v2, stride_x0, stride_x1, stride_x2, stride_y0, stride_y1, stride_y2, stride_s0,
+        stride_s1, stride_t0, stride_t1, HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
         CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, MIN_TILES: tl.constexpr, BLOCK_B: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     MBLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
     row, pair, chunk, n_chunks, n, start, end = _my_chunk(
-        seqlens_ptr, B, S, n_split, 0 if x_ptr is None else T, T + WINDOW - 1 if WINDOW else 0, HKV * MBLOCKS, MIN_TILES,
-        BLOCK_B, BLOCK_N)
+        seqlens_ptr, B, S, n_split, 0 if x_ptr is None else T, T + WINDOW - 1 if WINDOW else 0, HKV * MBLOCKS,
+        MIN_TILES, BLOCK_B, BLOCK_N)
     if row >= B:
         return
     # the dot's rows are this KV head's query heads times T tokens; int64 before any stride multiplies
@@ -322,15 +332,15 @@ def _flash_decode_kernel(
     k_ptr += (b * stride_k0 + kv_head * stride_k1) * VEC
     v_ptr += (b * stride_v0 + kv_head * stride_v1) * VEC
     stride_kn, stride_vn = stride_k2 * VEC, stride_v2 * VEC
-    if ks_ptr is not None:
-        ks_ptr += b * stride_s0 + kv_head * stride_s1
-        vs_ptr += b * stride_t0 + kv_head * stride_t1
+    if s_ptr is not None:
+        s_ptr += b * stride_s0 + kv_head * stride_s1
+        t_ptr += b * stride_t0 + kv_head * stride_t1
     if x_ptr is not None:
         if end > n - T:
             pos = n - T + tl.arange(0, 16)
             fits = (pos < n) & (pos >= start) & (pos < end)
-            _append(x_ptr + b * stride_x0 + kv_head * stride_x1, k_ptr, ks_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
-            _append(y_ptr + b * stride_y0 + kv_head * stride_y1, v_ptr, vs_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
+            _append(x_ptr + b * stride_x0 + kv_head * stride_x1, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
+            _append(y_ptr + b * stride_y0 + kv_head * stride_y1, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
             tl.debug_barrier()
     top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -339,8 +349,8 @@ def _flash_decode_kernel(
     if sinks_ptr is not None:  # a weight of 1 at the sink's score, in the first chunk
         top = tl.load(sinks_ptr + h, mask & (chunk == 0), other=float("-inf")) * LOG2E
         sums += ((tl.arange(0, BLOCK_N) == 0) & (chunk == 0))[None, :].to(tl.float32)
-    top, total, acc = _attend(q, k_ptr, v_ptr, ks_ptr, vs_ptr, stride_kn, stride_vn, start, end, n, n - T + t, slope, scale,
-                              softcap, top, sums, acc, CAUSAL and T > 1, WINDOW, D, BLOCK_N)
+    top, total, acc = _attend(q, k_ptr, v_ptr, s_ptr, t_ptr, stride_kn, stride_vn, start, end, n, n - T + t, slope,
+                              scale, softcap, top, sums, acc, CAUSAL and T > 1, WINDOW, D, BLOCK_N)
     last = True
     if n_chunks > 1:
         last, top, total, acc = _combine(part_ptr, counter_ptr + row * HKV * MBLOCKS + pair, chunk, n_chunks, mask, top,
@@ -351,60 +361,242 @@ def _flash_decode_kernel(
         tl.store(lse_ptr + at, (top + tl.log2(norm)) / LOG2E, mask)
 
 def _blocks(itemsize, D, rows, smem):
-    """Tile sizes such that two programs share an SM with smem bytes of shared memory and keep 64 KB or so in flight."""
+    """Tile sizes with which two programs fit an SM that has smem bytes of shared memory."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    BLOCK_M = min(max(16, triton.next_power_of_2(rows)), 64)
-    BLOCK_N = min(128, max(32, (16384 if smem > 128 * 1024 else 8192) // (BLOCK_D * itemsize)))
-    stages = (smem // 2 - 4096) // (2 * BLOCK_N * BLOCK_D * itemsize)
+    most_rows = 16 if itemsize == 4 else 32 if itemsize == 1 or smem <= 65536 else 64
+    BLOCK_M = min(max(16, triton.next_power_of_2(rows)), most_rows)
+    BLOCK_N = (16384 if smem > 131072 else 8192) // (BLOCK_D * itemsize)
+    BLOCK_N = min(128 if BLOCK_M == 16 else 64, max(32, BLOCK_N))
+    stages = 1 + (smem // 2 - 6144) // (2 * BLOCK_N * BLOCK_D * itemsize)
     return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, MIN_TILES=max(1, 256 // BLOCK_N),
-                num_warps=4 if BLOCK_M < 64 else 8, num_stages=max(2, min(4, stages)))
+                num_warps=4 if BLOCK_M == 16 and itemsize < 4 or smem <= 65536 else 8, num_stages=max(2, min(4, stages)))
 
 def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
                sinks, blocks, n_programs, counters):
-    """The kernel's grid size and arguments. n_programs is how many programs the GPU runs at once."""
+    """The kernel's grid size and arguments. n_programs: how many programs the GPU runs at once."""
     (B, Hq, T, D), (_, Hkv, S, _), G = q.shape, k_cache.shape, q.shape[1] // k_cache.shape[1]
     pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
-    # few pairs: as many chunks as run at once. Many: several waves of chunks, so that the last wave matters little
+    # few pairs: as many chunks as run at once. Many: several waves of them, so that an uneven last one matters little
     n_split = n_programs - pairs if 2 * pairs <= n_programs else 4 * n_programs
-    grid = n_split + pairs
     vec = next(n for n in (16, 8, 1) if not any(s % n for s in (*k_cache.stride()[:3], *v_cache.stride()[:3])))
-    args = dict(
-        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, ks_ptr=k_scale, vs_ptr=v_scale,
+    strides = {f"stride_{name}{i}": 0 if x is None else x.stride(i) // unit for name, x, unit, dims in (
+        ("q", q, 1, 3), ("k", k_cache, vec, 3), ("v", v_cache, vec, 3), ("x", k, 1, 3), ("y", v, 1, 3),
+        ("s", k_scale, 1, 2), ("t", v_scale, 1, 2)) for i in range(dims)}
+    return n_split + pairs, dict(
+        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, s_ptr=k_scale, t_ptr=v_scale,
         slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=q.new_empty(q.shape),
         lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32), counter_ptr=counters(pairs),
-        part_ptr=q.new_empty((grid, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
-        scale=D ** -0.5 if scale is None else scale, softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G, T=T, D=D,
-        CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **blocks)
-    for name, x, unit in (("q", q, 1), ("k", k_cache, vec), ("v", v_cache, vec), ("x", k, 1), ("y", v, 1),
-                          ("s", k_scale, 1), ("t", v_scale, 1)):
-        args.update({f"stride_{name}{i}": 0 if x is None else x.stride(i) // unit for i in range(2 if name in "st" else 3)})
-    return grid, args
+        part_ptr=q.new_empty((n_split + pairs, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
+        scale=D ** -0.5 if scale is None else float(scale), softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G,
+        T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **strides, **blocks)
 
 @functools.cache
-def _device(index):
-    """SM count and bytes of shared memory an SM has."""
-    props = torch.cuda.get_device_properties(index)
+def _device(device):
+    props = torch.cuda.get_device_properties(device)
     return props.multi_processor_count, props.shared_memory_per_multiprocessor
 
 _zeros = {}
 
 def _counters(device, n):
-    """At least n counters at zero, where the kernel leaves them; one set a stream, one for the captured graphs."""
+    """At least n zeros, which every launch leaves at zero: a set per stream, and one for a device's captured graphs."""
     n, capturing = max(4096, triton.next_power_of_2(n)), torch.cuda.is_current_stream_capturing()
     key = device, "graph" if capturing else torch.cuda.current_stream(device).cuda_stream, n
     if key not in _zeros:
-        if capturing:  # never called before: every replay will zero its own
+        if capturing:  # nothing was launched before: every replay zeroes its own
             return torch.zeros(n, dtype=torch.int32, device=device)
-        for each in {key, (device, "graph", n)} - _zeros.keys():
-            _zeros[each] = torch.zeros(n, dtype=torch.int32, device=device)
+        for new in {key, (device, "graph", n)} - _zeros.keys():
+            _zeros[new] = torch.zeros(n, dtype=torch.int32, device=device)
     return _zeros[key]
 
 def _flash_decode_triton(q, k_cache, *args, blocks=None, n_programs=None):
     """Launch the kernel. blocks and n_programs are for tests: they stand for a device that is not there."""
     if blocks is None:
-        sms, smem = _device(q.device.index)
+        n_sm, smem = _device(q.device)
         blocks = _blocks(k_cache.element_size(), q.shape[3], q.shape[1] // k_cache.shape[1] * q.shape[2], smem)
-        n_programs = 2 * sms
-    grid, args = _arguments(q, k_cache, *args, blocks, n_programs, lambda n: _counters(q.device, n))
-    _flash_decode_kernel[(grid,)](**args)
-    return args["out_ptr"], args["lse_ptr"]
+        n_programs = 2 * n_sm
+    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs, lambda n: _counters(q.device, n))
+    with torch.cuda.device_of(q):
+        _flash_decode_kernel[(grid,)](**arguments)
+    return arguments["out_ptr"], arguments["lse_ptr"]
+
+# --- int8 and int4 weights times a few vectors ---
+#
+# One token multiplies every weight once: the time is that of reading them, so they stay packed until in registers.
+
+def int8_linear_reference(x, w, scales):
+    return F.linear(x.float(), w * scales[:, None].float()).to(x.dtype)
+
+def int4_linear_reference(x, w, scales, zeros):
+    nibbles = torch.stack((w & 15, w >> 4), -1).view(*scales.shape, -1).float() - 8  # (N, K / group, group)
+    return F.linear(x.float(), (nibbles * scales[..., None] + zeros[..., None]).view(len(w), -1)).to(x.dtype)
+
+def int8_linear(x, w, scales):
+    """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in float32; [..., N]."""
+    if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
+        raise ValueError(f"int8_linear: x [..., K], w [N, K], scales [N], got {[list(t.shape) for t in (x, w, scales)]}")
+    return torch.ops.gpt_flash.int8_linear(x, w, scales)
+
+def int4_linear(x, w, scales, zeros):
+    """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the high one, and scales
+    and zeros [N, K / group] for groups of 32, 64 or 128: weight = (nibble - 8) * scale + zero. Result [..., N]."""
+    N, groups = scales.shape
+    if zeros.shape != scales.shape or w.shape != (N, x.shape[-1] // 2) or x.shape[-1] not in (g * groups for g in (32, 64, 128)):
+        raise ValueError("int4_linear: x [..., K], w [N, K / 2], scales and zeros [N, K / group], group 32, 64 or 128, "
+                         f"got {[list(t.shape) for t in (x, w, scales, zeros)]}")
+    return torch.ops.gpt_flash.int4_linear(x, w, scales, zeros)
+
+@jit
+def _int8_linear_kernel(x_ptr, w_ptr, s_ptr, y_ptr, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    n, row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for at in tl.range(0, K, BLOCK_K, num_stages=4):
+        k = at + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + row * K + k, k < K, other=0, eviction_policy="evict_last")
+        w = tl.load(w_ptr + n.to(tl.int64)[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :], other=0,
+                    eviction_policy="evict_first")
+        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    y = tl.sum(acc, 1) * tl.load(s_ptr + n, n < N, other=0).to(tl.float32)
+    tl.store(y_ptr + row * N + n, y.to(y_ptr.dtype.element_ty), n < N)
+
+@jit
+def _int4_linear_kernel(x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, N, K: tl.constexpr, GROUP: tl.constexpr,
+                        BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+    n, row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    acc = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
+    for at in tl.range(0, K // GROUP, GROUPS, num_stages=4):
+        g = at + tl.arange(0, GROUPS)
+        inside, group = g < K // GROUP, n.to(tl.int64)[:, None] * (K // GROUP) + g[None, :]  # (BLOCK_N, GROUPS)
+        live = (n < N)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + row * K + g[:, None] * GROUP + tl.arange(0, GROUP)[None, :], inside[:, None], other=0,
+                    eviction_policy="evict_last")
+        even, odd = tl.split(x.to(tl.float32).reshape(GROUPS, GROUP // 2, 2))
+        w = tl.load(w_ptr + group[:, :, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :], live[:, :, None],
+                    other=0, eviction_policy="evict_first")
+        s = tl.load(s_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
+        z = tl.load(z_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
+        dot = ((w & 15).to(tl.float32) - 8) * even[None, :, :] + ((w >> 4).to(tl.float32) - 8) * odd[None, :, :]
+        acc += dot * s[:, :, None] + (even + odd)[None, :, :] * z[:, :, None]
+    tl.store(y_ptr + row * N + n, tl.sum(tl.sum(acc, 2), 1).to(y_ptr.dtype.element_ty), n < N)
+
+def _linear_arguments(x, w, scales, zeros=None):
+    """The kernel, its grid and its arguments."""
+    N, K, x, y = w.shape[0], x.shape[-1], x.contiguous(), x.new_empty(*x.shape[:-1], w.shape[0])
+    arguments = dict(x_ptr=x, w_ptr=w, s_ptr=scales, y_ptr=y, N=N, K=K, BLOCK_N=8)
+    if zeros is None:
+        arguments["BLOCK_K"] = 1024
+    else:
+        arguments.update(z_ptr=zeros, GROUP=K // scales.shape[1], GROUPS=1024 * scales.shape[1] // K)
+    return _int8_linear_kernel if zeros is None else _int4_linear_kernel, (triton.cdiv(N, 8), x.numel() // K), arguments
+
+def _linear(reference, x, w, *scales):
+    if not triton or not x.is_cuda or x.numel() > 16 * x.shape[-1]:
+        return reference(x, w, *scales)
+    kernel, grid, arguments = _linear_arguments(x, w, *scales)
+    with torch.cuda.device_of(x):
+        kernel[grid](**arguments)
+    return arguments["y_ptr"]
+
+for _schema, _reference in (("int8_linear(Tensor x, Tensor w, Tensor scales)", int8_linear_reference),
+                            ("int4_linear(Tensor x, Tensor w, Tensor scales, Tensor zeros)", int4_linear_reference)):
+    _operator(_schema + " -> Tensor", functools.partial(_linear, _reference),
+              lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
+
+# --- the report: what the kernels become on GPUs that need not be here ---
+
+SMEM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KB an SM
+
+def _variants(smem):
+    """Name, kernel, arguments (tensors without memory), and how many bytes of cache or weights a turn of its loop reads."""
+    def empty(dtype, *shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+    bf16, fp16, f32, i8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+    for name, dtype, kv, D, G, T in (
+            ("bf16", bf16, bf16, 128, 4, 1), ("bf16, no append", bf16, bf16, 128, 4, 1), ("fp16", fp16, fp16, 128, 4, 1),
+            ("bf16, all options", bf16, bf16, 128, 4, 1), ("bf16 D=64", bf16, bf16, 64, 1, 1),
+            ("bf16 D=80", bf16, bf16, 80, 4, 1), ("bf16 D=256", bf16, bf16, 256, 4, 1), ("fp32", f32, f32, 128, 4, 1),
+            ("bf16 20 rows", bf16, bf16, 128, 4, 5), ("bf16 64 rows", bf16, bf16, 128, 8, 8), ("int8", bf16, i8, 128, 4, 1),
+            ("int8 D=64", bf16, i8, 64, 8, 1), ("int8 D=256", bf16, i8, 256, 4, 1), ("int8 64 rows", bf16, i8, 128, 8, 8)):
+        blocks, cache, new = _blocks(kv.itemsize, D, G * T, smem), empty(kv, 4, 8, 32768, D), empty(dtype, 4, 8, T, D)
+        scales = empty(f32, 4, 8, 32768) if kv == i8 else None
+        options = (4096, 50.0, empty(f32, 8 * G), empty(f32, 8 * G)) if "options" in name else (None,) * 4
+        yield f"flash_decode {name}", _flash_decode_kernel, _arguments(
+            empty(dtype, 4, 8 * G, T, D), cache, cache, empty(torch.int32, 4), *(2 * [None if "no" in name else new]), scales,
+            scales, None, True, *options, blocks, 264, lambda n: empty(torch.int32, n))[1], 2 * blocks["BLOCK_N"] * D * kv.itemsize
+    for name, w, *scales in (("int8_linear", empty(i8, 4096, 14336), empty(bf16, 4096)), *(
+            (f"int4_linear group {g}", empty(torch.uint8, 4096, 7168), *[empty(bf16, 4096, 14336 // g)] * 2) for g in (32, 128))):
+        kernel, _, arguments = _linear_arguments(empty(bf16, 1, 14336), w, *scales)
+        yield name, kernel, arguments, 8 * 1024 * w.shape[1] // 14336
+
+def _compile(arch, kernel, arguments):
+    """Compile for arch: the compiled kernel, its assembly, registers a thread and bytes of them spilled."""
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8",
+             torch.uint8: "u8"}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    constants, signature, aligned = {}, {}, {}
+    for i, p in enumerate(kernel.params):
+        x = arguments[p.name]
+        if p.is_constexpr or x is None:
+            signature[p.name], constants[p.name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[p.name], aligned[i,] = "*" + names[x.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[p.name] = "fp32" if isinstance(x, float) else "i32"
+    amd = arch.startswith("gfx")
+    target = triton.backends.compiler.GPUTarget(*(("hip", arch, 64) if amd else ("cuda", int(arch[3:]), 32)))
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=target, options=options)
+    if amd:
+        asm = usage = compiled.asm["amdgcn"]
+    else:
+        asm, tool = compiled.asm["ptx"], os.path.join(triton.backends.__path__[0], "nvidia", "bin", "cuobjdump")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"]), file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return compiled, asm, *(int(re.search(rf"\b{name}:\s*(\d+)", usage)[1]) for name in (
+        ("vgpr_count", "private_segment_fixed_size") if amd else ("REG", "STACK")))
+
+def _loads(asm):
+    """How many loads of how many bytes a thread issues in a turn of the first loop that has any."""
+    loops, block, loop = {}, None, None
+    for line in asm.splitlines():  # LLVM's comments say which blocks make up a loop
+        if label := re.match(r"[$.L_;/ %]*((?:BB|bb)[\d._]+)", line):
+            block, loop = label[1], None
+        if "Loop" in line:
+            loop = (re.search(r"Header=(\w+)", line) or [None, block])[1]
+        size = 0
+        if load := re.search(r"cp\.async\.c[ag].*?, 0x(\w+)", line):
+            size = int(load[1], 16)
+        elif load := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bu](\d+)\s", line):
+            size = int(load[1] or 1) * int(load[2]) // 8
+        elif load := re.search(r"(?:global|buffer)_load_(dword|\w)(?:x(\d))?", line):
+            size = {"dword": 4, "u": 2, "s": 2}[load[1]] * int(load[2] or 1)
+        if size and loop:
+            loops.setdefault(loop, collections.Counter())[size] += 1
+    return next(iter(loops.values()), collections.Counter())
+
+def report(archs):
+    """Print what every kernel becomes; 1 if one spills registers or reads its cache or weights by less than 16 bytes."""
+    failed = 0
+    print(f"{'GPU':7}{'kernel':32}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in the loop, tensor cores")
+    for arch in archs:
+        for name, kernel, arguments, needed in _variants(SMEM[arch] * 1024):
+            compiled, asm, registers, spilled = _compile(arch, kernel, arguments)
+            amd, shared = arch.startswith("gfx"), compiled.metadata.shared
+            threads = compiled.metadata.num_warps * (64 if amd else 32)
+            programs = min(SMEM[arch] * 1024 // (shared + 1024), (2 if amd else 1) * 65536 // (registers * threads))
+            stages = compiled.metadata.num_stages if "flash" in name else 4
+            loads, tensor = _loads(asm), set(re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm))
+            wrong = "SPILLS " * (spilled > 0) + "NARROW LOADS" * (loads[16] * 16 * threads < needed)
+            print(f"{arch:7}{name:32}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}"
+                  f"{programs * needed * (stages - 1) // 1024:17}  ", ", ".join(f"{loads[n]} x {n} B" for n in sorted(loads)[::-1]),
+                  *sorted(tensor), wrong, flush=True)
+            failed |= bool(wrong)
+    return failed
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time, for GPUs that need not be here.")
+    parser.add_argument("--report", nargs="*", metavar="ARCH", required=True, help=f"any of {' '.join(SMEM)}; default: all")
+    archs = parser.parse_args().report or list(SMEM)
+    if not triton or set(archs) - set(SMEM):
+        parser.error(f"--report knows {', '.join(SMEM)}, not {' '.join(set(archs) - set(SMEM))}" if triton else "needs Triton")
+    raise SystemExit(report(archs))
