@@ -5,10 +5,10 @@ Decoding one token reads every live key and value once and does next to no arith
 itemsize bytes a layer, 134 MB for Llama-3-8B at 32k tokens. Reading them at the memory's full speed takes every SM, and
 at batch 1 there are far fewer heads than SMs, so the live length itself has to be split.
 
-flash_decode, int8_linear, int4_linear    the operators: Triton on a GPU, PyTorch elsewhere; eager, compiled, CUDA graphs
-*_reference                               the same in plain PyTorch: the definition of what is right
-quantize_kv                               how keys and values become int8
-python kernels.py --report [sm_90 ...]    compile every kernel for those GPUs, without having one, and look at the result
+flash_decode, int8_linear, int4_linear   the operators: Triton on a GPU, PyTorch elsewhere; eager, compiled, CUDA graphs
+*_reference                              the same in plain PyTorch: the definition of what is right
+quantize_kv                              how keys and values become int8
+python kernels.py --report [sm_90 ...]   compile every kernel for those GPUs, without having one, and show the result
 """
 from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
 
@@ -107,8 +107,8 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
             ("cache_seqlens", cache_seqlens, (B,), torch.int32), ("alibi_slopes", alibi_slopes, (Hq,), f32),
             ("sinks", sinks, (Hq,), f32)):
         if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
-            raise ValueError(f"flash_decode: {name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}, "
-                             f"got {list(x.shape)} {x.dtype} on {x.device}")
+            raise ValueError(f"flash_decode: {name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}"
+                             f", got {list(x.shape)} {x.dtype} on {x.device}")
         if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
     problem = (
@@ -132,7 +132,7 @@ def _operator(schema, implementation, fake):
     _lib.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gpt_flash::{name}", fake, lib=_lib)
 
-# In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory would be copied.
+# In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory are copied.
 _operator("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
           "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, float? softcap, "
           "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)",
@@ -193,8 +193,8 @@ def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, 
 #
 # A program attends to one chunk of a row's tokens for one KV head. How many chunks a row gets is worked out on the
 # device from the live lengths, by every program for itself, so the grid is fixed and no length ever reaches the host:
-# - the tokens of all rows are cut into at most n_split chunks of equal size, but none below MIN_TILES tiles, so that a
-#   long row fills the GPU, a short one is a single chunk, and a ragged batch is balanced; surplus programs exit at once;
+# - the tokens of all rows are cut into some n_split chunks of equal size, but none below MIN_TILES tiles: a long row
+#   fills the GPU, a short one is a single chunk, and a ragged batch is balanced; surplus programs exit at once;
 # - the query heads of a KV head and the T queries are the rows of one tl.dot, so every key and value is loaded once;
 # - new tokens are written by the program whose chunk they fall into, before its loop reads them back: nobody waits;
 # - a row's chunks leave their unnormalised output, maximum and sum in scratch memory, and the program that finishes
@@ -339,8 +339,10 @@ def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
         if end > n - T:
             pos = n - T + tl.arange(0, 16)
             fits = (pos < n) & (pos >= start) & (pos < end)
-            _append(x_ptr + b * stride_x0 + kv_head * stride_x1, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
-            _append(y_ptr + b * stride_y0 + kv_head * stride_y1, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
+            x_ptr += b * stride_x0 + kv_head * stride_x1
+            y_ptr += b * stride_y0 + kv_head * stride_y1
+            _append(x_ptr, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
+            _append(y_ptr, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
             tl.debug_barrier()
     top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -368,8 +370,9 @@ def _blocks(itemsize, D, rows, smem):
     BLOCK_N = (16384 if smem > 131072 else 8192) // (BLOCK_D * itemsize)
     BLOCK_N = min(128 if BLOCK_M == 16 else 64, max(32, BLOCK_N))
     stages = 1 + (smem // 2 - 6144) // (2 * BLOCK_N * BLOCK_D * itemsize)
-    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, MIN_TILES=max(1, 256 // BLOCK_N),
-                num_warps=4 if BLOCK_M == 16 and itemsize < 4 or smem <= 65536 else 8, num_stages=max(2, min(4, stages)))
+    return dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, MIN_TILES=256 // BLOCK_N,
+                num_warps=8 if smem > 65536 and (BLOCK_M > 16 or itemsize == 4) else 4,
+                num_stages=max(2, min(4, stages)))
 
 def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
                sinks, blocks, n_programs, counters):
@@ -383,9 +386,9 @@ def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale
         ("q", q, 1, 3), ("k", k_cache, vec, 3), ("v", v_cache, vec, 3), ("x", k, 1, 3), ("y", v, 1, 3),
         ("s", k_scale, 1, 2), ("t", v_scale, 1, 2)) for i in range(dims)}
     return n_split + pairs, dict(
-        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, s_ptr=k_scale, t_ptr=v_scale,
-        slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=q.new_empty(q.shape),
-        lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32), counter_ptr=counters(pairs),
+        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, s_ptr=k_scale,
+        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks, counter_ptr=counters(pairs),
+        out_ptr=q.new_empty(q.shape), lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32),
         part_ptr=q.new_empty((n_split + pairs, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale), softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G,
         T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **strides, **blocks)
@@ -433,16 +436,17 @@ def int4_linear_reference(x, w, scales, zeros):
 def int8_linear(x, w, scales):
     """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in float32; [..., N]."""
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
-        raise ValueError(f"int8_linear: x [..., K], w [N, K], scales [N], got {[list(t.shape) for t in (x, w, scales)]}")
+        raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
+                         f"got {[list(t.shape) for t in (x, w, scales)]}")
     return torch.ops.gpt_flash.int8_linear(x, w, scales)
 
 def int4_linear(x, w, scales, zeros):
     """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the high one, and scales
     and zeros [N, K / group] for groups of 32, 64 or 128: weight = (nibble - 8) * scale + zero. Result [..., N]."""
-    N, groups = scales.shape
-    if zeros.shape != scales.shape or w.shape != (N, x.shape[-1] // 2) or x.shape[-1] not in (g * groups for g in (32, 64, 128)):
-        raise ValueError("int4_linear: x [..., K], w [N, K / 2], scales and zeros [N, K / group], group 32, 64 or 128, "
-                         f"got {[list(t.shape) for t in (x, w, scales, zeros)]}")
+    (N, groups), K = scales.shape, x.shape[-1]
+    if zeros.shape != scales.shape or w.shape != (N, K // 2) or K not in (32 * groups, 64 * groups, 128 * groups):
+        raise ValueError("int4_linear: needs x [..., K], w [N, K / 2], scales and zeros [N, K / group], group 32, 64 "
+                         f"or 128, got {[list(t.shape) for t in (x, w, scales, zeros)]}")
     return torch.ops.gpt_flash.int4_linear(x, w, scales, zeros)
 
 @jit
@@ -470,8 +474,8 @@ def _int4_linear_kernel(x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, N, K: tl.constexpr, G
         x = tl.load(x_ptr + row * K + g[:, None] * GROUP + tl.arange(0, GROUP)[None, :], inside[:, None], other=0,
                     eviction_policy="evict_last")
         even, odd = tl.split(x.to(tl.float32).reshape(GROUPS, GROUP // 2, 2))
-        w = tl.load(w_ptr + group[:, :, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :], live[:, :, None],
-                    other=0, eviction_policy="evict_first")
+        w = tl.load(w_ptr + group[:, :, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, None, :],
+                    live[:, :, None], other=0, eviction_policy="evict_first")
         s = tl.load(s_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
         z = tl.load(z_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
         dot = ((w & 15).to(tl.float32) - 8) * even[None, :, :] + ((w >> 4).to(tl.float32) - 8) * odd[None, :, :]
@@ -506,24 +510,27 @@ for _schema, _reference in (("int8_linear(Tensor x, Tensor w, Tensor scales)", i
 SMEM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KB an SM
 
 def _variants(smem):
-    """Name, kernel, arguments (tensors without memory), and how many bytes of cache or weights a turn of its loop reads."""
+    """Name, kernel, arguments (tensors without memory), and bytes of cache or weights that a turn of its loop reads."""
     def empty(dtype, *shape):
         return torch.empty(shape, dtype=dtype, device="meta")
-    bf16, fp16, f32, i8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+    bf16, fp16, f32, i8, i32 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int32
     for name, dtype, kv, D, G, T in (
-            ("bf16", bf16, bf16, 128, 4, 1), ("bf16, no append", bf16, bf16, 128, 4, 1), ("fp16", fp16, fp16, 128, 4, 1),
-            ("bf16, all options", bf16, bf16, 128, 4, 1), ("bf16 D=64", bf16, bf16, 64, 1, 1),
-            ("bf16 D=80", bf16, bf16, 80, 4, 1), ("bf16 D=256", bf16, bf16, 256, 4, 1), ("fp32", f32, f32, 128, 4, 1),
-            ("bf16 20 rows", bf16, bf16, 128, 4, 5), ("bf16 64 rows", bf16, bf16, 128, 8, 8), ("int8", bf16, i8, 128, 4, 1),
-            ("int8 D=64", bf16, i8, 64, 8, 1), ("int8 D=256", bf16, i8, 256, 4, 1), ("int8 64 rows", bf16, i8, 128, 8, 8)):
-        blocks, cache, new = _blocks(kv.itemsize, D, G * T, smem), empty(kv, 4, 8, 32768, D), empty(dtype, 4, 8, T, D)
-        scales = empty(f32, 4, 8, 32768) if kv == i8 else None
+            ("bf16", bf16, bf16, 128, 4, 1), ("bf16, no append", bf16, bf16, 128, 4, 1),
+            ("bf16, all options", bf16, bf16, 128, 4, 1), ("bf16 D=64", bf16, bf16, 64, 8, 1),
+            ("fp16 D=80", fp16, fp16, 80, 1, 1), ("bf16 D=256", bf16, bf16, 256, 4, 1), ("fp32", f32, f32, 128, 4, 1),
+            ("bf16 20 rows", bf16, bf16, 128, 4, 5), ("bf16 64 rows", bf16, bf16, 128, 8, 8),
+            ("int8", bf16, i8, 128, 4, 1), ("int8 D=64", bf16, i8, 64, 8, 1), ("int8 D=256", bf16, i8, 256, 4, 1),
+            ("int8 64 rows", bf16, i8, 128, 8, 8)):
+        blocks, q, cache = _blocks(kv.itemsize, D, G * T, smem), empty(dtype, 4, 8 * G, T, D), empty(kv, 4, 8, 32768, D)
+        new, scales = None if "no" in name else empty(dtype, 4, 8, T, D), empty(f32, 4, 8, 32768) if kv == i8 else None
         options = (4096, 50.0, empty(f32, 8 * G), empty(f32, 8 * G)) if "options" in name else (None,) * 4
-        yield f"flash_decode {name}", _flash_decode_kernel, _arguments(
-            empty(dtype, 4, 8 * G, T, D), cache, cache, empty(torch.int32, 4), *(2 * [None if "no" in name else new]), scales,
-            scales, None, True, *options, blocks, 264, lambda n: empty(torch.int32, n))[1], 2 * blocks["BLOCK_N"] * D * kv.itemsize
-    for name, w, *scales in (("int8_linear", empty(i8, 4096, 14336), empty(bf16, 4096)), *(
-            (f"int4_linear group {g}", empty(torch.uint8, 4096, 7168), *[empty(bf16, 4096, 14336 // g)] * 2) for g in (32, 128))):
+        _, arguments = _arguments(q, cache, cache, empty(i32, 4), new, new, scales, scales, None, True, *options,
+                                  blocks, 264, lambda n: empty(i32, n))
+        yield f"flash_decode {name}", _flash_decode_kernel, arguments, 2 * blocks["BLOCK_N"] * D * kv.itemsize
+    for name, w, *scales in (
+            ("int8_linear", empty(i8, 4096, 14336), empty(bf16, 4096)),
+            ("int4_linear group 32", empty(torch.uint8, 4096, 7168), *[empty(bf16, 4096, 448)] * 2),
+            ("int4_linear group 128", empty(torch.uint8, 4096, 7168), *[empty(bf16, 4096, 112)] * 2)):
         kernel, _, arguments = _linear_arguments(empty(bf16, 1, 14336), w, *scales)
         yield name, kernel, arguments, 8 * 1024 * w.shape[1] // 14336
 
@@ -575,28 +582,30 @@ def _loads(asm):
     return next(iter(loops.values()), collections.Counter())
 
 def report(archs):
-    """Print what every kernel becomes; 1 if one spills registers or reads its cache or weights by less than 16 bytes."""
-    failed = 0
-    print(f"{'GPU':7}{'kernel':32}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in the loop, tensor cores")
+    """Print what every kernel becomes; 1 if one spills registers or reads cache or weights by less than 16 bytes."""
+    failed = False
+    print(f"{'GPU':7}{'kernel':32}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in the loop, dots")
     for arch in archs:
         for name, kernel, arguments, needed in _variants(SMEM[arch] * 1024):
+            stages = arguments.get("num_stages", 4)
             compiled, asm, registers, spilled = _compile(arch, kernel, arguments)
             amd, shared = arch.startswith("gfx"), compiled.metadata.shared
             threads = compiled.metadata.num_warps * (64 if amd else 32)
             programs = min(SMEM[arch] * 1024 // (shared + 1024), (2 if amd else 1) * 65536 // (registers * threads))
-            stages = compiled.metadata.num_stages if "flash" in name else 4
-            loads, tensor = _loads(asm), set(re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm))
+            loads, dots = _loads(asm), re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
             wrong = "SPILLS " * (spilled > 0) + "NARROW LOADS" * (loads[16] * 16 * threads < needed)
             print(f"{arch:7}{name:32}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}"
-                  f"{programs * needed * (stages - 1) // 1024:17}  ", ", ".join(f"{loads[n]} x {n} B" for n in sorted(loads)[::-1]),
-                  *sorted(tensor), wrong, flush=True)
+                  f"{programs * needed * (stages - 1) // 1024:17} ",
+                  ", ".join(f"{loads[size]} x {size} B" for size in sorted(loads, reverse=True)),
+                  *sorted(set(dots)), wrong, flush=True)
             failed |= bool(wrong)
-    return failed
+    return int(failed)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time, for GPUs that need not be here.")
-    parser.add_argument("--report", nargs="*", metavar="ARCH", required=True, help=f"any of {' '.join(SMEM)}; default: all")
-    archs = parser.parse_args().report or list(SMEM)
-    if not triton or set(archs) - set(SMEM):
-        parser.error(f"--report knows {', '.join(SMEM)}, not {' '.join(set(archs) - set(SMEM))}" if triton else "needs Triton")
-    raise SystemExit(report(archs))
+    parser.add_argument("--report", nargs="*", metavar="GPU", required=True, help=f"of {' '.join(SMEM)}; default: all")
+    gpus = parser.parse_args().report or list(SMEM)
+    unknown = set(gpus) - set(SMEM)
+    if unknown or not triton:
+        parser.error(f"--report knows {' '.join(SMEM)}, not {' '.join(unknown)}" if unknown else "it needs Triton")
+    raise SystemExit(report(gpus))
