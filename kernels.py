@@ -99,18 +99,6 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
     (B, Hq, T, D), (_, Hkv, S, _), f32, int8 = q.shape, k_cache.shape, torch.float32, k_cache.dtype == torch.int8
-    new = (B, Hkv, T, D)
-    for name, x, shape, *dtypes in (
-            ("q", q, q.shape, torch.bfloat16, torch.float16, f32), ("k", k, new, q.dtype), ("v", v, new, q.dtype),
-            ("k_cache", k_cache, (B, Hkv, S, D), q.dtype, torch.int8), ("k_scale", k_scale, (B, Hkv, S), f32),
-            ("v_cache", v_cache, (B, Hkv, S, D), k_cache.dtype), ("v_scale", v_scale, (B, Hkv, S), f32),
-            ("cache_seqlens", cache_seqlens, (B,), torch.int32), ("alibi_slopes", alibi_slopes, (Hq,), f32),
-            ("sinks", sinks, (Hq,), f32)):
-        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
-            raise ValueError(f"flash_decode: {name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}"
-                             f", got {list(x.shape)} {x.dtype} on {x.device}")
-        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
     problem = (
         f"T must be 1 to 16 tokens, got {T}" if not 1 <= T <= 16 else
         f"the head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
@@ -123,6 +111,18 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else None)
     if problem:
         raise ValueError(f"flash_decode: {problem}")
+    new = (B, Hkv, T, D)
+    for name, x, shape, *dtypes in (
+            ("q", q, q.shape, torch.bfloat16, torch.float16, f32), ("k", k, new, q.dtype), ("v", v, new, q.dtype),
+            ("k_cache", k_cache, (B, Hkv, S, D), q.dtype, torch.int8), ("k_scale", k_scale, (B, Hkv, S), f32),
+            ("v_cache", v_cache, (B, Hkv, S, D), k_cache.dtype), ("v_scale", v_scale, (B, Hkv, S), f32),
+            ("cache_seqlens", cache_seqlens, (B,), torch.int32), ("alibi_slopes", alibi_slopes, (Hq,), f32),
+            ("sinks", sinks, (Hq,), f32)):
+        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
+            raise ValueError(f"flash_decode: {name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}"
+                             f", got {list(x.shape)} {x.dtype} on {x.device}")
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
 
 _lib = torch.library.Library("gpt_flash", "FRAGMENT")
 
