@@ -349,7 +349,7 @@ def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + h, mask, other=0)
     if sinks_ptr is not None:  # a weight of 1 at the sink's score, in the first chunk
-        top = tl.load(sinks_ptr + h, mask & (chunk == 0), other=float("-inf")) * LOG2E
+        top = tl.load(sinks_ptr + h, mask, other=float("-inf")) * LOG2E
         sums += ((tl.arange(0, BLOCK_N) == 0) & (chunk == 0))[None, :].to(tl.float32)
     top, total, acc = _attend(q, k_ptr, v_ptr, s_ptr, t_ptr, stride_kn, stride_vn, start, end, n, n - T + t, slope,
                               scale, softcap, top, sums, acc, CAUSAL and T > 1, WINDOW, D, BLOCK_N)

@@ -1,5 +1,6 @@
 """Tests of kernels.py. Without a CUDA device the Triton kernels run in Triton's interpreter."""
 import itertools
+import json
 import math
 import os
 import random
@@ -144,7 +145,8 @@ def by_hand(args, options):
 
 @pytest.mark.parametrize("options", [
     {}, dict(causal=False), dict(window=3), dict(softcap=2.0), dict(alibi_slopes=True), dict(sinks=True),
-    dict(scale=0.5), dict(window=2, softcap=1.5, alibi_slopes=True, sinks=True), dict(causal=False, alibi_slopes=True)], ids=str)
+    dict(scale=0.5), dict(causal=False, alibi_slopes=True),
+    dict(window=2, softcap=1.5, alibi_slopes=True, sinks=True)], ids=str)
 def test_reference_is_the_definition(options):
     for T in (1, 3):
         args, o = make([0, 2, 7], Hkv=2, G=3, T=T, D=8, S=9, device="cpu", **options)
@@ -517,6 +519,24 @@ def test_without_triton():
         sys.modules["triton"], sys.argv = None, ["kernels.py", "--report"]
         runpy.run_path("kernels.py", run_name="__main__")""")
     assert done.returncode == 2 and "needs Triton" in done.stderr, done.stderr
+
+
+# --- the benchmark ---
+
+def test_benchmark_runs(tmp_path):
+    file = tmp_path / "results.json"
+    done = python("benchmarks/attention.py", "--only", "ragged", "int8", "--rounds", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(file.read_text()) and result["copy_bandwidth"] > 0
+    assert {r["group"] for r in result["rows"]} == {"ragged", "int8"}
+    assert all(r["us"] > 0 for r in result["rows"] if r["kernel"] == "ours")
+    assert all(r["why"] for r in result["rows"] if r["us"] is None)
+    done = python("-c", """if True:
+        import runpy, sys
+        sys.modules["matplotlib"], sys.argv = None, ["attention.py", "--plot", "x.png"]
+        runpy.run_path("benchmarks/attention.py", run_name="__main__")""")
+    assert done.returncode == 2 and "needs matplotlib" in done.stderr
 
 
 # --- only on a GPU ---
