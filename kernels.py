@@ -295,17 +295,18 @@ def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, top, total, acc, D: t
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1
     if last:
         tl.store(counter_ptr, 0)
-        STAGES: tl.constexpr = 4 if acc.shape[0] * acc.shape[1] <= 2048 else 2
+        AT_ONCE: tl.constexpr = max(1, 8192 // (acc.shape[0] * acc.shape[1]))  # loads that wait for memory together
         top, total, acc = tl.full(top.shape, float("-inf"), tl.float32), tl.zeros_like(total), tl.zeros_like(acc)
-        for i in tl.range(0, n_chunks, num_stages=STAGES):  # .cg: past L1, which does not see what other SMs wrote
-            part = here + (i - chunk) * ROWS * (D + 8)
-            part_acc = tl.load(part[:, None] + d, mask_d, other=0, cache_modifier=".cg")
-            part_top = tl.load(part + D, mask, other=float("-inf"), cache_modifier=".cg")
-            part_total = tl.load(part + D + 1, mask, other=0, cache_modifier=".cg")
-            new_top = tl.maximum(top, part_top)
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            decay, grow, top = tl.exp2(top - safe), tl.exp2(part_top - safe), new_top
-            total, acc = total * decay + part_total * grow, acc * decay[:, None] + part_acc * grow[:, None]
+        for first in tl.range(0, n_chunks, AT_ONCE, num_stages=1):
+            for i in tl.static_range(AT_ONCE):  # .cg: past L1, which does not see what other SMs wrote
+                part, live = here + (first + i - chunk) * ROWS * (D + 8), mask & (first + i < n_chunks)
+                part_acc = tl.load(part[:, None] + d, live[:, None] & (d < D), other=0, cache_modifier=".cg")
+                part_top = tl.load(part + D, live, other=float("-inf"), cache_modifier=".cg")
+                part_total = tl.load(part + D + 1, live, other=0, cache_modifier=".cg")
+                new_top = tl.maximum(top, part_top)
+                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                decay, grow, top = tl.exp2(top - safe), tl.exp2(part_top - safe), new_top
+                total, acc = total * decay + part_total * grow, acc * decay[:, None] + part_acc * grow[:, None]
     return last, top, total, acc
 
 @jit(do_not_specialize=["B", "S", "n_split"] + [f"stride_{x}{i}" for x in "qkvxyst" for i in range(3)])
