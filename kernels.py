@@ -5,11 +5,8 @@ Decoding one token reads every live key and value once and does next to no arith
 itemsize bytes a layer, 134 MB for Llama-3-8B at 32k tokens. Reading them at the memory's full speed takes every SM, and
 at batch 1 there are far fewer heads than SMs, so the live length itself has to be split.
 
-flash_decode, int8_linear, int4_linear   the operators: Triton on a GPU, PyTorch elsewhere; eager, compiled, CUDA graphs
-*_reference                              the same in plain PyTorch: the definition of what is right
-quantize_kv                              how keys and values become int8
-python kernels.py --report [sm_90 ...]   compile every kernel for those GPUs, without having one, and show the result
-"""
+flash_decode, int8_linear and int4_linear run in Triton on a GPU, in PyTorch elsewhere, and under torch.compile; their
+_reference functions say what is right. `python kernels.py --report [sm_90 ...]` shows what the kernels compile to."""
 from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
 
 import argparse
@@ -98,31 +95,29 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
-    (B, Hq, T, D), (_, Hkv, S, _), f32, int8 = q.shape, k_cache.shape, torch.float32, k_cache.dtype == torch.int8
+    (B, Hq, T, D), (_, Hkv, S, _), int8 = q.shape, k_cache.shape, k_cache.dtype == torch.int8
+    new, old, scale, f32 = (B, Hkv, T, D), (B, Hkv, S, D), (B, Hkv, S), torch.float32
     problem = (
         f"T must be 1 to 16 tokens, got {T}" if not 1 <= T <= 16 else
         f"the head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
         f"query heads must be a multiple of KV heads, got {Hq} and {Hkv}" if Hkv < 1 or Hq % Hkv else
         "k and v go together" if (k is None) != (v is None) else
-        "k_scale and v_scale are needed exactly when the cache is int8"
-        if {k_scale is None, v_scale is None} != {not int8} else
-        f"window must be at least 1 and needs causal=True, got {window} and causal={causal}"
-        if window is not None and (window < 1 or not causal) else
+        "int8 caches, and only they, need k_scale and v_scale" if {k_scale is None, v_scale is None} != {not int8} else
+        f"window must be at least 1, got {window}" if window is not None and window < 1 else
+        "window needs causal=True" if window is not None and not causal else
         f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else None)
-    if problem:
-        raise ValueError(f"flash_decode: {problem}")
-    new = (B, Hkv, T, D)
     for name, x, shape, *dtypes in (
             ("q", q, q.shape, torch.bfloat16, torch.float16, f32), ("k", k, new, q.dtype), ("v", v, new, q.dtype),
-            ("k_cache", k_cache, (B, Hkv, S, D), q.dtype, torch.int8), ("k_scale", k_scale, (B, Hkv, S), f32),
-            ("v_cache", v_cache, (B, Hkv, S, D), k_cache.dtype), ("v_scale", v_scale, (B, Hkv, S), f32),
-            ("cache_seqlens", cache_seqlens, (B,), torch.int32), ("alibi_slopes", alibi_slopes, (Hq,), f32),
-            ("sinks", sinks, (Hq,), f32)):
+            ("k_cache", k_cache, old, q.dtype, torch.int8), ("v_cache", v_cache, old, k_cache.dtype),
+            ("k_scale", k_scale, scale, f32), ("v_scale", v_scale, scale, f32), ("sinks", sinks, (Hq,), f32),
+            ("alibi_slopes", alibi_slopes, (Hq,), f32), ("cache_seqlens", cache_seqlens, (B,), torch.int32)):
         if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
-            raise ValueError(f"flash_decode: {name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}"
-                             f", got {list(x.shape)} {x.dtype} on {x.device}")
+            problem = problem or (f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}, "
+                                  f"got {list(x.shape)} {x.dtype} on {x.device}")
         if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
+            problem = problem or f"the last dimension of {name} must be contiguous"
+    if problem:
+        raise ValueError(f"flash_decode: {problem}")
 
 _lib = torch.library.Library("gpt_flash", "FRAGMENT")
 
@@ -394,11 +389,6 @@ def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale
         scale=D ** -0.5 if scale is None else float(scale), softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G,
         T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **strides, **blocks)
 
-@functools.cache
-def _device(device):
-    props = torch.cuda.get_device_properties(device)
-    return props.multi_processor_count, props.shared_memory_per_multiprocessor
-
 _zeros = {}
 
 def _counters(device, n):
@@ -415,9 +405,9 @@ def _counters(device, n):
 def _flash_decode_triton(q, k_cache, *args, blocks=None, n_programs=None):
     """Launch the kernel. blocks and n_programs are for tests: they stand for a device that is not there."""
     if blocks is None:
-        n_sm, smem = _device(q.device)
-        blocks = _blocks(k_cache.element_size(), q.shape[3], q.shape[1] // k_cache.shape[1] * q.shape[2], smem)
-        n_programs = 2 * n_sm
+        gpu, rows = torch.cuda.get_device_properties(q.device), q.shape[1] // k_cache.shape[1] * q.shape[2]
+        blocks = _blocks(k_cache.element_size(), q.shape[3], rows, gpu.shared_memory_per_multiprocessor)
+        n_programs = 2 * gpu.multi_processor_count
     grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs, lambda n: _counters(q.device, n))
     with torch.cuda.device_of(q):
         _flash_decode_kernel[(grid,)](**arguments)
@@ -508,37 +498,35 @@ for _schema, _reference in (("int8_linear(Tensor x, Tensor w, Tensor scales)", i
 
 # --- the report: what the kernels become on GPUs that need not be here ---
 
-SMEM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KB an SM
+SMEM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KB per SM
 
 def _variants(smem):
     """Name, kernel, arguments (tensors without memory), and bytes of cache or weights that a turn of its loop reads."""
+    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, int8=torch.int8, i32=torch.int32)
     def empty(dtype, *shape):
-        return torch.empty(shape, dtype=dtype, device="meta")
-    bf16, fp16, f32, i8, i32 = torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int32
-    for name, dtype, kv, D, G, T in (
-            ("bf16", bf16, bf16, 128, 4, 1), ("bf16, no append", bf16, bf16, 128, 4, 1),
-            ("bf16, all options", bf16, bf16, 128, 4, 1), ("bf16 D=64", bf16, bf16, 64, 8, 1),
-            ("fp16 D=80", fp16, fp16, 80, 1, 1), ("bf16 D=256", bf16, bf16, 256, 4, 1), ("fp32", f32, f32, 128, 4, 1),
-            ("bf16 20 rows", bf16, bf16, 128, 4, 5), ("bf16 64 rows", bf16, bf16, 128, 8, 8),
-            ("int8", bf16, i8, 128, 4, 1), ("int8 D=64", bf16, i8, 64, 8, 1), ("int8 D=256", bf16, i8, 256, 4, 1),
-            ("int8 64 rows", bf16, i8, 128, 8, 8)):
-        blocks, q, cache = _blocks(kv.itemsize, D, G * T, smem), empty(dtype, 4, 8 * G, T, D), empty(kv, 4, 8, 32768, D)
-        new, scales = None if "no" in name else empty(dtype, 4, 8, T, D), empty(f32, 4, 8, 32768) if kv == i8 else None
-        options = (4096, 50.0, empty(f32, 8 * G), empty(f32, 8 * G)) if "options" in name else (None,) * 4
-        _, arguments = _arguments(q, cache, cache, empty(i32, 4), new, new, scales, scales, None, True, *options,
-                                  blocks, 264, lambda n: empty(i32, n))
-        yield f"flash_decode {name}", _flash_decode_kernel, arguments, 2 * blocks["BLOCK_N"] * D * kv.itemsize
-    for name, w, *scales in (
-            ("int8_linear", empty(i8, 4096, 14336), empty(bf16, 4096)),
-            ("int4_linear group 32", empty(torch.uint8, 4096, 7168), *[empty(bf16, 4096, 448)] * 2),
-            ("int4_linear group 128", empty(torch.uint8, 4096, 7168), *[empty(bf16, 4096, 112)] * 2)):
-        kernel, _, arguments = _linear_arguments(empty(bf16, 1, 14336), w, *scales)
+        return torch.empty(shape, dtype=dtypes.get(dtype, torch.uint8), device="meta")
+    for name in ("bf16 D=128 G=4 T=1", "bf16 D=128 G=4 T=1 read", "bf16 D=128 G=4 T=1 options", "bf16 D=64 G=8 T=1",
+                 "bf16 D=256 G=2 T=1", "bf16 D=128 G=4 T=5", "bf16 D=128 G=8 T=8", "fp16 D=80 G=1 T=1",
+                 "fp32 D=128 G=4 T=1", "int8 D=128 G=4 T=1", "int8 D=64 G=8 T=1", "int8 D=256 G=2 T=1",
+                 "int8 D=128 G=8 T=8"):
+        kv, (D, G, T) = name[:4], map(int, re.findall(r"=(\d+)", name))
+        cache, heads, dtype, scales = empty(kv, 4, 8, 32768, D), empty("fp32", 8 * G), kv, None
+        if kv == "int8":
+            dtype, scales = "bf16", empty("fp32", 4, 8, 32768)
+        new = None if "read" in name else empty(dtype, 4, 8, T, D)
+        blocks = _blocks(cache.element_size(), D, G * T, smem)
+        _, arguments = _arguments(
+            empty(dtype, 4, 8 * G, T, D), cache, cache, empty("i32", 4), new, new, scales, scales, None, True,
+            *((4096, 50.0, heads, heads) if "options" in name else (None,) * 4), blocks, 264, lambda n: empty("i32", n))
+        yield f"flash_decode {name}", _flash_decode_kernel, arguments, 2 * blocks["BLOCK_N"] * D * cache.element_size()
+    for name, w, *scales in (("int8_linear", empty("int8", 4096, 14336), empty("bf16", 4096)),
+                             ("int4_linear group=32", empty("u8", 4096, 7168), *[empty("bf16", 4096, 448)] * 2),
+                             ("int4_linear group=128", empty("u8", 4096, 7168), *[empty("bf16", 4096, 112)] * 2)):
+        kernel, _, arguments = _linear_arguments(empty("bf16", 1, 14336), w, *scales)
         yield name, kernel, arguments, 8 * 1024 * w.shape[1] // 14336
 
 def _compile(arch, kernel, arguments):
     """Compile for arch: the compiled kernel, its assembly, registers a thread and bytes of them spilled."""
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int8: "i8",
-             torch.uint8: "u8"}
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     constants, signature, aligned = {}, {}, {}
     for i, p in enumerate(kernel.params):
@@ -546,7 +534,8 @@ def _compile(arch, kernel, arguments):
         if p.is_constexpr or x is None:
             signature[p.name], constants[p.name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
-            signature[p.name], aligned[i,] = "*" + names[x.dtype], [["tt.divisibility", 16]]
+            name = str(x.dtype)[6:].replace("bfloat", "bf").replace("float", "fp").replace("uint", "u")
+            signature[p.name], aligned[i,] = "*" + name.replace("int", "i"), [["tt.divisibility", 16]]
         else:
             signature[p.name] = "fp32" if isinstance(x, float) else "i32"
     amd = arch.startswith("gfx")
@@ -585,7 +574,7 @@ def _loads(asm):
 def report(archs):
     """Print what every kernel becomes; 1 if one spills registers or reads cache or weights by less than 16 bytes."""
     failed = False
-    print(f"{'GPU':7}{'kernel':32}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in the loop, dots")
+    print(f"{'GPU':7}{'kernel':40}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in its loop")
     for arch in archs:
         for name, kernel, arguments, needed in _variants(SMEM[arch] * 1024):
             stages = arguments.get("num_stages", 4)
@@ -595,7 +584,7 @@ def report(archs):
             programs = min(SMEM[arch] * 1024 // (shared + 1024), (2 if amd else 1) * 65536 // (registers * threads))
             loads, dots = _loads(asm), re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
             wrong = "SPILLS " * (spilled > 0) + "NARROW LOADS" * (loads[16] * 16 * threads < needed)
-            print(f"{arch:7}{name:32}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}"
+            print(f"{arch:7}{name:40}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}"
                   f"{programs * needed * (stages - 1) // 1024:17} ",
                   ", ".join(f"{loads[size]} x {size} B" for size in sorted(loads, reverse=True)),
                   *sorted(set(dots)), wrong, flush=True)
@@ -604,9 +593,8 @@ def report(archs):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time, for GPUs that need not be here.")
-    parser.add_argument("--report", nargs="*", metavar="GPU", required=True, help=f"of {' '.join(SMEM)}; default: all")
-    gpus = parser.parse_args().report or list(SMEM)
-    unknown = set(gpus) - set(SMEM)
-    if unknown or not triton:
-        parser.error(f"--report knows {' '.join(SMEM)}, not {' '.join(unknown)}" if unknown else "it needs Triton")
+    parser.add_argument("--report", nargs="*", metavar="GPU", required=True, choices=SMEM, help="%(choices)s, or all")
+    gpus = parser.parse_args().report or SMEM
+    if not triton:
+        parser.error("the report needs Triton")
     raise SystemExit(report(gpus))
