@@ -73,9 +73,7 @@ class Tokenizer:
         show = {char: text for text, char in hide.items()}
         any_of = re.compile("|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)")
         hidden = [{**m, "content": any_of.sub(lambda found: hide[found[0]], m["content"])} for m in messages]
-        names = {i: text for text, i in self.special.items()}
-        text = render_chat(self.chat_template, messages=hidden, bos_token=names.get(self.bos_id, ""),
-                           eos_token=next((names[i] for i in self.eos_ids if i in names), ""))
+        text = render_chat(self.chat_template, messages=hidden, **self.special_text)
         ids = []
         if isinstance(self.backend, tokenizers.Tokenizer) and show.keys().isdisjoint(text):
             self.backend.encode_special_tokens = False
@@ -85,6 +83,12 @@ class Tokenizer:
             plain = "".join(show.get(char, char) for char in piece)
             ids += [self.special[piece]] if piece in self.special else self.encode(plain, bos=False) if piece else []
         return ids
+
+    @property
+    def special_text(self):
+        """What a chat template may ask for."""
+        names = {i: text for text, i in self.special.items()}
+        return {"bos_token": names.get(self.bos_id, ""), "eos_token": next((names[i] for i in self.eos_ids if i in names), "")}
 
 def render_chat(template, **values):
     def refuse(message):
@@ -131,7 +135,7 @@ def folder_tokenizer(path):
     config, *others = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
     eos = config.get("eos_token")
     eos_ids = {special.get(eos["content"] if isinstance(eos, dict) else eos)}
-    for ids in (source.get("eos_token_id") for source in others):
+    for ids in (source.get("eos_token_id") for source in (config, *others)):
         eos_ids |= set(ids) if isinstance(ids, list) else {ids}
     template, file = config.get("chat_template"), folder / "chat_template.jinja"
     if isinstance(template, list):  # several, by name

@@ -512,19 +512,21 @@ def check_names(wanted, given, path):
             raise ValueError(f"{path} {problem} {names[0]}" + (f" (and {len(names) - 1} more)" if names[1:] else ""))
 
 @torch.no_grad()
-def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None):
+def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None, group_size=32):
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder saved by quantize.py or, for
-    benchmarks, a bare config.json, which gives random weights. quantize: None, "int8" or "int4", layer by layer while
-    loading, so that a model that fits only when quantized can be loaded. ValueError says what is wrong, by name."""
+    benchmarks, a bare config.json, which gives random weights. quantize: None, "int8" or "int4" (in groups of
+    group_size), layer by layer while loading, so that a model that fits only when quantized can be loaded. ValueError
+    says what is wrong, by name."""
     path = resolve(path)
     hf, tensors = open_checkpoint(path)
     config = ModelConfig.from_hf(hf)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    own = quantized_layout(model, hf)  # a folder of quantize.py has our names and quantized layers
-    tied = config.tied and not own
+    own = tensors is not None and quantized_layout(model, hf)  # quantize.py's folders have our names and its layers
+    if own and quantize:
+        raise ValueError(f"{path} is quantized already; leave out --quantize {quantize}")
     plan = {name: [name] if own else sources(name) for name in model.state_dict()}
-    if tied:
+    if config.tied and isinstance(model.lm_head, Linear):
         del plan["lm_head.weight"]
     if tensors is None:
         print(f"WARNING: {path} is a bare configuration: the weights are RANDOM, for benchmarks only", file=sys.stderr)
@@ -544,7 +546,7 @@ def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None):
                 tensor = read_parameter(meta.shape, plan[full], config, tensors).to(device, meta.dtype, copy=True)
             setattr(module, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
         if isinstance(module, Linear) and quantize:
-            module = quantize_linear(module, quantize)
+            module = quantize_linear(module, quantize, group_size, prefix)
             model.set_submodule(prefix, module)
         if hasattr(module, "pack"):
             module.pack()
