@@ -127,11 +127,13 @@ def _operator(schema, implementation, fake):
     _lib.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gpt_flash::{name}", fake, lib=_lib)
 
+def _flash_decode(q, *args):  # on AMD tl.debug_barrier does not wait for stores to memory, which the kernel relies on
+    return (_flash_decode_triton if triton and q.is_cuda and not torch.version.hip else _flash_decode_torch)(q, *args)
+
 # In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory are copied.
 _operator("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
           "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, float? softcap, "
-          "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)",
-          lambda q, *args: (_flash_decode_triton if triton and q.is_cuda else _flash_decode_torch)(q, *args),
+          "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)", _flash_decode,
           lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
 
 # --- attention in PyTorch: the CPU, and wherever Triton is not ---
