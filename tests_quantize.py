@@ -154,7 +154,7 @@ def test_save_load_generate(tmp_path, mode, tied, dtype):
     save_quantized(model, tmp_path / "q")
     assert new_tokens(load_model(tmp_path / "q", dtype=dtype)) == tokens
     assert new_tokens(load_model(source, dtype=dtype, quantize=mode)) == tokens
-    assert {x.dtype for name, x in load_file(tmp_path / "q/model.safetensors").items() if name.endswith("w2.weight")} == {
+    assert {x.dtype for name, x in load_file(tmp_path / "q/model.safetensors").items() if name.endswith("down_proj.weight")} == {
         torch.int8 if mode == "int8" else torch.uint8}
     # again from the loaded one: the same bytes
     save_quantized(load_model(tmp_path / "q", dtype=dtype), tmp_path / "r")
