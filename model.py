@@ -318,13 +318,17 @@ class Transformer(nn.Module):
         if kv_dtype == torch.int8:
             self.calibrate_k_mean()
 
-    def calibrate_k_mean(self, n_tokens=64):
+    def calibrate_k_mean(self, n_tokens=128):
         """The mean key of each head over random tokens. Keys have outlier channels that one int8 scale a token handles
-        badly; subtracting a fixed vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367)."""
-        n = min(n_tokens, self.cache.max_seq_len)
+        badly; subtracting a fixed vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367).
+        The tokens are spread over the cache, because keys turn with their position: with 64 of them the mean KL on
+        SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
+        n, positions = min(n_tokens, self.cache.max_seq_len), self.positions
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator).to(self.cache.kv.device)
+        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator).to(positions.device)
+        self.positions = positions[torch.linspace(0, len(positions) - 1, n).long()]
         self(tokens, torch.zeros(1, dtype=torch.int32, device=tokens.device), start=0)
+        self.positions = positions
         for k_mean, layer in zip(self.cache.k_mean, self.cache.layers(1)):
             k_mean.copy_(layer.read(n, torch.float32)[0][0].mean(1, keepdim=True))
 

@@ -129,20 +129,19 @@ class Int4Linear(QuantizedLinear):
         does, and keep the best: 7% less error than the range alone on normal weights, with scale and zero rounded too."""
         w, best = w.view(len(w), -1, self.group_size), None
         low, high = w.aminmax(dim=-1, keepdim=True)
-        scale, zero = (high - low) / 15, (high + low + (high - low) / 15) / 2
+        scale, zero = (high - low) / 15, low + (high - low) * (8 / 15)
         for _ in range(4):
-            scale, zero = scale.bfloat16(), zero.bfloat16()
-            nibbles = ((w - zero) / scale.float().clamp_min(1e-30) + 8).round().clamp(0, 15)
-            error = ((nibbles - 8) * scale + zero - w).square().sum(-1, keepdim=True)
-            new = error, nibbles, scale, zero
+            scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
+            q = (w - zero).div_(scale.clamp_min(1e-30)).round_().clamp_(-8, 7)
+            error = (q * scale).add_(zero).sub_(w).square_().sum(-1, keepdim=True)
+            new = error, q, scale, zero
             best = [torch.where(error < best[0], x, y) for x, y in zip(new, best)] if best else new
-            mean = nibbles.mean(-1, keepdim=True)
-            scale = ((nibbles - mean) * w).sum(-1, keepdim=True) / (nibbles - mean).square().sum(-1, keepdim=True).clamp_min(1e-30)
-            zero = w.mean(-1, keepdim=True) - scale * (mean - 8)
-        _, nibbles, scale, zero = best
-        nibbles = nibbles.flatten(1).to(torch.uint8)
+            mean = q.mean(-1, keepdim=True)
+            scale = ((q - mean) * w).sum(-1, keepdim=True) / (q - mean).square_().sum(-1, keepdim=True).clamp_min(1e-30)
+            zero = w.mean(-1, keepdim=True) - scale * mean
+        nibbles = (best[1] + 8).flatten(1).to(torch.uint8)
         self.weight[rows] = nibbles[:, ::2] | nibbles[:, 1::2] << 4
-        self.scales[rows], self.zeros[rows] = scale.squeeze(-1), zero.squeeze(-1)
+        self.scales[rows], self.zeros[rows] = best[2].squeeze(-1), best[3].squeeze(-1)
 
     def pack(self):
         if self.weight.device.type == "cpu" and not self.packed and cpu_layout():
