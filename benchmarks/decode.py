@@ -220,7 +220,7 @@ def measure(contestants, args, batch, context, capacity, vocab_size):
     rows = {c.name: dict(contestant=c.name, batch=batch, context=context, capacity=capacity) for c in contestants}
     for c in contestants:
         rows[c.name]["compile_s"] = c.setup(batch, capacity)
-    for _ in range(2):  # the second prefill counts
+    for _ in range(args.prefills):  # the last one counts
         for c in contestants:
             rows[c.name]["first_token_s"] = timed(lambda: c.prefill(tokens))
     steps = {c.name: [] for c in contestants}
@@ -286,6 +286,7 @@ def main():
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--prefills", type=int, default=2, help="prompts read before decoding; the last one's time counts")
     p.add_argument("--steps", type=int, default=8, help="decode steps a round; the first does not count")
     p.add_argument("--output", type=Path, help="JSON file to add the rows to")
     args = p.parse_args()
