@@ -1,12 +1,12 @@
 """Decode end to end, side by side with peers in one process: milliseconds a token, time to first token, compile time.
 
     python benchmarks/decode.py --shape benchmarks/configs/TinyLlama-1.1B.json --contexts 128 --capacities 512 8192 \
-        --variants bf16 int8 --peers transformers gpt_fast llama_cpp --gpt_fast_path ../gpt-fast
+        --variants bf16 int8 --peers transformers llama_cpp --gpt_fast ../gpt-fast
 
 Weights are random, made here in the shape of --shape. At batch 1 every step reads all weights and the live part of the
 KV cache once, so the floor of a step is those bytes over the memory's bandwidth, which is measured in the same run.
 All contestants stand in memory at once and take turns, --rounds times --steps decode steps each at the same context
-length, and the median of a contestant's steps counts. Results are added to --output as JSON; render.py draws from it."""
+length, and the median of a contestant's steps counts. Results are added to the --json file; render.py draws from it."""
 import argparse
 import gc
 import importlib
@@ -65,38 +65,33 @@ class Ours:
 class GptFast:
     """gpt-fast from a checkout, through its own functions; its eager mode on a CPU, where compiling is slower."""
     def __init__(self, path, config, device, compiled, int8=False):
-        ours = {name: sys.modules.pop(name) for name in ("model", "generate", "quantize", "tokenizer") if name in sys.modules}
+        names = "model", "generate", "quantize", "tokenizer"  # ours have the same
+        ours = {name: sys.modules.pop(name) for name in names if name in sys.modules}
         sys.path.insert(0, str(path))
         try:
             self.generate, self.theirs = importlib.import_module("generate"), importlib.import_module("model")
             quantize = importlib.import_module("quantize")
         finally:
             sys.path.remove(str(path))
-            for name in ("model", "generate", "quantize", "tokenizer"):
+            for name in names:
                 sys.modules.pop(name, None)
             sys.modules.update(ours)
         self.name = "gpt-fast" + " int8" * int8 + " compiled" * (compiled and device == "cpu")
-        args = self.theirs.ModelArgs(block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layer,
-                                     n_head=config.n_head, dim=config.dim, intermediate_size=config.ffn_dim,
-                                     n_local_heads=config.n_kv_head, rope_base=config.rope_theta)
+        args = self.theirs.ModelArgs(
+            block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+            dim=config.dim, intermediate_size=config.ffn_dim, n_local_heads=config.n_kv_head,
+            rope_base=config.rope_theta)
         with torch.device("meta"):
             self.model = self.theirs.Transformer(args)
             if int8:
                 quantize.replace_linear_weight_only_int8_per_channel(self.model)
-        self.model = self.model.to(torch.bfloat16).to_empty(device=device).eval() if not int8 else self.empty_int8(device)
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            tensor.data.normal_(std=0.02) if tensor.is_floating_point() else tensor.random_(-127, 128)
+        self.model.to_empty(device=device).eval()
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:  # all but int8 weights are bf16, scales too
+            floating = tensor.is_floating_point()
+            tensor.data = (tensor.data.bfloat16().normal_(std=0.02) if floating else tensor.data.random_(-127, 128))
         self.device, self.compiled, self.decode = device, compiled, self.generate.decode_one_token
         if compiled:
             self.decode = torch.compile(self.decode, mode="reduce-overhead", fullgraph=True)
-
-    def empty_int8(self, device):
-        self.model.to_empty(device=device).eval()
-        for module in self.model.modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(torch.bfloat16)
-        return self.model
 
     def setup(self, batch, capacity):
         self.model.max_seq_length = self.model.max_batch_size = -1
@@ -111,7 +106,8 @@ class GptFast:
         return time.perf_counter() - start if self.compiled else 0.0
 
     def prefill(self, tokens):
-        self.generate.prefill(self.model, tokens, torch.arange(tokens.shape[1], device=self.device), temperature=1.0, top_k=1)
+        input_pos = torch.arange(tokens.shape[1], device=self.device)
+        self.generate.prefill(self.model, tokens, input_pos, temperature=1.0, top_k=1)
         self.context = tokens.shape[1]
 
     def step(self):
@@ -170,12 +166,12 @@ class LlamaCpp:
         writer.add_layer_norm_rms_eps(config.norm_eps), writer.add_rope_freq_base(config.rope_theta)
         writer.add_vocab_size(config.vocab_size), writer.add_tokenizer_model("llama")
         writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-        writer.add_token_scores([0.0] * config.vocab_size), writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
+        writer.add_token_scores([0.0] * config.vocab_size)
+        writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
         quantization = gguf.GGMLQuantizationType[kind]
-        kv = config.n_kv_head * config.head_dim
-        block = {"attn_q": (config.n_head * config.head_dim, config.dim), "attn_k": (kv, config.dim), "attn_v": (kv, config.dim),
-                 "attn_output": (config.dim, config.n_head * config.head_dim), "ffn_gate": (config.ffn_dim, config.dim),
-                 "ffn_up": (config.ffn_dim, config.dim), "ffn_down": (config.dim, config.ffn_dim)}
+        dim, q, kv = config.dim, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        block = {"attn_q": (q, dim), "attn_k": (kv, dim), "attn_v": (kv, dim), "attn_output": (dim, q),
+                 "ffn_gate": (config.ffn_dim, dim), "ffn_up": (config.ffn_dim, dim), "ffn_down": (dim, config.ffn_dim)}
         shapes = {"token_embd": (config.vocab_size, config.dim), "output": (config.vocab_size, config.dim),
                   **{f"blk.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block.items()}}
         made = {}  # one random tensor a shape: the values do not matter to the time, the bytes do
@@ -183,8 +179,9 @@ class LlamaCpp:
             if shape not in made:
                 made[shape] = gguf.quantize((torch.randn(shape) * 0.02).numpy(), quantization)
             writer.add_tensor(f"{name}.weight", made[shape], raw_dtype=quantization)
-        for name in ["output_norm"] + [f"blk.{i}.{n}" for i in range(config.n_layer) for n in ("attn_norm", "ffn_norm")]:
-            writer.add_tensor(f"{name}.weight", torch.ones(config.dim).numpy())
+        norms = [f"blk.{i}.{name}" for i in range(config.n_layer) for name in ("attn_norm", "ffn_norm")]
+        for name in ["output_norm", *norms]:
+            writer.add_tensor(f"{name}.weight", torch.ones(dim).numpy())
         writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
         writer.close()
 
@@ -235,9 +232,10 @@ def measure(contestants, args, batch, context, capacity, vocab_size):
                              tokens_per_s=batch * 1e3 / statistics.median(ms))
         if isinstance(c, Ours):
             rows[c.name]["bytes_read"] = c.bytes_read(batch, context)
-        print(f"{c.name:24} batch {batch} context {context:6} capacity {capacity:6}: {rows[c.name]['ms']:8.2f} ms a step "
-              f"({ms[len(ms) // 10]:.2f} to {ms[-1 - len(ms) // 10]:.2f}), first token {rows[c.name]['first_token_s']:.2f} s, "
-              f"compile {rows[c.name]['compile_s']:.1f} s", file=sys.stderr, flush=True)
+        row = rows[c.name]
+        print(f"{c.name:24} batch {batch} context {context:6} capacity {capacity:6}: {row['ms']:8.2f} ms a step "
+              f"({row['ms_p10']:.2f} to {row['ms_p90']:.2f}), first token {row['first_token_s']:.2f} s, "
+              f"compile {row['compile_s']:.1f} s", file=sys.stderr, flush=True)
     return list(rows.values())
 
 def device_facts(device):
@@ -255,16 +253,15 @@ def contestants_of(args, config, hf):
     """The contestants that --variants and --peers ask for; those that cannot be had are named and left out."""
     made = [Ours(args.shape, v, args.device, compiled) for v in args.variants
             for compiled in ([True] if args.device != "cpu" else [False, True] if args.compile else [False])]
-    for peer in args.peers:
+    gpu = args.device != "cpu"
+    for peer in ["gpt-fast"] * bool(args.gpt_fast) + args.peers:
         try:
-            if peer == "gpt_fast":
-                made.append(GptFast(args.gpt_fast_path, config, args.device, args.device != "cpu"))
-                if "int8" in args.variants:
-                    made.append(GptFast(args.gpt_fast_path, config, args.device, args.device != "cpu", int8=True))
-                if args.device == "cpu" and args.compile:
-                    made.append(GptFast(args.gpt_fast_path, config, args.device, True))
+            if peer == "gpt-fast":
+                made += [GptFast(args.gpt_fast, config, args.device, gpu, int8) for int8 in (False, True)
+                         if ("int8" in args.variants if int8 else True)]
+                made += [GptFast(args.gpt_fast, config, args.device, True)] * (args.compile and not gpu)
             elif peer == "transformers":
-                made.append(Transformers(hf, args.device, args.device != "cpu"))
+                made.append(Transformers(hf, args.device, gpu))
             else:
                 kinds = {"int8": "Q8_0", "int4": "Q4_0"}
                 made += [LlamaCpp(config, kind, torch.get_num_threads()) for kind in
@@ -280,18 +277,18 @@ def main():
     p.add_argument("--capacities", type=int, nargs="+", default=[512], help="room in the cache, in turn")
     p.add_argument("--batches", type=int, nargs="+", default=[1])
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=["bf16"], help="ours")
-    p.add_argument("--peers", nargs="*", choices=["transformers", "gpt_fast", "llama_cpp"], default=[])
-    p.add_argument("--gpt_fast_path", type=Path, help="a checkout of gpt-fast")
+    p.add_argument("--peers", nargs="*", choices=["transformers", "llama_cpp"], default=[])
+    p.add_argument("--gpt_fast", metavar="PATH", type=Path, help="a checkout of gpt-fast, a peer driven from there")
     p.add_argument("--compile", action="store_true", help="on a CPU, compiled contestants too; on CUDA all are")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--prefills", type=int, default=2, help="prompts read before decoding; the last one's time counts")
     p.add_argument("--steps", type=int, default=8, help="decode steps a round; the first does not count")
-    p.add_argument("--output", type=Path, help="JSON file to add the rows to")
+    p.add_argument("--json", metavar="FILE", type=Path, help="add the result to this file")
     args = p.parse_args()
-    if "gpt_fast" in args.peers and not (args.gpt_fast_path and (args.gpt_fast_path / "model.py").exists()):
-        p.error("--peers gpt_fast needs --gpt_fast_path, a checkout of gpt-fast")
+    if args.gpt_fast and not (args.gpt_fast / "model.py").exists():
+        p.error(f"--gpt_fast {args.gpt_fast} is not a checkout of gpt-fast")
     torch.set_num_threads(args.threads)
     hf = our_model.read_json(args.shape)
     config, rows = our_model.ModelConfig.from_hf(hf), []
@@ -305,9 +302,9 @@ def main():
     bandwidth = generate.copy_bandwidth(args.device, 2**28 if args.device == "cpu" else 2**30)
     result = device_facts(args.device) | dict(command=shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
                                               shape=args.shape.stem, copy_gb_s=bandwidth / 1e9, rows=rows)
-    if args.output:
-        runs = json.loads(args.output.read_text()) if args.output.exists() else []
-        args.output.write_text(json.dumps(runs + [result], indent=1) + "\n")
+    if args.json:
+        runs = json.loads(args.json.read_text()) if args.json.exists() else []
+        args.json.write_text(json.dumps(runs + [result], indent=1) + "\n")
     print(json.dumps(result))
 
 if __name__ == "__main__":

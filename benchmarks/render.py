@@ -23,7 +23,7 @@ def table(run):
     rows, columns = {}, {}
     for row in run["rows"]:
         key = row["batch"], row["context"], row["capacity"]
-        columns[key] = f"{row['context']} in {row['capacity']}" + (f", batch {row['batch']}" if row["batch"] > 1 else "")
+        columns[key] = f"{row['context']} in {row['capacity']}" + f", batch {row['batch']}" * (row["batch"] > 1)
         rows.setdefault(row["contestant"], {})[key] = row
     peer = next((name for name in rows if name == "gpt-fast"), None)
     head = ["ms a token at context in capacity", *columns.values(), "first token, s", "compile, s"]
@@ -31,13 +31,15 @@ def table(run):
     for name, cells in rows.items():
         texts = [f"**{name}**" if name.startswith("gpt-flash") else name]
         for key in columns:
-            ratio = f" ({rows[peer][key]['ms'] / cells[key]['ms']:.2f}x)" if peer and key in cells and name != peer else ""
-            texts.append(f"{cells[key]['ms']:.1f}{ratio}" if key in cells else "")
+            ms = cells[key]["ms"] if key in cells else float("nan")
+            ratio = f" ({rows[peer][key]['ms'] / ms:.2f}x)" if peer and name != peer else ""
+            texts.append(f"{ms:.1f}{ratio}" if key in cells else "")
         last = list(cells.values())[-1]
         first = list(cells.values())[0]
         texts += [f"{last['first_token_s']:.2f}", f"{first['compile_s']:.1f}" if first["compile_s"] else ""]
         lines.append("| " + " | ".join(texts) + " |")
-    note = f"{run['shape']} on {run['device']}, torch {run['torch']}, {run['date']}; copy bandwidth {run['copy_gb_s']:.0f} GB/s."
+    note = (f"{run['shape']} on {run['device']}, torch {run['torch']}, {run['date']}; copy bandwidth "
+            f"{run['copy_gb_s']:.0f} GB/s.")
     if peer:
         note += " In brackets: speed relative to gpt-fast."
     return "\n".join([note, "", *lines, "", "    " + run["command"], ""])
@@ -76,7 +78,7 @@ def section():
     parts = []
     for file, run in runs():
         parts.append(table(run))
-        parts += [f"![tokens/s against context](benchmarks/{path.name})\n" for other, path in pictures() if other == run]
+        parts += [f"![tokens/s against context](benchmarks/{p.name})\n" for other, p in pictures() if other == run]
     return "\n".join(parts)
 
 def main():
