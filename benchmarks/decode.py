@@ -9,7 +9,7 @@ All contestants stand in memory at once and take turns, --rounds times --steps d
 length, and the median of a contestant's steps counts. Results are added to the --json file; render.py draws from it."""
 import argparse
 import gc
-import importlib
+import importlib.util
 import json
 import platform
 import shlex
@@ -65,17 +65,13 @@ class Ours:
 class GptFast:
     """gpt-fast from a checkout, through its own functions; its eager mode on a CPU, where compiling is slower."""
     def __init__(self, path, config, device, compiled, int8=False):
-        names = "model", "generate", "quantize", "tokenizer"  # ours have the same
-        ours = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-        sys.path.insert(0, str(path))
-        try:
-            self.generate, self.theirs = importlib.import_module("generate"), importlib.import_module("model")
-            quantize = importlib.import_module("quantize")
-        finally:
-            sys.path.remove(str(path))
-            for name in names:
-                sys.modules.pop(name, None)
-            sys.modules.update(ours)
+        modules, ours = {}, dict(sys.modules)
+        for name in ("model", "tokenizer", "quantize", "generate"):  # ours have the same names: theirs get a prefix
+            spec = importlib.util.spec_from_file_location(f"gpt_fast_{name}", path / f"{name}.py")
+            modules[name] = sys.modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[name])
+        sys.modules.update({name: ours[name] for name in modules if name in ours})
+        self.generate, self.theirs, quantize = modules["generate"], modules["model"], modules["quantize"]
         self.name = "gpt-fast" + " int8" * int8 + " compiled" * (compiled and device == "cpu")
         args = self.theirs.ModelArgs(
             block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
