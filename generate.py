@@ -292,11 +292,13 @@ class DecodeStep:
         return event
 
 def compile_model(model, prefill=False):
-    """Compile one block for decoding, which all layers share, so that compile time does not grow with depth, and the
-    output head. prefill: also the block over prompts of any length."""
-    options = {"coordinate_descent_tuning": True} if model.embed_tokens.weight.is_cuda else {}
+    """Compile one block for decoding, which all layers share, so that compile time does not grow with depth, and on CUDA
+    the output head (two operators on a CPU). prefill: also the block over prompts of any length."""
+    cuda = model.embed_tokens.weight.is_cuda
+    options = {"coordinate_descent_tuning": True} if cuda else {}
     model.decode_block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
-    model.decode_head = torch.compile(Transformer.head, fullgraph=True, dynamic=False, options=options)
+    if cuda:
+        model.decode_head = torch.compile(Transformer.head, fullgraph=True, dynamic=False, options=options)
     if prefill:
         model.prefill_block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
 

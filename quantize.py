@@ -200,7 +200,8 @@ def say_once(message):
 def quantize_linear(linear, mode, group_size=32, name=""):
     """A Linear's quantized counterpart, not packed yet, its relative error in .error; the Linear itself where its shape
     does not fit, said on stderr. The output layer gets int8 in int4 mode too: in int4 it costs SmolLM2-135M a
-    mean KL of 0.053, in int8 0.002, and llama.cpp does not go below 6 bits for it either. ValueError for an unknown mode or group size."""
+    mean KL of 0.053, in int8 0.002, and llama.cpp does not go below 6 bits for it either. ValueError for an unknown
+    mode or group size."""
     if mode not in MODES or group_size not in (32, 64, 128):
         raise ValueError(f"no quantization {mode!r} in groups of {group_size}; there are int8, int4 and 32, 64, 128")
     try:

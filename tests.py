@@ -561,7 +561,7 @@ def test_compiled_decode(checkpoint, attention):
     compile_model(model)
     for pick in ([0, 1], [2], [1, 2], [0]):
         assert generate(model, [PROMPTS[i] for i in pick], 12, compile=True) == [eager[i] for i in pick]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # a block and the head
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # a block
 
 def test_compiled_prefill(checkpoint):
     model = load_model(checkpoint("qwen3")[0], dtype=torch.float32)
