@@ -292,8 +292,8 @@ class DecodeStep:
         return event
 
 def compile_model(model, prefill=False):
-    """Compile one block for decoding, which all layers share, so that compile time does not grow with depth, and on CUDA
-    the output head (two operators on a CPU). prefill: also the block over prompts of any length."""
+    """Compile one block for decoding, which all layers share, so that compile time does not grow with depth; on CUDA
+    also the output head (two operators on a CPU). prefill: also the block over prompts of any length."""
     cuda = model.embed_tokens.weight.is_cuda
     options = {"coordinate_descent_tuning": True} if cuda else {}
     model.decode_block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
