@@ -23,16 +23,20 @@ from tqdm import tqdm
 
 import kernels
 
-SLICE = 512  # rows of a weight that are quantized, or dequantized for a CPU, at a time: they fit in its cache
+BF16 = torch.cpu._is_avx512_bf16_supported()
 
-@torch.library.custom_op("gpt_flash::packed_linear", mutates_args=())
+def many_rows_dtype(x):
+    """The dtype in which many rows multiply fastest: float32 on a CPU without bfloat16 instructions, by 3x."""
+    return x.dtype if BF16 or x.device.type != "cpu" else torch.float32
+
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] @ weight.T with weight [N, K] in oneDNN's own blocked layout; opaque to torch.compile."""
+    """x [..., K] @ weight.T + bias with weight [N, K] in oneDNN's own blocked layout."""
+    if x.numel() > 256 * x.shape[-1] and many_rows_dtype(x) != x.dtype:
+        return F.linear(x.float(), weight.to_dense().float(), None if bias is None else bias.float()).to(x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
-@packed_linear.register_fake
-def _(x, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+packed_linear_op = torch.library.custom_op("gpt_flash::packed_linear", packed_linear, mutates_args=())
+packed_linear_op.register_fake(lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 class Linear(nn.Linear):
     """nn.Linear that a CPU runs from weights prepacked for oneDNN: measured 1.6x plain F.linear at batch 1 in bf16."""
@@ -43,28 +47,27 @@ class Linear(nn.Linear):
             self.weight.dtype == torch.float32
             or self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         if self.weight.device.type == "cpu" and onednn and not self.packed:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
-            self.weight = nn.Parameter(packed, requires_grad=False)
-            self.packed = True
+            weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
+            self.weight, self.packed = nn.Parameter(weight, requires_grad=False), True
         return self
 
-    def dense_weight(self):
-        return self.weight.to_dense() if self.packed else self.weight
+    def stored(self):
+        return {"weight": self.weight.to_dense() if self.packed else self.weight}
 
     def forward(self, x):
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return packed_linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-# --- quantized layers ---
+        # opaque to torch.compile, which cannot look into packed weights; eager spares itself an operator's dispatch
+        return (packed_linear_op if torch.compiler.is_compiling() else packed_linear)(x, self.weight, self.bias)
 
 class QuantizedLinear(nn.Module):
     """What quantized layers share. One starts out empty, in the place and on the device of a Linear.
 
-    Few rows, as in decoding, go to `product`, which reads the weight as it is kept. Its fast forms are for bfloat16, so x is
-    rounded to it: a fifth of int8's own error. More rows pay for dequantizing the weight, on a CPU by cache-sized slices."""
+    quantize(rows, w) fills a slice of rows from float32 and returns the values they stand for now; stored() gives the
+    plain tensors that are saved, dense(dtype) the weight. Up to few_rows, the most that were measured faster so, go to
+    product(x), which reads the weight as it is kept, with x in bfloat16 (rounding it is a fifth of int8's own
+    error). More rows, as in prefill, pay for dequantizing the weight once."""
+    packed = False
 
     def __init__(self, linear, **buffers):
         super().__init__()
@@ -76,13 +79,12 @@ class QuantizedLinear(nn.Module):
         return self
 
     def forward(self, x):
-        rows, N = x.numel() // self.in_features, self.out_features
-        if rows <= self.product_rows(x.device.type):
-            y = self.product(x.reshape(rows, -1).bfloat16())[:, :N].to(x.dtype).reshape(*x.shape[:-1], N)
+        rows, dtype = x.reshape(-1, self.in_features), many_rows_dtype(x)
+        if len(rows) <= self.few_rows(x.device.type):
+            y = self.product(rows.bfloat16())
         else:
-            step = SLICE if x.device.type == "cpu" else N
-            y = [F.linear(x, self.dense(slice(i, i + step), x.dtype)) for i in range(0, N, step)]
-            y = y[0] if len(y) == 1 else torch.cat(y, -1)
+            y = F.linear(rows.to(dtype), self.dense(dtype))
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 class Int8Linear(QuantizedLinear):
@@ -97,9 +99,16 @@ class Int8Linear(QuantizedLinear):
         scales = (w.abs().amax(1) / 127).bfloat16()
         self.weight[rows] = (w / scales.float().clamp_min(1e-30)[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.scales[rows] = scales
+        return self.weight[rows] * scales.float()[:, None]
 
-    def product_rows(self, device):
-        """How many rows are measured faster so. A CPU's operator reads 16 inputs at a time, without looking."""
+    def stored(self):
+        return {"weight": self.weight, "scales": self.scales}
+
+    def dense(self, dtype):
+        return self.weight.to(dtype) * self.scales[:, None].to(dtype)
+
+    def few_rows(self, device):
+        """A CPU's operator reads 16 inputs at a time, without looking."""
         return {"cpu": 24 * (self.in_features % 16 == 0), "cuda": 16}.get(device, 0)
 
     def product(self, x):
@@ -107,15 +116,12 @@ class Int8Linear(QuantizedLinear):
             return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
         return F.linear(x, self.weight.to(x.dtype)) * self.scales  # one kernel, compiled with coordinate descent tuning
 
-    def dense(self, rows, dtype):
-        return self.weight[rows].to(dtype) * self.scales[rows, None].to(dtype)
-
 class Int4Linear(QuantizedLinear):
     """x @ w.T with w = (nibble - 8) * scale + zero: affine, in groups of 32, 64 or 128 inputs.
 
-    weight [N, K/2] uint8 (the low nibble is the even input); scales, zeros [N, K/group_size] bfloat16. Packed for a CPU,
-    N is a multiple of 64, weight in the operator's layout, scales [K/group_size, N, 2] with the zeros beside them."""
-    mode, packed = "int4", False
+    weight [N, K/2] uint8 (the low nibble is the even input); scales, zeros [N, K/group_size] bfloat16. Packed for a
+    CPU: N a multiple of 64, weight in the operator's layout, scales [K/group_size, N, 2] with the zeros beside them."""
+    mode = "int4"
 
     def __init__(self, linear, group_size=32):
         N, K = linear.out_features, linear.in_features
@@ -125,8 +131,8 @@ class Int4Linear(QuantizedLinear):
         super().__init__(linear, weight=(torch.uint8, N, K // 2), scales=groups, zeros=groups)
 
     def quantize(self, rows, w):
-        """From a group's range, alternate between rounding to nibbles and the least-squares line through them, as llama.cpp
-        does, and keep the best: 7% less error than the range alone on normal weights, with scale and zero rounded too."""
+        """From a group's range, alternate between rounding to nibbles and the least-squares line through them, as
+        llama.cpp does, and keep the best: 7% less error than the range alone on normal weights."""
         w, best = w.view(len(w), -1, self.group_size), None
         low, high = w.aminmax(dim=-1, keepdim=True)
         scale, zero = (high - low) / 15, low + (high - low) * (8 / 15)
@@ -139,9 +145,10 @@ class Int4Linear(QuantizedLinear):
             mean = q.mean(-1, keepdim=True)
             scale = ((q - mean) * w).sum(-1, keepdim=True) / (q - mean).square_().sum(-1, keepdim=True).clamp_min(1e-30)
             zero = w.mean(-1, keepdim=True) - scale * mean
-        nibbles = (best[1] + 8).flatten(1).to(torch.uint8)
-        self.weight[rows] = nibbles[:, ::2] | nibbles[:, 1::2] << 4
-        self.scales[rows], self.zeros[rows] = best[2].squeeze(-1), best[3].squeeze(-1)
+        _, q, scale, zero = best
+        self.weight[rows] = pack_nibbles((q + 8).flatten(1).to(torch.uint8))
+        self.scales[rows], self.zeros[rows] = scale.squeeze(-1), zero.squeeze(-1)
+        return (q * scale + zero).flatten(1)
 
     def pack(self):
         if self.weight.device.type == "cpu" and not self.packed and cpu_layout():
@@ -151,31 +158,37 @@ class Int4Linear(QuantizedLinear):
             self.packed, self.layout = True, cpu_layout()
         return self
 
-    def plain(self, rows=slice(None)):
-        """nibbles [n, K] uint8, scales and zeros [n, K/group_size] of a slice of rows that starts at a multiple of 64."""
+    def plain(self):
+        """nibbles [N, K] uint8, scales and zeros [N, K/group_size]."""
         if not self.packed:
-            weight = self.weight[rows]
-            return torch.stack((weight & 15, weight >> 4), -1).flatten(1), self.scales[rows], self.zeros[rows]
-        start, stop, _ = rows.indices(self.out_features)
-        nibbles = cpu_unpack(self.weight[start:start - (start - stop) // 64 * 64], *self.layout)[:stop - start]
-        return nibbles, *self.scales[:, start:stop].transpose(0, 1).unbind(-1)
+            return torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1), self.scales, self.zeros
+        N = self.out_features
+        return cpu_unpack(self.weight, *self.layout)[:N], *self.scales[:, :N].transpose(0, 1).unbind(-1)
 
-    def product_rows(self, device):
-        return {"cpu": 128 * self.packed, "cuda": 16}.get(device, 0)
+    def stored(self):
+        nibbles, scales, zeros = self.plain()
+        return {"weight": pack_nibbles(nibbles), "scales": scales, "zeros": zeros}
 
-    def product(self, x):
-        if x.device.type == "cpu":
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.scales)
-        return kernels.int4_linear(x, self.weight, self.scales, self.zeros)
-
-    def dense(self, rows, dtype):
-        nibbles, scales, zeros = self.plain(rows)
+    def dense(self, dtype):
+        nibbles, scales, zeros = self.plain()
         groups = nibbles.view(len(nibbles), -1, self.group_size).to(dtype)
         return groups.sub_(8).mul_(scales[..., None]).add_(zeros[..., None]).flatten(1)
 
+    def few_rows(self, device):
+        return {"cpu": 128 * self.packed, "cuda": 16}.get(device, 0)
+
+    def product(self, x):
+        if x.device.type == "cuda":
+            return kernels.int4_linear(x, self.weight, self.scales, self.zeros)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, self.group_size, self.scales)
+        return y[:, :self.out_features].contiguous()
+
+def pack_nibbles(nibbles):
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
 def cpu_unpack(packed, block, dim):
-    """PyTorch's int4 layout for a CPU, [N, K/2] uint8 -> nibbles [N, K]: byte j of a block of rows holds, for each input,
-    rows j and j + block/2 (dim -2, AVX-512 and AVX2) or rows 2j and 2j + 1 (dim -1)."""
+    """PyTorch's int4 layout for a CPU, [N, K/2] uint8 -> nibbles [N, K]: byte j of a block of rows holds, for each
+    input, rows j and j + block/2 (dim -2, AVX-512 and AVX2) or rows 2j and 2j + 1 (dim -1)."""
     K = 2 * packed.shape[1]
     tiles = packed.view(-1, K, block // 2)
     return torch.stack((tiles & 15, tiles >> 4), dim).flatten(-2).transpose(1, 2).reshape(-1, K)
@@ -209,11 +222,11 @@ def quantize_linear(linear, mode, group_size=32, name=""):
     except ValueError as e:
         say_once(f"{e}: it keeps its precision")
         return linear
-    weight, error, size = linear.dense_weight(), 0, 0
-    for i in range(0, len(weight), SLICE):
-        rows, w = slice(i, i + SLICE), weight[i:i + SLICE].float()
-        layer.quantize(rows, w)
-        error, size = error + (layer.dense(rows, torch.float32) - w).square().sum(), size + w.square().sum()
+    error = size = 0
+    for i, w in enumerate(linear.stored()["weight"].split(512)):  # as many rows as a CPU's cache holds
+        w = w.float()
+        error += (layer.quantize(slice(512 * i, 512 * i + 512), w) - w).square().sum()
+        size += w.square().sum()
     layer.error = float((error / size.clamp_min(1e-30)).sqrt())
     return layer
 
@@ -243,22 +256,20 @@ def refuse_existing(folder):
 
 @torch.no_grad()
 def save_quantized(model, folder, finish=None):
-    """Write a quantized model as a folder that load_model opens on any device: config.json, which says what each layer is,
-    and model.safetensors with the plain forms of the layers' docstrings. finish(folder) may add files. The folder appears
-    when all is written; ValueError if it exists already, unless empty."""
+    """Write a quantized model as a folder that load_model opens on any device: config.json, which says what each layer
+    is, and model.safetensors with the layers' stored() tensors. finish(folder) may add files. The folder appears when
+    all is written; ValueError if it exists already, unless empty."""
     folder, tensors, layers = Path(folder), {}, {}
     refuse_existing(folder)
     for prefix, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        if prefix == "lm_head" and model.config.tied and isinstance(module, Linear):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (Linear, QuantizedLinear)):
+            own |= module.stored()
         if isinstance(module, QuantizedLinear):
             layers[prefix] = module.mode, module.group_size
-        if isinstance(module, Int4Linear):
-            nibbles, own["scales"], own["zeros"] = module.plain()
-            own["weight"] = nibbles[:, ::2] | nibbles[:, 1::2] << 4
-        if isinstance(module, Linear):
-            own["weight"] = module.dense_weight()
-        if not (prefix == "lm_head" and model.config.tied and isinstance(module, Linear)):
-            tensors |= {f"{prefix}.{name}": x.contiguous().cpu() for name, x in own.items() if x is not None}
+        tensors |= {f"{prefix}.{name}": x.contiguous().cpu() for name, x in own.items()}
     if not layers:
         raise ValueError("the model has no quantized layers; call quantize_model first")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -277,8 +288,8 @@ def save_quantized(model, folder, finish=None):
 
 @torch.no_grad()
 def perplexity(model, ids, context=512, kv_dtype=None, reference=None):
-    """exp of the mean negative log-likelihood of ids[1:], read in pieces of `context` tokens; kv_dtype as in setup_caches.
-    With a reference model: (perplexity, mean KL divergence of the next token's distribution from the reference's).
+    """exp of the mean negative log-likelihood of ids[1:], read in pieces of `context` tokens; kv_dtype as in
+    setup_caches. With a reference model: (perplexity, mean KL divergence of the next token from the reference's).
 
     The text goes through 16 tokens a call, as in decoding, so that attention sees the cache as it is stored."""
     if len(ids) < 2 or not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
@@ -286,21 +297,22 @@ def perplexity(model, ids, context=512, kv_dtype=None, reference=None):
     model.setup_caches(1, context, kv_dtype)
     if reference is not None:
         reference.setup_caches(1, context)
-    ids, nll, kl, n = torch.tensor(ids, device=model.embed_tokens.weight.device), 0.0, 0.0, 0
-    for piece in tqdm(ids[:-1].split(context), desc="reading", disable=None, leave=False):
+    ids, nll, kl = torch.tensor(ids, device=model.embed_tokens.weight.device), 0.0, 0.0
+    pieces = zip(ids[:-1].split(context), ids[1:].split(context))
+    for piece, targets in tqdm(list(pieces), desc="reading", disable=None, leave=False):
         for i in range(0, len(piece), 16):
             call = piece[None, i:i + 16], torch.tensor([i], dtype=torch.int32, device=ids.device)
             logp = model(*call)[0].float().log_softmax(-1)
-            targets = ids[n + 1:n + 1 + len(logp)]
-            nll, n = nll - logp.gather(1, targets[:, None]).sum().item(), n + len(logp)
+            nll += F.nll_loss(logp, targets[i:i + 16], reduction="sum").item()
             if reference is not None:
                 expected = reference(*call)[0].float().log_softmax(-1)
-                kl += (expected.exp() * (expected - logp)).sum().item()
+                kl += F.kl_div(logp, expected, reduction="sum", log_target=True).item()
+    n = len(ids) - 1
     return math.exp(nll / n) if reference is None else (math.exp(nll / n), kl / n)
 
-def print_table(load, ids, modes, context, dtype):
+def print_table(load, ids, modes, dtype):
     """What the modes cost and save, each with a KV cache in the model's dtype and in int8; load(mode) gives a model."""
-    reference, first = load(None), None
+    reference, first, context = load(None), None, min(512, len(ids))
     print(f"{len(ids)} tokens, {context} at a time; MB: weights and cache that a token reads\n"
           "   weights       cache  perplexity   change   mean KL        MB")
     for mode in (None, *modes):
@@ -308,24 +320,24 @@ def print_table(load, ids, modes, context, dtype):
         for kv_dtype in (None, torch.int8):
             ppl, kl = perplexity(model, ids, context, kv_dtype, reference)
             first, megabytes = first or ppl, (model.weight_bytes() + model.cache.nbytes) / 1e6
-            print(f"{mode or dtype:>10}  {'int8' if kv_dtype else dtype:>10} {ppl:11.4f} {ppl / first - 1:+8.2%} {kl:9.2e} "
-                  f"{megabytes:9.1f}", flush=True)
+            print(f"{mode or dtype:>10}  {'int8' if kv_dtype else dtype:>10} {ppl:11.4f} {ppl / first - 1:+8.2%} "
+                  f"{kl:9.2e} {megabytes:9.1f}", flush=True)
 
 # --- the command line ---
 
 def save_tokenizer(source, folder):
     """The tokenizer of a checkpoint as files beside saved weights; the one inside a .gguf in Hugging Face's form."""
     from generate import load_tokenizer, tokenizers
-    names = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
     if source.is_dir():
-        for file in {file for name in names for file in source.glob(name)}:
-            shutil.copy(file, folder)
+        for name in ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+            for file in source.glob(name):
+                shutil.copy(file, folder)
         return
     t = load_tokenizer(source)
     if isinstance(t.backend, tokenizers.Tokenizer):
         if t.bos_id is not None:
             bos = t.special_text["bos_token"]
-            t.backend.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, t.bos_id)])
+            t.backend.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A", None, [(bos, t.bos_id)])
         t.backend.save(str(folder / "tokenizer.json"))
     else:
         (folder / "tokenizer.model").write_bytes(t.backend.serialized_model_proto())
@@ -335,16 +347,16 @@ def save_tokenizer(source, folder):
 
 def parse_args(argv):
     from generate import DTYPES, Parser
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint_path", help="as in generate.py; default: its SmolLM2-135M-Instruct")
-    p.add_argument("--mode", choices=MODES, help="quantize to this and save")
-    p.add_argument("--group_size", type=int, choices=[32, 64, 128], default=32, help="inputs that share an int4 scale (32)")
-    p.add_argument("--output", type=Path, help="folder to write; default: the checkpoint's name with -int8 or -int4")
-    p.add_argument("--perplexity", metavar="FILE", help="a text to measure --modes on")
-    p.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES), help="rows of the table (int8 int4)")
-    p.add_argument("--context", type=int, default=512, help="tokens of the text at a time (512)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights that stay, and activations (bfloat16)")
+    p = Parser("quantize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--checkpoint_path", metavar="PATH", help="as in generate.py; default: its SmolLM2-135M-Instruct")
+    add("--mode", choices=MODES, help="quantize to this and save")
+    add("--group_size", type=int, choices=[32, 64, 128], default=32, help="inputs to an int4 scale; default: 32")
+    add("--output", type=Path, help="folder to write; default: the checkpoint's name with -int8 or -int4")
+    add("--perplexity", metavar="FILE", help="a text to measure --modes on")
+    add("--modes", nargs="*", choices=MODES, default=list(MODES), help="rows of the table; default: int8 int4")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of activations and other weights; default: bfloat16")
     args = p.parse_args(argv)
     if bool(args.mode) == bool(args.perplexity):
         p.error("give --mode to save a quantized checkpoint, or --perplexity FILE to measure quality")
@@ -352,23 +364,23 @@ def parse_args(argv):
 
 def run(args):
     from generate import DTYPES, default_model, load_model, load_tokenizer, read_text, resolve
-    source = resolve(args.checkpoint_path or default_model())
+    source, dtype, start = resolve(args.checkpoint_path or default_model()), DTYPES[args.dtype], time.perf_counter()
     def load(mode):
-        return load_model(source, device=args.device, dtype=DTYPES[args.dtype], quantize=mode, group_size=args.group_size)
+        return load_model(source, device=args.device, dtype=dtype, quantize=mode, group_size=args.group_size)
     if args.perplexity:
         ids = load_tokenizer(source).encode(read_text(f"@{args.perplexity}"))
-        return print_table(load, ids, args.modes, min(args.context, len(ids)), args.dtype)
+        return print_table(load, ids, args.modes, args.dtype)
     named = Path(args.checkpoint_path or source)
     named = named if named.exists() else Path(named.name)  # a hub id
     folder = args.output or named.with_name(f"{named.stem if named.is_file() else named.name}-{args.mode}")
     refuse_existing(folder)
-    start, model = time.perf_counter(), load(args.mode)
+    model = load(args.mode)
     save_quantized(model, folder, lambda new: save_tokenizer(source, new))
     layers = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    dense = sum(m.out_features * m.in_features for m in layers) * DTYPES[args.dtype].itemsize / 1e6
-    size = sum(m.out_features * m.in_features * (1 if m.mode == "int8" else 0.5 + 4 / m.group_size) for m in layers) / 1e6
-    print(f"{folder}: {len(layers)} layers, {dense:.1f} MB in {args.dtype}, are now {size:.1f} MB; largest relative error of "
-          f"a layer {max(m.error for m in layers):.2%}; {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    before = sum(m.out_features * m.in_features for m in layers) * dtype.itemsize / 1e6
+    after = sum(x.nbytes for m in layers for x in m.stored().values()) / 1e6
+    print(f"{folder}: {len(layers)} layers, {before:.1f} MB in {args.dtype}, are now {after:.1f} MB; largest relative "
+          f"error of a layer {max(m.error for m in layers):.2%}; {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 def main(argv=None):
     from generate import first_line

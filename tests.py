@@ -306,7 +306,7 @@ def test_random_weights_are_announced(tmp_path, capsys):
     path.write_text(json.dumps(CONFIG))
     model = load_model(path)
     assert "RANDOM" in capsys.readouterr().err
-    assert model.config.n_layer == 3 and model.layers[0].self_attn.o_proj.dense_weight().float().std() > 0
+    assert model.config.n_layer == 3 and model.layers[0].self_attn.o_proj.stored()["weight"].float().std() > 0
 
 # --- the cache ---
 
@@ -1228,11 +1228,13 @@ def random_linear(N, K, bias=True, dtype=torch.float32):
 
 # --- layers ---
 
+@pytest.mark.parametrize("bf16", [False, True])  # with a CPU's instructions for it, or without
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode, N, K, group_size", [
     ("int8", 64, 64, 32), ("int8", 65, 96, 32), ("int8", 33, 40, 32), ("int8", 1, 7, 32), ("int8", 1030, 48, 32),
     ("int4", 64, 64, 32), ("int4", 65, 96, 32), ("int4", 1, 32, 32), ("int4", 1030, 128, 64), ("int4", 600, 256, 128)])
-def test_layer_computes_with_what_it_stores(mode, N, K, group_size, dtype):
+def test_layer_computes_with_what_it_stores(mode, N, K, group_size, dtype, bf16, monkeypatch):
+    monkeypatch.setattr(quantize, "BF16", bf16)
     linear = random_linear(N, K, N % 2 == 1, dtype)
     dense = linear.weight.float()
     layer = quantize_linear(linear.pack(), mode, group_size)
@@ -1245,7 +1247,7 @@ def test_layer_computes_with_what_it_stores(mode, N, K, group_size, dtype):
     error = float((stored - dense).norm() / dense.norm())
     assert layer.error == pytest.approx(error, rel=1e-3) and error < {"int8": 0.01, "int4": 0.08}[mode]
     layer = layer.pack()
-    assert torch.equal(layer.dense(slice(0, N), torch.float32), stored)
+    assert torch.equal(layer.dense(torch.float32), stored)
     for rows in (1, 3, 24, 25, 128, 129):
         x = torch.randn(1, rows, K).to(dtype)
         y, expected = layer(x), F.linear(x.float(), stored, None if linear.bias is None else linear.bias.float())
@@ -1269,7 +1271,7 @@ def test_extreme_weights(mode):
     linear.weight[0], linear.weight[1], linear.weight[2] = 0, 5, 1e-6
     linear.weight[3, 0] = 1e4
     layer = quantize_linear(linear, mode).pack()
-    dense = layer.dense(slice(0, 64), torch.float32)
+    dense = layer.dense(torch.float32)
     assert dense.isfinite().all() and (dense[0] == 0).all() and torch.allclose(dense[1], torch.tensor(5.0), rtol=5e-3)
     assert layer(torch.ones(1, 64)).isfinite().all() and torch.allclose(dense[2], torch.tensor(1e-6), rtol=5e-3)
 
@@ -1469,7 +1471,7 @@ def test_command_line_saves_what_generate_opens(tmp_path, capsys):
     folder = tmp_path / "smol-int8"
     quantize.main(["--mode", "int8", "--output", str(folder), "--dtype", "float32"])
     out = capsys.readouterr()
-    assert out.out == "" and "121 layers, 537.9 MB in float32, are now 134.5 MB" in out.err and "relative error" in out.err
+    assert out.out == "" and "121 layers, 537.9 MB in float32, are now 134.9 MB" in out.err and "relative error" in out.err
     a, b = load_tokenizer(default_model()), load_tokenizer(folder)
     text = "Naïve café 12345 <|im_end|> \n\n\tprint('hi')  日本"
     assert a.encode(text) == b.encode(text) and a.decode(a.encode(text)) == b.decode(b.encode(text)) == text
