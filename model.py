@@ -5,21 +5,18 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import kernels
-from kernels import flash_decode, quantize_kv
+from kernels import flash_decode, quantize_kv, triton
 from quantize import Linear, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
@@ -129,28 +126,6 @@ def rope_frequencies(config):
 
 # --- the static KV cache ---
 
-class LayerCache(NamedTuple):
-    """One layer's view of the cache."""
-    kv: Tensor  # [2, B, Hkv, S, D]: keys, values
-    scale: Tensor | None = None  # [2, B, Hkv, S] float32, with an int8 cache
-    k_mean: Tensor | None = None  # [Hkv, 1, D], subtracted from every key of an int8 cache
-
-    def append(self, k, v, input_pos):
-        """k, v [B, Hkv, T, D] go to positions input_pos[b] ... input_pos[b]+T-1 of each row."""
-        new, rows = torch.stack((k, v)), torch.arange(len(k), device=k.device)[:, None]
-        pos = input_pos[:, None] + torch.arange(k.shape[2], device=k.device)  # [B, T]
-        if self.scale is not None:
-            new, scale = quantize_kv(new)
-            self.scale[:, rows, :, pos] = scale.permute(1, 3, 0, 2)  # [B, T, 2, Hkv]
-        self.kv[:, rows, :, pos] = new.permute(1, 3, 0, 2, 4)  # [B, T, 2, Hkv, D]
-
-    def read(self, end, dtype):
-        """Keys and values of the first `end` positions, [B, Hkv, end, D] each."""
-        kv = self.kv[:, :, :, :end]
-        if self.scale is not None:
-            kv = (kv * self.scale[:, :, :, :end, None]).to(dtype)
-        return kv.unbind(0)
-
 class KVCache:
     """Keys and values of all layers in one static, left-aligned allocation [n_layer, 2, B, Hkv, S, D]."""
 
@@ -160,7 +135,7 @@ class KVCache:
         self.nbytes = math.prod(shape[:-1]) * (config.head_dim * dtype.itemsize + 4 * (dtype == torch.int8))
         require_memory(self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
                        "lower --max_seq_len or --batch_size, or take --kv_dtype int8")
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv, self.scale, self.k_mean = torch.zeros(shape, dtype=dtype, device=device), None, None
         if dtype == torch.int8:
             self.scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
             self.k_mean = torch.zeros(config.n_layer, config.n_kv_head, 1, config.head_dim, device=device)
@@ -168,11 +143,11 @@ class KVCache:
         self.steps = {}  # decode steps prepared for this cache
 
     def layers(self, batch_size):
-        """The layers' views of the first batch_size rows."""
-        views = [self.kv[:, :, :batch_size]]
-        if self.kv.dtype == torch.int8:
-            views += self.scale[:, :, :batch_size], self.k_mean
-        return [LayerCache(*layer) for layer in zip(*views)]
+        """Per layer, views of the first rows: kv [2, B, Hkv, S, D], and for an int8 cache, None otherwise, its scale
+        [2, B, Hkv, S] float32 and k_mean [Hkv, 1, D], which is subtracted from every key."""
+        if self.scale is None:
+            return [(kv, None, None) for kv in self.kv[:, :, :batch_size]]
+        return zip(self.kv[:, :, :batch_size], self.scale[:, :, :batch_size], self.k_mean)
 
 def require_memory(nbytes, device, what, advice):
     """ValueError if a device has not this many bytes free, as far as that is known."""
@@ -212,31 +187,38 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         qk = apply_rope(qk, cos, sin)
         q, k = qk.transpose(1, 2).split([self.n_head, self.n_kv_head], dim=1)  # (B, H, T, D)
-        if cache.k_mean is not None:
-            k = (k - cache.k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
+        k_mean = cache[2]
+        if k_mean is not None:
+            k = (k - k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
         y = self.attend(q, k, v.transpose(1, 2), input_pos, cache, start)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, input_pos, cache, start):
         """Append k, v [B, Hkv, T, D] to the cache and attend with q [B, Hq, T, D]; start as in Transformer.forward."""
-        T = q.shape[2]
+        (B, _, T, _), (kv, scale, _), device = q.shape, cache, q.device
         if start is None and self.flash:  # decode: cost follows the live length
-            scale = (None, None) if cache.scale is None else cache.scale.unbind(0)
-            return flash_decode(q, *cache.kv.unbind(0), input_pos, k, v, k_scale=scale[0], v_scale=scale[1],
-                                window=self.window)
-        cache.append(k, v, input_pos)
+            k_scale, v_scale = (None, None) if scale is None else scale.unbind(0)
+            return flash_decode(q, *kv.unbind(0), input_pos, k, v, k_scale=k_scale, v_scale=v_scale, window=self.window)
+        # write: each token to its row and position
+        row, pos = torch.arange(B, device=device)[:, None], input_pos[:, None] + torch.arange(T, device=device)  # (B, T)
+        new = torch.stack((k, v))
+        if scale is not None:
+            new, new_scale = quantize_kv(new)
+            scale[:, row, :, pos] = new_scale.permute(1, 3, 0, 2)  # (B, T, 2, Hkv)
+        kv[:, row, :, pos] = new.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
         if start == 0 and (self.window is None or T <= self.window):  # prefill: fused causal SDPA on fresh keys
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        # decode over the whole static cache, or a chunk of prompt over the live part of it
-        end = cache.kv.shape[3] if start is None else start + T
-        k, v = cache.read(end, q.dtype)
-        key_pos = torch.arange(end, device=q.device)
-        query_pos = (input_pos[:, None] + torch.arange(T, device=q.device))[..., None]  # (B, T, 1)
-        mask = key_pos <= query_pos
+        # read: decode goes over the whole static cache, a chunk of prompt over the live part of it
+        end = kv.shape[3] if start is None else start + T
+        kv = kv[:, :, :, :end]
+        if scale is not None:
+            kv = (kv * scale[:, :, :, :end, None]).to(q.dtype)
+        key_pos, query_pos = torch.arange(end, device=device), pos[..., None]
+        mask = key_pos <= query_pos  # (B, T, end)
         if self.window is not None:
             mask &= key_pos > query_pos - self.window
         with sdpa_kernel(SDPBackend.MATH) if start is None else nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+            return F.scaled_dot_product_attention(q, *kv.unbind(0), attn_mask=mask[:, None], enable_gqa=True)
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -295,14 +277,12 @@ class Transformer(nn.Module):
         badly; subtracting a fixed vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367).
         The tokens are spread over the cache, because keys turn with their position: with 64 of them the mean KL on
         SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
-        n, positions = min(128, self.cache.max_seq_len), self.positions
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator).to(positions.device)
+        cache, positions, n = self.cache, self.positions, min(128, self.cache.max_seq_len)
+        tokens = torch.randint(self.config.vocab_size, (1, n), generator=torch.Generator().manual_seed(0))
         self.positions = positions[torch.linspace(0, len(positions) - 1, n).long()]
-        self(tokens, torch.zeros(1, dtype=torch.int32, device=tokens.device), start=0)
+        self(tokens.to(positions.device), torch.zeros(1, dtype=torch.int32, device=positions.device), start=0)
         self.positions = positions
-        for k_mean, layer in zip(self.cache.k_mean, self.cache.layers(1)):
-            k_mean.copy_(layer.read(n, torch.float32)[0][0].mean(1, keepdim=True))
+        cache.k_mean = (cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]).mean(2, keepdim=True)
 
     @torch.no_grad()
     def forward(self, tokens, input_pos, *, start=None, last=None):
@@ -340,7 +320,7 @@ class Transformer(nn.Module):
 def prefer_flash(device):
     """What attention="auto" takes. On a CPU flash_decode was measured faster at any cache size, as it reads live tokens
     only; on a GPU it is taken wherever Triton runs, since math reads the whole cache."""
-    return device.type == "cpu" or kernels.triton is not None
+    return device.type == "cpu" or triton is not None
 
 # --- checkpoints: a configuration as Hugging Face writes it, and the tensors by name ---
 
@@ -354,10 +334,10 @@ def resolve(path):
     problem = "not a hub id either"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         from huggingface_hub import snapshot_download  # slow to import, and rarely needed
-        files = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+        kinds = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
         for local in (True, False):
             try:
-                return Path(snapshot_download(str(path), allow_patterns=files, local_files_only=local))
+                return Path(snapshot_download(str(path), allow_patterns=kinds, local_files_only=local))
             except Exception as e:  # the hub's and the network's, of many kinds
                 problem = first_line(e)
     raise ValueError(f"no such file or folder, nor a model the hub can give: {str(path)!r} ({problem})")
@@ -438,44 +418,35 @@ def gguf_config(meta, tensors):
         "vocab_size": int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else None,
         "attention_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
 
-def dequantize(tensor, config):
-    """A gguf.ReaderTensor -> float32, with the rows of q and k in Hugging Face's order."""
-    x = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-    n_head = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(tensor.name.split(".")[-2])
-    if n_head and config.family == "llama":  # llama.cpp interleaves the rotated halves
-        x = x.view(n_head, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)
-    return x
-
 # --- loading: our parameters from the checkpoint's tensors ---
 
-def sources(model, is_gguf):
-    """{our parameter's name: {checkpoint's name: shape}} of the tensors that make it, one below the other."""
-    config, plan = model.config, {}
-    kv_rows = config.n_kv_head * config.head_dim
-    fused = {"qkv_proj": {"q_proj": config.n_head * config.head_dim, "k_proj": kv_rows, "v_proj": kv_rows},
-             "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim}}
-    gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)  # has every name that is used here
-    for name, tensor in model.state_dict().items():
-        plan[name] = {}
-        *path, module, kind = (name if name.startswith("lm_head") else f"model.{name}").split(".")
-        for part, rows in fused.get(module, {module: len(tensor)}).items():
-            source = ".".join([*path, part, kind])
-            source = gguf_names.get_name(source, (".weight", ".bias")) if is_gguf else source
-            plan[name][source] = (rows, *tensor.shape[1:])
-    return plan
+def sources(name, shape, config, rename):
+    """Our parameter -> {the checkpoint's name: shape} of the tensors that make it, one below the other. Our names are
+    Hugging Face's but for the projections that are joined; rename makes the checkpoint's own out of those."""
+    *path, module, kind = (name if name.startswith("lm_head") else f"model.{name}").split(".")
+    q, kv, ffn = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.ffn_dim
+    joined = {"qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv}, "gate_up_proj": {"gate_proj": ffn, "up_proj": ffn}}
+    parts = joined.get(module, {module: shape[0]})
+    return {rename(".".join([*path, part, kind])): (rows, *shape[1:]) for part, rows in parts.items()}
 
-def check_tensors(wanted, tensors, path):
-    """ValueError names a tensor that is missing, surplus or wrongly shaped, and says how many more there are."""
-    given = {name: tuple(x.shape) if isinstance(x, Tensor) else tuple(x.shape[::-1].tolist())
-             for name, x in tensors.items()}
+def check_names(wanted, given, path):
     harmless = "rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight"
-    surplus = sorted(name for name in given.keys() - wanted if not name.endswith(harmless))
-    problems = [f"no tensor {name}" for name in sorted(wanted.keys() - given)]
-    problems += [f"unexpected tensor {name}" for name in surplus]
-    problems += [f"tensor {name} has shape {given[name]}, expected {shape}"
-                 for name, shape in wanted.items() if given.get(name, shape) != shape]
-    if problems:
-        raise ValueError(f"{path}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+    surplus = {name for name in given - wanted if not name.endswith(harmless)}
+    for names, problem in ((wanted - given, "no tensor"), (surplus, "an unexpected tensor")):
+        if names:
+            raise ValueError(f"{path} has {problem} {min(names)}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
+
+def read_tensor(name, shape, tensors, config):
+    """A tensor in Hugging Face's form; ValueError if it has another shape."""
+    x = tensors[name]
+    if isinstance(x, gguf.ReaderTensor):
+        x = torch.tensor(gguf.dequantize(x.data, x.tensor_type))
+    if x.shape != shape:
+        raise ValueError(f"tensor {name} has shape {tuple(x.shape)}, expected {shape}")
+    n_head = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
+    if n_head and config.family == "llama":  # llama.cpp interleaves the rotated halves
+        x = x.view(n_head, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+    return x
 
 @torch.no_grad()
 def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None, group_size=32):
@@ -491,15 +462,18 @@ def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None, group
     own = tensors is not None and quantized_layout(model, hf)  # quantize.py's folders have our names and its layers
     if own and quantize:
         raise ValueError(f"{path} is quantized already; leave out --quantize {quantize}")
-    plan = sources(model, path.suffix == ".gguf")
-    if own:
-        plan = {name: {name: tuple(tensor.shape)} for name, tensor in model.state_dict().items()}
+    rename = str
+    if path.suffix == ".gguf":
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)  # has every name that is used here
+        rename = partial(names.get_name, try_suffixes=(".weight", ".bias"))
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    plan = {name: {name: shape} if own else sources(name, shape, config, rename) for name, shape in shapes.items()}
     if config.tied and isinstance(model.lm_head, Linear):
         del plan["lm_head.weight"]
     if tensors is None:
         print(f"WARNING: {path} is a bare configuration: the weights are RANDOM, for benchmarks only", file=sys.stderr)
     else:
-        check_tensors({part: shape for parts in plan.values() for part, shape in parts.items()}, tensors, path)
+        check_names(set().union(*plan.values()), tensors.keys(), path)
     nbytes = sum(p.nbytes for p in model.state_dict().values()) * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
     for prefix, module in tqdm(list(model.named_modules()), desc="loading", unit=" layers", disable=None, leave=False):
@@ -510,8 +484,7 @@ def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None, group
             elif tensors is None:
                 tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
             else:
-                parts = [tensors[part] for part in plan[full]]
-                parts = [x if isinstance(x, Tensor) else dequantize(x, config) for x in parts]
+                parts = [read_tensor(part, shape, tensors, config) for part, shape in plan[full].items()]
                 tensor = (torch.cat(parts) if parts[1:] else parts[0]).to(device, meta.dtype, copy=True)
             setattr(module, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
         if isinstance(module, Linear) and quantize:
