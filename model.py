@@ -61,25 +61,21 @@ class ModelConfig:
             if not isinstance(hf.get(key) or {}, dict):
                 raise ValueError(f"the model's configuration has {key} = {hf[key]!r}; it must be an object")
             hf |= hf.get(key) or {}
-
-        def positive(key, default=None, kind=int):
-            value = default if hf.get(key) is None else hf[key]
-            if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
-                raise ValueError(f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}")
-            return kind(value)
-
-        n_head, dim, n_layer = positive("num_attention_heads"), positive("hidden_size"), positive("num_hidden_layers")
         for key, fine in FIXED.items():
             if hf.get(key) not in (None, fine):
                 raise ValueError(f"unsupported {key} {hf[key]!r}: only {fine!r} is supported")
-        bias = bool(hf.get("attention_bias"))
+        n_layer, n_head = positive(hf, "num_hidden_layers"), positive(hf, "num_attention_heads")
+        dim, bias = positive(hf, "hidden_size"), bool(hf.get("attention_bias"))
+        sliding = hf.get("sliding_window") and hf.get("use_sliding_window", family == "mistral")
+        window, n_full = positive(hf, "sliding_window") if sliding else None, hf.get("max_window_layers") or 0
+        kinds = hf.get("layer_types") or ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
         config = cls(**dict(
-            family=family, vocab_size=positive("vocab_size"), n_layer=n_layer, n_head=n_head,
-            n_kv_head=positive("num_key_value_heads", n_head), head_dim=positive("head_dim", dim // n_head), dim=dim,
-            ffn_dim=positive("intermediate_size"), max_seq_len=positive("max_position_embeddings", 2048),
-            norm_eps=positive("rms_norm_eps", 1e-6, float), rope_theta=positive("rope_theta", 1e4, float),
-            windows=layer_windows(hf, n_layer, positive("sliding_window", 2**31 - 1)), hf=hf, qkv_bias=bias,
-            o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")),
+            family=family, vocab_size=positive(hf, "vocab_size"), n_layer=n_layer, n_head=n_head,
+            n_kv_head=positive(hf, "num_key_value_heads", n_head), head_dim=positive(hf, "head_dim", dim // n_head),
+            dim=dim, ffn_dim=positive(hf, "intermediate_size"), rope_theta=positive(hf, "rope_theta", 1e4, float),
+            max_seq_len=positive(hf, "max_position_embeddings", 2048), norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer]), hf=hf,
+            qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")),
         ) | FAMILIES[family])
         if config.n_head % config.n_kv_head:
             raise ValueError(f"{config.n_head} query heads do not divide into {config.n_kv_head} key/value heads")
@@ -88,41 +84,38 @@ class ModelConfig:
         rope_frequencies(config)  # refuses what it cannot do
         return config
 
-def layer_windows(hf, n_layer, window):
-    """Per layer: the sliding window, or None for full attention."""
-    used = hf.get("sliding_window") and hf.get("use_sliding_window", hf["model_type"] == "mistral")
-    full = hf.get("max_window_layers") or 0
-    kinds = hf.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (n_layer - full)
-    return tuple(window if used and kind == "sliding_attention" else None for kind in kinds[:n_layer])
+def positive(hf, key, default=None, kind=int):
+    """A setting as a number above 0."""
+    value = default if hf.get(key) is None else hf[key]
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}")
+    return kind(value)
 
 def rope_frequencies(config):
     """inv_freq [D/2] float32 and the factor on cos and sin, for every rope type supported.
 
     Each type keeps a part of a frequency as it is and divides the rest by a factor, or by one factor per frequency.
     After transformers' modeling_rope_utils: linear (position interpolation), llama3, yarn (arXiv 2309.00071)."""
-    rope, half, attention_factor = config.hf, config.head_dim // 2, 1.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    original = rope.get("original_max_position_embeddings") or config.max_seq_len
+    hf, half = config.hf, config.head_dim // 2
     inv_freq = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    kind, keep, attention_factor = hf.get("rope_type") or hf.get("type") or "default", 0, 1.0
     if kind in ("default", "none"):
         return inv_freq.float(), attention_factor
     if kind not in ("linear", "llama3", "yarn"):
         raise ValueError(f"unsupported rope type {kind!r}; supported: default, linear, llama3, yarn")
-    try:
-        keep, factor = 0.0, torch.tensor(rope["factor"], dtype=torch.float64)
-        if kind == "llama3":
-            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-            turns = original * inv_freq / (2 * math.pi)  # over the original context
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-        elif kind == "yarn":  # by the dimensions that turn beta times over the original context
-            betas = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
-            low, high = (half * math.log(original / (2 * math.pi * beta), config.rope_theta) for beta in betas)
-            low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
-            keep = 1 - ((torch.arange(half) - low) / max(high - low, 0.001)).clamp(0, 1)
-            attention_factor = rope.get("attention_factor") or 0.1 * math.log(max(factor, 1)) + 1
-        return (inv_freq * (keep + (1 - keep) / factor)).float(), attention_factor
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"rope type {kind!r} is missing or has a wrong {e}") from None
+    original = positive(hf, "original_max_position_embeddings", config.max_seq_len)
+    factor = torch.tensor(hf.get("factors") or positive(hf, "factor", kind=float), dtype=torch.float64)
+    if kind == "llama3":
+        low, high = positive(hf, "low_freq_factor", kind=float), positive(hf, "high_freq_factor", kind=float)
+        turns = original * inv_freq / (2 * math.pi)  # over the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+    elif kind == "yarn":  # by the dimensions that turn beta times over the original context
+        betas = positive(hf, "beta_fast", 32, float), positive(hf, "beta_slow", 1, float)
+        low, high = (half * math.log(original / (2 * math.pi * beta), config.rope_theta) for beta in betas)
+        low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
+        keep = 1 - ((torch.arange(half) - low) / max(high - low, 0.001)).clamp(0, 1)
+        attention_factor = positive(hf, "attention_factor", 0.1 * math.log(max(factor, 1)) + 1, float)
+    return (inv_freq * (keep + (1 - keep) / factor)).float(), attention_factor
 
 # --- the static KV cache ---
 
@@ -143,8 +136,8 @@ class KVCache:
         self.steps = {}  # decode steps prepared for this cache
 
     def layers(self, batch_size):
-        """Per layer, views of the first rows: kv [2, B, Hkv, S, D], and for an int8 cache, None otherwise, its scale
-        [2, B, Hkv, S] float32 and k_mean [Hkv, 1, D], which is subtracted from every key."""
+        """A layer's views of the first rows: kv [2, B, Hkv, S, D], and, for an int8 cache, scale [2, B, Hkv, S] float32
+        and k_mean [Hkv, 1, D], which is subtracted from every key."""
         if self.scale is None:
             return [(kv, None, None) for kv in self.kv[:, :, :batch_size]]
         return zip(self.kv[:, :, :batch_size], self.scale[:, :, :batch_size], self.k_mean)
@@ -172,8 +165,7 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.window = config.windows[layer]
         self.flash = False  # flash_decode or math, set by setup_caches
-        heads = config.n_head + 2 * config.n_kv_head
-        self.qkv_proj = Linear(config.dim, heads * config.head_dim, bias=config.qkv_bias)
+        self.qkv_proj = Linear(config.dim, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(config.n_head * config.head_dim, config.dim, bias=config.o_bias)
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
@@ -200,7 +192,7 @@ class Attention(nn.Module):
             k_scale, v_scale = (None, None) if scale is None else scale.unbind(0)
             return flash_decode(q, *kv.unbind(0), input_pos, k, v, k_scale=k_scale, v_scale=v_scale, window=self.window)
         # write: each token to its row and position
-        row, pos = torch.arange(B, device=device)[:, None], input_pos[:, None] + torch.arange(T, device=device)  # (B, T)
+        row, pos = torch.arange(B, device=device)[:, None], input_pos[:, None] + torch.arange(T, device=device)
         new = torch.stack((k, v))
         if scale is not None:
             new, new_scale = quantize_kv(new)
@@ -355,9 +347,9 @@ def open_checkpoint(path):
     """-> (Hugging Face style configuration, {tensor name: torch.Tensor or gguf.ReaderTensor}, None for random ones).
 
     The tensors lie in memory-mapped files: nothing is read before it is used."""
-    if path.is_file() and path.suffix == ".json":
+    if path.suffix == ".json":
         return read_json(path), None
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf":
         meta, tensors = read_gguf(path)
         return gguf_config(meta, tensors), tensors
     tensors, files = {}, weight_files(path, "model*.safetensors") or weight_files(path, "pytorch_model*.bin")
@@ -397,9 +389,9 @@ def read_gguf(path):
 
 # Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
 GGUF_SETTINGS = {
-    "hidden_size": "embedding_length", "num_hidden_layers": "block_count", "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
-    "intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "num_experts": "expert_count",
     "sliding_window": "attention.sliding_window", "rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
     "original_max_position_embeddings": "rope.scaling.original_context_length"}
@@ -412,7 +404,7 @@ def gguf_config(meta, tensors):
     hf["head_dim"] = hf["head_dim"] or rotary_dim
     hf["partial_rotary_factor"] = rotary_dim and rotary_dim / hf["head_dim"]
     if "rope_freqs.weight" in tensors:  # llama3's scaling, as a factor for each frequency
-        hf |= {"rope_type": "linear", "factor": tensors["rope_freqs.weight"].data.tolist()}
+        hf |= {"rope_type": "linear", "factors": tensors["rope_freqs.weight"].data.tolist()}
     return hf | {
         "model_type": arch, "use_sliding_window": True, "tie_word_embeddings": "output.weight" not in tensors,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else None,
@@ -442,7 +434,7 @@ def read_tensor(name, shape, tensors, config):
     if isinstance(x, gguf.ReaderTensor):
         x = torch.tensor(gguf.dequantize(x.data, x.tensor_type))
     if x.shape != shape:
-        raise ValueError(f"tensor {name} has shape {tuple(x.shape)}, expected {shape}")
+        raise ValueError(f"tensor {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
     n_head = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
     if n_head and config.family == "llama":  # llama.cpp interleaves the rotated halves
         x = x.view(n_head, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
@@ -466,15 +458,15 @@ def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None, group
     if path.suffix == ".gguf":
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)  # has every name that is used here
         rename = partial(names.get_name, try_suffixes=(".weight", ".bias"))
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    plan = {name: {name: shape} if own else sources(name, shape, config, rename) for name, shape in shapes.items()}
+    state = model.state_dict()
+    plan = {name: {name: x.shape} if own else sources(name, x.shape, config, rename) for name, x in state.items()}
     if config.tied and isinstance(model.lm_head, Linear):
         del plan["lm_head.weight"]
     if tensors is None:
         print(f"WARNING: {path} is a bare configuration: the weights are RANDOM, for benchmarks only", file=sys.stderr)
     else:
         check_names(set().union(*plan.values()), tensors.keys(), path)
-    nbytes = sum(p.nbytes for p in model.state_dict().values()) * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
+    nbytes = sum(x.nbytes for x in state.values()) * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
     for prefix, module in tqdm(list(model.named_modules()), desc="loading", unit=" layers", disable=None, leave=False):
         for name, meta in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
