@@ -72,11 +72,11 @@ class ModelConfig:
         config = cls(**dict(
             family=family, vocab_size=positive(hf, "vocab_size"), n_layer=n_layer, n_head=n_head,
             n_kv_head=positive(hf, "num_key_value_heads", n_head), head_dim=positive(hf, "head_dim", dim // n_head),
-            dim=dim, ffn_dim=positive(hf, "intermediate_size"), rope_theta=positive(hf, "rope_theta", 1e4, float),
-            max_seq_len=positive(hf, "max_position_embeddings", 2048), norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer]), hf=hf,
-            qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias")), tied=bool(hf.get("tie_word_embeddings")),
-        ) | FAMILIES[family])
+            dim=dim, ffn_dim=positive(hf, "intermediate_size"), norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
+            rope_theta=positive(hf, "rope_theta", 1e4, float), tied=bool(hf.get("tie_word_embeddings")), hf=hf,
+            max_seq_len=positive(hf, "max_position_embeddings", 2048), mlp_bias=bool(hf.get("mlp_bias")),
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer]),
+            qkv_bias=bias, o_bias=bias) | FAMILIES[family])
         if config.n_head % config.n_kv_head:
             raise ValueError(f"{config.n_head} query heads do not divide into {config.n_kv_head} key/value heads")
         if config.head_dim % 8 or config.head_dim > 256:
@@ -323,7 +323,7 @@ def resolve(path):
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own cache first."""
     if str(path) and Path(path).exists():
         return Path(path)
-    problem = "not a hub id either"
+    problem = "it is not a hub id"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         from huggingface_hub import snapshot_download  # slow to import, and rarely needed
         kinds = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
