@@ -136,20 +136,20 @@ class KVCache:
         self.steps = {}  # decode steps prepared for this cache
 
     def layers(self, batch_size):
-        """A layer's views of the first rows: kv [2, B, Hkv, S, D], and, for an int8 cache, scale [2, B, Hkv, S] float32
-        and k_mean [Hkv, 1, D], which is subtracted from every key."""
+        """Each layer's views of the first rows: kv [2, B, Hkv, S, D] and, of an int8 cache only, scale [2, B, Hkv, S]
+        float32 and k_mean [Hkv, 1, D], which is subtracted from every key."""
         if self.scale is None:
             return [(kv, None, None) for kv in self.kv[:, :, :batch_size]]
         return zip(self.kv[:, :, :batch_size], self.scale[:, :, :batch_size], self.k_mean)
 
 def require_memory(nbytes, device, what, advice):
     """ValueError if a device has not this many bytes free, as far as that is known."""
-    meminfo = Path("/proc/meminfo")
+    free, meminfo = nbytes, Path("/proc/meminfo")
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) if meminfo.exists() else nbytes
+    elif meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
     if nbytes > free:
         raise ValueError(f"{what} needs {nbytes / 1e9:.1f} GB but {device} has {free / 1e9:.1f} GB free; {advice}")
 
@@ -179,19 +179,18 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         qk = apply_rope(qk, cos, sin)
         q, k = qk.transpose(1, 2).split([self.n_head, self.n_kv_head], dim=1)  # (B, H, T, D)
-        k_mean = cache[2]
-        if k_mean is not None:
-            k = (k - k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
         y = self.attend(q, k, v.transpose(1, 2), input_pos, cache, start)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, input_pos, cache, start):
         """Append k, v [B, Hkv, T, D] to the cache and attend with q [B, Hq, T, D]; start as in Transformer.forward."""
-        (B, _, T, _), (kv, scale, _), device = q.shape, cache, q.device
+        (B, _, T, _), (kv, scale, k_mean), device = q.shape, cache, q.device
+        if k_mean is not None:
+            k = (k - k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
         if start is None and self.flash:  # decode: cost follows the live length
             k_scale, v_scale = (None, None) if scale is None else scale.unbind(0)
             return flash_decode(q, *kv.unbind(0), input_pos, k, v, k_scale=k_scale, v_scale=v_scale, window=self.window)
-        # write: each token to its row and position
+        # write each token to its row [B, 1] and position [B, T]
         row, pos = torch.arange(B, device=device)[:, None], input_pos[:, None] + torch.arange(T, device=device)
         new = torch.stack((k, v))
         if scale is not None:
@@ -200,7 +199,7 @@ class Attention(nn.Module):
         kv[:, row, :, pos] = new.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
         if start == 0 and (self.window is None or T <= self.window):  # prefill: fused causal SDPA on fresh keys
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        # read: decode goes over the whole static cache, a chunk of prompt over the live part of it
+        # read: decode the whole static cache, a chunk of prompt the live part of it
         end = kv.shape[3] if start is None else start + T
         kv = kv[:, :, :, :end]
         if scale is not None:
@@ -422,6 +421,7 @@ def sources(name, shape, config, rename):
     return {rename(".".join([*path, part, kind])): (rows, *shape[1:]) for part, rows in parts.items()}
 
 def check_names(wanted, given, path):
+    """ValueError names a tensor that is missing, or surplus and not known to be harmless."""
     harmless = "rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight"
     surplus = {name for name in given - wanted if not name.endswith(harmless)}
     for names, problem in ((wanted - given, "no tensor"), (surplus, "an unexpected tensor")):
@@ -429,7 +429,7 @@ def check_names(wanted, given, path):
             raise ValueError(f"{path} has {problem} {min(names)}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
 
 def read_tensor(name, shape, tensors, config):
-    """A tensor in Hugging Face's form; ValueError if it has another shape."""
+    """A tensor as Hugging Face has it, GGUF's in float32; ValueError if it has another shape."""
     x = tensors[name]
     if isinstance(x, gguf.ReaderTensor):
         x = torch.tensor(gguf.dequantize(x.data, x.tensor_type))
