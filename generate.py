@@ -81,10 +81,10 @@ class Tokenizer:
         special = "|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)"
         hidden = [{**m, "content": re.sub(special, lambda found: hide[found[0]], m["content"])} for m in messages]
         try:
-            template = CHAT_TEMPLATES.from_string(self.chat_template)
+            template = TEMPLATES.from_string(self.chat_template)
             text = template.render(messages=hidden, add_generation_prompt=True, **self.special_text)
         except Exception as e:  # a template is a program of the checkpoint's author
-            raise ValueError(f"the model's chat template failed or refuses this conversation: {first_line(e)}") from None
+            raise ValueError(f"the model's chat template failed or refuses the messages: {first_line(e)}") from None
         if isinstance(self.backend, tokenizers.Tokenizer) and text == text.translate(show):
             self.backend.encode_special_tokens = False
             ids = self.encode(text, bos=False)
@@ -92,16 +92,14 @@ class Tokenizer:
             return ids
         ids = []
         for piece in re.split(f"({special})", text):
-            known = piece in self.special
-            ids += [self.special[piece]] if known else self.encode(piece.translate(show), bos=False)
+            ids += [self.special[piece]] if piece in self.special else self.encode(piece.translate(show), bos=False)
         return ids
 
 def refuse(message):
     raise ValueError(message)
 
-CHAT_TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                               extensions=["jinja2.ext.loopcontrols"])
-CHAT_TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
 
 def load_tokenizer(path):
     """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model, such a file itself, or
@@ -152,7 +150,14 @@ def gguf_tokenizer(path):
     types = meta.get("token_type") or [1] * len(tokens)
     special = {text: i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL}
     if kind == "gpt2":
-        backend = byte_level_bpe(tokens, types, meta["merges"], PRE_TOKENIZERS[pre])
+        vocab = {text: i for i, text in enumerate(tokens)}
+        merges = [tuple(merge.split(" ", 1)) for merge in meta["merges"]]
+        bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA3)
+        backend = tokenizers.Tokenizer(bpe)
+        backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
+        backend.encode_special_tokens = True
+        backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
+                            for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
     else:
         backend = sentencepiece_bpe(tokens, meta["scores"], types, meta.get("add_space_prefix", True))
     takes_bos = meta.get("add_bos_token", kind == "llama" or PRE_TOKENIZERS[pre] is LLAMA3)
@@ -160,14 +165,6 @@ def gguf_tokenizer(path):
     eos |= {i for text, i in special.items() if text in END_OF_TURN}
     return Tokenizer(backend, len(tokens), special, meta.get("bos_token_id") if takes_bos else None, eos,
                      meta.get("tokenizer.chat_template"))
-
-def byte_level_bpe(tokens, types, merges, pre_tokenizer):
-    vocab, merges = {text: i for i, text in enumerate(tokens)}, [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=pre_tokenizer is LLAMA3))
-    backend.pre_tokenizer, backend.decoder, backend.encode_special_tokens = pre_tokenizer, decoders.ByteLevel(), True
-    backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
-                        for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
-    return backend
 
 def sentencepiece_bpe(pieces, scores, types, space_prefix):
     """A SentencePieceProcessor from a vocabulary: sentencepiece's ModelProto, written field by field."""
@@ -314,18 +311,16 @@ def prefill(model, prompts, rows, cached, sampling, generator):
     return sample(logits, generator, **sampling), lengths
 
 def check_prompts(model, prompts, max_new_tokens, room):
-    if not prompts:
-        raise ValueError("there is no prompt")
+    if not prompts or not all(prompts):
+        raise ValueError("there is no prompt" if not prompts else "a prompt is empty: it has no token to start from")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    for p in prompts:
-        if not p:
-            raise ValueError("a prompt is empty: it has no token to start from")
-        if len(p) >= room:
-            raise ValueError(f"a prompt of {len(p)} tokens leaves no room for a new one in the context of {room}")
-        if not 0 <= min(p) <= max(p) < model.config.vocab_size:
-            raise ValueError(f"a prompt has token {min(p) if min(p) < 0 else max(p)}, outside the vocabulary of "
-                             f"{model.config.vocab_size}")
+    longest, size = max(map(len, prompts)), model.config.vocab_size
+    if longest >= room:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room for a new one in the context of {room}")
+    for token in (min(map(min, prompts)), max(map(max, prompts))):
+        if not 0 <= token < size:
+            raise ValueError(f"a prompt has token {token}, outside the vocabulary of {size}")
 
 @dataclass
 class Stats:
@@ -399,10 +394,10 @@ def summarize(model, stats):
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate, share = cache.max_batch_size / step_s, read / step_s / bandwidth
     compiled = f", compiled in {stats.compile_s:.1f} s" if stats.compile_s else ""
-    say(f"loaded in {stats.load_s:.1f} s{compiled}; {stats.prompt_tokens} prompt tokens, first token after "
-        f"{first_s:.2f} s\n{stats.new_tokens} new tokens at {rate:.1f} tokens/s ({1e3 * step_s:.2f} ms a step, median), reading "
-        f"{read / 1e9:.3f} GB a step: {share:.0%} of the {bandwidth / 1e9:.0f} GB/s this machine copies at\n"
-        f"KV cache {cache.nbytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
+    say(f"loaded in {stats.load_s:.1f} s{compiled}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
+    say(f"{stats.new_tokens} new tokens at {rate:.1f} tokens/s ({1e3 * step_s:.2f} ms a step, median), reading "
+        f"{read / 1e9:.3f} GB a step: {share:.0%} of the {bandwidth / 1e9:.0f} GB/s this machine copies at")
+    say(f"KV cache {cache.nbytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
     return {"load_s": stats.load_s, "compile_s": stats.compile_s, "prompt_tokens": stats.prompt_tokens,
             "first_token_s": first_s, "new_tokens": stats.new_tokens, "ms_per_step": 1e3 * step_s,
             "ms_per_step_p10": 1e3 * steps[len(steps) // 10], "ms_per_step_p90": 1e3 * steps[-1 - len(steps) // 10],
@@ -444,7 +439,7 @@ def number(kind, low, high=float("inf"), above=False):
     """An argparse type: a number from low (above: just over it) to high."""
     def parse(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high:
+        if not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
                                              + (f" and at most {high}" if high < float("inf") else ""))
         return value
@@ -460,8 +455,8 @@ def parse_args(argv):
     add = p.add_argument
     add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder of quantize.py, "
         "or a bare config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a whole number for so many "
-        "random tokens; default: a question in the model's chat template")
+    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a number of random tokens; "
+        "default: a question in the model's chat template")
     add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
     add("--interactive", action="store_true", help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
@@ -470,10 +465,10 @@ def parse_args(argv):
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1, help="rows at once, 1 to 4096; default: 1")
     add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="from 0, which is greedy; default: 0")
     add("--top_k", metavar="K", type=number(int, 1), help="sample from the K likeliest tokens, from 1; default: all")
-    add("--top_p", metavar="P", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that hold "
-        "this probability, above 0 to 1; default: 1")
-    add("--min_p", metavar="P", type=number(float, 0, 1), help="sample from tokens at least P times as likely as the "
-        "likeliest, 0 to 1; default: 0")
+    add("--top_p", metavar="P", type=number(float, 0, 1, above=True),
+        help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
+    add("--min_p", metavar="P", type=number(float, 0, 1),
+        help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), help="the same seed, the same text; default: a new one")
     add("--max_seq_len", metavar="N", type=number(int, 1), help="room in the KV cache; default: prompt and answer")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda")
@@ -495,8 +490,6 @@ def parse_args(argv):
         args.prompt = args.prompt or "128"
         if args.prompts is not None or not args.prompt.isdecimal():
             p.error("--benchmark takes its --prompt as a number of random tokens")
-    if args.prompts is not None and args.num_samples > 1:
-        p.error("--num_samples goes with --prompt")
     try:
         args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -518,7 +511,7 @@ def read_text(source):
 
 def read_prompts(args, tokenizer, vocab_size):
     """The prompts as token lists, one a sample."""
-    copies = args.num_samples * args.batch_size
+    copies = args.num_samples * (args.batch_size if args.prompts is None else 1)
     if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
         generator = torch.Generator().manual_seed(args.seed or 0)
         return [torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()] * copies
@@ -526,7 +519,7 @@ def read_prompts(args, tokenizer, vocab_size):
         raise ValueError("a bare config.json has no tokenizer: give --prompt a number of random tokens")
     in_template = args.chat or args.interactive
     if args.prompts is not None:
-        texts, copies = [line for line in read_text(f"@{args.prompts}").splitlines() if line.strip()], 1
+        texts = [line for line in read_text(f"@{args.prompts}").splitlines() if line.strip()]
         if not texts:
             raise ValueError(f"no prompts in {args.prompts}")
     elif args.prompt is not None:
