@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from torch.utils.benchmark import Timer
 
-from model import Block, Transformer, first_line, load_model, read_gguf, read_json, resolve
+from model import Block, Transformer, first_line, load_model, read_gguf, read_json, resolve, tensor_bytes
 
 PREFILL_CHUNK = 8192  # longest run of prompt tokens in one forward pass; bounds the memory that activations take
 
@@ -576,23 +576,30 @@ def chat(model, tokenizer, args, stats):
         say("> ", end="")
 
 def profile(model, prompts, args, stats):
-    """Trace decode steps after a warm-up, and say in words what a step consists of."""
-    opts, steps = options(args, None), 16
-    generate(model, prompts[:args.batch_size], steps, **opts)
+    """Trace 16 decode steps after as many to warm up, and say what a step consists of and what each part must take."""
+    generate(model, prompts[:args.batch_size], 16, stats=stats, **options(args, None))
+    step, seconds, cache, layer = next(iter(model.cache.steps.values())), [], model.cache, model.layers[0]
     with torch.profiler.profile() as prof:
-        generate(model, prompts[:args.batch_size], steps, stats=stats, **opts)
+        list(step.run(16, seconds))
     try:
         prof.export_chrome_trace(args.profile)
     except (OSError, RuntimeError) as e:
         raise ValueError(f"cannot write --profile {args.profile}: {first_line(e)}") from None
     kind = "self_device_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(((getattr(row, kind), row) for row in prof.key_averages()), key=lambda pair: -pair[0])
-    busy, layers = sum(us for us, _ in rows), len(model.layers)
-    wall = 1e6 * (stats.first_token_s[-1] + sum(stats.steps_s))
-    say(f"prefill and {steps - 1} decode steps: {wall:.0f} us, of which the kernels take {busy:.0f} us and gaps "
-        f"{max(0, wall - busy):.0f} us; the twelve largest, a step and layer:")
+    rows = sorted(((getattr(row, kind) / 16, row) for row in prof.key_averages()), key=lambda pair: -pair[0])
+    busy, wall = sum(us for us, _ in rows), 1e6 * sum(seconds) / 16
+    say(f"a decode step takes {wall:.0f} us, the kernels {busy:.0f} of them and gaps {max(0, wall - busy):.0f}; the "
+        "twelve kernels with most time: share of the step, calls in a layer, time of one")
     for us, row in rows[:12]:
-        say(f"  {us / wall:5.1%}  {row.count / steps / layers:5.1f} x {us / row.count:8.1f} us  {row.key[:80]}")
+        calls = row.count / 16
+        say(f"  {us / wall:5.1%}  {calls / len(model.layers):5.1f} x {us / calls:8.1f} us  {row.key[:80]}")
+    bandwidth = copy_bandwidth(args.device, 2**28)
+    live = int((step.input_pos - 8).sum())  # tokens cached, on average over the steps
+    parts = {name: tensor_bytes(part) for name, part in layer.named_modules() if name.endswith("_proj")}
+    parts["attention"] = live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len * len(model.layers))
+    say(f"a layer's parts take at least their bytes' time at the {bandwidth / 1e9:.0f} GB/s that this machine copies at:")
+    for name, nbytes in [*parts.items(), ("of all layers: lm_head", tensor_bytes(model.lm_head))]:
+        say(f"  {nbytes / bandwidth * 1e6:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
     say(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev")
 
 def run(args):

@@ -306,7 +306,10 @@ class Transformer(nn.Module):
 
     def weight_bytes(self):
         """Bytes of weights that one decode step reads: all but the embedding, whose rows are few."""
-        return sum(x.numel() * x.element_size() for name, x in self.state_dict().items() if "embed_tokens" not in name)
+        return tensor_bytes(self) - tensor_bytes(self.embed_tokens)
+
+def tensor_bytes(module):
+    return sum(x.numel() * x.element_size() for x in module.state_dict().values())
 
 def prefer_flash(device):
     """What attention="auto" takes. On a CPU flash_decode was measured faster at any cache size, as it reads live tokens

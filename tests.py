@@ -665,8 +665,10 @@ def test_benchmark_and_profile(capfd, tmp_path):
     result = json.loads(out.splitlines()[-1])
     assert code == 0 and result["prompt_tokens"] == 20 and result["new_tokens"] == 5 and result["compile_s"] > 0
     assert result["ms_per_step_p10"] <= result["ms_per_step"] <= result["ms_per_step_p90"]
-    code, _, err = run_cli(capfd, "--device", "cpu", "--checkpoint_path", shape, "--prompt", 20, "--profile", tmp_path / "t.json")
-    assert code == 0 and json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    code, _, err = run_cli(capfd, "--device", "cpu", "--checkpoint_path", shape, "--prompt", 20,
+                           "--profile", tmp_path / "t.json")
+    assert code == 0 and "_linear_pointwise" in err and "self_attn.qkv_proj" in err
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
 
 def test_ctrl_c_ends_cleanly():
     """A real process, interrupted while it writes a long text."""
