@@ -597,7 +597,7 @@ def profile(model, prompts, args, stats):
     live = int((step.input_pos - 8).sum())  # tokens cached, on average over the steps
     parts = {name: tensor_bytes(part) for name, part in layer.named_modules() if name.endswith("_proj")}
     parts["attention"] = live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len * len(model.layers))
-    say(f"a layer's parts take at least their bytes' time at the {bandwidth / 1e9:.0f} GB/s that this machine copies at:")
+    say(f"what a layer's parts take at least, at the {bandwidth / 1e9:.0f} GB/s that this machine copies at:")
     for name, nbytes in [*parts.items(), ("of all layers: lm_head", tensor_bytes(model.lm_head))]:
         say(f"  {nbytes / bandwidth * 1e6:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
     say(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev")
