@@ -9,14 +9,11 @@ flash_decode, int8_linear and int4_linear run in Triton on a GPU, in PyTorch els
 _reference functions say what is right. `python kernels.py --report [sm_90 ...]` shows what the kernels compile to."""
 from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
 
-import argparse
-import collections
 import functools
 import math
-import os
-import re
-import subprocess
-import tempfile
+import pathlib
+import runpy
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -498,105 +495,10 @@ for _schema, _reference in (("int8_linear(Tensor x, Tensor w, Tensor scales)", i
     _operator(_schema + " -> Tensor", functools.partial(_linear, _reference),
               lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
 
-# --- the report: what the kernels become on GPUs that need not be here ---
-
-SMEM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KB per SM
-
-def _variants(smem):
-    """Name, kernel, arguments (tensors without memory), and bytes of cache or weights that a turn of its loop reads."""
-    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, int8=torch.int8, i32=torch.int32)
-    def empty(dtype, *shape):
-        return torch.empty(shape, dtype=dtypes.get(dtype, torch.uint8), device="meta")
-    for name in ("bf16 D=128 G=4 T=1", "bf16 D=128 G=4 T=1 read", "bf16 D=128 G=4 T=1 options", "bf16 D=64 G=8 T=1",
-                 "bf16 D=256 G=2 T=1", "bf16 D=128 G=4 T=5", "bf16 D=128 G=8 T=8", "fp16 D=80 G=1 T=1",
-                 "fp32 D=128 G=4 T=1", "int8 D=128 G=4 T=1", "int8 D=64 G=8 T=1", "int8 D=256 G=2 T=1",
-                 "int8 D=128 G=8 T=8"):
-        kv, (D, G, T) = name[:4], map(int, re.findall(r"=(\d+)", name))
-        cache, heads, dtype, scales = empty(kv, 4, 8, 32768, D), empty("fp32", 8 * G), kv, None
-        if kv == "int8":
-            dtype, scales = "bf16", empty("fp32", 4, 8, 32768)
-        new = None if "read" in name else empty(dtype, 4, 8, T, D)
-        blocks = _blocks(cache.element_size(), D, G * T, smem)
-        _, arguments = _arguments(
-            empty(dtype, 4, 8 * G, T, D), cache, cache, empty("i32", 4), new, new, scales, scales, None, True,
-            *((4096, 50.0, heads, heads) if "options" in name else (None,) * 4), blocks, 264, lambda n: empty("i32", n))
-        yield f"flash_decode {name}", _flash_decode_kernel, arguments, 2 * blocks["BLOCK_N"] * D * cache.element_size()
-    for name, w, *scales in (("int8_linear", empty("int8", 4096, 14336), empty("bf16", 4096)),
-                             ("int4_linear group=32", empty("u8", 4096, 7168), *[empty("bf16", 4096, 448)] * 2),
-                             ("int4_linear group=128", empty("u8", 4096, 7168), *[empty("bf16", 4096, 112)] * 2)):
-        kernel, _, arguments = _linear_arguments(empty("bf16", 1, 14336), w, *scales)
-        yield name, kernel, arguments, 8 * 1024 * w.shape[1] // 14336
-
-def _compile(arch, kernel, arguments):
-    """Compile for arch: the compiled kernel, its assembly, registers a thread and bytes of them spilled."""
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-    constants, signature, aligned = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        x = arguments[p.name]
-        if p.is_constexpr or x is None:
-            signature[p.name], constants[p.name] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            name = str(x.dtype)[6:].replace("bfloat", "bf").replace("float", "fp").replace("uint", "u")
-            signature[p.name], aligned[i,] = "*" + name.replace("int", "i"), [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = "fp32" if isinstance(x, float) else "i32"
-    amd = arch.startswith("gfx")
-    target = triton.backends.compiler.GPUTarget(*(("hip", arch, 64) if amd else ("cuda", int(arch[3:]), 32)))
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=target, options=options)
-    if amd:
-        asm = usage = compiled.asm["amdgcn"]
-    else:
-        asm, tool = compiled.asm["ptx"], os.path.join(triton.backends.__path__[0], "nvidia", "bin", "cuobjdump")
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"]), file.flush()
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return compiled, asm, *(int(re.search(rf"\b{name}:\s*(\d+)", usage)[1]) for name in (
-        ("vgpr_count", "private_segment_fixed_size") if amd else ("REG", "STACK")))
-
-def _loads(asm):
-    """How many loads of how many bytes a thread issues in a turn of the first loop that has any."""
-    loops, block, loop = {}, None, None
-    for line in asm.splitlines():  # LLVM's comments say which blocks make up a loop
-        if label := re.match(r"[$.L_;/ %]*((?:BB|bb)[\d._]+)", line):
-            block, loop = label[1], None
-        if "Loop" in line:
-            loop = (re.search(r"Header=(\w+)", line) or [None, block])[1]
-        size = 0
-        if load := re.search(r"cp\.async\.c[ag].*?, 0x(\w+)", line):
-            size = int(load[1], 16)
-        elif load := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bu](\d+)\s", line):
-            size = int(load[1] or 1) * int(load[2]) // 8
-        elif load := re.search(r"(?:global|buffer)_load_(dword|\w)(?:x(\d))?", line):
-            size = {"dword": 4, "u": 2, "s": 2}[load[1]] * int(load[2] or 1)
-        if size and loop:
-            loops.setdefault(loop, collections.Counter())[size] += 1
-    return next(iter(loops.values()), collections.Counter())
-
-def report(archs):
-    """Print what every kernel becomes; 1 if one spills registers or reads cache or weights by less than 16 bytes."""
-    failed = False
-    print(f"{'GPU':7}{'kernel':40}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in its loop")
-    for arch in archs:
-        for name, kernel, arguments, needed in _variants(SMEM[arch] * 1024):
-            stages = arguments.get("num_stages", 4)
-            compiled, asm, registers, spilled = _compile(arch, kernel, arguments)
-            amd, shared = arch.startswith("gfx"), compiled.metadata.shared
-            threads = compiled.metadata.num_warps * (64 if amd else 32)
-            programs = min(SMEM[arch] * 1024 // (shared + 1024), (2 if amd else 1) * 65536 // (registers * threads))
-            loads, dots = _loads(asm), re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
-            wrong = "SPILLS " * (spilled > 0) + "NARROW LOADS" * (loads[16] * 16 * threads < needed)
-            print(f"{arch:7}{name:40}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}"
-                  f"{programs * needed * (stages - 1) // 1024:17} ",
-                  ", ".join(f"{loads[size]} x {size} B" for size in sorted(loads, reverse=True)),
-                  *sorted(set(dots)), wrong, flush=True)
-            failed |= bool(wrong)
-    return int(failed)
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time, for GPUs that need not be here.")
-    parser.add_argument("--report", nargs="*", metavar="GPU", required=True, choices=SMEM, help="%(choices)s, or all")
-    gpus = parser.parse_args().report or SMEM
-    if not triton:
-        parser.error("the report needs Triton")
-    raise SystemExit(report(gpus))
+if __name__ == "__main__":  # the report is not part of a copy of this file
+    path = pathlib.Path(__file__).resolve().with_name("benchmarks") / "report.py"
+    if not path.exists():
+        print(f"kernels.py: error: --report needs {path}: run it in gpt-flash's own folder", file=sys.stderr)
+        sys.exit(2)
+    sys.modules["kernels"] = sys.modules["__main__"]  # what the report imports
+    runpy.run_path(str(path), run_name="__main__")

@@ -1103,25 +1103,20 @@ def test_report_of_a_gpu_it_does_not_know():
 
 def test_report_sees_narrow_loads_and_spills():
     done = python("-c", """if True:
-        import kernels
-        real, seen = kernels._variants, kernels._compile
-        def narrow(smem):
-            name, kernel, arguments, needed = next(real(smem))
-            yield name, kernel, arguments | dict(VEC=1), needed  # nothing known of the strides
-            yield name, kernel, arguments | dict(maxnreg=64), needed
-        def limited(arch, kernel, arguments):
-            limit = {"maxnreg": arguments.pop("maxnreg")} if "maxnreg" in arguments else {}
-            compile = kernels.triton.compile
-            kernels.triton.compile = lambda *a, options, **k: compile(*a, options=options | limit, **k)
-            try:
-                return seen(arch, kernel, arguments)
-            finally:
-                kernels.triton.compile = compile
-        kernels._variants, kernels._compile = narrow, limited
-        raise SystemExit(kernels.report(["sm_80"]))""")
+        import sys
+        sys.path.insert(0, "benchmarks")
+        import report
+        name, kernel, arguments, needed = next(report.cases(164 * 1024))
+        report.cases = lambda smem: [(name, kernel, arguments | dict(VEC=1), needed),  # nothing known of the strides
+                                     (name, kernel, arguments | dict(maxnreg=64), needed)]
+        raise SystemExit(report.report(["sm_80"]))""")
     assert done.returncode == 1, done.stderr
     narrow, spills = done.stdout.splitlines()[1:]
     assert "NARROW LOADS" in narrow and "SPILLS" not in narrow and "SPILLS" in spills
+
+def test_a_copy_of_the_file_has_no_report(tmp_path):
+    done = python(shutil.copy(HERE / "kernels.py", tmp_path), "--report")
+    assert done.returncode == 2 and "--report needs " in done.stderr and done.stderr.count("\n") == 1
 
 def test_without_triton():
     done = python("-c", """if True:
