@@ -9,7 +9,6 @@ flash_decode, int8_linear and int4_linear run in Triton on a GPU, in PyTorch els
 _reference functions say what is right. `python kernels.py --report [sm_90 ...]` shows what the kernels compile to."""
 from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
 
-import functools
 import math
 import pathlib
 import runpy
@@ -84,8 +83,10 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens, k=None, v=None, *, k_scale=
     Returns [B, Hq, T, D], and with return_lse the log-sum-exp [B, Hq, T] in float32. A query that sees nothing gets
     zeros, and -inf or its sink. Raises ValueError for shapes, dtypes or combinations that are none of these."""
     _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap, alibi_slopes, sinks)
-    out, lse = torch.ops.gpt_flash.flash_decode(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale,
-                                                causal, window, softcap, alibi_slopes, sinks)
+    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs the operator
+    run = torch.ops.gpt_flash.flash_decode if torch.compiler.is_compiling() or not q.is_cpu else _flash_decode_torch
+    out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap,
+                   alibi_slopes, sinks)
     return (out, lse) if return_lse else out
 
 def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap, alibi_slopes, sinks):
@@ -93,7 +94,7 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
     (B, Hq, T, D), (_, Hkv, S, _), int8 = q.shape, k_cache.shape, k_cache.dtype == torch.int8
-    new, old, scale, f32 = (B, Hkv, T, D), (B, Hkv, S, D), (B, Hkv, S), torch.float32
+    new, old, device, f32 = (B, Hkv, T, D), (B, Hkv, S, D), q.device, (torch.float32,)
     problem = (
         f"T must be 1 to 16 tokens, got {T}" if not 1 <= T <= 16 else
         f"the head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
@@ -103,32 +104,31 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         f"window must be at least 1, got {window}" if window is not None and window < 1 else
         "window needs causal=True" if window is not None and not causal else
         f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else None)
-    for name, x, shape, *dtypes in (
-            ("q", q, q.shape, torch.bfloat16, torch.float16, f32), ("k", k, new, q.dtype), ("v", v, new, q.dtype),
-            ("k_cache", k_cache, old, q.dtype, torch.int8), ("v_cache", v_cache, old, k_cache.dtype),
-            ("k_scale", k_scale, scale, f32), ("v_scale", v_scale, scale, f32), ("sinks", sinks, (Hq,), f32),
-            ("alibi_slopes", alibi_slopes, (Hq,), f32), ("cache_seqlens", cache_seqlens, (B,), torch.int32)):
-        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
-            problem = problem or (f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}, "
-                                  f"got {list(x.shape)} {x.dtype} on {x.device}")
-        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
-            problem = problem or f"the last dimension of {name} must be contiguous"
+    for name, x, shape, dtypes in (
+            ("q", q, q.shape, (torch.bfloat16, torch.float16, *f32)), ("k", k, new, (q.dtype,)), ("v", v, new, (q.dtype,)),
+            ("k_cache", k_cache, old, (q.dtype, torch.int8)), ("v_cache", v_cache, old, (k_cache.dtype,)),
+            ("k_scale", k_scale, old[:3], f32), ("v_scale", v_scale, old[:3], f32), ("sinks", sinks, (Hq,), f32),
+            ("alibi_slopes", alibi_slopes, (Hq,), f32), ("cache_seqlens", cache_seqlens, (B,), (torch.int32,))):
+        if problem or x is None:
+            continue
+        if x.shape != shape or x.dtype not in dtypes or x.device != device:
+            problem = (f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {device}, "
+                       f"got {list(x.shape)} {x.dtype} on {x.device}")
+        elif x.stride()[-1] != 1 and x.shape[-1] > 1:
+            problem = f"the last dimension of {name} must be contiguous"
     if problem:
         raise ValueError(f"flash_decode: {problem}")
 
-_lib = torch.library.Library("gpt_flash", "FRAGMENT")
-
-def _operator(schema, implementation, fake):
-    name = schema[:schema.index("(")]
-    _lib.define(schema)
-    _lib.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpt_flash::{name}", fake, lib=_lib)
+def _operator(name, schema, run, fake):
+    torch.library.define(f"gpt_flash::{name}", schema)
+    torch.library.impl(f"gpt_flash::{name}", "default", run)
+    torch.library.register_fake(f"gpt_flash::{name}", fake)
 
 def _flash_decode(q, *args):  # on AMD tl.debug_barrier does not wait for stores to memory, which the kernel relies on
     return (_flash_decode_triton if triton and q.is_cuda and not torch.version.hip else _flash_decode_torch)(q, *args)
 
 # In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory are copied.
-_operator("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
+_operator("flash_decode", "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
           "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, float? softcap, "
           "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)", _flash_decode,
           lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
@@ -137,51 +137,49 @@ _operator("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor
 
 def _flash_decode_torch(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, *options):
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one where they differ."""
-    lens, new, S = cache_seqlens.tolist(), q.shape[2] if k is not None else 0, k_cache.shape[2]
-    if lens and max(lens) + new > S:
-        raise ValueError(f"flash_decode: {max(lens)} cached + {new} new tokens do not fit into a cache of {S}")
-    if len(set(lens)) == 1:
-        return _attend_live(lens[0], q, k_cache, v_cache, k, v, k_scale, v_scale, *options)
-    rows = [_attend_live(n, *(x if x is None else x[b:b + 1] for x in (q, k_cache, v_cache, k, v, k_scale, v_scale)),
-                         *options) for b, n in enumerate(lens)]
-    return tuple(torch.cat(x) for x in zip(*rows)) if rows else (torch.empty_like(q), q.new_empty(q.shape[:3]).float())
+    tensors, lens = (q, k_cache, v_cache, k, v, k_scale, v_scale), cache_seqlens.tolist()
+    longest, new, S = max(lens, default=0), 0 if k is None else q.shape[2], k_cache.shape[2]
+    if longest + new > S:
+        raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into a cache of {S}")
+    if len(set(lens)) <= 1:
+        return _attend_live(longest, *tensors, *options)
+    rows = [_attend_live(n, *(x if x is None else x[b:b + 1] for x in tensors), *options) for b, n in enumerate(lens)]
+    return tuple(torch.cat(x) for x in zip(*rows))
 
 def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes, sinks):
+    """flash_decode of rows that all have n tokens cached."""
     (B, Hq, T, D), Hkv, dtype = q.shape, k_cache.shape[1], q.dtype
+    end = n if k is None else n + T
+    start = 0 if window is None else max(0, end - T - window + 1)
+    live = end - start
+    k_cache, v_cache, k_scale, v_scale = (
+        x if x is None else x.narrow(2, start, live) for x in (k_cache, v_cache, k_scale, v_scale))
+    # the fused operator knows only a CPU and none of the options; it gives NaN to a query before the first position
+    if not q.is_cpu or not softcap is alibi_slopes is sinks is None or live < T:
+        return flash_decode_reference(
+            q, k_cache, v_cache, torch.full((B,), n - start, device=q.device), k, v, k_scale=k_scale, v_scale=v_scale,
+            scale=scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            return_lse=True)
     if k is not None:
         if k_scale is not None:
             (k, v), scales = quantize_kv(torch.stack((k, v)))
-            k_scale.narrow(2, n, T).copy_(scales[0]), v_scale.narrow(2, n, T).copy_(scales[1])
-        k_cache.narrow(2, n, T).copy_(k), v_cache.narrow(2, n, T).copy_(v)
-        n += T
-    start = 0 if window is None else max(0, n - T - window + 1)
-    n -= start
-    keys, values = k_cache.narrow(2, start, n), v_cache.narrow(2, start, n)
+            k_scale.narrow(2, live - T, T).copy_(scales[0])
+            v_scale.narrow(2, live - T, T).copy_(scales[1])
+        k_cache.narrow(2, live - T, T).copy_(k)
+        v_cache.narrow(2, live - T, T).copy_(v)
     if k_scale is not None:  # in float32: as fast as in bf16 here, and one rounding less
-        q, keys, values = q.float(), keys.float(), values.float()
-        keys.mul_(k_scale.narrow(2, start, n)[..., None]), values.mul_(v_scale.narrow(2, start, n)[..., None])
-    if softcap is not None or not q.is_cpu or n == 0:
-        out, lse = flash_decode_reference(
-            q, keys, values, torch.full((B,), n, device=q.device), scale=scale, causal=causal, window=window,
-            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True)
-        return out.to(dtype), lse
+        q, k_cache = q.float(), k_cache.float().mul_(k_scale[..., None])
+        v_cache = v_cache.float().mul_(v_scale[..., None])
     mask = None
-    if T > 1 and causal or alibi_slopes is not None:
-        distance = torch.arange(n - T, n)[:, None] - torch.arange(n)                       # (T, n)
-        mask = torch.zeros(1, 1, T, n) if alibi_slopes is None else -alibi_slopes.view(Hkv, -1, 1, 1) * distance.abs()
-        if causal:
-            mask = mask.masked_fill((distance < 0) | (distance >= (window or n)), -math.inf)
-        mask = mask.expand(-1, Hq // Hkv, T, n).reshape(1, -1, Hq // Hkv * T, n)
+    if T > 1 and causal:
+        mask = torch.full((T, live), -math.inf).triu_(live - T + 1)  # keys after the query
+        if window is not None:
+            mask += torch.full((T, live), -math.inf).tril_(live - T - window)
+        mask = mask.repeat(Hq // Hkv, 1)
     # a KV head's query heads ride along as query rows, so that no key is repeated
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.reshape(B, Hkv, -1, D), keys, values, attn_mask=mask, scale=scale)
-    out, lse = out.reshape(q.shape).contiguous(), lse.reshape(B, Hq, T).contiguous()
-    if causal and n < T:  # the first queries lie before the first position
-        out[:, :, :T - n], lse[:, :, :T - n] = 0, -math.inf
-    if sinks is not None:
-        lse, seen = torch.logaddexp(lse, sinks[:, None]), lse
-        out = out * (seen - lse).exp()[..., None].to(q.dtype)
-    return out.to(dtype), lse
+        q.reshape(B, Hkv, -1, D), k_cache, v_cache, attn_mask=mask, scale=scale)
+    return out.reshape(B, Hq, T, D).contiguous().to(dtype), lse.reshape(B, Hq, T).contiguous()
 
 # --- attention in Triton ---
 #
@@ -370,19 +368,19 @@ def _blocks(itemsize, D, rows, smem):
                 num_stages=max(2, min(4, stages)))
 
 def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
-               sinks, blocks, n_programs, counters):
-    """The kernel's grid size and arguments. n_programs: how many programs the GPU runs at once."""
+               sinks, blocks, n_programs):
+    """The kernel's grid size, and its arguments but for the counters. n_programs: how many programs the GPU runs at once."""
     (B, Hq, T, D), (_, Hkv, S, _), G = q.shape, k_cache.shape, q.shape[1] // k_cache.shape[1]
     pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
     # few pairs: as many chunks as run at once. Many: several waves of them, so that an uneven last one matters little
     n_split = n_programs - pairs if 2 * pairs <= n_programs else 4 * n_programs
-    vec = next(n for n in (16, 8, 1) if not any(s % n for s in (*k_cache.stride()[:3], *v_cache.stride()[:3])))
+    vec = math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3])
     strides = {f"stride_{name}{i}": 0 if x is None else x.stride(i) // unit for name, x, unit, dims in (
         ("q", q, 1, 3), ("k", k_cache, vec, 3), ("v", v_cache, vec, 3), ("x", k, 1, 3), ("y", v, 1, 3),
         ("s", k_scale, 1, 2), ("t", v_scale, 1, 2)) for i in range(dims)}
     return n_split + pairs, dict(
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, s_ptr=k_scale,
-        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks, counter_ptr=counters(pairs),
+        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks,
         out_ptr=q.new_empty(q.shape), lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32),
         part_ptr=q.new_empty((n_split + pairs, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale), softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G,
@@ -407,9 +405,9 @@ def _flash_decode_triton(q, k_cache, *args, blocks=None, n_programs=None):
         gpu, rows = torch.cuda.get_device_properties(q.device), q.shape[1] // k_cache.shape[1] * q.shape[2]
         blocks = _blocks(k_cache.element_size(), q.shape[3], rows, gpu.shared_memory_per_multiprocessor)
         n_programs = 2 * gpu.multi_processor_count
-    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs, lambda n: _counters(q.device, n))
+    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs)
     with torch.cuda.device_of(q):
-        _flash_decode_kernel[(grid,)](**arguments)
+        _flash_decode_kernel[(grid,)](**arguments, counter_ptr=_counters(q.device, grid))
     return arguments["out_ptr"], arguments["lse_ptr"]
 
 # --- int8 and int4 weights times a few vectors ---
@@ -428,7 +426,7 @@ def int8_linear(x, w, scales):
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
-    return torch.ops.gpt_flash.int8_linear(x, w, scales)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales, None)
 
 def int4_linear(x, w, scales, zeros):
     """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the high one, and scales
@@ -437,7 +435,7 @@ def int4_linear(x, w, scales, zeros):
     if zeros.shape != scales.shape or w.shape != (N, K // 2) or K not in (32 * groups, 64 * groups, 128 * groups):
         raise ValueError("int4_linear: needs x [..., K], w [N, K / 2], scales and zeros [N, K / group], group 32, 64 "
                          f"or 128, got {[list(t.shape) for t in (x, w, scales, zeros)]}")
-    return torch.ops.gpt_flash.int4_linear(x, w, scales, zeros)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales, zeros)
 
 @jit
 def _int8_linear_kernel(x_ptr, w_ptr, s_ptr, y_ptr, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -474,26 +472,23 @@ def _int4_linear_kernel(x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, N, K: tl.constexpr, G
 
 def _linear_arguments(x, w, scales, zeros=None):
     """The kernel, its grid and its arguments."""
-    N, K, x, y = w.shape[0], x.shape[-1], x.contiguous(), x.new_empty(*x.shape[:-1], w.shape[0])
-    arguments = dict(x_ptr=x, w_ptr=w, s_ptr=scales, y_ptr=y, N=N, K=K, BLOCK_N=8)
+    N, K, groups, x = *w.shape[:1], x.shape[-1], scales[0].numel(), x.contiguous()
+    arguments = dict(x_ptr=x, w_ptr=w, s_ptr=scales, y_ptr=x.new_empty(*x.shape[:-1], N), N=N, K=K, BLOCK_N=8)
+    grid = triton.cdiv(N, 8), x.numel() // K
     if zeros is None:
-        arguments["BLOCK_K"] = 1024
-    else:
-        arguments.update(z_ptr=zeros, GROUP=K // scales.shape[1], GROUPS=1024 * scales.shape[1] // K)
-    return _int8_linear_kernel if zeros is None else _int4_linear_kernel, (triton.cdiv(N, 8), x.numel() // K), arguments
+        return _int8_linear_kernel, grid, dict(arguments, BLOCK_K=1024)
+    return _int4_linear_kernel, grid, dict(arguments, z_ptr=zeros, GROUP=K // groups, GROUPS=1024 * groups // K)
 
-def _linear(reference, x, w, *scales):
+def _linear(x, w, scales, zeros):
     if not triton or not x.is_cuda or x.numel() > 16 * x.shape[-1]:
-        return reference(x, w, *scales)
-    kernel, grid, arguments = _linear_arguments(x, w, *scales)
+        return int8_linear_reference(x, w, scales) if zeros is None else int4_linear_reference(x, w, scales, zeros)
+    kernel, grid, arguments = _linear_arguments(x, w, scales, zeros)
     with torch.cuda.device_of(x):
         kernel[grid](**arguments)
     return arguments["y_ptr"]
 
-for _schema, _reference in (("int8_linear(Tensor x, Tensor w, Tensor scales)", int8_linear_reference),
-                            ("int4_linear(Tensor x, Tensor w, Tensor scales, Tensor zeros)", int4_linear_reference)):
-    _operator(_schema + " -> Tensor", functools.partial(_linear, _reference),
-              lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
+_operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales, Tensor? zeros) -> Tensor", _linear,
+          lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
 
 if __name__ == "__main__":  # the report is not part of a copy of this file
     path = pathlib.Path(__file__).resolve().with_name("benchmarks") / "report.py"

@@ -1030,9 +1030,9 @@ def test_operators_are_registered_properly():
                  make([4, 4], T=2, append=True, int8=True, sinks=True, alibi_slopes=True)):
         torch.library.opcheck(torch.ops.gpt_flash.flash_decode.default, flat(*case))
     x, w = torch.randn(3, 64, device=DEVICE), torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
-    torch.library.opcheck(torch.ops.gpt_flash.int8_linear.default, (x, w, torch.rand(8, device=DEVICE)))
+    torch.library.opcheck(torch.ops.gpt_flash.quantized_linear.default, (x, w, torch.rand(8, device=DEVICE), None))
     w, s = torch.randint(0, 256, (8, 32), dtype=torch.uint8, device=DEVICE), torch.rand(8, 2, device=DEVICE)
-    torch.library.opcheck(torch.ops.gpt_flash.int4_linear.default, (x, w, s, s))
+    torch.library.opcheck(torch.ops.gpt_flash.quantized_linear.default, (x, w, s, s))
 
 def test_compiled_it_updates_the_cache_in_place():
     """One graph for all layers of a stacked cache; nothing in it copies a cache."""

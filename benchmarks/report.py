@@ -44,7 +44,8 @@ def flash_decode(name, smem):
     blocks = kernels._blocks(cache.element_size(), D, G * T, smem)
     _, arguments = kernels._arguments(
         tensor(dtype, 4, 8 * G, T, D), cache, cache, tensor(torch.int32, 4), new, new, scales, scales, None, True,
-        window, softcap, slopes, sinks, blocks, 264, lambda n: tensor(torch.int32, n))
+        window, softcap, slopes, sinks, blocks, 264)
+    arguments["counter_ptr"] = tensor(torch.int32, 4096)
     return kernels._flash_decode_kernel, arguments, 2 * blocks["BLOCK_N"] * D * cache.element_size()
 
 def linear(group=None):
