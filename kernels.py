@@ -94,7 +94,7 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
     (B, Hq, T, D), (_, Hkv, S, _), int8 = q.shape, k_cache.shape, k_cache.dtype == torch.int8
-    new, old, device, f32 = (B, Hkv, T, D), (B, Hkv, S, D), q.device, (torch.float32,)
+    new, old, device, f32, i32 = (B, Hkv, T, D), (B, Hkv, S, D), q.device, (torch.float32,), (torch.int32,)
     problem = (
         f"T must be 1 to 16 tokens, got {T}" if not 1 <= T <= 16 else
         f"the head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
@@ -105,10 +105,10 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         "window needs causal=True" if window is not None and not causal else
         f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else None)
     for name, x, shape, dtypes in (
-            ("q", q, q.shape, (torch.bfloat16, torch.float16, *f32)), ("k", k, new, (q.dtype,)), ("v", v, new, (q.dtype,)),
+            ("q", q, q.shape, (torch.bfloat16, torch.float16, *f32)), ("cache_seqlens", cache_seqlens, (B,), i32),
             ("k_cache", k_cache, old, (q.dtype, torch.int8)), ("v_cache", v_cache, old, (k_cache.dtype,)),
-            ("k_scale", k_scale, old[:3], f32), ("v_scale", v_scale, old[:3], f32), ("sinks", sinks, (Hq,), f32),
-            ("alibi_slopes", alibi_slopes, (Hq,), f32), ("cache_seqlens", cache_seqlens, (B,), (torch.int32,))):
+            ("k", k, new, (q.dtype,)), ("v", v, new, (q.dtype,)), ("alibi_slopes", alibi_slopes, (Hq,), f32),
+            ("k_scale", k_scale, old[:3], f32), ("v_scale", v_scale, old[:3], f32), ("sinks", sinks, (Hq,), f32)):
         if problem or x is None:
             continue
         if x.shape != shape or x.dtype not in dtypes or x.device != device:
@@ -128,9 +128,9 @@ def _flash_decode(q, *args):  # on AMD tl.debug_barrier does not wait for stores
     return (_flash_decode_triton if triton and q.is_cuda and not torch.version.hip else _flash_decode_torch)(q, *args)
 
 # In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory are copied.
-_operator("flash_decode", "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
-          "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, float? softcap, "
-          "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)", _flash_decode,
+_operator("flash_decode", "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
+          "Tensor? v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, "
+          "float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)", _flash_decode,
           lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
 
 # --- attention in PyTorch: the CPU, and wherever Triton is not ---
@@ -138,7 +138,7 @@ _operator("flash_decode", "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Te
 def _flash_decode_torch(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, *options):
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one where they differ."""
     tensors, lens = (q, k_cache, v_cache, k, v, k_scale, v_scale), cache_seqlens.tolist()
-    longest, new, S = max(lens, default=0), 0 if k is None else q.shape[2], k_cache.shape[2]
+    longest, new, S = max(lens, default=0), 0 if k is None else k.shape[2], k_cache.shape[2]
     if longest + new > S:
         raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into a cache of {S}")
     if len(set(lens)) <= 1:
@@ -150,7 +150,7 @@ def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, 
     """flash_decode of rows that all have n tokens cached."""
     (B, Hq, T, D), Hkv, dtype = q.shape, k_cache.shape[1], q.dtype
     end = n if k is None else n + T
-    start = 0 if window is None else max(0, end - T - window + 1)
+    start = 0 if window is None else max(0, end - T - window + 1)  # what no query sees is not read
     live = end - start
     k_cache, v_cache, k_scale, v_scale = (
         x if x is None else x.narrow(2, start, live) for x in (k_cache, v_cache, k_scale, v_scale))
@@ -202,9 +202,7 @@ def _my_chunk(seqlens_ptr, B, S, n_split, NEW: tl.constexpr, REACH: tl.constexpr
     appended; with a window, only the last REACH tokens are seen."""
     pid, rows = tl.program_id(0), tl.arange(0, BLOCK_B)
     lens = tl.where(rows < B, tl.minimum(tl.load(seqlens_ptr + rows, mask=rows < B, other=0) + NEW, S), 0)
-    first = lens * 0
-    if REACH:
-        first = tl.maximum(lens - REACH, 0) // BLOCK_N
+    first = tl.maximum(lens - REACH, 0) // BLOCK_N if REACH else lens * 0
     tiles = tl.cdiv(lens, BLOCK_N) - first
     size = tl.maximum(tl.cdiv(tl.sum(tiles) * PAIRS, n_split), MIN_TILES)
     chunks = tl.where(rows < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)  # an empty row still has zeros to write
@@ -319,7 +317,7 @@ def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
     b, kv_head, d = row.to(tl.int64), (pair // MBLOCKS).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     r = pair % MBLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     h, t, mask = kv_head * G + r // T, r % T, r < G * T
-    mask_d, slope = mask[:, None] & (d < D), None
+    mask_d = mask[:, None] & (d < D)
     q = tl.load(q_ptr + b * stride_q0 + (h * stride_q1 + t.to(tl.int64) * stride_q2)[:, None] + d, mask_d, other=0)
     # the caches' strides come divided by VEC, so that the compiler knows a multiple and loads 16 bytes at a time
     k_ptr += (b * stride_k0 + kv_head * stride_k1) * VEC
@@ -332,15 +330,13 @@ def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
         if end > n - T:
             pos = n - T + tl.arange(0, 16)
             fits = (pos < n) & (pos >= start) & (pos < end)
-            x_ptr += b * stride_x0 + kv_head * stride_x1
-            y_ptr += b * stride_y0 + kv_head * stride_y1
-            _append(x_ptr, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
-            _append(y_ptr, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
+            x, y = x_ptr + b * stride_x0 + kv_head * stride_x1, y_ptr + b * stride_y0 + kv_head * stride_y1
+            _append(x, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
+            _append(y, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
             tl.debug_barrier()
     top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + h, mask, other=0)
+    slope = None if slopes_ptr is None else tl.load(slopes_ptr + h, mask, other=0)
     if sinks_ptr is not None:  # a weight of 1 at the sink's score, in the first chunk
         top = tl.load(sinks_ptr + h, mask, other=float("-inf")) * LOG2E
         sums += ((tl.arange(0, BLOCK_N) == 0) & (chunk == 0))[None, :].to(tl.float32)
@@ -369,7 +365,7 @@ def _blocks(itemsize, D, rows, smem):
 
 def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
                sinks, blocks, n_programs):
-    """The kernel's grid size, and its arguments but for the counters. n_programs: how many programs the GPU runs at once."""
+    """The kernel's grid size, and its arguments but the counters. n_programs: how many programs the GPU runs at once."""
     (B, Hq, T, D), (_, Hkv, S, _), G = q.shape, k_cache.shape, q.shape[1] // k_cache.shape[1]
     pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
     # few pairs: as many chunks as run at once. Many: several waves of them, so that an uneven last one matters little
@@ -380,8 +376,8 @@ def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale
         ("s", k_scale, 1, 2), ("t", v_scale, 1, 2)) for i in range(dims)}
     return n_split + pairs, dict(
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, s_ptr=k_scale,
-        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks,
-        out_ptr=q.new_empty(q.shape), lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32),
+        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=q.new_empty(q.shape),
+        lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32),
         part_ptr=q.new_empty((n_split + pairs, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale), softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G,
         T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **strides, **blocks)
@@ -472,12 +468,13 @@ def _int4_linear_kernel(x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, N, K: tl.constexpr, G
 
 def _linear_arguments(x, w, scales, zeros=None):
     """The kernel, its grid and its arguments."""
-    N, K, groups, x = *w.shape[:1], x.shape[-1], scales[0].numel(), x.contiguous()
+    N, K, x = len(w), x.shape[-1], x.contiguous()
     arguments = dict(x_ptr=x, w_ptr=w, s_ptr=scales, y_ptr=x.new_empty(*x.shape[:-1], N), N=N, K=K, BLOCK_N=8)
     grid = triton.cdiv(N, 8), x.numel() // K
     if zeros is None:
         return _int8_linear_kernel, grid, dict(arguments, BLOCK_K=1024)
-    return _int4_linear_kernel, grid, dict(arguments, z_ptr=zeros, GROUP=K // groups, GROUPS=1024 * groups // K)
+    group = K // scales.shape[1]
+    return _int4_linear_kernel, grid, dict(arguments, z_ptr=zeros, GROUP=group, GROUPS=1024 // group)
 
 def _linear(x, w, scales, zeros):
     if not triton or not x.is_cuda or x.numel() > 16 * x.shape[-1]:

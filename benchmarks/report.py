@@ -101,7 +101,7 @@ def load_size(line):
     return 0
 
 def loads_in_loop(asm):
-    """Counts of loads by their size, in the first loop that has any. LLVM's comments say which blocks make up a loop."""
+    """How many loads of each size the first loop that has any makes. LLVM's comments say which blocks make up a loop."""
     loops, block, loop = collections.defaultdict(collections.Counter), None, None
     for line in asm.splitlines():
         if label := re.match(r"[$.L_;/ %]*((?:BB|bb)[\d._]+)", line):
@@ -126,7 +126,8 @@ def report(archs):
             register_file = 131072 if arch.startswith("gfx") else 65536
             programs = min(SMEM[arch] * 1024 // (shared + 1024), register_file // (registers * threads))
             in_flight = programs * needed * (arguments.get("num_stages", 4) - 1)
-            loads, dots = loads_in_loop(asm), re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
+            loads = loads_in_loop(asm)
+            dots = re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
             wrong = "SPILLS " * (spilled > 0) + "NARROW LOADS" * (loads[16] * 16 * threads < needed)
             print(f"{arch:7}{name:40}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}{in_flight // 1024:17} ",
                   ", ".join(f"{loads[size]} x {size} B" for size in sorted(loads, reverse=True)),
