@@ -9,14 +9,10 @@ flash_decode, int8_linear and int4_linear run in Triton on a GPU, in PyTorch els
 _reference functions say what is right. `python kernels.py --report [sm_90 ...]` shows what the kernels compile to."""
 from __future__ import annotations  # the kernels' annotations are text to Triton, and harmless where it is absent
 
-import argparse
-import collections
-import functools
 import math
-import os
-import re
-import subprocess
-import tempfile
+import pathlib
+import runpy
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +83,10 @@ def flash_decode(q, k_cache, v_cache, cache_seqlens, k=None, v=None, *, k_scale=
     Returns [B, Hq, T, D], and with return_lse the log-sum-exp [B, Hq, T] in float32. A query that sees nothing gets
     zeros, and -inf or its sink. Raises ValueError for shapes, dtypes or combinations that are none of these."""
     _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap, alibi_slopes, sinks)
-    out, lse = torch.ops.gpt_flash.flash_decode(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale,
-                                                causal, window, softcap, alibi_slopes, sinks)
+    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs the operator
+    run = torch.ops.gpt_flash.flash_decode if torch.compiler.is_compiling() or not q.is_cpu else _flash_decode_torch
+    out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap,
+                   alibi_slopes, sinks)
     return (out, lse) if return_lse else out
 
 def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap, alibi_slopes, sinks):
@@ -96,7 +94,7 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
     (B, Hq, T, D), (_, Hkv, S, _), int8 = q.shape, k_cache.shape, k_cache.dtype == torch.int8
-    new, old, scale, f32 = (B, Hkv, T, D), (B, Hkv, S, D), (B, Hkv, S), torch.float32
+    new, old, device, f32, i32 = (B, Hkv, T, D), (B, Hkv, S, D), q.device, (torch.float32,), (torch.int32,)
     problem = (
         f"T must be 1 to 16 tokens, got {T}" if not 1 <= T <= 16 else
         f"the head size must be a multiple of 8 up to 256, got {D}" if D % 8 or not 8 <= D <= 256 else
@@ -106,85 +104,82 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, w
         f"window must be at least 1, got {window}" if window is not None and window < 1 else
         "window needs causal=True" if window is not None and not causal else
         f"softcap must be above 0, got {softcap}" if softcap is not None and softcap <= 0 else None)
-    for name, x, shape, *dtypes in (
-            ("q", q, q.shape, torch.bfloat16, torch.float16, f32), ("k", k, new, q.dtype), ("v", v, new, q.dtype),
-            ("k_cache", k_cache, old, q.dtype, torch.int8), ("v_cache", v_cache, old, k_cache.dtype),
-            ("k_scale", k_scale, scale, f32), ("v_scale", v_scale, scale, f32), ("sinks", sinks, (Hq,), f32),
-            ("alibi_slopes", alibi_slopes, (Hq,), f32), ("cache_seqlens", cache_seqlens, (B,), torch.int32)):
-        if x is not None and (x.shape != shape or x.dtype not in dtypes or x.device != q.device):
-            problem = problem or (f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {q.device}, "
-                                  f"got {list(x.shape)} {x.dtype} on {x.device}")
-        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
-            problem = problem or f"the last dimension of {name} must be contiguous"
+    for name, x, shape, dtypes in (
+            ("q", q, q.shape, (torch.bfloat16, torch.float16, *f32)), ("cache_seqlens", cache_seqlens, (B,), i32),
+            ("k_cache", k_cache, old, (q.dtype, torch.int8)), ("v_cache", v_cache, old, (k_cache.dtype,)),
+            ("k", k, new, (q.dtype,)), ("v", v, new, (q.dtype,)), ("alibi_slopes", alibi_slopes, (Hq,), f32),
+            ("k_scale", k_scale, old[:3], f32), ("v_scale", v_scale, old[:3], f32), ("sinks", sinks, (Hq,), f32)):
+        if problem or x is None:
+            continue
+        if x.shape != shape or x.dtype not in dtypes or x.device != device:
+            problem = (f"{name} must be {list(shape)} {' or '.join(map(str, dtypes))} on {device}, "
+                       f"got {list(x.shape)} {x.dtype} on {x.device}")
+        elif x.stride()[-1] != 1 and x.shape[-1] > 1:
+            problem = f"the last dimension of {name} must be contiguous"
     if problem:
         raise ValueError(f"flash_decode: {problem}")
 
-_lib = torch.library.Library("gpt_flash", "FRAGMENT")
-
-def _operator(schema, implementation, fake):
-    name = schema[:schema.index("(")]
-    _lib.define(schema)
-    _lib.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpt_flash::{name}", fake, lib=_lib)
+def _operator(name, schema, run, fake):
+    torch.library.define(f"gpt_flash::{name}", schema)
+    torch.library.impl(f"gpt_flash::{name}", "default", run)
+    torch.library.register_fake(f"gpt_flash::{name}", fake)
 
 def _flash_decode(q, *args):  # on AMD tl.debug_barrier does not wait for stores to memory, which the kernel relies on
     return (_flash_decode_triton if triton and q.is_cuda and not torch.version.hip else _flash_decode_torch)(q, *args)
 
 # In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share memory are copied.
-_operator("flash_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
-          "Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, float? softcap, "
-          "Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)", _flash_decode,
+_operator("flash_decode", "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
+          "Tensor? v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, "
+          "float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)", _flash_decode,
           lambda q, *_: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)))
 
 # --- attention in PyTorch: the CPU, and wherever Triton is not ---
 
 def _flash_decode_torch(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, *options):
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one where they differ."""
-    lens, new, S = cache_seqlens.tolist(), q.shape[2] if k is not None else 0, k_cache.shape[2]
-    if lens and max(lens) + new > S:
-        raise ValueError(f"flash_decode: {max(lens)} cached + {new} new tokens do not fit into a cache of {S}")
-    if len(set(lens)) == 1:
-        return _attend_live(lens[0], q, k_cache, v_cache, k, v, k_scale, v_scale, *options)
-    rows = [_attend_live(n, *(x if x is None else x[b:b + 1] for x in (q, k_cache, v_cache, k, v, k_scale, v_scale)),
-                         *options) for b, n in enumerate(lens)]
-    return tuple(torch.cat(x) for x in zip(*rows)) if rows else (torch.empty_like(q), q.new_empty(q.shape[:3]).float())
+    tensors, lens = (q, k_cache, v_cache, k, v, k_scale, v_scale), cache_seqlens.tolist()
+    longest, new, S = max(lens, default=0), 0 if k is None else k.shape[2], k_cache.shape[2]
+    if longest + new > S:
+        raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into a cache of {S}")
+    if len(set(lens)) <= 1:
+        return _attend_live(longest, *tensors, *options)
+    rows = [_attend_live(n, *(x if x is None else x[b:b + 1] for x in tensors), *options) for b, n in enumerate(lens)]
+    return tuple(torch.cat(x) for x in zip(*rows))
 
 def _attend_live(n, q, k_cache, v_cache, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes, sinks):
+    """flash_decode of rows that all have n tokens cached."""
     (B, Hq, T, D), Hkv, dtype = q.shape, k_cache.shape[1], q.dtype
+    end = n if k is None else n + T
+    start = 0 if window is None else max(0, end - T - window + 1)  # what no query sees is not read
+    live = end - start
+    k_cache, v_cache, k_scale, v_scale = (
+        x if x is None else x.narrow(2, start, live) for x in (k_cache, v_cache, k_scale, v_scale))
+    # the fused operator knows only a CPU and none of the options; it gives NaN to a query before the first position
+    if not q.is_cpu or not softcap is alibi_slopes is sinks is None or live < T:
+        return flash_decode_reference(
+            q, k_cache, v_cache, torch.full((B,), n - start, device=q.device), k, v, k_scale=k_scale, v_scale=v_scale,
+            scale=scale, causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            return_lse=True)
     if k is not None:
         if k_scale is not None:
             (k, v), scales = quantize_kv(torch.stack((k, v)))
-            k_scale.narrow(2, n, T).copy_(scales[0]), v_scale.narrow(2, n, T).copy_(scales[1])
-        k_cache.narrow(2, n, T).copy_(k), v_cache.narrow(2, n, T).copy_(v)
-        n += T
-    start = 0 if window is None else max(0, n - T - window + 1)
-    n -= start
-    keys, values = k_cache.narrow(2, start, n), v_cache.narrow(2, start, n)
+            k_scale.narrow(2, live - T, T).copy_(scales[0])
+            v_scale.narrow(2, live - T, T).copy_(scales[1])
+        k_cache.narrow(2, live - T, T).copy_(k)
+        v_cache.narrow(2, live - T, T).copy_(v)
     if k_scale is not None:  # in float32: as fast as in bf16 here, and one rounding less
-        q, keys, values = q.float(), keys.float(), values.float()
-        keys.mul_(k_scale.narrow(2, start, n)[..., None]), values.mul_(v_scale.narrow(2, start, n)[..., None])
-    if softcap is not None or not q.is_cpu or n == 0:
-        out, lse = flash_decode_reference(
-            q, keys, values, torch.full((B,), n, device=q.device), scale=scale, causal=causal, window=window,
-            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True)
-        return out.to(dtype), lse
+        q, k_cache = q.float(), k_cache.float().mul_(k_scale[..., None])
+        v_cache = v_cache.float().mul_(v_scale[..., None])
     mask = None
-    if T > 1 and causal or alibi_slopes is not None:
-        distance = torch.arange(n - T, n)[:, None] - torch.arange(n)                       # (T, n)
-        mask = torch.zeros(1, 1, T, n) if alibi_slopes is None else -alibi_slopes.view(Hkv, -1, 1, 1) * distance.abs()
-        if causal:
-            mask = mask.masked_fill((distance < 0) | (distance >= (window or n)), -math.inf)
-        mask = mask.expand(-1, Hq // Hkv, T, n).reshape(1, -1, Hq // Hkv * T, n)
+    if T > 1 and causal:
+        mask = torch.full((T, live), -math.inf).triu_(live - T + 1)  # keys after the query
+        if window is not None:
+            mask += torch.full((T, live), -math.inf).tril_(live - T - window)
+        mask = mask.repeat(Hq // Hkv, 1)
     # a KV head's query heads ride along as query rows, so that no key is repeated
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.reshape(B, Hkv, -1, D), keys, values, attn_mask=mask, scale=scale)
-    out, lse = out.reshape(q.shape).contiguous(), lse.reshape(B, Hq, T).contiguous()
-    if causal and n < T:  # the first queries lie before the first position
-        out[:, :, :T - n], lse[:, :, :T - n] = 0, -math.inf
-    if sinks is not None:
-        lse, seen = torch.logaddexp(lse, sinks[:, None]), lse
-        out = out * (seen - lse).exp()[..., None].to(q.dtype)
-    return out.to(dtype), lse
+        q.reshape(B, Hkv, -1, D), k_cache, v_cache, attn_mask=mask, scale=scale)
+    return out.reshape(B, Hq, T, D).contiguous().to(dtype), lse.reshape(B, Hq, T).contiguous()
 
 # --- attention in Triton ---
 #
@@ -207,9 +202,7 @@ def _my_chunk(seqlens_ptr, B, S, n_split, NEW: tl.constexpr, REACH: tl.constexpr
     appended; with a window, only the last REACH tokens are seen."""
     pid, rows = tl.program_id(0), tl.arange(0, BLOCK_B)
     lens = tl.where(rows < B, tl.minimum(tl.load(seqlens_ptr + rows, mask=rows < B, other=0) + NEW, S), 0)
-    first = lens * 0
-    if REACH:
-        first = tl.maximum(lens - REACH, 0) // BLOCK_N
+    first = tl.maximum(lens - REACH, 0) // BLOCK_N if REACH else lens * 0
     tiles = tl.cdiv(lens, BLOCK_N) - first
     size = tl.maximum(tl.cdiv(tl.sum(tiles) * PAIRS, n_split), MIN_TILES)
     chunks = tl.where(rows < B, tl.maximum(tl.cdiv(tiles, size), 1), 0)  # an empty row still has zeros to write
@@ -324,7 +317,7 @@ def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
     b, kv_head, d = row.to(tl.int64), (pair // MBLOCKS).to(tl.int64), tl.arange(0, BLOCK_D)[None, :]
     r = pair % MBLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     h, t, mask = kv_head * G + r // T, r % T, r < G * T
-    mask_d, slope = mask[:, None] & (d < D), None
+    mask_d = mask[:, None] & (d < D)
     q = tl.load(q_ptr + b * stride_q0 + (h * stride_q1 + t.to(tl.int64) * stride_q2)[:, None] + d, mask_d, other=0)
     # the caches' strides come divided by VEC, so that the compiler knows a multiple and loads 16 bytes at a time
     k_ptr += (b * stride_k0 + kv_head * stride_k1) * VEC
@@ -337,15 +330,13 @@ def _flash_decode_kernel(  # x, y: new k, v; s, t: scales of k, v
         if end > n - T:
             pos = n - T + tl.arange(0, 16)
             fits = (pos < n) & (pos >= start) & (pos < end)
-            x_ptr += b * stride_x0 + kv_head * stride_x1
-            y_ptr += b * stride_y0 + kv_head * stride_y1
-            _append(x_ptr, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
-            _append(y_ptr, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
+            x, y = x_ptr + b * stride_x0 + kv_head * stride_x1, y_ptr + b * stride_y0 + kv_head * stride_y1
+            _append(x, k_ptr, s_ptr, stride_x2, stride_kn, pos, fits, D, BLOCK_D)
+            _append(y, v_ptr, t_ptr, stride_y2, stride_vn, pos, fits, D, BLOCK_D)
             tl.debug_barrier()
     top, acc = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + h, mask, other=0)
+    slope = None if slopes_ptr is None else tl.load(slopes_ptr + h, mask, other=0)
     if sinks_ptr is not None:  # a weight of 1 at the sink's score, in the first chunk
         top = tl.load(sinks_ptr + h, mask, other=float("-inf")) * LOG2E
         sums += ((tl.arange(0, BLOCK_N) == 0) & (chunk == 0))[None, :].to(tl.float32)
@@ -373,20 +364,20 @@ def _blocks(itemsize, D, rows, smem):
                 num_stages=max(2, min(4, stages)))
 
 def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
-               sinks, blocks, n_programs, counters):
-    """The kernel's grid size and arguments. n_programs: how many programs the GPU runs at once."""
+               sinks, blocks, n_programs):
+    """The kernel's grid size, and its arguments but the counters. n_programs: how many programs the GPU runs at once."""
     (B, Hq, T, D), (_, Hkv, S, _), G = q.shape, k_cache.shape, q.shape[1] // k_cache.shape[1]
     pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
     # few pairs: as many chunks as run at once. Many: several waves of them, so that an uneven last one matters little
     n_split = n_programs - pairs if 2 * pairs <= n_programs else 4 * n_programs
-    vec = next(n for n in (16, 8, 1) if not any(s % n for s in (*k_cache.stride()[:3], *v_cache.stride()[:3])))
+    vec = math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3])
     strides = {f"stride_{name}{i}": 0 if x is None else x.stride(i) // unit for name, x, unit, dims in (
         ("q", q, 1, 3), ("k", k_cache, vec, 3), ("v", v_cache, vec, 3), ("x", k, 1, 3), ("y", v, 1, 3),
         ("s", k_scale, 1, 2), ("t", v_scale, 1, 2)) for i in range(dims)}
     return n_split + pairs, dict(
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens, x_ptr=k, y_ptr=v, s_ptr=k_scale,
-        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks, counter_ptr=counters(pairs),
-        out_ptr=q.new_empty(q.shape), lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32),
+        t_ptr=v_scale, slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=q.new_empty(q.shape),
+        lse_ptr=q.new_empty(q.shape[:3], dtype=torch.float32),
         part_ptr=q.new_empty((n_split + pairs, min(blocks["BLOCK_M"], G * T), D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale), softcap=softcap, B=B, S=S, n_split=n_split, HKV=Hkv, G=G,
         T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec, BLOCK_B=triton.next_power_of_2(B), **strides, **blocks)
@@ -410,9 +401,9 @@ def _flash_decode_triton(q, k_cache, *args, blocks=None, n_programs=None):
         gpu, rows = torch.cuda.get_device_properties(q.device), q.shape[1] // k_cache.shape[1] * q.shape[2]
         blocks = _blocks(k_cache.element_size(), q.shape[3], rows, gpu.shared_memory_per_multiprocessor)
         n_programs = 2 * gpu.multi_processor_count
-    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs, lambda n: _counters(q.device, n))
+    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs)
     with torch.cuda.device_of(q):
-        _flash_decode_kernel[(grid,)](**arguments)
+        _flash_decode_kernel[(grid,)](**arguments, counter_ptr=_counters(q.device, grid))
     return arguments["out_ptr"], arguments["lse_ptr"]
 
 # --- int8 and int4 weights times a few vectors ---
@@ -431,7 +422,7 @@ def int8_linear(x, w, scales):
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
-    return torch.ops.gpt_flash.int8_linear(x, w, scales)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales, None)
 
 def int4_linear(x, w, scales, zeros):
     """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the high one, and scales
@@ -440,7 +431,7 @@ def int4_linear(x, w, scales, zeros):
     if zeros.shape != scales.shape or w.shape != (N, K // 2) or K not in (32 * groups, 64 * groups, 128 * groups):
         raise ValueError("int4_linear: needs x [..., K], w [N, K / 2], scales and zeros [N, K / group], group 32, 64 "
                          f"or 128, got {[list(t.shape) for t in (x, w, scales, zeros)]}")
-    return torch.ops.gpt_flash.int4_linear(x, w, scales, zeros)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales, zeros)
 
 @jit
 def _int8_linear_kernel(x_ptr, w_ptr, s_ptr, y_ptr, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -477,126 +468,29 @@ def _int4_linear_kernel(x_ptr, w_ptr, s_ptr, z_ptr, y_ptr, N, K: tl.constexpr, G
 
 def _linear_arguments(x, w, scales, zeros=None):
     """The kernel, its grid and its arguments."""
-    N, K, x, y = w.shape[0], x.shape[-1], x.contiguous(), x.new_empty(*x.shape[:-1], w.shape[0])
-    arguments = dict(x_ptr=x, w_ptr=w, s_ptr=scales, y_ptr=y, N=N, K=K, BLOCK_N=8)
+    N, K, x = len(w), x.shape[-1], x.contiguous()
+    arguments = dict(x_ptr=x, w_ptr=w, s_ptr=scales, y_ptr=x.new_empty(*x.shape[:-1], N), N=N, K=K, BLOCK_N=8)
+    grid = triton.cdiv(N, 8), x.numel() // K
     if zeros is None:
-        arguments["BLOCK_K"] = 1024
-    else:
-        arguments.update(z_ptr=zeros, GROUP=K // scales.shape[1], GROUPS=1024 * scales.shape[1] // K)
-    return _int8_linear_kernel if zeros is None else _int4_linear_kernel, (triton.cdiv(N, 8), x.numel() // K), arguments
+        return _int8_linear_kernel, grid, dict(arguments, BLOCK_K=1024)
+    group = K // scales.shape[1]
+    return _int4_linear_kernel, grid, dict(arguments, z_ptr=zeros, GROUP=group, GROUPS=1024 // group)
 
-def _linear(reference, x, w, *scales):
+def _linear(x, w, scales, zeros):
     if not triton or not x.is_cuda or x.numel() > 16 * x.shape[-1]:
-        return reference(x, w, *scales)
-    kernel, grid, arguments = _linear_arguments(x, w, *scales)
+        return int8_linear_reference(x, w, scales) if zeros is None else int4_linear_reference(x, w, scales, zeros)
+    kernel, grid, arguments = _linear_arguments(x, w, scales, zeros)
     with torch.cuda.device_of(x):
         kernel[grid](**arguments)
     return arguments["y_ptr"]
 
-for _schema, _reference in (("int8_linear(Tensor x, Tensor w, Tensor scales)", int8_linear_reference),
-                            ("int4_linear(Tensor x, Tensor w, Tensor scales, Tensor zeros)", int4_linear_reference)):
-    _operator(_schema + " -> Tensor", functools.partial(_linear, _reference),
-              lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
+_operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales, Tensor? zeros) -> Tensor", _linear,
+          lambda x, w, *_: x.new_empty(*x.shape[:-1], w.shape[0]))
 
-# --- the report: what the kernels become on GPUs that need not be here ---
-
-SMEM = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}  # KB per SM
-
-def _variants(smem):
-    """Name, kernel, arguments (tensors without memory), and bytes of cache or weights that a turn of its loop reads."""
-    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, int8=torch.int8, i32=torch.int32)
-    def empty(dtype, *shape):
-        return torch.empty(shape, dtype=dtypes.get(dtype, torch.uint8), device="meta")
-    for name in ("bf16 D=128 G=4 T=1", "bf16 D=128 G=4 T=1 read", "bf16 D=128 G=4 T=1 options", "bf16 D=64 G=8 T=1",
-                 "bf16 D=256 G=2 T=1", "bf16 D=128 G=4 T=5", "bf16 D=128 G=8 T=8", "fp16 D=80 G=1 T=1",
-                 "fp32 D=128 G=4 T=1", "int8 D=128 G=4 T=1", "int8 D=64 G=8 T=1", "int8 D=256 G=2 T=1",
-                 "int8 D=128 G=8 T=8"):
-        kv, (D, G, T) = name[:4], map(int, re.findall(r"=(\d+)", name))
-        cache, heads, dtype, scales = empty(kv, 4, 8, 32768, D), empty("fp32", 8 * G), kv, None
-        if kv == "int8":
-            dtype, scales = "bf16", empty("fp32", 4, 8, 32768)
-        new = None if "read" in name else empty(dtype, 4, 8, T, D)
-        blocks = _blocks(cache.element_size(), D, G * T, smem)
-        _, arguments = _arguments(
-            empty(dtype, 4, 8 * G, T, D), cache, cache, empty("i32", 4), new, new, scales, scales, None, True,
-            *((4096, 50.0, heads, heads) if "options" in name else (None,) * 4), blocks, 264, lambda n: empty("i32", n))
-        yield f"flash_decode {name}", _flash_decode_kernel, arguments, 2 * blocks["BLOCK_N"] * D * cache.element_size()
-    for name, w, *scales in (("int8_linear", empty("int8", 4096, 14336), empty("bf16", 4096)),
-                             ("int4_linear group=32", empty("u8", 4096, 7168), *[empty("bf16", 4096, 448)] * 2),
-                             ("int4_linear group=128", empty("u8", 4096, 7168), *[empty("bf16", 4096, 112)] * 2)):
-        kernel, _, arguments = _linear_arguments(empty("bf16", 1, 14336), w, *scales)
-        yield name, kernel, arguments, 8 * 1024 * w.shape[1] // 14336
-
-def _compile(arch, kernel, arguments):
-    """Compile for arch: the compiled kernel, its assembly, registers a thread and bytes of them spilled."""
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-    constants, signature, aligned = {}, {}, {}
-    for i, p in enumerate(kernel.params):
-        x = arguments[p.name]
-        if p.is_constexpr or x is None:
-            signature[p.name], constants[p.name] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            name = str(x.dtype)[6:].replace("bfloat", "bf").replace("float", "fp").replace("uint", "u")
-            signature[p.name], aligned[i,] = "*" + name.replace("int", "i"), [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = "fp32" if isinstance(x, float) else "i32"
-    amd = arch.startswith("gfx")
-    target = triton.backends.compiler.GPUTarget(*(("hip", arch, 64) if amd else ("cuda", int(arch[3:]), 32)))
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=target, options=options)
-    if amd:
-        asm = usage = compiled.asm["amdgcn"]
-    else:
-        asm, tool = compiled.asm["ptx"], os.path.join(triton.backends.__path__[0], "nvidia", "bin", "cuobjdump")
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"]), file.flush()
-            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return compiled, asm, *(int(re.search(rf"\b{name}:\s*(\d+)", usage)[1]) for name in (
-        ("vgpr_count", "private_segment_fixed_size") if amd else ("REG", "STACK")))
-
-def _loads(asm):
-    """How many loads of how many bytes a thread issues in a turn of the first loop that has any."""
-    loops, block, loop = {}, None, None
-    for line in asm.splitlines():  # LLVM's comments say which blocks make up a loop
-        if label := re.match(r"[$.L_;/ %]*((?:BB|bb)[\d._]+)", line):
-            block, loop = label[1], None
-        if "Loop" in line:
-            loop = (re.search(r"Header=(\w+)", line) or [None, block])[1]
-        size = 0
-        if load := re.search(r"cp\.async\.c[ag].*?, 0x(\w+)", line):
-            size = int(load[1], 16)
-        elif load := re.search(r"ld\.global\S*?(?:\.v(\d))?\.[bu](\d+)\s", line):
-            size = int(load[1] or 1) * int(load[2]) // 8
-        elif load := re.search(r"(?:global|buffer)_load_(dword|\w)(?:x(\d))?", line):
-            size = {"dword": 4, "u": 2, "s": 2}[load[1]] * int(load[2] or 1)
-        if size and loop:
-            loops.setdefault(loop, collections.Counter())[size] += 1
-    return next(iter(loops.values()), collections.Counter())
-
-def report(archs):
-    """Print what every kernel becomes; 1 if one spills registers or reads cache or weights by less than 16 bytes."""
-    failed = False
-    print(f"{'GPU':7}{'kernel':40}registers  spilled  shared KB  programs/SM  KB in flight/SM  loads in its loop")
-    for arch in archs:
-        for name, kernel, arguments, needed in _variants(SMEM[arch] * 1024):
-            stages = arguments.get("num_stages", 4)
-            compiled, asm, registers, spilled = _compile(arch, kernel, arguments)
-            amd, shared = arch.startswith("gfx"), compiled.metadata.shared
-            threads = compiled.metadata.num_warps * (64 if amd else 32)
-            programs = min(SMEM[arch] * 1024 // (shared + 1024), (2 if amd else 1) * 65536 // (registers * threads))
-            loads, dots = _loads(asm), re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
-            wrong = "SPILLS " * (spilled > 0) + "NARROW LOADS" * (loads[16] * 16 * threads < needed)
-            print(f"{arch:7}{name:40}{registers:9}{spilled:9}{shared / 1024:11.1f}{programs:13}"
-                  f"{programs * needed * (stages - 1) // 1024:17} ",
-                  ", ".join(f"{loads[size]} x {size} B" for size in sorted(loads, reverse=True)),
-                  *sorted(set(dots)), wrong, flush=True)
-            failed |= bool(wrong)
-    return int(failed)
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Compile the kernels ahead of time, for GPUs that need not be here.")
-    parser.add_argument("--report", nargs="*", metavar="GPU", required=True, choices=SMEM, help="%(choices)s, or all")
-    gpus = parser.parse_args().report or SMEM
-    if not triton:
-        parser.error("the report needs Triton")
-    raise SystemExit(report(gpus))
+if __name__ == "__main__":  # the report is not part of a copy of this file
+    path = pathlib.Path(__file__).resolve().with_name("benchmarks") / "report.py"
+    if not path.exists():
+        print(f"kernels.py: error: --report needs {path}: run it in gpt-flash's own folder", file=sys.stderr)
+        sys.exit(2)
+    sys.modules["kernels"] = sys.modules["__main__"]  # what the report imports
+    runpy.run_path(str(path), run_name="__main__")

@@ -1032,9 +1032,9 @@ def test_operators_are_registered_properly():
                  make([4, 4], T=2, append=True, int8=True, sinks=True, alibi_slopes=True)):
         torch.library.opcheck(torch.ops.gpt_flash.flash_decode.default, flat(*case))
     x, w = torch.randn(3, 64, device=DEVICE), torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
-    torch.library.opcheck(torch.ops.gpt_flash.int8_linear.default, (x, w, torch.rand(8, device=DEVICE)))
+    torch.library.opcheck(torch.ops.gpt_flash.quantized_linear.default, (x, w, torch.rand(8, device=DEVICE), None))
     w, s = torch.randint(0, 256, (8, 32), dtype=torch.uint8, device=DEVICE), torch.rand(8, 2, device=DEVICE)
-    torch.library.opcheck(torch.ops.gpt_flash.int4_linear.default, (x, w, s, s))
+    torch.library.opcheck(torch.ops.gpt_flash.quantized_linear.default, (x, w, s, s))
 
 def test_compiled_it_updates_the_cache_in_place():
     """One graph for all layers of a stacked cache; nothing in it copies a cache."""
@@ -1105,25 +1105,20 @@ def test_report_of_a_gpu_it_does_not_know():
 
 def test_report_sees_narrow_loads_and_spills():
     done = python("-c", """if True:
-        import kernels
-        real, seen = kernels._variants, kernels._compile
-        def narrow(smem):
-            name, kernel, arguments, needed = next(real(smem))
-            yield name, kernel, arguments | dict(VEC=1), needed  # nothing known of the strides
-            yield name, kernel, arguments | dict(maxnreg=64), needed
-        def limited(arch, kernel, arguments):
-            limit = {"maxnreg": arguments.pop("maxnreg")} if "maxnreg" in arguments else {}
-            compile = kernels.triton.compile
-            kernels.triton.compile = lambda *a, options, **k: compile(*a, options=options | limit, **k)
-            try:
-                return seen(arch, kernel, arguments)
-            finally:
-                kernels.triton.compile = compile
-        kernels._variants, kernels._compile = narrow, limited
-        raise SystemExit(kernels.report(["sm_80"]))""")
+        import sys
+        sys.path.insert(0, "benchmarks")
+        import report
+        name, kernel, arguments, needed = next(report.cases(164 * 1024))
+        report.cases = lambda smem: [(name, kernel, arguments | dict(VEC=1), needed),  # nothing known of the strides
+                                     (name, kernel, arguments | dict(maxnreg=64), needed)]
+        raise SystemExit(report.report(["sm_80"]))""")
     assert done.returncode == 1, done.stderr
     narrow, spills = done.stdout.splitlines()[1:]
     assert "NARROW LOADS" in narrow and "SPILLS" not in narrow and "SPILLS" in spills
+
+def test_a_copy_of_the_file_has_no_report(tmp_path):
+    done = python(shutil.copy(HERE / "kernels.py", tmp_path), "--report")
+    assert done.returncode == 2 and "--report needs " in done.stderr and done.stderr.count("\n") == 1
 
 def test_without_triton():
     done = python("-c", """if True:
