@@ -13,6 +13,7 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import tokenizers
@@ -99,6 +100,7 @@ def refuse(message):
     raise ValueError(message)
 
 TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
 TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
 
 def load_tokenizer(path):

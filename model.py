@@ -435,7 +435,10 @@ def read_tensor(name, shape, tensors, config):
     """A tensor as Hugging Face has it, GGUF's in float32; ValueError if it has another shape."""
     x = tensors[name]
     if isinstance(x, gguf.ReaderTensor):
-        x = torch.tensor(gguf.dequantize(x.data, x.tensor_type))
+        try:
+            x = torch.tensor(gguf.dequantize(x.data, x.tensor_type))
+        except Exception as e:  # a quantization that gguf does not know
+            raise ValueError(f"cannot read tensor {name}: {first_line(e)}") from None
     if x.shape != shape:
         raise ValueError(f"tensor {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
     n_head = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])

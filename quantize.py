@@ -64,9 +64,9 @@ class QuantizedLinear(nn.Module):
     """What quantized layers share. One starts out empty, in the place and on the device of a Linear.
 
     quantize(rows, w) fills a slice of rows from float32 and returns the values they stand for now; stored() gives the
-    plain tensors that are saved, dense(dtype) the weight. Up to few_rows, the most that were measured faster so, go to
-    product(x), which reads the weight as it is kept, with x in bfloat16 (rounding it is a fifth of int8's own
-    error). More rows, as in prefill, pay for dequantizing the weight once."""
+    plain tensors that are saved, dense(dtype) the weight by slices. Up to few_rows, the most that were measured faster
+    so, go to product(x), which reads the weight as it is kept, with x in bfloat16 (rounding it is a fifth of int8's
+    own error). More rows, as in prefill, pay for dequantizing the weight once."""
     packed = False
 
     def __init__(self, linear, **buffers):
@@ -78,12 +78,18 @@ class QuantizedLinear(nn.Module):
     def pack(self):
         return self
 
+    def slices(self, *tensors):
+        """Rows of the tensors together, on a CPU as many as its cache holds: half the time of all at once."""
+        n = 512 if self.weight.device.type == "cpu" else self.out_features
+        return zip(*(x.split(n) for x in tensors))
+
     def forward(self, x):
         rows, dtype = x.reshape(-1, self.in_features), many_rows_dtype(x)
         if len(rows) <= self.few_rows(x.device.type):
             y = self.product(rows.bfloat16())
         else:
-            y = F.linear(rows.to(dtype), self.dense(dtype))
+            rows = rows.to(dtype)
+            y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -105,7 +111,8 @@ class Int8Linear(QuantizedLinear):
         return {"weight": self.weight, "scales": self.scales}
 
     def dense(self, dtype):
-        return self.weight.to(dtype) * self.scales[:, None].to(dtype)
+        for weight, scales in self.slices(self.weight, self.scales.to(dtype)):
+            yield weight.to(dtype) * scales[:, None]
 
     def few_rows(self, device):
         """A CPU's operator reads 16 inputs at a time, without looking."""
@@ -170,9 +177,9 @@ class Int4Linear(QuantizedLinear):
         return {"weight": pack_nibbles(nibbles), "scales": scales, "zeros": zeros}
 
     def dense(self, dtype):
-        nibbles, scales, zeros = self.plain()
-        groups = nibbles.view(len(nibbles), -1, self.group_size).to(dtype)
-        return groups.sub_(8).mul_(scales[..., None]).add_(zeros[..., None]).flatten(1)
+        for nibbles, scales, zeros in self.slices(*self.plain()):
+            groups = nibbles.view(len(nibbles), -1, self.group_size).to(dtype)
+            yield groups.sub_(8).mul_(scales[..., None]).add_(zeros[..., None]).flatten(1)
 
     def few_rows(self, device):
         return {"cpu": 128 * self.packed, "cuda": 16}.get(device, 0)

@@ -26,7 +26,7 @@ def table(run):
         columns[key] = f"{row['context']} in {row['capacity']}" + f", batch {row['batch']}" * (row["batch"] > 1)
         rows.setdefault(row["contestant"], {})[key] = row
     peer = next((name for name in rows if name == "gpt-fast"), None)
-    head = ["ms a token at context in capacity", *columns.values(), "first token, s", "compile, s"]
+    head = ["ms a token at context in capacity", *columns.values(), "of floor", "first token, s", "compile, s"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for name, cells in rows.items():
         texts = [f"**{name}**" if name.startswith("gpt-flash") else name]
@@ -34,12 +34,14 @@ def table(run):
             ms = cells[key]["ms"] if key in cells else float("nan")
             ratio = f" ({rows[peer][key]['ms'] / ms:.2f}x)" if peer and name != peer else ""
             texts.append(f"{ms:.1f}{ratio}" if key in cells else "")
-        last = list(cells.values())[-1]
-        first = list(cells.values())[0]
-        texts += [f"{last['first_token_s']:.2f}", f"{first['compile_s']:.1f}" if first["compile_s"] else ""]
+        first, last = list(cells.values())[0], list(cells.values())[-1]
+        floor_ms = first.get("bytes_read", 0) / run["copy_gb_s"] / 1e6
+        texts += [f"{floor_ms / first['ms']:.0%}" if floor_ms else "", f"{last['first_token_s']:.2f}",
+                  f"{first['compile_s']:.1f}" if first["compile_s"] else ""]
         lines.append("| " + " | ".join(texts) + " |")
-    note = (f"{run['shape']} on {run['device']}, torch {run['torch']}, {run['date']}; copy bandwidth "
-            f"{run['copy_gb_s']:.0f} GB/s.")
+    note = (f"{run['shape']} on {run['device']}, torch {run['torch']}, {run['date']}, which copies at "
+            f"{run['copy_gb_s']:.0f} GB/s. Of floor: the time in which that moves a step's weights and live cache, as "
+            "a share of the first column's.")
     if peer:
         note += " In brackets: speed relative to gpt-fast."
     return "\n".join([note, "", *lines, "", "    " + run["command"], ""])

@@ -101,7 +101,7 @@ def load_size(line):
     return 0
 
 def loads_in_loop(asm):
-    """How many loads of each size the first loop that has any makes. LLVM's comments say which blocks make up a loop."""
+    """How many loads of each size the first loop that has any makes; LLVM's comments say which blocks are a loop."""
     loops, block, loop = collections.defaultdict(collections.Counter), None, None
     for line in asm.splitlines():
         if label := re.match(r"[$.L_;/ %]*((?:BB|bb)[\d._]+)", line):
