@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -286,6 +287,7 @@ def main():
     if args.gpt_fast and not (args.gpt_fast / "model.py").exists():
         p.error(f"--gpt_fast {args.gpt_fast} is not a checkout of gpt-fast")
     torch.set_num_threads(args.threads)
+    torch._inductor.config.force_disable_caches = True  # compile times are those of a first run
     hf = our_model.read_json(args.shape)
     config, rows = our_model.ModelConfig.from_hf(hf), []
     contestants = contestants_of(args, config, hf)

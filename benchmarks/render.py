@@ -65,7 +65,7 @@ def draw(run, path):
               label="copy bandwidth / bytes read")
     axes.set(xscale="log", xlabel="context (tokens in the cache)", ylabel="tokens/s", ylim=(0, None),
              title=f"{run['shape']}, {run['device']}, cache of {capacity}")
-    axes.legend(fontsize=8), axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)), axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
