@@ -365,7 +365,7 @@ def _blocks(itemsize, D, rows, smem):
 
 def _arguments(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal, window, softcap, alibi_slopes,
                sinks, blocks, n_programs):
-    """The kernel's grid size, and its arguments but the counters. n_programs: how many programs the GPU runs at once."""
+    """The kernel's grid size, and its arguments but the counters. n_programs: how many the GPU runs at once."""
     (B, Hq, T, D), (_, Hkv, S, _), G = q.shape, k_cache.shape, q.shape[1] // k_cache.shape[1]
     pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
     # few pairs: as many chunks as run at once. Many: several waves of them, so that an uneven last one matters little

@@ -71,7 +71,8 @@ def random_hf(name):
     """A random transformers model with the settings of CHECKPOINTS[name]; biases and norms too are random."""
     family, settings = CHECKPOINTS[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**copy.deepcopy({**BASE, **settings}))  # it writes into its arguments
+    settings = copy.deepcopy({**BASE, **settings})  # transformers writes into its arguments
+    config = getattr(transformers, f"{family}Config")(**settings)
     hf = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in hf.parameters():
@@ -132,8 +133,8 @@ def test_greedy_equals_transformers(checkpoint, name):
     prompts = [torch.randint(3, 131, (n,)).tolist() for n in (1, 13, 30, 2)]
     out = generate(model, prompts, 20)
     for prompt, new in zip(prompts, out):
-        want = hf.generate(torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None,
-                           pad_token_id=0)[0, len(prompt):].tolist()
+        want = hf.generate(torch.tensor([prompt]), max_new_tokens=20, min_new_tokens=20, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
         assert new == want
 
 # --- loading ---
@@ -162,7 +163,7 @@ def test_checkpoint_forms(checkpoint, form, tmp_path):
     assert torch.equal(logits_of(tmp_path), logits_of(folder))
 
 def write_gguf(path, config, state, arch="llama", extra=()):
-    """A float32 GGUF file as llama.cpp's converter writes it: for arch llama, q and k with interleaved rotary halves."""
+    """A float32 GGUF file as llama.cpp's converter writes it: for arch llama, q and k with interleaved halves."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -206,7 +207,8 @@ def test_gguf_rope(checkpoint, name, tmp_path):
                    ("add_rope_scaling_factor", rope["factor"])]
         if name == "llama-yarn":
             factors.append(("add_rope_scaling_orig_ctx_len", rope["original_max_position_embeddings"]))
-    close(logits_of(write_gguf(tmp_path / "m.gguf", hf.config, hf.state_dict(), extra=factors)), logits_of(folder), 1e-4)
+    close(logits_of(write_gguf(tmp_path / "m.gguf", hf.config, hf.state_dict(), extra=factors)), logits_of(folder),
+          1e-4)
 
 def test_old_style_rope_settings():
     new = dict(model_type="llama", **BASE, rope_parameters={"rope_theta": 500000.0, **LLAMA3_ROPE})
@@ -253,7 +255,8 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 @pytest.mark.parametrize("change, message", [
     (without(NORM), f"no tensor {NORM}"),
-    (lambda t: {**t, "model.layers.9.mlp.up_proj.weight": t[NORM].clone()}, "unexpected tensor model.layers.9.mlp.up_proj"),
+    (lambda t: {**t, "model.layers.9.mlp.up_proj.weight": t[NORM].clone()},
+     "unexpected tensor model.layers.9.mlp.up_proj"),
     (lambda t: {**t, NORM: torch.zeros(47)}, rf"{NORM} has shape \(47,\), expected \(48,\)"),
     (lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.zeros(96)}, "unexpected tensor .*q_proj.bias"),
     (lambda t: {**t, "model.layers.0.self_attn.k_proj.weight": torch.zeros(96, 48)}, "k_proj.weight has shape"),
@@ -339,8 +342,10 @@ def test_dead_positions_are_never_seen(checkpoint, attention):
 # --- tokenizers ---
 
 AWKWARD = ["", " ", "   x", "\t\n \n", "Hello  world", " leading", "trailing  ", "don't we'LL", "3.14159 1234567890",
-           "d\u00e9j\u00e0 \u1e9e", "\u4f60\u597d,\u4e16\u754c\u3002", "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f642",
-           "x\r\n\r\ny", "<s> </s> <|im_end|>", "def f(x):\n    return x**2\n", "e\u0301 \u00a0 \x00", "\u2581under_score"]
+           "d\u00e9j\u00e0 \u1e9e", "\u4f60\u597d,\u4e16\u754c\u3002",
+           "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f642",
+           "x\r\n\r\ny", "<s> </s> <|im_end|>", "def f(x):\n    return x**2\n", "e\u0301 \u00a0 \x00",
+           "\u2581under_score"]
 
 @pytest.fixture(scope="session")
 def smollm():
@@ -414,7 +419,8 @@ def test_chat_template_equals_transformers(tokenizer_folder):
 
 def test_chat_templates_are_sandboxed(tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder)
-    for template, message in (("{{ ''.__class__.__mro__ }}", "failed"), ("{{ raise_exception('no') }}", "refuses .*: no"),
+    for template, message in (("{{ ''.__class__.__mro__ }}", "failed"),
+                              ("{{ raise_exception('no') }}", "refuses .*: no"),
                               ("{% for", "failed"), (None, "no chat template")):
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=message):
@@ -431,7 +437,8 @@ def test_gguf_bpe(checkpoint, tmp_path, pre):
     path = write_gguf(tmp_path / "m.gguf", hf.config, hf.state_dict(), extra=[
         ("add_tokenizer_model", "gpt2"), ("add_tokenizer_pre", pre), ("add_token_list", tokens),
         ("add_token_merges", [" ".join(m) for m in merges]), ("add_token_types", [3, 3] + [1] * (len(tokens) - 2)),
-        ("add_bos_token_id", 0), ("add_eos_token_id", 1), ("add_chat_template", "{{ messages[0]['content'] }}<|im_end|>")])
+        ("add_bos_token_id", 0), ("add_eos_token_id", 1),
+        ("add_chat_template", "{{ messages[0]['content'] }}<|im_end|>")])
     tokenizer = load_tokenizer(path)
     for text in AWKWARD:
         assert tokenizer.encode(text, bos=False) == reference.encode(text).ids
@@ -545,7 +552,8 @@ def test_context_ends_generation(checkpoint):
     with pytest.raises(ValueError, match="30 tokens leaves no room"):
         generate(model, PROMPTS, 5)
 
-@pytest.mark.parametrize("prompts, n, message", [([], 5, "no prompt"), ([[]], 5, "empty"), ([[3], [131]], 5, "token 131"),
+@pytest.mark.parametrize("prompts, n, message", [([], 5, "no prompt"), ([[]], 5, "empty"),
+                                                 ([[3], [131]], 5, "token 131"),
                                                 ([[-1]], 5, "token -1"), ([[3]], 0, "max_new_tokens")])
 def test_generate_refuses(checkpoint, prompts, n, message):
     with pytest.raises(ValueError, match=message):
@@ -599,8 +607,8 @@ def test_prompts_file(capfd, tmp_path, smollm):
     lines = ["The capital of France is", "One, two,", "The capital of Italy, a country in southern Europe, is"]
     (tmp_path / "p.txt").write_text("\n\n".join(lines) + "\n")
     alone = [tokenizer.decode(generate(model, [tokenizer.encode(line)], 6)[0]) for line in lines]
-    code, out, _ = run_cli(capfd, "--device", "cpu", "--prompts", tmp_path / "p.txt", "--batch_size", 2, "--max_new_tokens", 6,
-                           "--json")
+    code, out, _ = run_cli(capfd, "--device", "cpu", "--prompts", tmp_path / "p.txt", "--batch_size", 2,
+                           "--max_new_tokens", 6, "--json")
     result = json.loads(out)
     assert code == 0 and result["texts"] == alone and result["new_tokens"] == 18
     assert out.count("\n") == 1 and result["bandwidth_share"] > 0
@@ -629,11 +637,14 @@ def test_interactive_says_when_the_context_is_full(capfd, monkeypatch, smollm):
     assert code == 0 and err.count("the context of 64 tokens is full") == 3 and len(out.splitlines()) >= 2
 
 @pytest.mark.parametrize("args, message", [
-    (["--temperature", "-1"], "--temperature: -1 is not at least 0"), (["--temperature", "warm"], "invalid number value"),
+    (["--temperature", "-1"], "--temperature: -1 is not at least 0"),
+    (["--temperature", "warm"], "invalid number value"),
     (["--temperature", "nan"], "--temperature"), (["--top_p", "0"], "above 0"), (["--top_p", "1.5"], "at most 1"),
     (["--top_k", "0"], "--top_k"), (["--min_p", "2"], "--min_p"), (["--max_new_tokens", "0"], "--max_new_tokens"),
-    (["--batch_size", "1.5"], "whole number"), (["--device", "abacus"], "--device abacus"), (["--dtype", "int3"], "--dtype"),
-    (["--device", "cuda:99"], "--device cuda:99"), (["--quantize", "int9"], "--quantize"), (["--nonsense"], "--nonsense"),
+    (["--batch_size", "1.5"], "whole number"), (["--device", "abacus"], "--device abacus"),
+    (["--dtype", "int3"], "--dtype"), (["--device", "cuda:99"], "--device cuda:99"),
+    (["--quantize", "int9"], "--quantize"),
+    (["--nonsense"], "--nonsense"),
     (["--prompt", "x", "--interactive"], "exclude"), (["--interactive", "--json"], "--interactive"),
     (["--prompt", "@/no/such/file"], "/no/such/file"), (["--prompts", "/no/such/file"], "/no/such/file"),
     (["--prompt", "@/"], "cannot read"), (["--prompt", ""], "empty"), (["--prompt", "0"], "empty"),
@@ -641,7 +652,8 @@ def test_interactive_says_when_the_context_is_full(capfd, monkeypatch, smollm):
     (["--prompt", "20", "--max_seq_len", "20"], "no room"), (["--checkpoint_path", "/no/such/model"], "/no/such/model"),
     (["--checkpoint_path", "/etc/hostname"], "hostname"), (["--checkpoint_path", "/etc"], "/etc"),
     (["--checkpoint_path", ""], "no such file"), (["--benchmark", "--prompt", "hello"], "number of random tokens"),
-    (["--batch_size", "4000", "--prompt", "8000"], "KV cache"), (["--compile_prefill"], "goes with --compile"), (["--batch_size", "1000000000000"], "--batch_size"),
+    (["--batch_size", "4000", "--prompt", "8000"], "KV cache"), (["--compile_prefill"], "goes with --compile"),
+    (["--batch_size", "1000000000000"], "--batch_size"),
     (["--num_samples", "1000000000000"], "--num_samples"), (["--seed", "-3"], "--seed"),
 ])
 def test_mistakes_get_one_sentence(capfd, args, message, monkeypatch):
@@ -673,7 +685,8 @@ def test_benchmark_and_profile(capfd, tmp_path):
 def test_ctrl_c_ends_cleanly():
     """A real process, interrupted while it writes a long text."""
     process = subprocess.Popen([sys.executable, HERE / "generate.py", "--device", "cpu", "--prompt", "Once upon a time",
-                                "--max_new_tokens", "5000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=CPU_ENV)
+                                "--max_new_tokens", "5000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=CPU_ENV)
     assert process.stdout.read(20)  # it is writing
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -1004,7 +1017,8 @@ def test_strides_beyond_32_bits(run, dim, tmp_path):
     (dict(k=None), "k and v go together"),
     (dict(k=torch.zeros(2, 2, 2, 16)), r"k must be \[2, 2, 1, 16\]"),
     (dict(k_scale=torch.zeros(2, 2, 9)), "int8 caches, and only they, need"),
-    (dict(k_cache=torch.zeros(2, 2, 9, 16).to(I8), v_cache=torch.zeros(2, 2, 9, 16).to(I8)), "int8 caches, and only they, need"),
+    (dict(k_cache=torch.zeros(2, 2, 9, 16).to(I8), v_cache=torch.zeros(2, 2, 9, 16).to(I8)),
+     "int8 caches, and only they, need"),
     (dict(window=0), "window must be at least 1"),
     (dict(window=4, causal=False), "needs causal=True"),
     (dict(softcap=0.0), "softcap must be above 0"),
@@ -1323,13 +1337,15 @@ def test_save_load_generate(tmp_path, mode, tied, dtype):
     kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, (Linear, Int4Linear, Int8Linear))}
     assert kinds.pop("lm_head") is Int8Linear and set(kinds.values()) == {Int8Linear if mode == "int8" else Int4Linear}
     assert torch.equal(model.embed_tokens.weight, embedding)
-    assert model.weight_bytes() < before * {("int8", 4): 0.3, ("int4", 4): 0.25, ("int8", 2): 0.6, ("int4", 2): 0.5}[mode, dtype.itemsize]
+    bounds = {("int8", 4): 0.3, ("int4", 4): 0.25, ("int8", 2): 0.6, ("int4", 2): 0.5}
+    assert model.weight_bytes() < before * bounds[mode, dtype.itemsize]
     tokens = new_tokens(model)
     save_quantized(model, tmp_path / "q")
     assert new_tokens(load_model(tmp_path / "q", dtype=dtype)) == tokens
     assert new_tokens(load_model(source, dtype=dtype, quantize=mode)) == tokens
-    assert {x.dtype for name, x in load_file(tmp_path / "q/model.safetensors").items() if name.endswith("down_proj.weight")} == {
-        torch.int8 if mode == "int8" else torch.uint8}
+    stored = load_file(tmp_path / "q/model.safetensors").items()
+    kinds = {x.dtype for name, x in stored if name.endswith("down_proj.weight")}
+    assert kinds == {torch.int8 if mode == "int8" else torch.uint8}
     # again from the loaded one: the same bytes
     save_quantized(load_model(tmp_path / "q", dtype=dtype), tmp_path / "r")
     assert (tmp_path / "q/model.safetensors").read_bytes() == (tmp_path / "r/model.safetensors").read_bytes()
@@ -1347,7 +1363,8 @@ def test_quantized_model_is_close(tmp_path):
         assert 1e-4 < (logits(mode) - exact).norm() / exact.norm() < bound
 
 def test_layers_that_do_not_fit_are_saved_as_they_are(tmp_path):
-    source = hf_folder(tmp_path / "m", hidden_size=48, num_attention_heads=2, intermediate_size=96, tie_word_embeddings=True)
+    source = hf_folder(tmp_path / "m", hidden_size=48, num_attention_heads=2, intermediate_size=96,
+                       tie_word_embeddings=True)
     model = load_model(source, dtype=torch.bfloat16, quantize="int4")
     assert type(model.layers[0].self_attn.o_proj) is Linear and type(model.layers[0].mlp.down_proj) is Int4Linear
     tokens = new_tokens(model)
@@ -1400,8 +1417,9 @@ def test_quantized_folders_are_refused_by_name(tmp_path):
     refused(f"{name} has shape", {**tensors, name: tensors[name][:, :1].contiguous()})
     refused("unexpected tensor surplus", {**tensors, "surplus": torch.zeros(1)})
     refused("quantized already", quantize="int8")
-    for layers in ({"layers.7.self_attn.o_proj": ["int8", None]}, {"lm_head": ["int2", None]}, {"lm_head": ["int4", 33]},
-                   {"lm_head": ["int4", 0]}, {"lm_head": ["int4", "x"]}, {"lm_head": 3}, {"norm": ["int8", None]}, []):
+    for layers in ({"layers.7.self_attn.o_proj": ["int8", None]}, {"lm_head": ["int2", None]},
+                   {"lm_head": ["int4", 33]}, {"lm_head": ["int4", 0]}, {"lm_head": ["int4", "x"]}, {"lm_head": 3},
+                   {"norm": ["int8", None]}, []):
         refused("gpt_flash entry", config={**config, "gpt_flash": {"layers": layers}})
     refused("gpt_flash entry", config={**config, "gpt_flash": 1})
 
@@ -1468,7 +1486,8 @@ def test_command_line_saves_what_generate_opens(tmp_path, capsys):
     folder = tmp_path / "smol-int8"
     quantize.main(["--mode", "int8", "--output", str(folder), "--dtype", "float32"])
     out = capsys.readouterr()
-    assert out.out == "" and "121 layers, 537.9 MB in float32, are now 134.9 MB" in out.err and "relative error" in out.err
+    assert out.out == "" and "121 layers, 537.9 MB in float32, are now 134.9 MB" in out.err
+    assert "relative error" in out.err
     a, b = load_tokenizer(default_model()), load_tokenizer(folder)
     text = "Naïve café 12345 <|im_end|> \n\n\tprint('hi')  日本"
     assert a.encode(text) == b.encode(text) and a.decode(a.encode(text)) == b.decode(b.encode(text)) == text
@@ -1492,7 +1511,8 @@ def test_command_line_prints_a_table(tmp_path, capsys):
     assert sizes == sorted(sizes, reverse=True)
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "give --mode"), (["--mode", "int3"], "invalid choice"), (["--mode", "int8", "--perplexity", "x"], "give --mode"),
+    ([], "give --mode"), (["--mode", "int3"], "invalid choice"),
+    (["--mode", "int8", "--perplexity", "x"], "give --mode"),
     (["--mode", "int8", "--checkpoint_path", "/nowhere/at-all"], "no such file"),
     (["--perplexity", "/nowhere/at-all"], "cannot read"), (["--mode", "int4", "--group_size", "48"], "invalid choice")])
 def test_command_line_errors_are_one_line(arguments, says, capsys):
@@ -1508,8 +1528,8 @@ def test_decode_benchmark_runs(tmp_path):
     """A tiny shape through benchmarks/decode.py, with transformers beside ours."""
     shape, results = tmp_path / "tiny.json", tmp_path / "results.json"
     shape.write_text(json.dumps(CONFIG))
-    command = [sys.executable, HERE / "benchmarks" / "decode.py", "--shape", shape, "--contexts", "8", "--capacities", "32",
-               "--variants", "bf16", "int8", "flash-int8kv", "--peers", "transformers", "--rounds", "1", "--steps", "3",
+    command = [sys.executable, HERE / "benchmarks" / "decode.py", "--shape", shape, "--contexts", "8", "--capacities",
+               "32", "--variants", "bf16", "int8", "flash-int8kv", "--peers", "transformers", "--rounds", "1", "--steps", "3",
                "--device", "cpu", "--json", results]
     done = subprocess.run(command, check=True, env=CPU_ENV, capture_output=True, text=True)
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
