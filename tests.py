@@ -1529,8 +1529,8 @@ def test_decode_benchmark_runs(tmp_path):
     shape, results = tmp_path / "tiny.json", tmp_path / "results.json"
     shape.write_text(json.dumps(CONFIG))
     command = [sys.executable, HERE / "benchmarks" / "decode.py", "--shape", shape, "--contexts", "8", "--capacities",
-               "32", "--variants", "bf16", "int8", "flash-int8kv", "--peers", "transformers", "--rounds", "1", "--steps", "3",
-               "--device", "cpu", "--json", results]
+               "32", "--variants", "bf16", "int8", "flash-int8kv", "--peers", "transformers", "--rounds", "1",
+               "--steps", "3", "--device", "cpu", "--json", results]
     done = subprocess.run(command, check=True, env=CPU_ENV, capture_output=True, text=True)
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["contestant"] for row in rows] == ["gpt-flash bf16", "gpt-flash int8", "gpt-flash flash-int8kv",
