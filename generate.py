@@ -450,7 +450,7 @@ def number(kind, low, high=float("inf"), above=False):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"generate.py: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 def parse_args(argv):
     p = Parser("generate.py", description="Generate text from a Hugging Face or GGUF checkpoint.")
