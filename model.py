@@ -1,36 +1,40 @@
-"""The model: configuration, static KV cache, a Llama-family transformer, and loading it from any checkpoint."""
-import json
+"""The model: configuration, a static KV cache, a Llama-family transformer, loading checkpoints.
+
+A step of decode goes through Transformer.decode, Block.forward, Attention.forward and attend, and
+ends in the cache: LayerCache.flash_decode appends the new keys and values and attends to what is
+there."""
+from __future__ import annotations
+
 import math
 import re
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import gguf
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
 from quantize import Linear, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
-# What each family does differently from Llama. A new family of the same build is one line here.
-FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
-# Settings that would go wrong if ignored, with the value that is supported.
-FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1, "num_experts": 0, "num_local_experts": 0,
-         "quantization_config": {}, "mscale_all_dim": 0, "truncate": True}
 
 # --- configuration ---
 
+
 @dataclass(frozen=True)
 class ModelConfig:
-    family: str
+    """What a model is. The names are those of the papers; from_hf reads Hugging Face's."""
+
+    family: str  # a key of FAMILIES
     vocab_size: int
     n_layer: int
     n_head: int
@@ -38,456 +42,766 @@ class ModelConfig:
     head_dim: int
     dim: int
     ffn_dim: int
-    max_seq_len: int  # the context the model was trained for
+    max_seq_len: int  # the context that the model was trained for
     norm_eps: float
     rope_theta: float
-    windows: tuple  # per layer: how many tokens a query sees with itself, None for all
-    hf: dict = field(repr=False)  # what this was made from, with rope_scaling and rope_parameters unfolded into it
+    windows: tuple[int | None, ...]  # per layer: tokens a query sees, itself included; None: all
+    hf: dict = field(repr=False)  # what this was made from, rope's settings unfolded into it
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    tied: bool = False
+    tied: bool = False  # the output layer is the embedding
 
     @classmethod
-    def from_hf(cls, hf):
-        """A Hugging Face config.json as a dict -> ModelConfig. ValueError names what is missing or unsupported."""
-        family, architectures = hf.get("model_type"), hf.get("architectures") or []
-        if family not in FAMILIES or not all(str(a).endswith("ForCausalLM") for a in architectures):
-            raise ValueError(f"unsupported architecture {(architectures or [family])[0]!r} (model_type {family!r}); "
-                             f"supported model types: {', '.join(FAMILIES)}")
-        hf = dict(hf)
-        for key in ("rope_scaling", "rope_parameters"):  # transformers 5 writes the latter, with rope_theta in it
-            if not isinstance(hf.get(key) or {}, dict):
-                raise ValueError(f"the model's configuration has {key} = {hf[key]!r}; it must be an object")
-            hf |= hf.get(key) or {}
-        for key, fine in FIXED.items():
-            if hf.get(key) not in (None, fine):
-                raise ValueError(f"unsupported {key} {hf[key]!r}: only {fine!r} is supported")
-        n_layer, n_head = positive(hf, "num_hidden_layers"), positive(hf, "num_attention_heads")
-        dim, bias = positive(hf, "hidden_size"), bool(hf.get("attention_bias"))
-        sliding = hf.get("sliding_window") and hf.get("use_sliding_window", family == "mistral")
-        window, n_full = positive(hf, "sliding_window") if sliding else None, hf.get("max_window_layers") or 0
-        kinds = hf.get("layer_types") or ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
-        config = cls(**dict(
-            family=family, vocab_size=positive(hf, "vocab_size"), n_layer=n_layer, n_head=n_head,
-            n_kv_head=positive(hf, "num_key_value_heads", n_head), head_dim=positive(hf, "head_dim", dim // n_head),
-            dim=dim, ffn_dim=positive(hf, "intermediate_size"), norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
-            rope_theta=positive(hf, "rope_theta", 1e4, float), tied=bool(hf.get("tie_word_embeddings")), hf=hf,
-            max_seq_len=positive(hf, "max_position_embeddings", 2048), mlp_bias=bool(hf.get("mlp_bias")),
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer]),
-            qkv_bias=bias, o_bias=bias) | FAMILIES[family])
-        if config.n_head % config.n_kv_head:
-            raise ValueError(f"{config.n_head} query heads do not divide into {config.n_kv_head} key/value heads")
-        if config.head_dim % 8 or config.head_dim > 256:
-            raise ValueError(f"head_dim {config.head_dim} is not a multiple of 8 up to 256")
-        rope_frequencies(config)  # refuses what it cannot do
+    def from_hf(cls, hf: dict) -> ModelConfig:
+        """A Hugging Face config.json as a dict -> ModelConfig.
+
+        ValueError names what is missing or unsupported."""
+        family = family_of(hf)
+        hf = unfold_rope_settings(hf)
+        refuse_unsupported(hf)
+        n_head = positive(hf, "num_attention_heads")
+        dim = positive(hf, "hidden_size")
+        bias = bool(hf.get("attention_bias"))
+        settings = dict(
+            family=family,
+            vocab_size=positive(hf, "vocab_size"),
+            n_layer=positive(hf, "num_hidden_layers"),
+            n_head=n_head,
+            n_kv_head=positive(hf, "num_key_value_heads", n_head),
+            head_dim=positive(hf, "head_dim", dim // n_head),
+            dim=dim,
+            ffn_dim=positive(hf, "intermediate_size"),
+            max_seq_len=positive(hf, "max_position_embeddings", 2048),
+            norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
+            rope_theta=positive(hf, "rope_theta", 1e4, float),
+            windows=layer_windows(hf, FAMILIES[family]),
+            hf=hf,
+            qkv_bias=bias,
+            o_bias=bias,
+            mlp_bias=bool(hf.get("mlp_bias")),
+            tied=bool(hf.get("tie_word_embeddings")),
+        )
+        config = cls(**(settings | FAMILIES[family].fields))
+        config.check()
         return config
 
-def positive(hf, key, default=None, kind=int):
-    """A setting as a number above 0."""
-    value = default if hf.get(key) is None else hf[key]
-    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}")
+    def check(self) -> None:
+        """ValueError if heads do not divide, or rope is of a kind that is not known."""
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads"
+            )
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ValueError(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
+        rope_frequencies(self)
+
+
+# Settings that would go wrong if ignored, with the value that is supported.
+FIXED = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1,
+    "num_experts": 0,
+    "num_local_experts": 0,
+    "quantization_config": {},
+    "mscale_all_dim": 0,
+    "truncate": True,
+}
+
+
+def family_of(hf: dict) -> str:
+    """The key of FAMILIES that a configuration belongs to; ValueError if there is none."""
+    family = hf.get("model_type")
+    architectures = hf.get("architectures") or []
+    causal = all(str(name).endswith("ForCausalLM") for name in architectures)
+    if family not in FAMILIES or not causal:
+        architecture = (architectures or [family])[0]
+        raise ValueError(
+            f"unsupported architecture {architecture!r} (model_type {family!r}); "
+            f"supported model types: {', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def unfold_rope_settings(hf: dict) -> dict:
+    """A copy with the entries of rope_scaling and rope_parameters beside all others.
+
+    transformers 5 writes the latter, with rope_theta in it; older files have rope_scaling."""
+    hf = dict(hf)
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = hf.get(key) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"the model's configuration has {key} = {settings!r}; it must be an object"
+            )
+        hf.update(settings)
+    return hf
+
+
+def refuse_unsupported(hf: dict) -> None:
+    for key, supported in FIXED.items():
+        if hf.get(key) not in (None, supported):
+            raise ValueError(f"unsupported {key} {hf[key]!r}: only {supported!r} is supported")
+
+
+def layer_windows(hf: dict, family: Family) -> tuple[int | None, ...]:
+    """How many tokens a query of each layer sees, None for all of them."""
+    n_layer = positive(hf, "num_hidden_layers")
+    if not hf.get("sliding_window") or not hf.get("use_sliding_window", family.window_by_default):
+        return (None,) * n_layer
+    window = positive(hf, "sliding_window")
+    kinds = hf.get("layer_types")
+    if not kinds:
+        n_full = hf.get("max_window_layers") or 0
+        kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer])
+
+
+def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:
+    """A setting as a number above 0 of that kind; ValueError if it is anything else."""
+    value = hf.get(key)
+    if value is None:
+        value = default
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not is_number or not value > 0:
+        raise ValueError(
+            f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}"
+        )
     return kind(value)
 
-def rope_frequencies(config):
-    """inv_freq [D/2] float32 and the factor on cos and sin, for every rope type supported.
+# --- rotary position embedding ---
 
-    Each type keeps a part of a frequency as it is and divides the rest by a factor, or by one factor per frequency.
-    After transformers' modeling_rope_utils: linear (position interpolation), llama3, yarn (arXiv 2309.00071)."""
-    hf, half = config.hf, config.head_dim // 2
-    inv_freq = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
-    kind, keep, attention_factor = hf.get("rope_type") or hf.get("type") or "default", 0, 1.0
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """-> inv_freq [D/2] float32, and the factor on cos and sin, for every rope type supported.
+
+    Each type keeps a part of a frequency as it is and divides the rest by a factor, or by one
+    factor per frequency. After transformers' modeling_rope_utils: linear (position
+    interpolation), llama3, yarn (arXiv 2309.00071)."""
+    hf = config.hf
+    half = config.head_dim // 2
+    exponents = torch.arange(half, dtype=torch.float64) / half
+    inv_freq = config.rope_theta ** -exponents  # (D/2)
+    kind = hf.get("rope_type") or hf.get("type") or "default"
     if kind in ("default", "none"):
-        return inv_freq.float(), attention_factor
+        return inv_freq.float(), 1.0
     if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(f"unsupported rope type {kind!r}; supported: default, linear, llama3, yarn")
+        supported = "default, linear, llama3, yarn"
+        raise ValueError(f"unsupported rope type {kind!r}; supported: {supported}")
+
     original = positive(hf, "original_max_position_embeddings", config.max_seq_len)
-    factor = torch.tensor(hf.get("factors") or positive(hf, "factor", kind=float), dtype=torch.float64)
+    factors = hf.get("factors") or positive(hf, "factor", kind=float)
+    factor = torch.tensor(factors, dtype=torch.float64)
+    keep = torch.zeros(())
+    attention_factor = 1.0
     if kind == "llama3":
-        low, high = positive(hf, "low_freq_factor", kind=float), positive(hf, "high_freq_factor", kind=float)
-        turns = original * inv_freq / (2 * math.pi)  # over the original context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-    elif kind == "yarn":  # by the dimensions that turn beta times over the original context
-        betas = positive(hf, "beta_fast", 32, float), positive(hf, "beta_slow", 1, float)
-        low, high = (half * math.log(original / (2 * math.pi * beta), config.rope_theta) for beta in betas)
-        low, high = max(math.floor(low), 0), min(math.ceil(high), config.head_dim - 1)
-        keep = 1 - ((torch.arange(half) - low) / max(high - low, 0.001)).clamp(0, 1)
-        attention_factor = positive(hf, "attention_factor", 0.1 * math.log(max(factor, 1)) + 1, float)
+        keep = llama3_share(hf, inv_freq, original)
+    elif kind == "yarn":
+        keep = yarn_share(hf, config, original)
+        longer = 0.1 * math.log(max(factor, 1)) + 1
+        attention_factor = positive(hf, "attention_factor", longer, float)
     return (inv_freq * (keep + (1 - keep) / factor)).float(), attention_factor
+
+
+def llama3_share(hf: dict, inv_freq: Tensor, original: int) -> Tensor:
+    """How much of each frequency llama3 keeps, [D/2]: by its turns over the original context."""
+    low = positive(hf, "low_freq_factor", kind=float)
+    high = positive(hf, "high_freq_factor", kind=float)
+    turns = original * inv_freq / (2 * math.pi)
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def yarn_share(hf: dict, config: ModelConfig, original: int) -> Tensor:
+    """How much of each frequency yarn keeps, [D/2]: a ramp between the dimensions that turn
+    beta_fast and beta_slow times over the original context."""
+    half = config.head_dim // 2
+
+    def dimension(beta: float) -> float:
+        return half * math.log(original / (2 * math.pi * beta), config.rope_theta)
+
+    low = max(math.floor(dimension(positive(hf, "beta_fast", 32, float))), 0)
+    high = math.ceil(dimension(positive(hf, "beta_slow", 1, float)))
+    high = min(high, config.head_dim - 1)
+    ramp = (torch.arange(half) - low) / max(high - low, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def rope_table(config: ModelConfig, max_seq_len: int, device: torch.device) -> Tensor:
+    """cos and sin of every position in the half-rotated layout, [S, 2, 1, D] float32.
+
+    The first half of sin is negated, so that apply_rope needs no negation."""
+    inv_freq, factor = rope_frequencies(config)
+    positions = torch.arange(max_seq_len, device=device)[:, None].float()
+    angles = positions * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
+    cos = angles.cos() * factor
+    sin = angles.sin() * factor
+    sin[:, :len(inv_freq)].neg_()
+    return torch.stack((cos, sin), dim=1)[:, :, None]  # (S, 2, 1, D)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32 of rope_table."""
+    turned = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
 # --- the static KV cache ---
 
+
+class Positions(NamedTuple):
+    """What a layer needs to know of where its tokens stand."""
+
+    input_pos: Tensor  # [B] int32: tokens of each row that are cached already
+    index: Tensor  # [B, T] int64: the position of each new token
+    cos: Tensor  # [B, T, 1, D] float32
+    sin: Tensor  # [B, T, 1, D] float32
+    start: int | None  # prefill: the largest input_pos; decode: None, as no length is on the host
+
+
+class LayerCache:
+    """The keys and values of one layer for some rows: views into a KVCache.
+
+    kv [2, B, Hkv, S, D]. Both come out of one tensor, since torch.compile would copy two inputs
+    that share memory. A subclass with another format has the same three methods."""
+
+    def __init__(self, kv: Tensor, flash: bool):
+        self.kv = kv
+        self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
+
+    def write(self, k: Tensor, v: Tensor, index: Tensor) -> None:
+        """Put k, v [B, Hkv, T, D] to the positions index [B, T] of their rows."""
+        new = torch.stack((k, v))  # (2, B, Hkv, T, D)
+        self.kv[:, row_numbers(index), :, index] = new.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
+
+    def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The first `end` keys and values of every row, [B, Hkv, end, D] each."""
+        keys, values = self.kv[:, :, :, :end].unbind(0)
+        return keys, values
+
+    def flash_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+    ) -> Tensor:
+        """Append k, v [B, Hkv, T, D] at input_pos [B] and attend with q [B, Hq, T, D].
+
+        kernels.flash_decode says what the options are, and what a call without k and v is."""
+        keys, values = self.kv.unbind(0)
+        return flash_decode(q, keys, values, input_pos, k, v, **options)
+
+
+class Int8LayerCache(LayerCache):
+    """The same in int8, with a float32 scale per token and head: scale [2, B, Hkv, S].
+
+    k_mean [Hkv, 1, D] is subtracted from every key: that shifts all scores of a query alike, which
+    softmax does not notice. (It would under a softcap or with sinks; there it has to be zeros.)"""
+
+    def __init__(self, kv: Tensor, scale: Tensor, k_mean: Tensor, flash: bool):
+        super().__init__(kv, flash)
+        self.scale = scale
+        self.k_mean = k_mean
+
+    def write(self, k: Tensor, v: Tensor, index: Tensor) -> None:
+        new = torch.stack((self.centred(k), v))  # (2, B, Hkv, T, D)
+        values, scale = quantize_kv(new)
+        row = row_numbers(index)
+        self.kv[:, row, :, index] = values.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
+        self.scale[:, row, :, index] = scale.permute(1, 3, 0, 2)  # (B, T, 2, Hkv)
+
+    def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kv = self.kv[:, :, :, :end] * self.scale[:, :, :, :end, None]
+        keys, values = kv.to(dtype).unbind(0)
+        return keys, values
+
+    def flash_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+    ) -> Tensor:
+        keys, values = self.kv.unbind(0)
+        k_scale, v_scale = self.scale.unbind(0)
+        if k is not None:
+            k = self.centred(k)
+        return flash_decode(
+            q, keys, values, input_pos, k, v, k_scale=k_scale, v_scale=v_scale, **options
+        )
+
+    def centred(self, k: Tensor) -> Tensor:
+        return (k - self.k_mean).to(k.dtype)
+
+
+def row_numbers(index: Tensor) -> Tensor:
+    return torch.arange(len(index), device=index.device)[:, None]  # (B, 1)
+
+
 class KVCache:
-    """Keys and values of all layers in one static, left-aligned allocation [n_layer, 2, B, Hkv, S, D]."""
+    """Keys and values of all layers in one static, left-aligned allocation.
 
-    def __init__(self, config, max_batch_size, max_seq_len, dtype, device):
-        self.max_batch_size, self.max_seq_len = max_batch_size, max_seq_len
-        shape = (config.n_layer, 2, max_batch_size, config.n_kv_head, max_seq_len, config.head_dim)
-        self.nbytes = math.prod(shape[:-1]) * (config.head_dim * dtype.itemsize + 4 * (dtype == torch.int8))
-        require_memory(self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
-                       "lower --max_seq_len or --batch_size, or take --kv_dtype int8")
-        self.kv, self.scale, self.k_mean = torch.zeros(shape, dtype=dtype, device=device), None, None
+    kv [n_layer, 2, B, Hkv, S, D]; of an int8 cache also scale [n_layer, 2, B, Hkv, S] float32 and
+    k_mean [n_layer, Hkv, 1, D] float32. attention says how decode attends: "flash", "math" or
+    "auto". It takes plain numbers, so that a program without a ModelConfig can use it.
+    ValueError if the device has not the memory."""
+
+    def __init__(
+        self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
+        dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+        attention: str = "auto",
+    ):
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
+        self.dtype = dtype
+        self.attention = choose_attention(attention, torch.device(device))
+        self.may_grow = False  # made to fit one call of generate, which may make a larger one
+
+        vectors = (n_layer, 2, max_batch_size, n_kv_head, max_seq_len)
+        self.nbytes = math.prod(vectors) * head_dim * dtype.itemsize
         if dtype == torch.int8:
-            self.scale = torch.zeros(shape[:-1], dtype=torch.float32, device=device)
-            self.k_mean = torch.zeros(config.n_layer, config.n_kv_head, 1, config.head_dim, device=device)
-        self.may_grow = False  # generate made it to fit one call, and may make a larger one
-        self.steps = {}  # decode steps prepared for this cache
+            self.nbytes += math.prod(vectors) * torch.float32.itemsize
+        require_memory(
+            self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
+            "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
+        )
+        self.kv = torch.zeros(*vectors, head_dim, dtype=dtype, device=device)
+        self.scale, self.k_mean = None, None
+        if dtype == torch.int8:
+            self.scale = torch.zeros(vectors, device=device)
+            self.k_mean = torch.zeros(n_layer, n_kv_head, 1, head_dim, device=device)
+        self.views: dict[tuple[int, int], list[LayerCache]] = {}
 
-    def layers(self, batch_size):
-        """Each layer's views of the first rows: kv [2, B, Hkv, S, D] and, of an int8 cache only, scale [2, B, Hkv, S]
-        float32 and k_mean [Hkv, 1, D], which is subtracted from every key."""
-        if self.scale is None:
-            return [(kv, None, None) for kv in self.kv[:, :, :batch_size]]
-        return zip(self.kv[:, :, :batch_size], self.scale[:, :, :batch_size], self.k_mean)
+    def layers(self, rows: slice) -> list[LayerCache]:
+        """Each layer's cache of those rows, made once: the storage never moves."""
+        key = (rows.start, rows.stop)
+        if key not in self.views:
+            self.views[key] = list(self.make_layers(rows))
+        return self.views[key]
 
-def require_memory(nbytes, device, what, advice):
+    def make_layers(self, rows: slice) -> Iterator[LayerCache]:
+        flash = self.attention == "flash"
+        for layer, kv in enumerate(self.kv[:, :, rows]):  # (2, B, Hkv, S, D)
+            if self.scale is None:
+                yield LayerCache(kv, flash)
+            else:
+                yield Int8LayerCache(kv, self.scale[layer, :, rows], self.k_mean[layer], flash)
+
+
+def choose_attention(attention: str, device: torch.device) -> str:
+    """"flash" or "math" as asked; "auto" takes what was measured faster and works there.
+
+    On a CPU flash_decode was measured faster at any cache size, as it reads live tokens only; on
+    a GPU it is taken wherever Triton runs, since math reads the whole cache."""
+    if attention not in ("auto", "flash", "math"):
+        raise ValueError(f"no attention {attention!r}; there are auto, flash and math")
+    if attention != "auto":
+        return attention
+    if device.type == "cpu" or triton is not None:
+        return "flash"
+    return "math"
+
+
+def require_memory(nbytes: float, device: torch.device | str, what: str, advice: str) -> None:
     """ValueError if a device has not this many bytes free, as far as that is known."""
-    free, meminfo = nbytes, Path("/proc/meminfo")
+    free = nbytes
+    meminfo = Path("/proc/meminfo")
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
+        free, _ = torch.cuda.mem_get_info(device)
     elif meminfo.exists():
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+        available = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
+        free = 1024 * int(available[1])
     if nbytes > free:
-        raise ValueError(f"{what} needs {nbytes / 1e9:.1f} GB but {device} has {free / 1e9:.1f} GB free; {advice}")
+        raise ValueError(
+            f"{what} needs {nbytes / 1e9:.1f} GB but {device} has {free / 1e9:.1f} GB free; "
+            f"{advice}"
+        )
 
 # --- the transformer ---
 
-def apply_rope(x, cos, sin):
-    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32, the first half of sin negated."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.window = config.windows[layer]
-        self.flash = False  # flash_decode or math, set by setup_caches
-        self.qkv_proj = Linear(config.dim, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = Linear(config.n_head * config.head_dim, config.dim, bias=config.o_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+    """Grouped-query attention over the cache; query, key and value projections are one product."""
 
-    def forward(self, x, cos, sin, input_pos, cache, start):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head
+        self.head_dim = config.head_dim
+        self.window = config.windows[layer]
+        n_heads = self.n_head + 2 * self.n_kv_head
+        self.qkv_proj = Linear(config.dim, n_heads * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(self.n_head * self.head_dim, config.dim, bias=config.o_bias)
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm:
+            norm = FAMILIES[config.family].norm
+            self.q_norm = norm(self.head_dim, config.norm_eps)
+            self.k_norm = norm(self.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        heads = [self.n_head, self.n_kv_head]
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)  # (B, T, Hq + 2 Hkv, D)
         qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=2)
         if self.q_norm is not None:
-            q, k = qk.split([self.n_head, self.n_kv_head], dim=2)
+            q, k = qk.split(heads, dim=2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        qk = apply_rope(qk, cos, sin)
-        q, k = qk.transpose(1, 2).split([self.n_head, self.n_kv_head], dim=1)  # (B, H, T, D)
-        y = self.attend(q, k, v.transpose(1, 2), input_pos, cache, start)
+        qk = apply_rope(qk, positions.cos, positions.sin)
+        q, k = qk.transpose(1, 2).split(heads, dim=1)  # (B, Hq, T, D), (B, Hkv, T, D)
+        y = self.attend(q, k, v.transpose(1, 2), positions, cache)  # (B, Hq, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
-    def attend(self, q, k, v, input_pos, cache, start):
-        """Append k, v [B, Hkv, T, D] to the cache and attend with q [B, Hq, T, D]; start as in Transformer.forward."""
-        (B, _, T, _), (kv, scale, k_mean), device = q.shape, cache, q.device
-        if k_mean is not None:
-            k = (k - k_mean).to(k.dtype)  # shifts all scores of a query alike: softmax does not notice
-        if start is None and self.flash:  # decode: cost follows the live length
-            k_scale, v_scale = (None, None) if scale is None else scale.unbind(0)
-            return flash_decode(q, *kv.unbind(0), input_pos, k, v, k_scale=k_scale, v_scale=v_scale, window=self.window)
-        # write each token to its row [B, 1] and position [B, T]
-        row, pos = torch.arange(B, device=device)[:, None], input_pos[:, None] + torch.arange(T, device=device)
-        new = torch.stack((k, v))
-        if scale is not None:
-            new, new_scale = quantize_kv(new)
-            scale[:, row, :, pos] = new_scale.permute(1, 3, 0, 2)  # (B, T, 2, Hkv)
-        kv[:, row, :, pos] = new.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
-        if start == 0 and (self.window is None or T <= self.window):  # prefill: fused causal SDPA on fresh keys
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
+    ) -> Tensor:
+        """Put k, v [B, Hkv, T, D] into the cache; q [B, Hq, T, D] attends to them and to all
+        that is before them."""
+        T = q.shape[2]
+        start = positions.start
+        decode = start is None
+        if decode and cache.flash:  # cost follows the live length
+            return cache.flash_decode(q, k, v, positions.input_pos, window=self.window)
+
+        cache.write(k, v, positions.index)
+        if start == 0 and (self.window is None or T <= self.window):  # a prompt from its beginning
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        # read: decode the whole static cache, a chunk of prompt the live part of it
-        end = kv.shape[3] if start is None else start + T
-        kv = kv[:, :, :, :end]
-        if scale is not None:
-            kv = (kv * scale[:, :, :, :end, None]).to(q.dtype)
-        key_pos, query_pos = torch.arange(end, device=device), pos[..., None]
-        mask = key_pos <= query_pos  # (B, T, end)
+
+        # a chunk of a prompt reads the live part of the cache; decode by math all of it
+        end = cache.kv.shape[3] if decode else start + T
+        keys, values = cache.read(end, q.dtype)
+        mask = self.mask(positions.index, end)
+        with sdpa_kernel(SDPBackend.MATH) if decode else nullcontext():
+            return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+
+    def mask(self, index: Tensor, end: int) -> Tensor:
+        """Which of `end` keys the queries at positions index [B, T] see: [B, 1, T, end] bool."""
+        query_pos = index[:, None, :, None]
+        key_pos = torch.arange(end, device=index.device)
+        seen = key_pos <= query_pos
         if self.window is not None:
-            mask &= key_pos > query_pos - self.window
-        with sdpa_kernel(SDPBackend.MATH) if start is None else nullcontext():
-            return F.scaled_dot_product_attention(q, *kv.unbind(0), attn_mask=mask[:, None], enable_gqa=True)
+            seen = seen & (key_pos > query_pos - self.window)
+        return seen
+
 
 class MLP(nn.Module):
-    def __init__(self, config):
+    """The gated feed-forward network; gate and up are one product."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)  # gate and up in one product
+        self.act = FAMILIES[config.family].act
+        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.act(gate) * up)
+
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
+    """One layer, its modules named as in Hugging Face's checkpoints."""
 
-    def forward(self, x, cos, sin, input_pos, cache, start):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, input_pos, cache, start)
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        family = FAMILIES[config.family]
+        self.input_layernorm = family.norm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = family.norm(config.dim, config.norm_eps)
+        self.mlp = family.mlp(config)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+
+def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+    """What is compiled once for all layers. The block is called as a module, so that its hooks
+    fire and a subclass has its way."""
+    return block(x, positions, cache)
+
+
+def run_head(model: Transformer, x: Tensor) -> Tensor:
+    return model.head(x)
+
+
 class Transformer(nn.Module):
-    def __init__(self, config):
+    """A decoder. Prefill and decode are two methods; forward picks one by the number of tokens."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
+        family = FAMILIES[config.family]
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.layers = nn.ModuleList(family.block(config, i) for i in range(config.n_layer))
+        self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
-        self.cache = None
-        self.decode_block = self.prefill_block = Block.forward  # generate.py may put compiled ones here
-        self.decode_head = Transformer.head
+        self.cache: KVCache | None = None
+        self.rope: Tensor | None = None
+        # compile_model puts compiled ones here
+        self.decode_block: Callable = run_block
+        self.prefill_block: Callable = run_block
+        self.decode_head: Callable = run_head
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
     @torch.no_grad()
-    def setup_caches(self, max_batch_size, max_seq_len, kv_dtype=None, attention="auto"):
-        """Allocate the cache. kv_dtype: None for the model's own dtype, torch.int8 for a quantized cache.
-        attention: "flash", "math" or "auto", the path that decode takes."""
-        self.cache = None  # the old one goes before the new one comes
-        device, dtype = self.embed_tokens.weight.device, kv_dtype or self.embed_tokens.weight.dtype
-        self.cache = KVCache(self.config, max_batch_size, max_seq_len, dtype, device)
-        flash = attention == "flash" or attention == "auto" and prefer_flash(device)
-        for block in self.layers:
-            block.self_attn.flash = flash
-        inv_freq, factor = rope_frequencies(self.config)
-        self.positions = torch.arange(max_seq_len, device=device)
-        angles = self.positions[:, None].float() * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
-        self.cos, self.sin = angles.cos() * factor, angles.sin() * factor
-        self.sin[:, :len(inv_freq)].neg_()
-        if kv_dtype == torch.int8:
-            self.calibrate_k_mean()
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] integer, input_pos [B] int32: tokens of each row that are cached already
+        -> logits [B, T, vocab_size]. cache: model.cache by default.
 
-    def calibrate_k_mean(self):
-        """The mean key of each head over random tokens. Keys have outlier channels that one int8 scale a token handles
-        badly; subtracting a fixed vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367).
-        The tokens are spread over the cache, because keys turn with their position: with 64 of them the mean KL on
-        SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
-        cache, positions, n = self.cache, self.positions, min(128, self.cache.max_seq_len)
-        tokens = torch.randint(self.config.vocab_size, (1, n), generator=torch.Generator().manual_seed(0))
-        self.positions = positions[torch.linspace(0, len(positions) - 1, n).long()]
-        self(tokens.to(positions.device), torch.zeros(1, dtype=torch.int32, device=positions.device), start=0)
-        self.positions = positions
-        cache.k_mean = (cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]).mean(2, keepdim=True)
+        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16
+        tokens decode, more prefill. ValueError if they do not fit, as far as the host can see."""
+        if tokens.shape[1] > MAX_DECODE_TOKENS:
+            return self.prefill(tokens, input_pos, cache)
+        if tokens.device.type == "cpu":
+            cache = self.check_cache(len(tokens), cache)
+            refuse_overflow(cache, int(input_pos.max()), tokens.shape[1])
+        return self.decode(tokens, input_pos, cache)
 
     @torch.no_grad()
-    def forward(self, tokens, input_pos, *, start=None, last=None):
-        """tokens [B, T] integer, input_pos [B] int32: tokens of each row already cached -> logits [B, T, vocab_size].
+    def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
+        """1 to 16 tokens of each row, as in forward, without a word to the host: lengths stay on
+        the device, shapes never change, so a step can be compiled and captured once."""
+        cache = self.check_cache(len(tokens), cache)
+        layers = cache.layers(slice(0, len(tokens)))
+        positions = self.positions(input_pos, tokens.shape[1], cache)
+        single = tokens.shape[1] == 1  # what is compiled
+        block_forward = self.decode_block if single else run_block
+        head = self.decode_head if single else run_head
+        return head(self, self.run_layers(block_forward, tokens, positions, layers))
 
-        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16 tokens decode:
-        nothing is read back to the host. More, or a given `start` (the largest input_pos, a host integer), prefill.
-        `last` [B]: compute the logits of that one token of each row, [B, 1, vocab_size]."""
+    @torch.no_grad()
+    def prefill(
+        self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None, *,
+        rows: slice | None = None, start: int | None = None, last: Tensor | None = None,
+    ) -> Tensor:
+        """Any number of tokens of the given rows of the cache, by default the first ones, behind
+        what they hold; the other rows keep their state.
+
+        start: the largest input_pos, if the caller knows it: reading it waits for the device.
+        last [B]: only the logits of that token of each row, [B, 1, vocab_size]."""
         B, T = tokens.shape
-        if self.cache is None or B > self.cache.max_batch_size:
-            raise ValueError(f"call setup_caches for a batch of at least {B} first")
-        if start is None and (T > MAX_DECODE_TOKENS or tokens.device.type == "cpu"):
-            largest = int(input_pos.max())
-            if largest + T > self.cache.max_seq_len:
-                raise ValueError(f"{largest} cached and {T} new tokens exceed the cache of {self.cache.max_seq_len}")
-            start = largest if T > MAX_DECODE_TOKENS else None
-        decode = start is None and T == 1
-        block_forward = self.decode_block if decode else self.prefill_block
-        pos = input_pos[:, None] + self.positions[:T]  # (B, T)
-        cos, sin = self.cos[pos][:, :, None], self.sin[pos][:, :, None]  # (B, T, 1, D)
-        x = self.embed_tokens(tokens)
-        for block, cache in zip(self.layers, self.cache.layers(B)):
-            x = block_forward(block, x, cos, sin, input_pos, cache, start)
+        cache = self.check_cache(B, cache)
+        if rows is None:
+            rows = slice(0, B)
+        if start is None:
+            start = int(input_pos.max())
+        refuse_overflow(cache, start, T)
+        positions = self.positions(input_pos, T, cache)._replace(start=start)
+        x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         if last is not None:
-            x = x[torch.arange(B, device=x.device), last][:, None]
-        return self.decode_head(self, x) if decode else self.head(x)
+            row = torch.arange(B, device=x.device)
+            x = x[row, last][:, None]  # (B, 1, dim)
+        return self.head(x)
 
-    def head(self, x):
+    def run_layers(
+        self, block_forward: Callable, tokens: Tensor, positions: Positions,
+        layers: list[LayerCache],
+    ) -> Tensor:
+        x = self.embed_tokens(tokens)  # (B, T, dim)
+        for block, cache in zip(self.layers, layers, strict=True):
+            x = block_forward(block, x, positions, cache)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
         return self.lm_head(self.norm(x))
 
-    def weight_bytes(self):
-        """Bytes of weights that one decode step reads: all but the embedding, whose rows are few."""
+    def positions(self, input_pos: Tensor, T: int, cache: KVCache) -> Positions:
+        """Where T tokens stand behind input_pos, for decode."""
+        index = input_pos.long()[:, None]  # (B, 1)
+        if T > 1:
+            index = index + torch.arange(T, device=index.device)  # (B, T)
+        cos, sin = self.rope_upto(cache.max_seq_len)[index].unbind(2)  # (B, T, 1, D) each
+        return Positions(input_pos, index, cos, sin, start=None)
+
+    def rope_upto(self, max_seq_len: int) -> Tensor:
+        """rope_table of at least that many positions, made once for the largest cache."""
+        made = self.rope is not None and self.rope.device == self.device
+        if not made or len(self.rope) < max_seq_len:
+            self.rope = rope_table(self.config, max_seq_len, self.device)
+        return self.rope
+
+    def check_cache(self, batch_size: int, cache: KVCache | None) -> KVCache:
+        cache = self.cache if cache is None else cache
+        if cache is None or batch_size > cache.max_batch_size:
+            raise ValueError(f"call setup_caches for a batch of at least {batch_size} first")
+        return cache
+
+    @torch.no_grad()
+    def setup_caches(
+        self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
+        attention: str = "auto",
+    ) -> KVCache:
+        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own dtype,
+        torch.int8 for a quantized cache. attention: "flash", "math" or "auto", decode's path."""
+        self.cache = None  # the old one goes before the new one comes
+        config = self.config
+        cache = KVCache(
+            config.n_layer, config.n_kv_head, config.head_dim, max_batch_size, max_seq_len,
+            dtype=kv_dtype or self.embed_tokens.weight.dtype, device=self.device,
+            attention=attention,
+        )
+        if cache.dtype == torch.int8:
+            self.calibrate_k_mean(cache)
+        self.cache = cache
+        return cache
+
+    def calibrate_k_mean(self, cache: KVCache) -> None:
+        """Fill an int8 cache's k_mean: the mean key of each head over random tokens.
+
+        Keys have outlier channels that one int8 scale a token handles badly; subtracting a fixed
+        vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367). The
+        tokens are spread over the cache, because keys turn with their position: with 64 of them
+        the mean KL on SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
+        n = min(128, cache.max_seq_len)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator)
+        input_pos = torch.zeros(1, dtype=torch.int32, device=self.device)
+        spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(self.device)
+        cos, sin = self.rope_upto(cache.max_seq_len)[spread][None].unbind(2)
+        positions = self.positions(input_pos, n, cache)._replace(cos=cos, sin=sin, start=0)
+        layers = cache.layers(slice(0, 1))
+        self.run_layers(self.prefill_block, tokens.to(self.device), positions, layers)
+        keys = cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]  # (layer, Hkv, n, D)
+        cache.k_mean.copy_(keys.mean(2, keepdim=True))
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a decode step reads: all but the embedding, whose rows are few."""
         return tensor_bytes(self) - tensor_bytes(self.embed_tokens)
 
-def tensor_bytes(module):
+
+def refuse_overflow(cache: KVCache, cached: int, new: int) -> None:
+    if cached + new > cache.max_seq_len:
+        raise ValueError(
+            f"{cached} cached and {new} new tokens exceed the cache of {cache.max_seq_len}"
+        )
+
+
+def tensor_bytes(module: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in module.state_dict().values())
 
-def prefer_flash(device):
-    """What attention="auto" takes. On a CPU flash_decode was measured faster at any cache size, as it reads live tokens
-    only; on a GPU it is taken wherever Triton runs, since math reads the whole cache."""
-    return device.type == "cpu" or triton is not None
+# --- families ---
 
-# --- checkpoints: a configuration as Hugging Face writes it, and the tensors by name ---
 
-def first_line(e):
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+@dataclass(frozen=True)
+class Family:
+    """What a family of models does differently from Llama, as values."""
 
-def resolve(path):
-    """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own cache first."""
-    if str(path) and Path(path).exists():
-        return Path(path)
-    problem = "it is not a hub id"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
-        from huggingface_hub import snapshot_download  # slow to import, and rarely needed
-        kinds = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        for local in (True, False):
-            try:
-                return Path(snapshot_download(str(path), allow_patterns=kinds, local_files_only=local))
-            except Exception as e:  # the hub's and the network's, of many kinds
-                problem = first_line(e)
-    raise ValueError(f"no such file or folder, nor a model the hub can give: {str(path)!r} ({problem})")
+    norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
+    mlp: type[nn.Module] = MLP  # called with (config)
+    block: type[nn.Module] = Block  # called with (config, layer)
+    act: Callable[[Tensor], Tensor] = F.silu  # of the feed-forward's gate
+    fields: dict[str, Any] = field(default_factory=dict)  # of ModelConfig
+    window_by_default: bool = False  # sliding_window counts without use_sliding_window
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {path}: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"cannot read {path}: not a JSON object")
-    return value
 
-def open_checkpoint(path):
-    """-> (Hugging Face style configuration, {tensor name: torch.Tensor or gguf.ReaderTensor}, None for random ones).
+# A new family of the same build is one line here, by its config.json's model_type.
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(window_by_default=True),
+    "qwen2": Family(fields={"qkv_bias": True}),
+    "qwen3": Family(fields={"qk_norm": True}),
+}
 
-    The tensors lie in memory-mapped files: nothing is read before it is used."""
-    if path.suffix == ".json":
-        return read_json(path), None
-    if path.suffix == ".gguf":
-        meta, tensors = read_gguf(path)
-        return gguf_config(meta, tensors), tensors
-    tensors, files = {}, weight_files(path, "model*.safetensors") or weight_files(path, "pytorch_model*.bin")
-    if not files:
-        raise ValueError(f"{path} is not a model: expected a .gguf file, a config.json, or a folder with a config.json "
-                         "and model*.safetensors or pytorch_model*.bin")
-    for file in files:
-        try:
-            tensors |= (load_file(file) if file.suffix == ".safetensors" else
-                        torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-        except Exception as e:
-            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
-    return read_json(path / "config.json"), tensors
+# --- loading: our parameters from a checkpoint's tensors ---
 
-def weight_files(folder, pattern):
-    """The files of that pattern, or those that their index lists."""
-    index = folder / f"{pattern.replace('*', '')}.index.json"
-    if not index.exists():
-        return sorted(folder.glob(pattern))
-    weight_map = read_json(index).get("weight_map")
-    files = {folder / str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-    if not files or any(file.parent != folder for file in files):
-        raise ValueError(f"{index} does not list plain file names of its own folder")
-    return sorted(files)
-
-@lru_cache(maxsize=2)  # the tokenizer asks for the same file
-def read_gguf(path):
-    """-> (metadata, {tensor name: gguf.ReaderTensor})"""
-    try:
-        reader = gguf.GGUFReader(path)
-        meta = {key: value.contents() for key, value in reader.fields.items()}
-    except Exception as e:
-        raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one ({first_line(e)})") from None
-    if meta.get("split.count", 1) > 1:
-        raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's gguf-split --merge")
-    return meta, {tensor.name: tensor for tensor in reader.tensors}
-
-# Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
-GGUF_SETTINGS = {
-    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length", "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base", "num_experts": "expert_count",
-    "sliding_window": "attention.sliding_window", "rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
-    "original_max_position_embeddings": "rope.scaling.original_context_length"}
-
-def gguf_config(meta, tensors):
-    """The metadata and tensors of a GGUF file -> a Hugging Face style configuration."""
-    arch = meta.get("general.architecture")
-    hf = {name: meta.get(f"{arch}.{theirs}") for name, theirs in GGUF_SETTINGS.items()}
-    rotary_dim = meta.get(f"{arch}.rope.dimension_count")
-    hf["head_dim"] = hf["head_dim"] or rotary_dim
-    hf["partial_rotary_factor"] = rotary_dim and rotary_dim / hf["head_dim"]
-    if "rope_freqs.weight" in tensors:  # llama3's scaling, as a factor for each frequency
-        hf |= {"rope_type": "linear", "factors": tensors["rope_freqs.weight"].data.tolist()}
-    return hf | {
-        "model_type": arch, "use_sliding_window": True, "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else None,
-        "attention_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-
-# --- loading: our parameters from the checkpoint's tensors ---
-
-def sources(name, shape, config, rename):
-    """Our parameter -> {the checkpoint's name: shape} of the tensors that make it, one below the other. Our names are
-    Hugging Face's but for the projections that are joined; rename makes the checkpoint's own out of those."""
-    *path, module, kind = (name if name.startswith("lm_head") else f"model.{name}").split(".")
-    q, kv, ffn = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.ffn_dim
-    joined = {"qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv}, "gate_up_proj": {"gate_proj": ffn, "up_proj": ffn}}
-    parts = joined.get(module, {module: shape[0]})
-    return {rename(".".join([*path, part, kind])): (rows, *shape[1:]) for part, rows in parts.items()}
-
-def check_names(wanted, given, path):
-    """ValueError names a tensor that is missing, or surplus and not known to be harmless."""
-    harmless = "rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight"
-    surplus = {name for name in given - wanted if not name.endswith(harmless)}
-    for names, problem in ((wanted - given, "no tensor"), (surplus, "an unexpected tensor")):
-        if names:
-            raise ValueError(f"{path} has {problem} {min(names)}" + f" (and {len(names) - 1} more)" * (len(names) > 1))
-
-def read_tensor(name, shape, tensors, config):
-    """A tensor as Hugging Face has it, GGUF's in float32; ValueError if it has another shape."""
-    x = tensors[name]
-    if isinstance(x, gguf.ReaderTensor):
-        try:
-            x = torch.tensor(gguf.dequantize(x.data, x.tensor_type))
-        except Exception as e:  # a quantization that gguf does not know
-            raise ValueError(f"cannot read tensor {name}: {first_line(e)}") from None
-    if x.shape != shape:
-        raise ValueError(f"tensor {name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
-    n_head = {"attn_q": config.n_head, "attn_k": config.n_kv_head}.get(name.split(".")[-2])
-    if n_head and config.family == "llama":  # llama.cpp interleaves the rotated halves
-        x = x.view(n_head, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
-    return x
 
 @torch.no_grad()
-def load_model(path, *, device="cpu", dtype=torch.bfloat16, quantize=None, group_size=32):
-    """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder saved by quantize.py or, for
-    benchmarks, a bare config.json, which gives random weights. quantize: None, "int8" or "int4" (in groups of
-    group_size), layer by layer while loading, so that a model that fits only when quantized can be loaded. ValueError
-    says what is wrong, by name."""
+def load_model(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16,
+    quantize: str | None = None, group_size: int = 32,
+) -> Transformer:
+    """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
+    or, for benchmarks, a bare config.json, which gives random weights.
+
+    quantize: None, "int8" or "int4" (in groups of group_size), layer by layer while loading, so
+    that a model that fits only when quantized can be loaded. ValueError says what is wrong."""
     path = resolve(path)
-    hf, tensors = open_checkpoint(path)
-    config = ModelConfig.from_hf(hf)
+    checkpoint = open_checkpoint(path)
+    config = ModelConfig.from_hf(checkpoint.config)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    own = tensors is not None and quantized_layout(model, hf)  # quantize.py's folders have our names and its layers
-    if own and quantize:
-        raise ValueError(f"{path} is quantized already; leave out --quantize {quantize}")
-    rename = str
-    if path.suffix == ".gguf":
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.n_layer)  # has every name that is used here
-        rename = partial(names.get_name, try_suffixes=(".weight", ".bias"))
-    state = model.state_dict()
-    plan = {name: {name: x.shape} if own else sources(name, x.shape, config, rename) for name, x in state.items()}
-    if config.tied and isinstance(model.lm_head, Linear):
-        del plan["lm_head.weight"]
-    if tensors is None:
-        print(f"WARNING: {path} is a bare configuration: the weights are RANDOM, for benchmarks only", file=sys.stderr)
+    plan = tensor_plan(model, checkpoint, quantize)
+    if checkpoint.tensors is None:
+        warning = "is a bare configuration: the weights are RANDOM, for benchmarks only"
+        print(f"WARNING: {path} {warning}", file=sys.stderr)
     else:
-        check_names(set().union(*plan.values()), tensors.keys(), path)
-    nbytes = sum(x.nbytes for x in state.values()) * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
+        checkpoint.check_names(name for parts in plan.values() for name in parts)
+
+    stored = sum(x.nbytes for x in model.state_dict().values())
+    nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
-    for prefix, module in tqdm(list(model.named_modules()), desc="loading", unit=" layers", disable=None, leave=False):
-        for name, meta in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            full = f"{prefix}.{name}"
-            if full not in plan:  # a tied output layer
-                tensor = model.embed_tokens.weight
-            elif tensors is None:
-                tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
-            else:
-                parts = [read_tensor(part, shape, tensors, config) for part, shape in plan[full].items()]
-                tensor = (torch.cat(parts) if parts[1:] else parts[0]).to(device, meta.dtype, copy=True)
-            setattr(module, name, nn.Parameter(tensor, False) if isinstance(meta, nn.Parameter) else tensor)
+
+    modules = list(model.named_modules())
+    for prefix, module in tqdm(modules, "loading", unit=" layers", disable=None, leave=False):
+        fill(module, prefix, model, plan, checkpoint, device)
         if isinstance(module, Linear) and quantize:
             module = quantize_linear(module, quantize, group_size, prefix)
             model.set_submodule(prefix, module)
         if hasattr(module, "pack"):
             module.pack()
     return model.eval()
+
+
+Plan = dict[str, dict[str, tuple[int, ...]]]  # our parameter -> {the checkpoint's name: shape}
+
+
+def tensor_plan(model: Transformer, checkpoint: Checkpoint, quantize: str | None) -> Plan:
+    """The tensors that make each parameter, one below the other.
+
+    The layers that a folder of save_quantized has are put into the model first."""
+    ours = checkpoint.tensors is not None and quantized_layout(model, checkpoint.config)
+    if ours and quantize:
+        raise ValueError(
+            f"{checkpoint.path} is quantized already; leave out --quantize {quantize}"
+        )
+    plan = {}
+    for name, x in model.state_dict().items():
+        if ours:  # such a folder has our names
+            plan[name] = {name: tuple(x.shape)}
+        else:
+            plan[name] = sources(name, tuple(x.shape), model.config)
+    if model.config.tied and isinstance(model.lm_head, Linear):
+        del plan["lm_head.weight"]
+    return plan
+
+
+def sources(
+    name: str, shape: tuple[int, ...], config: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors of a parameter. Our names are theirs but for the joined ones."""
+    q_size = config.n_head * config.head_dim
+    kv_size = config.n_kv_head * config.head_dim
+    joined = {
+        "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+        "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim},
+    }
+    if not name.startswith("lm_head"):
+        name = f"model.{name}"
+    *path, module, kind = name.split(".")
+    if module not in joined:
+        return {name: shape}
+    parts = {}
+    for part, size in joined[module].items():
+        parts[".".join([*path, part, kind])] = (size, *shape[1:])
+    return parts
+
+
+def fill(
+    module: nn.Module, prefix: str, model: Transformer, plan: Plan, checkpoint: Checkpoint,
+    device: torch.device | str,
+) -> None:
+    """Give a module its own parameters and buffers, in place of those on meta."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, meta in own:
+        parts = plan.get(f"{prefix}.{name}")
+        if parts is None:  # a tied output layer
+            tensor = model.embed_tokens.weight
+        elif checkpoint.tensors is None:
+            tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
+        else:
+            tensor = read_joined(checkpoint, parts).to(device, meta.dtype, copy=True)
+        if isinstance(meta, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(module, name, tensor)
+
+
+def read_joined(checkpoint: Checkpoint, parts: dict[str, tuple[int, ...]]) -> Tensor:
+    tensors = [checkpoint.read(name, shape) for name, shape in parts.items()]
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat(tensors)

@@ -1,14 +1,17 @@
-"""Decode end to end, side by side with peers in one process: milliseconds a token, time to first token, compile time.
+"""Decode end to end, beside peers in one process: milliseconds a token, first token, compile time.
 
-    python benchmarks/decode.py --shape benchmarks/configs/TinyLlama-1.1B.json --contexts 128 --capacities 512 8192 \
-        --variants bf16 int8 --peers transformers llama_cpp --gpt_fast ../gpt-fast
+    python benchmarks/decode.py --shape benchmarks/configs/TinyLlama-1.1B.json --contexts 128 \\
+        --capacities 512 8192 --variants bf16 int8 --peers transformers llama_cpp \\
+        --gpt_fast ../gpt-fast
 
-Weights are random, made here in the shape of --shape. At batch 1 every step reads all weights and the live part of the
-KV cache once, so the floor of a step is those bytes over the memory's bandwidth, which is measured in the same run.
-All contestants stand in memory at once and take turns, --rounds times --steps decode steps each at the same context
-length, and the median of a contestant's steps counts. Results are added to the --json file; render.py draws from it."""
+Weights are random, made here in the shape of --shape. At batch 1 every step reads all weights and
+the live part of the KV cache once, so the floor of a step is those bytes over the memory's
+bandwidth, which is measured in the same run. All contestants stand in memory at once and take
+turns, --rounds times --steps decode steps each at the same context length, and the median of a
+contestant's steps counts. Results are added to the --json file; render.py draws from it."""
 import argparse
 import gc
+import importlib
 import importlib.util
 import json
 import platform
@@ -17,293 +20,618 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
+import gguf
+import numpy as np
 import torch
 import torch._inductor.config
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import generate
-import model as our_model
+from cli.arguments import Parser, number, say
+from cli.stats import copy_bandwidth
+from formats.checkpoint import first_line, read_json
+from generate import Engine, compile_model
+from kernels import triton
+from model import ModelConfig, load_model
 
-VARIANTS = {  # name -> (quantize, kv_dtype, attention)
-    "bf16": (None, None, "auto"), "math": (None, None, "math"), "flash": (None, None, "flash"),
-    "flash-int8kv": (None, torch.int8, "flash"), "int8": ("int8", None, "auto"), "int4": ("int4", None, "auto")}
 
-def synchronize():
+# --- measuring ---
+
+class Case(NamedTuple):
+    """Rows decoded at once, tokens cached in each, and the cache's room."""
+
+    batch: int
+    context: int
+    capacity: int
+
+
+class Contestant:
+    """What takes part. The steps of all contestants do the same work."""
+
+    name = ""
+    single_row = False  # takes part at batch 1 only
+
+    def setup(self, batch: int, capacity: int) -> float:
+        """Make a cache -> the seconds that compiling took."""
+        raise NotImplementedError
+
+    def prefill(self, tokens: Tensor) -> None:
+        """Read a prompt, tokens [B, T], from the beginning of the cache."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Decode one token a row behind the prompt, always at the same position."""
+        raise NotImplementedError
+
+    def bytes_read(self, case: Case) -> float | None:
+        """Bytes that a step reads at least; None: not known."""
+        return None
+
+
+@torch.no_grad()
+def measure(
+    contestants: list[Contestant], case: Case, args: argparse.Namespace, vocab_size: int
+) -> list[dict]:
+    """-> one row a contestant. Setup and prefill first, then rounds of decode steps, in turns."""
+    shape = (case.batch, case.context)
+    tokens = torch.randint(3, vocab_size, shape, device=args.device)  # (B, T)
+    rows = {c.name: {"contestant": c.name, **case._asdict()} for c in contestants}
+    for c in contestants:
+        rows[c.name]["compile_s"] = c.setup(case.batch, case.capacity)
+
+    # read the prompt; the last time counts
+    for _ in range(args.prefills):
+        for c in contestants:
+            rows[c.name]["first_token_s"] = timed(partial(c.prefill, tokens))
+
+    # decode; a first round warms up
+    for c in contestants:
+        time_steps(c, args.steps)
+    steps = {c.name: [] for c in contestants}
+    for _ in range(args.rounds):
+        for c in contestants:
+            steps[c.name] += time_steps(c, args.steps)
+
+    for c in contestants:
+        row = rows[c.name]
+        row.update(summarize(steps[c.name], case.batch))
+        nbytes = c.bytes_read(case)
+        if nbytes is not None:
+            row["bytes_read"] = nbytes
+        tell(row)
+    return list(rows.values())
+
+
+def time_steps(contestant: Contestant, n: int) -> list[float]:
+    """Seconds of n steps but the first, which finds other contestants' data in the caches."""
+    seconds = [timed(contestant.step) for _ in range(n)]
+    return seconds[1:]
+
+
+def timed(work: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
-class Ours:
-    def __init__(self, shape, variant, device, compiled):
-        quantize, self.kv_dtype, self.attention = VARIANTS[variant]
-        self.name = f"gpt-flash {variant}" + " compiled" * (compiled and device == "cpu")
-        self.model = our_model.load_model(shape, device=device, quantize=quantize)
+
+def summarize(seconds: list[float], batch: int) -> dict[str, float]:
+    ms = sorted(1e3 * s for s in seconds)
+    tenth = len(ms) // 10
+    median = statistics.median(ms)
+    return {
+        "ms": median,
+        "ms_p10": ms[tenth],
+        "ms_p90": ms[-1 - tenth],
+        "tokens_per_s": batch * 1e3 / median,
+    }
+
+
+def tell(row: dict) -> None:
+    say(
+        f"{row['contestant']:24} batch {row['batch']} context {row['context']:6} "
+        f"capacity {row['capacity']:6}: {row['ms']:8.2f} ms a step "
+        f"({row['ms_p10']:.2f} to {row['ms_p90']:.2f}), "
+        f"first token {row['first_token_s']:.2f} s, compile {row['compile_s']:.1f} s"
+    )
+
+
+# --- ours ---
+
+class Variant(NamedTuple):
+    quantize: str | None = None
+    kv_dtype: torch.dtype | None = None
+    attention: str = "auto"
+
+
+VARIANTS = {
+    "bf16": Variant(),
+    "math": Variant(attention="math"),
+    "flash": Variant(attention="flash"),
+    "flash-int8kv": Variant(kv_dtype=torch.int8, attention="flash"),
+    "int8": Variant(quantize="int8"),
+    "int4": Variant(quantize="int4"),
+}
+
+
+class Ours(Contestant):
+    def __init__(self, shape: Path, variant: str, device: str, compiled: bool):
+        self.name = label(f"gpt-flash {variant}", device, compiled)
+        self.variant = VARIANTS[variant]
         self.compiled = compiled
+        self.model = load_model(shape, device=device, quantize=self.variant.quantize)
+        self.engine: Engine | None = None
+        self.context = 0
         if compiled:
-            generate.compile_model(self.model)
+            compile_model(self.model)
 
-    def setup(self, batch, capacity):
-        self.model.setup_caches(batch, capacity, self.kv_dtype, self.attention)
-        self.decode = generate.DecodeStep(self.model, batch, {})
-        return self.decode.prepare() if self.compiled else 0.0
+    def setup(self, batch: int, capacity: int) -> float:
+        self.engine = None  # its graphs hold the cache before
+        self.model.setup_caches(batch, capacity, self.variant.kv_dtype, self.variant.attention)
+        self.engine = Engine(self.model, compiled=self.compiled)
+        if not self.compiled:
+            return 0.0
+        return self.engine.prepare()
 
-    def prefill(self, tokens):
-        last = torch.full((len(tokens),), tokens.shape[1] - 1, device=tokens.device)
-        self.model(tokens, torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device), start=0, last=last)
-        self.context = tokens.shape[1]
+    def prefill(self, tokens: Tensor) -> None:
+        B, T = tokens.shape
+        input_pos = torch.zeros(B, dtype=torch.int32, device=tokens.device)
+        last = torch.full((B,), T - 1, device=tokens.device)
+        self.model.prefill(tokens, input_pos, start=0, last=last)
+        self.context = T
 
-    def step(self):
-        self.decode.input_pos.fill_(self.context)
-        self.decode.graph.replay() if self.decode.graph else self.decode.advance()
+    def step(self) -> None:
+        self.engine.input_pos.fill_(self.context)
+        self.engine.step()
 
-    def bytes_read(self, batch, context):
+    def bytes_read(self, case: Case) -> float:
         cache = self.model.cache
-        return self.model.weight_bytes() + batch * context * cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
+        token_bytes = cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
+        return self.model.weight_bytes() + case.batch * case.context * token_bytes
 
-class GptFast:
-    """gpt-fast from a checkout, through its own functions; its eager mode on a CPU, where compiling is slower."""
-    def __init__(self, path, config, device, compiled, int8=False):
-        modules, ours = {}, dict(sys.modules)
-        for name in ("model", "tokenizer", "quantize", "generate"):  # ours have the same names: theirs get a prefix
+
+def label(name: str, device: str, compiled: bool) -> str:
+    """On a CPU it says which are compiled; on CUDA all are."""
+    if compiled and device == "cpu":
+        return f"{name} compiled"
+    return name
+
+
+# --- gpt-fast ---
+
+
+GPT_FAST_MODULES = ("model", "tokenizer", "quantize", "generate")  # in the order they need another
+
+
+def load_gpt_fast(path: Path) -> dict[str, ModuleType]:
+    """gpt-fast's modules out of a checkout, without disturbing ours of the same names.
+
+    While they are loaded they find each other by their own names. Afterwards those names are ours
+    again, and theirs have a prefix, by which torch.compile finds them."""
+    search_path = list(sys.path)
+    ours = {name: sys.modules.pop(name, None) for name in GPT_FAST_MODULES}
+    theirs = {}
+    try:
+        for name in GPT_FAST_MODULES:
             spec = importlib.util.spec_from_file_location(f"gpt_fast_{name}", path / f"{name}.py")
-            modules[name] = sys.modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[name])
-        sys.modules.update({name: ours[name] for name in modules if name in ours})
-        self.generate, self.theirs, quantize = modules["generate"], modules["model"], modules["quantize"]
-        self.name = "gpt-fast" + " int8" * int8 + " compiled" * (compiled and device == "cpu")
-        args = self.theirs.ModelArgs(
-            block_size=config.max_seq_len, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-            dim=config.dim, intermediate_size=config.ffn_dim, n_local_heads=config.n_kv_head,
-            rope_base=config.rope_theta)
-        with torch.device("meta"):
-            self.model = self.theirs.Transformer(args)
-            if int8:
-                quantize.replace_linear_weight_only_int8_per_channel(self.model)
-        self.model.to_empty(device=device).eval()
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:  # all but int8 weights are bf16, scales too
-            floating = tensor.is_floating_point()
-            tensor.data = (tensor.data.bfloat16().normal_(std=0.02) if floating else tensor.data.random_(-127, 128))
-        self.device, self.compiled, self.decode = device, compiled, self.generate.decode_one_token
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+            theirs[name] = module
+    finally:
+        sys.path[:] = search_path
+        for name, module in ours.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+    return theirs
+
+
+class GptFast(Contestant):
+    """gpt-fast from a checkout, through its own functions, with random weights."""
+
+    def __init__(
+        self, path: Path, config: ModelConfig, device: str, compiled: bool, int8: bool = False
+    ):
+        self.name = label("gpt-fast int8" if int8 else "gpt-fast", device, compiled)
+        self.device = device
+        self.compiled = compiled
+        self.context = 8  # while compiling
+        modules = load_gpt_fast(path)
+        self.generate = modules["generate"]
+        self.model = self.make_model(modules, config, int8)
+        self.decode = self.generate.decode_one_token
         if compiled:
             self.decode = torch.compile(self.decode, mode="reduce-overhead", fullgraph=True)
 
-    def setup(self, batch, capacity):
-        self.model.max_seq_length = self.model.max_batch_size = -1
+    def make_model(
+        self, modules: dict[str, ModuleType], config: ModelConfig, int8: bool
+    ) -> torch.nn.Module:
+        args = modules["model"].ModelArgs(
+            block_size=config.max_seq_len,
+            vocab_size=config.vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            dim=config.dim,
+            intermediate_size=config.ffn_dim,
+            n_local_heads=config.n_kv_head,
+            rope_base=config.rope_theta,
+        )
+        with torch.device("meta"):
+            model = modules["model"].Transformer(args)
+            if int8:
+                modules["quantize"].replace_linear_weight_only_int8_per_channel(model)
+        model.to_empty(device=self.device).eval()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():  # all but int8 weights, whose scales are bf16 too
+                tensor.data = tensor.data.bfloat16().normal_(std=0.02)
+            else:
+                tensor.data.random_(-127, 128)
+        return model
+
+    def setup(self, batch: int, capacity: int) -> float:
+        self.model.max_seq_length = -1  # else a larger cache of before would stay
+        self.model.max_batch_size = -1
         with torch.device(self.device):
             self.model.setup_caches(batch, capacity)
         self.token = torch.zeros(batch, 1, dtype=torch.int32, device=self.device)
-        self.context, start = 8, time.perf_counter()
-        if self.compiled:
-            for _ in range(3):
-                self.step()
-            synchronize()
-        return time.perf_counter() - start if self.compiled else 0.0
+        if not self.compiled:
+            return 0.0
+        return timed(partial(repeat, self.step, 3))
 
-    def prefill(self, tokens):
+    def prefill(self, tokens: Tensor) -> None:
         input_pos = torch.arange(tokens.shape[1], device=self.device)
         self.generate.prefill(self.model, tokens, input_pos, temperature=1.0, top_k=1)
         self.context = tokens.shape[1]
 
-    def step(self):
-        pos = torch.full((1,), self.context, dtype=torch.int64, device=self.device)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            self.decode(self.model, self.token, pos, temperature=1.0, top_k=1)
+    def step(self) -> None:
+        input_pos = torch.full((1,), self.context, dtype=torch.int64, device=self.device)
+        with sdpa_kernel(SDPBackend.MATH):
+            self.decode(self.model, self.token, input_pos, temperature=1.0, top_k=1)
 
-class Transformers:
-    """transformers: a static cache and a compiled forward on CUDA, a dynamic cache on a CPU, its faster mode there."""
-    def __init__(self, hf, device, compiled):
-        import transformers
-        self.transformers, self.device, self.compiled = transformers, device, compiled and device != "cpu"
-        self.name = "transformers"
-        config = transformers.AutoConfig.for_model(**hf)
+
+def repeat(work: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+# --- transformers ---
+
+class Transformers(Contestant):
+    """transformers: compiled with a static cache on CUDA; on a CPU, where that is slower, eager
+    with a dynamic one."""
+
+    name = "transformers"
+
+    def __init__(self, hf: dict, device: str):
+        self.library = importlib.import_module("transformers")
+        self.device = device
+        self.compiled = device != "cpu"
+        config = self.library.AutoConfig.for_model(**hf)
         with torch.device(device):
-            torch.set_default_dtype(torch.bfloat16)
-            self.model = transformers.AutoModelForCausalLM.from_config(config).eval()
-            torch.set_default_dtype(torch.float32)
+            model = self.library.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        self.model = model.eval()
         self.forward = self.model.forward
         if self.compiled:
-            self.forward = torch.compile(self.model.forward, mode="reduce-overhead", fullgraph=True)
+            self.forward = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True)
 
-    def setup(self, batch, capacity):
-        self.capacity, self.token = capacity, torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+    def setup(self, batch: int, capacity: int) -> float:
+        self.capacity = capacity
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         if not self.compiled:
             return 0.0
-        start = time.perf_counter()
-        self.prefill(self.token.expand(-1, 8))
-        for _ in range(3):
-            self.step()
-        synchronize()
-        return time.perf_counter() - start
+        prompt = self.token.expand(-1, 8)
+        return timed(partial(self.prefill, prompt)) + timed(partial(repeat, self.step, 3))
 
-    def prefill(self, tokens):
-        config, n = self.model.config, tokens.shape[1]
-        self.cache = (self.transformers.StaticCache(config=config, max_cache_len=self.capacity) if self.compiled
-                      else self.transformers.DynamicCache(config=config))
+    def prefill(self, tokens: Tensor) -> None:
+        config = self.model.config
+        if self.compiled:
+            self.cache = self.library.StaticCache(config=config, max_cache_len=self.capacity)
+        else:
+            self.cache = self.library.DynamicCache(config=config)
         self.model(tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.position = torch.full((1, 1), n, device=self.device)
+        self.position = torch.full((1, 1), tokens.shape[1], device=self.device)
 
-    def step(self):
-        self.forward(self.token, past_key_values=self.cache, use_cache=True, position_ids=self.position)[0].argmax(-1)
+    def step(self) -> None:
+        out = self.forward(
+            self.token, past_key_values=self.cache, use_cache=True, position_ids=self.position
+        )
+        out.logits.argmax(-1)
         if not self.compiled:
             self.cache.crop(-1)
 
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on a GGUF file of random weights written here."""
-    def __init__(self, config, kind, threads):
-        import gguf
-        self.name, self.threads, self.llm = f"llama.cpp {kind}", threads, None
-        self.folder = tempfile.TemporaryDirectory()
-        writer = gguf.GGUFWriter(f"{self.folder.name}/m.gguf", "llama")
-        writer.add_block_count(config.n_layer), writer.add_context_length(config.max_seq_len)
-        writer.add_embedding_length(config.dim), writer.add_feed_forward_length(config.ffn_dim)
-        writer.add_head_count(config.n_head), writer.add_head_count_kv(config.n_kv_head)
-        writer.add_layer_norm_rms_eps(config.norm_eps), writer.add_rope_freq_base(config.rope_theta)
-        writer.add_vocab_size(config.vocab_size), writer.add_tokenizer_model("llama")
-        writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
-        writer.add_token_scores([0.0] * config.vocab_size)
-        writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
-        quantization = gguf.GGMLQuantizationType[kind]
-        dim, q, kv = config.dim, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        block = {"attn_q": (q, dim), "attn_k": (kv, dim), "attn_v": (kv, dim), "attn_output": (dim, q),
-                 "ffn_gate": (config.ffn_dim, dim), "ffn_up": (config.ffn_dim, dim), "ffn_down": (dim, config.ffn_dim)}
-        shapes = {"token_embd": (config.vocab_size, config.dim), "output": (config.vocab_size, config.dim),
-                  **{f"blk.{i}.{name}": shape for i in range(config.n_layer) for name, shape in block.items()}}
-        made = {}  # one random tensor a shape: the values do not matter to the time, the bytes do
-        for name, shape in shapes.items():
-            if shape not in made:
-                made[shape] = gguf.quantize((torch.randn(shape) * 0.02).numpy(), quantization)
-            writer.add_tensor(f"{name}.weight", made[shape], raw_dtype=quantization)
-        norms = [f"blk.{i}.{name}" for i in range(config.n_layer) for name in ("attn_norm", "ffn_norm")]
-        for name in ["output_norm", *norms]:
-            writer.add_tensor(f"{name}.weight", torch.ones(dim).numpy())
-        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
-        writer.close()
 
-    def setup(self, batch, capacity):
-        import llama_cpp
-        if batch != 1:
-            raise ValueError("llama.cpp takes part at batch 1 only")
+# --- llama.cpp ---
+
+class LlamaCpp(Contestant):
+    """llama.cpp through llama-cpp-python, on a GGUF file of random weights written here."""
+
+    single_row = True
+
+    def __init__(self, config: ModelConfig, kind: str, threads: int):
+        self.name = f"llama.cpp {kind}"
+        self.library = importlib.import_module("llama_cpp")
+        self.threads = threads
+        self.folder = tempfile.TemporaryDirectory()
+        self.file = f"{self.folder.name}/model.gguf"
         self.llm = None
-        self.llm = llama_cpp.Llama(f"{self.folder.name}/m.gguf", n_ctx=capacity, n_threads=self.threads,
-                                   n_threads_batch=self.threads, verbose=False)
+        self.context = 0
+        write_gguf(self.file, config, gguf.GGMLQuantizationType[kind])
+
+    def setup(self, batch: int, capacity: int) -> float:
+        self.llm = None  # the old one goes before the new one comes
+        self.llm = self.library.Llama(
+            self.file, n_ctx=capacity, n_threads=self.threads, n_threads_batch=self.threads,
+            verbose=False,
+        )
         return 0.0
 
-    def prefill(self, tokens):
+    def prefill(self, tokens: Tensor) -> None:
         self.llm.reset()
-        self.llm.eval(tokens[0].clamp(min=3).tolist())
+        self.llm.eval(tokens[0].tolist())
         self.context = tokens.shape[1]
 
-    def step(self):
+    def step(self) -> None:
         self.llm.n_tokens = self.context  # eval drops what lies behind
         self.llm.eval([5])
 
-def timed(f):
-    synchronize()
-    start = time.perf_counter()
-    f()
-    synchronize()
-    return time.perf_counter() - start
 
-@torch.no_grad()
-def measure(contestants, args, batch, context, capacity, vocab_size):
-    """-> one row a contestant. Setup and prefill first, then the rounds of decode steps, in turns."""
-    tokens = torch.randint(3, vocab_size, (batch, context), device=args.device)
-    rows = {c.name: dict(contestant=c.name, batch=batch, context=context, capacity=capacity) for c in contestants}
-    for c in contestants:
-        rows[c.name]["compile_s"] = c.setup(batch, capacity)
-    for _ in range(args.prefills):  # the last one counts
-        for c in contestants:
-            rows[c.name]["first_token_s"] = timed(lambda: c.prefill(tokens))
-    steps = {c.name: [] for c in contestants}
-    for round in range(args.rounds + 1):
-        for c in contestants:
-            times = [timed(c.step) for _ in range(args.steps)]
-            if round:  # the first warms up
-                steps[c.name] += times[1:]
-    for c in contestants:
-        ms = sorted(1e3 * s for s in steps[c.name])
-        rows[c.name] |= dict(ms=statistics.median(ms), ms_p10=ms[len(ms) // 10], ms_p90=ms[-1 - len(ms) // 10],
-                             tokens_per_s=batch * 1e3 / statistics.median(ms))
-        if isinstance(c, Ours):
-            rows[c.name]["bytes_read"] = c.bytes_read(batch, context)
-        row = rows[c.name]
-        print(f"{c.name:24} batch {batch} context {context:6} capacity {capacity:6}: {row['ms']:8.2f} ms a step "
-              f"({row['ms_p10']:.2f} to {row['ms_p90']:.2f}), first token {row['first_token_s']:.2f} s, "
-              f"compile {row['compile_s']:.1f} s", file=sys.stderr, flush=True)
-    return list(rows.values())
+def write_gguf(path: str, config: ModelConfig, kind: gguf.GGMLQuantizationType) -> None:
+    """A llama of that shape with random weights of that kind."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_metadata(writer, config)
+    made: dict[tuple[int, int], np.ndarray] = {}  # one a shape: time depends on the bytes only
+    for name, shape in gguf_shapes(config).items():
+        if shape not in made:
+            made[shape] = gguf.quantize((torch.randn(shape) * 0.02).numpy(), kind)
+        writer.add_tensor(f"{name}.weight", made[shape], raw_dtype=kind)
 
-def device_facts(device):
-    """What a reader needs to know about the machine."""
-    facts = dict(date=str(date.today()), torch=torch.__version__, python=platform.python_version())
-    if device == "cpu":
-        info = Path("/proc/cpuinfo")
-        name = next((line.split(":")[1].strip() for line in (info.read_text() if info.exists() else "").splitlines()
-                     if line.startswith("model name")), platform.processor())
-        return facts | dict(device=f"{name}, {torch.get_num_threads()} threads")
-    import triton
-    return facts | dict(device=torch.cuda.get_device_name(), triton=triton.__version__, cuda=torch.version.cuda)
+    norms = ["output_norm"]
+    for i in range(config.n_layer):
+        norms += [f"blk.{i}.attn_norm", f"blk.{i}.ffn_norm"]
+    for name in norms:
+        writer.add_tensor(f"{name}.weight", torch.ones(config.dim).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
-def contestants_of(args, config, hf):
-    """The contestants that --variants and --peers ask for; those that cannot be had are named and left out."""
-    made = [Ours(args.shape, v, args.device, compiled) for v in args.variants
-            for compiled in ([True] if args.device != "cpu" else [False, True] if args.compile else [False])]
-    gpu = args.device != "cpu"
-    for peer in ["gpt-fast"] * bool(args.gpt_fast) + args.peers:
+
+def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_feed_forward_length(config.ffn_dim)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+    # a vocabulary of any pieces: <unk>, <s>, </s>, and the rest
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
+
+
+def gguf_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """llama.cpp's names of the matrices, without .weight, and their shapes."""
+    dim = config.dim
+    q_size = config.n_head * config.head_dim
+    kv_size = config.n_kv_head * config.head_dim
+    block = {
+        "attn_q": (q_size, dim),
+        "attn_k": (kv_size, dim),
+        "attn_v": (kv_size, dim),
+        "attn_output": (dim, q_size),
+        "ffn_gate": (config.ffn_dim, dim),
+        "ffn_up": (config.ffn_dim, dim),
+        "ffn_down": (dim, config.ffn_dim),
+    }
+    shapes = {"token_embd": (config.vocab_size, dim), "output": (config.vocab_size, dim)}
+    for i in range(config.n_layer):
+        for name, shape in block.items():
+            shapes[f"blk.{i}.{name}"] = shape
+    return shapes
+
+
+LLAMA_CPP_KINDS = {"int8": "Q8_0", "int4": "Q4_0"}  # beside those variants; beside others BF16
+
+
+# --- the command line ---
+
+def make_contestants(
+    args: argparse.Namespace, config: ModelConfig, hf: dict
+) -> list[Contestant]:
+    """Those that --variants and --peers ask for; a peer that cannot be had is left out."""
+    made = []
+    for variant in args.variants:
+        for compiled in compiled_or_not(args):
+            made.append(Ours(args.shape, variant, args.device, compiled))
+    makers = {
+        "gpt-fast": partial(make_gpt_fast, args, config),
+        "transformers": partial(make_transformers, args, hf),
+        "llama_cpp": partial(make_llama_cpp, args, config),
+    }
+    peers = list(args.peers)
+    if args.gpt_fast:
+        peers.insert(0, "gpt-fast")
+    for peer in peers:
         try:
-            if peer == "gpt-fast":
-                made += [GptFast(args.gpt_fast, config, args.device, gpu, int8) for int8 in (False, True)
-                         if ("int8" in args.variants if int8 else True)]
-                made += [GptFast(args.gpt_fast, config, args.device, True)] * (args.compile and not gpu)
-            elif peer == "transformers":
-                made.append(Transformers(hf, args.device, gpu))
-            else:
-                kinds = {"int8": "Q8_0", "int4": "Q4_0"}
-                made += [LlamaCpp(config, kind, torch.get_num_threads()) for kind in
-                         dict.fromkeys(kinds.get(v, "BF16") for v in args.variants)]
+            made += makers[peer]()
         except ImportError as e:
-            print(f"{peer} is left out: {e}", file=sys.stderr)
+            say(f"{peer} is left out: {e}")
     return made
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--shape", type=Path, default=HERE / "configs" / "TinyLlama-1.1B.json", help="a config.json")
-    p.add_argument("--contexts", type=int, nargs="+", default=[128], help="live tokens before each step")
-    p.add_argument("--capacities", type=int, nargs="+", default=[512], help="room in the cache, in turn")
-    p.add_argument("--batches", type=int, nargs="+", default=[1])
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=["bf16"], help="ours")
-    p.add_argument("--peers", nargs="*", choices=["transformers", "llama_cpp"], default=[])
-    p.add_argument("--gpt_fast", metavar="PATH", type=Path, help="a checkout of gpt-fast, a peer driven from there")
-    p.add_argument("--compile", action="store_true", help="on a CPU, compiled contestants too; on CUDA all are")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--prefills", type=int, default=2, help="prompts read before decoding; the last one's time counts")
-    p.add_argument("--steps", type=int, default=8, help="decode steps a round; the first does not count")
-    p.add_argument("--json", metavar="FILE", type=Path, help="add the result to this file")
+
+def compiled_or_not(args: argparse.Namespace) -> list[bool]:
+    if args.device != "cpu":
+        return [True]
+    return [False, True] if args.compile else [False]
+
+
+def make_gpt_fast(args: argparse.Namespace, config: ModelConfig) -> list[Contestant]:
+    cuda = args.device != "cpu"
+    made = [GptFast(args.gpt_fast, config, args.device, cuda)]
+    if "int8" in args.variants:
+        made.append(GptFast(args.gpt_fast, config, args.device, cuda, int8=True))
+    if args.compile and not cuda:
+        made.append(GptFast(args.gpt_fast, config, args.device, compiled=True))
+    return made
+
+
+def make_transformers(args: argparse.Namespace, hf: dict) -> list[Contestant]:
+    return [Transformers(hf, args.device)]
+
+
+def make_llama_cpp(args: argparse.Namespace, config: ModelConfig) -> list[Contestant]:
+    kinds = dict.fromkeys(LLAMA_CPP_KINDS.get(variant, "BF16") for variant in args.variants)
+    return [LlamaCpp(config, kind, args.threads) for kind in kinds]
+
+
+def device_facts(device: str) -> dict[str, str]:
+    """What a reader needs to know of the machine."""
+    facts = {
+        "date": str(date.today()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device == "cpu":
+        facts["device"] = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    else:
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["triton"] = triton.__version__
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def parse_args() -> argparse.Namespace:
+    p = Parser("decode.py", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    count = number(int, 1)
+    add("--shape", type=Path, default=HERE / "configs" / "TinyLlama-1.1B.json",
+        help="a config.json; default: TinyLlama-1.1B's")
+    add("--contexts", metavar="N", type=count, nargs="+", default=[128],
+        help="live tokens before each step, from 1; default: 128")
+    add("--capacities", metavar="N", type=count, nargs="+", default=[512],
+        help="room in the cache, in turn; contexts that do not fit are left out; default: 512")
+    add("--batches", metavar="N", type=count, nargs="+", default=[1],
+        help="rows at once, in turn, from 1; default: 1")
+    add("--variants", nargs="+", choices=VARIANTS, default=["bf16"], help="ours; default: bf16")
+    add("--peers", nargs="*", choices=["transformers", "llama_cpp"], default=[],
+        help="others beside ours; default: none")
+    add("--gpt_fast", metavar="PATH", type=Path, help="a checkout of gpt-fast, a further peer")
+    add("--compile", action="store_true",
+        help="on a CPU: compiled contestants too; on CUDA all are")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ...; default: cuda")
+    add("--threads", metavar="N", type=count, default=torch.get_num_threads(),
+        help="of a CPU, from 1; default: PyTorch's, %(default)s here")
+    add("--rounds", metavar="N", type=count, default=5,
+        help="turns of each contestant, from 1; default: 5")
+    add("--prefills", metavar="N", type=count, default=2,
+        help="prompts read before decoding, from 1; the last one's time counts; default: 2")
+    add("--steps", metavar="N", type=number(int, 2), default=8,
+        help="decode steps a turn, from 2; the first does not count; default: 8")
+    add("--json", metavar="FILE", type=Path, help="add the result to this file")
     args = p.parse_args()
-    if args.gpt_fast and not (args.gpt_fast / "model.py").exists():
+    if args.gpt_fast and not all((args.gpt_fast / f"{m}.py").exists() for m in GPT_FAST_MODULES):
         p.error(f"--gpt_fast {args.gpt_fast} is not a checkout of gpt-fast")
+    if min(args.contexts) >= max(args.capacities):
+        p.error("every one of --contexts is too long for each of --capacities")
+    return args
+
+
+def device(name: str) -> str:
+    """An argparse type: a device that is there."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise argparse.ArgumentTypeError(f"{name}: {first_line(e)}") from None
+    return name
+
+
+def earlier_runs(path: Path | None) -> list[dict]:
+    """What is in the --json file; ValueError if it could not be added to."""
+    if path is None or not path.exists():
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--json {path}: there is no folder {path.parent}")
+        return []
+    try:
+        runs = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read --json {path}: {first_line(e)}") from None
+    if not isinstance(runs, list):
+        raise ValueError(f"--json {path} does not hold results of this program")
+    return runs
+
+
+def run(args: argparse.Namespace) -> None:
+    runs = earlier_runs(args.json)
     torch.set_num_threads(args.threads)
     torch._inductor.config.force_disable_caches = True  # compile times are those of a first run
-    hf = our_model.read_json(args.shape)
-    config, rows = our_model.ModelConfig.from_hf(hf), []
-    contestants = contestants_of(args, config, hf)
+    hf = read_json(args.shape)
+    config = ModelConfig.from_hf(hf)
+    if max(args.contexts) >= config.max_seq_len:
+        longest = max(args.contexts)
+        raise ValueError(f"--contexts {longest} exceeds the shape's {config.max_seq_len} tokens")
+    contestants = make_contestants(args, config, hf)
     gc.collect()
+
+    rows = []
     for batch in args.batches:
+        taking_part = [c for c in contestants if batch == 1 or not c.single_row]
         for capacity in args.capacities:
-            for context in (c for c in args.contexts if c < capacity):
-                taking_part = [c for c in contestants if batch == 1 or not isinstance(c, LlamaCpp)]
-                rows += measure(taking_part, args, batch, context, capacity, config.vocab_size)
-    bandwidth = generate.copy_bandwidth(args.device, 2**28 if args.device == "cpu" else 2**30)
-    result = device_facts(args.device) | dict(command=shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
-                                              shape=args.shape.stem, copy_gb_s=bandwidth / 1e9, rows=rows)
+            for context in args.contexts:
+                if context < capacity:
+                    case = Case(batch, context, capacity)
+                    rows += measure(taking_part, case, args, config.vocab_size)
+
+    nbytes = 2**28 if args.device == "cpu" else 2**30
+    bandwidth = copy_bandwidth(torch.device(args.device), nbytes)
+    result = device_facts(args.device)
+    result["command"] = shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]])
+    result["shape"] = args.shape.stem
+    result["copy_gb_s"] = bandwidth / 1e9
+    result["rows"] = rows
     if args.json:
-        runs = json.loads(args.json.read_text()) if args.json.exists() else []
-        args.json.write_text(json.dumps(runs + [result], indent=1) + "\n")
+        args.json.write_text(json.dumps([*runs, result], indent=1) + "\n")
     print(json.dumps(result))
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        run(args)
+    except (ValueError, torch.OutOfMemoryError) as e:
+        say(f"decode.py: error: {first_line(e)}")
+        sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

@@ -1,100 +1,198 @@
-"""Redraw the README's benchmark tables, and the pictures beside the results, from benchmarks/*.json.
+"""Redraw the tables of benchmarks/README.md, and the pictures beside it, from benchmarks/*.json.
 
-    python benchmarks/render.py            # rewrites README.md between its benchmark marks, and the pictures
-    python benchmarks/render.py --check    # exit code 1 if the README does not say what the results say"""
-import argparse
+    python benchmarks/render.py            # rewrites that file between its marks, and the pictures
+    python benchmarks/render.py --check    # exit code 1 if it does not say what the results say"""
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- benchmarks: begin, written by benchmarks/render.py -->", "<!-- benchmarks: end -->"
+sys.path.insert(0, str(HERE.parent))
+from cli.arguments import Parser, say
 
-def runs():
-    """(file, run) of every end-to-end result; benchmarks/attention.py keeps its own format."""
+README = HERE / "README.md"
+BEGIN = "<!-- benchmarks: begin, written by benchmarks/render.py -->"
+END = "<!-- benchmarks: end -->"
+
+Run = dict[str, Any]  # what one run of benchmarks/decode.py wrote
+Row = dict[str, Any]  # one contestant of it in one case
+Case = tuple[int, int, int]  # batch, context, capacity
+
+
+def runs() -> Iterator[tuple[Path, Run]]:
+    """Every end-to-end result and its file; benchmarks/attention.py keeps a format of its own."""
     for file in sorted(HERE.glob("*.json")):
         content = json.loads(file.read_text())
         if isinstance(content, list):
-            yield from ((file, run) for run in content)
+            for run in content:
+                yield file, run
 
-def table(run):
-    """One run as a Markdown table: a line a contestant, a column of ms a token for each (batch, context, capacity)."""
-    rows, columns = {}, {}
-    for row in run["rows"]:
-        key = row["batch"], row["context"], row["capacity"]
-        columns[key] = f"{row['context']} in {row['capacity']}" + f", batch {row['batch']}" * (row["batch"] > 1)
-        rows.setdefault(row["contestant"], {})[key] = row
-    peer = next((name for name in rows if name == "gpt-fast"), None)
-    head = ["ms a token at context in capacity", *columns.values(), "of floor", "first token, s", "compile, s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    for name, cells in rows.items():
-        texts = [f"**{name}**" if name.startswith("gpt-flash") else name]
-        for key in columns:
-            ms = cells[key]["ms"] if key in cells else float("nan")
-            ratio = f" ({rows[peer][key]['ms'] / ms:.2f}x)" if peer and name != peer else ""
-            texts.append(f"{ms:.1f}{ratio}" if key in cells else "")
-        first, last = list(cells.values())[0], list(cells.values())[-1]
-        floor_ms = first.get("bytes_read", 0) / run["copy_gb_s"] / 1e6
-        texts += [f"{floor_ms / first['ms']:.0%}" if floor_ms else "", f"{last['first_token_s']:.2f}",
-                  f"{first['compile_s']:.1f}" if first["compile_s"] else ""]
-        lines.append("| " + " | ".join(texts) + " |")
-    note = (f"{run['shape']} on {run['device']}, torch {run['torch']}, {run['date']}, which copies at "
-            f"{run['copy_gb_s']:.0f} GB/s. Of floor: the time in which that moves a step's weights and live cache, as "
-            "a share of the first column's.")
-    if peer:
-        note += " In brackets: speed relative to gpt-fast."
-    return "\n".join([note, "", *lines, "", "    " + run["command"], ""])
 
-def draw(run, path):
-    """Tokens a second against context at the largest capacity, one line a contestant, the bandwidth floor dashed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    capacity = max(row["capacity"] for row in run["rows"])
-    lines = {}
-    for row in run["rows"]:
-        if row["capacity"] == capacity and row["batch"] == 1:
-            lines.setdefault(row["contestant"], []).append(row)
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for name, rows in lines.items():
-        axes.plot([r["context"] for r in rows], [r["tokens_per_s"] for r in rows], marker="o", label=name,
-                  linewidth=2.5 if name.startswith("gpt-flash") else 1.2)
-    floor = next((rows for rows in lines.values() if "bytes_read" in rows[0]), [])
-    axes.plot([r["context"] for r in floor], [run["copy_gb_s"] * 1e9 / r["bytes_read"] for r in floor], "k--",
-              label="copy bandwidth / bytes read")
-    axes.set(xscale="log", xlabel="context (tokens in the cache)", ylabel="tokens/s", ylim=(0, None),
-             title=f"{run['shape']}, {run['device']}, cache of {capacity}")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)), axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-def pictures():
-    """(run, path) of the runs that have a curve to show: three contexts or more."""
-    for i, (file, run) in enumerate(runs()):
-        if len({row["context"] for row in run["rows"]}) >= 3:
-            yield run, HERE / f"{file.stem}-{run['shape']}.png"
-
-def section():
+def section() -> str:
+    """What stands between the marks: a table a run, its picture below it."""
     parts = []
     for file, run in runs():
         parts.append(table(run))
-        parts += [f"![tokens/s against context](benchmarks/{p.name})\n" for other, p in pictures() if other == run]
+        if has_curve(run):
+            parts.append(f"![tokens/s against context]({picture_of(file, run).name})\n")
     return "\n".join(parts)
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--check", action="store_true", help="only say whether the README agrees with the results")
+
+def table(run: Run) -> str:
+    """One run in Markdown: a line a contestant, a column of ms a token for each case."""
+    contestants: dict[str, dict[Case, Row]] = {}
+    columns: dict[Case, str] = {}
+    for row in run["rows"]:
+        case = (row["batch"], row["context"], row["capacity"])
+        columns[case] = column_title(row)
+        contestants.setdefault(row["contestant"], {})[case] = row
+    yardstick = contestants.get("gpt-fast")
+
+    head = ["ms a token at context in capacity", *columns.values()]
+    head += ["of floor", "first token, s", "compile, s"]
+    lines = [markdown(head), "|---" + "|---:" * (len(head) - 1) + "|"]
+    for name, cells in contestants.items():
+        reference = yardstick if name != "gpt-fast" else None
+        texts = [f"**{name}**" if name.startswith("gpt-flash") else name]
+        texts += [time_cell(case, cells, reference) for case in columns]
+        texts += summary_cells(cells, run["copy_gb_s"])
+        lines.append(markdown(texts))
+
+    note = describe(run)
+    if yardstick:
+        note += " In brackets: speed relative to gpt-fast."
+    return "\n".join([note, "", *lines, "", "    " + run["command"], ""])
+
+
+def column_title(row: Row) -> str:
+    title = f"{row['context']} in {row['capacity']}"
+    if row["batch"] > 1:
+        title += f", batch {row['batch']}"
+    return title
+
+
+def markdown(texts: list[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def time_cell(case: Case, cells: dict[Case, Row], reference: dict[Case, Row] | None) -> str:
+    """A contestant's milliseconds, and its speed relative to another's."""
+    if case not in cells:
+        return ""
+    ms = cells[case]["ms"]
+    if reference is None:
+        return f"{ms:.1f}"
+    return f"{ms:.1f} ({reference[case]['ms'] / ms:.2f}x)"
+
+
+def summary_cells(cells: dict[Case, Row], copy_gb_s: float) -> list[str]:
+    """The share of the floor in the first case, the last case's first token, compile time."""
+    rows = list(cells.values())
+    first = rows[0]
+    share = ""
+    if "bytes_read" in first:
+        floor_ms = first["bytes_read"] / copy_gb_s / 1e6
+        share = f"{floor_ms / first['ms']:.0%}"
+    compiled = ""
+    if first["compile_s"]:
+        compiled = f"{first['compile_s']:.1f}"
+    return [share, f"{rows[-1]['first_token_s']:.2f}", compiled]
+
+
+def describe(run: Run) -> str:
+    return (
+        f"{run['shape']} on {run['device']}, torch {run['torch']}, {run['date']}, which copies at "
+        f"{run['copy_gb_s']:.0f} GB/s. Of floor: the time in which that moves a step's weights and "
+        "live cache, as a share of the first column's."
+    )
+
+
+# --- pictures ---
+
+def has_curve(run: Run) -> bool:
+    contexts = {row["context"] for row in run["rows"]}
+    return len(contexts) >= 3
+
+
+def picture_of(file: Path, run: Run) -> Path:
+    return HERE / f"{file.stem}-{run['shape']}.png"
+
+
+def draw(run: Run, path: Path) -> None:
+    """Tokens a second against context at the largest capacity, the bandwidth's floor dashed."""
+    importlib.import_module("matplotlib").use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    capacity = max(row["capacity"] for row in run["rows"])
+    curves: dict[str, list[Row]] = {}
+    for row in run["rows"]:
+        if row["capacity"] == capacity and row["batch"] == 1:
+            curves.setdefault(row["contestant"], []).append(row)
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, rows in curves.items():
+        contexts = [row["context"] for row in rows]
+        speeds = [row["tokens_per_s"] for row in rows]
+        width = 2.5 if name.startswith("gpt-flash") else 1.2
+        axes.plot(contexts, speeds, marker="o", label=name, linewidth=width)
+    contexts, speeds = fastest_possible(curves, run["copy_gb_s"] * 1e9)
+    axes.plot(contexts, speeds, "k--", label="copy bandwidth / bytes read")
+
+    axes.set(
+        xscale="log",
+        xlabel="context (tokens in the cache)",
+        ylabel="tokens/s",
+        ylim=(0, None),
+        title=f"{run['shape']}, {run['device']}, cache of {capacity}",
+    )
+    axes.legend(
+        fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def fastest_possible(
+    curves: dict[str, list[Row]], bandwidth: float
+) -> tuple[list[int], list[float]]:
+    """Contexts, and the tokens a second that the bandwidth allows the first curve of ours."""
+    for rows in curves.values():
+        if "bytes_read" in rows[0]:
+            contexts = [row["context"] for row in rows]
+            return contexts, [bandwidth / row["bytes_read"] for row in rows]
+    return [], []
+
+
+# --- the command line ---
+
+def main() -> None:
+    p = Parser("render.py", description=__doc__.splitlines()[0])
+    p.add_argument("--check", action="store_true", help="only say whether tables and results agree")
     args = p.parse_args()
-    text = README.read_text()
+    text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    new = f"{before}{BEGIN}\n\n{section()}\n{END}{rest.split(END)[1]}"
+    after = rest.split(END)[1]
+    new = f"{before}{BEGIN}\n\n{section()}\n{END}{after}"
     if args.check:
-        sys.exit(0 if new == text else "README.md and benchmarks/*.json disagree: run python benchmarks/render.py")
-    README.write_text(new)
-    for run, path in pictures():
-        draw(run, path)
+        if new != text:
+            say("benchmarks/README.md and *.json disagree: run python benchmarks/render.py")
+            sys.exit(1)
+        return
+
+    README.write_text(new, encoding="utf-8")
+    try:
+        for file, run in runs():
+            if has_curve(run):
+                draw(run, picture_of(file, run))
+    except ImportError:
+        p.error("the tables are written, but the pictures need matplotlib: pip install matplotlib")
+
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,138 @@
+"""The benchmarks run, and their README says what their results say."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
+from formats.checkpoint import default_model
+from formats.tokenizer import save_tokenizer
+
+
+def python(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """python as users run it, in the repository's folder."""
+    command = [sys.executable, *args]
+    return subprocess.run(command, cwd=HERE, env=CPU_ENV, capture_output=True, text=True)
+
+# --- benchmarks/render.py ---
+
+
+def test_readme_says_what_the_results_say() -> None:
+    done = python("benchmarks/render.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+# --- benchmarks/decode.py ---
+
+
+def test_decode_benchmark_runs(tmp_path: Path) -> None:
+    """A tiny shape, with transformers beside ours."""
+    shape = tmp_path / "tiny.json"
+    shape.write_text(json.dumps(CONFIG))
+    results = tmp_path / "results.json"
+    done = python(
+        "benchmarks/decode.py",
+        "--shape", shape,
+        "--contexts", "8",
+        "--capacities", "32",
+        "--variants", "bf16", "int8", "flash-int8kv",
+        "--peers", "transformers",
+        "--rounds", "1",
+        "--steps", "3",
+        "--device", "cpu",
+        "--json", results,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    ours = ["gpt-flash bf16", "gpt-flash int8", "gpt-flash flash-int8kv"]
+    assert [row["contestant"] for row in rows] == [*ours, "transformers"]
+    assert all(row["ms"] > 0 for row in rows)
+    assert json.loads(results.read_text())[0]["rows"] == rows
+
+# --- benchmarks/attention.py ---
+
+
+def test_benchmark_runs(tmp_path: Path) -> None:
+    """Every kernel that takes part has a time, or a reason why it has none."""
+    results = tmp_path / "results.json"
+    done = python(
+        "benchmarks/attention.py",
+        "--only", "ragged", "int8",
+        "--rounds", "1",
+        "--json", results,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads(results.read_text())
+    assert result["copy_bandwidth"] > 0
+    rows = result["rows"]
+    assert {row["group"] for row in rows} == {"ragged", "int8"}
+    for row in rows:
+        if row["kernel"] == "ours":
+            assert row["us"] > 0
+        if row["us"] is None:
+            assert row["why"]
+
+
+PLOT_WITHOUT_MATPLOTLIB = """
+import runpy
+import sys
+sys.modules["matplotlib"] = None
+sys.argv = ["attention.py", "--plot", "x.png"]
+runpy.run_path("benchmarks/attention.py", run_name="__main__")
+"""
+
+
+def test_plot_needs_matplotlib() -> None:
+    done = python("-c", PLOT_WITHOUT_MATPLOTLIB)
+    assert done.returncode == 2, done.stderr
+    assert "needs matplotlib" in done.stderr
+
+# --- benchmarks/quality.py ---
+
+
+def test_quality_prints_a_table(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "model", vocab_size=49152)
+    save_tokenizer(default_model(), folder)
+    text = tmp_path / "text"
+    text.write_text("It was the best of times, it was the worst of times, " * 5)
+    done = python(
+        "benchmarks/quality.py",
+        "--checkpoint_path", folder,
+        "--perplexity", text,
+        "--dtype", "float32",
+        "--device", "cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    # weights and cache, from the most bytes to the fewest
+    assert [row[:2] for row in rows] == [
+        ["float32", "float32"],
+        ["float32", "int8"],
+        ["int8", "float32"],
+        ["int8", "int8"],
+        ["int4", "float32"],
+        ["int4", "int8"],
+    ]
+    megabytes = [float(row[5]) for row in rows]
+    assert megabytes == sorted(megabytes, reverse=True)
+    # the first row is what the others are compared with: change, mean KL divergence
+    assert rows[0][3:5] == ["+0.00%", "0.00e+00"]
+    assert all(float(row[4]) > 0 for row in rows[1:])
+
+
+@pytest.mark.parametrize("args, message", [
+    ("", "--perplexity"),
+    ("--perplexity /nowhere/at-all", "cannot read"),
+    ("--perplexity README.md --checkpoint_path /nowhere/at-all", "no such file"),
+    ("--perplexity README.md --modes int3", "invalid choice"),
+    ("--perplexity README.md --group_size 48", "invalid choice"),
+    ("--perplexity README.md --device nonsense", "--device nonsense"),
+])
+def test_mistakes_get_one_line(args: str, message: str) -> None:
+    done = python("benchmarks/quality.py", *args.split())
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout

@@ -1,0 +1,511 @@
+"""Tests of cli/: the flags, a conversation, batches of prompts, statistics. None needs a model."""
+import argparse
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli.stats
+from cli.arguments import add_measuring, add_sampling, add_speed, add_text, number, parse_args
+from cli.batch import read_lines, read_text, run_batches
+from cli.chat import Show, chat, common_prefix
+from cli.stats import Memory, Stats, copy_bandwidth, profile, summarize
+
+CPU = ["--device", "cpu"]
+END = 0  # the token that ends a turn
+
+
+class Letters:
+    """A tokenizer of one token a character; a turn of a conversation ends with END."""
+    eos_ids = {END}
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i) for i in ids if i != END)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        ids = []
+        for message in messages:
+            ids += [*self.encode(f"{message['role'][0]}:{message['content']}"), END]
+        return [*ids, *self.encode("a:")]
+
+
+# --- a conversation ---
+
+@dataclass
+class FakeReply:
+    """Gives prepared answers, shows them a token at a time, and keeps what it was asked.
+
+    cache holds the tokens that a real cache would: those behind `cached` are dropped, ids are
+    written, and so is every answered token but the last, which is never fed."""
+    answers: list[list[int]]
+    cache: list[int] = field(default_factory=list)
+    calls: list[tuple[list[int], int]] = field(default_factory=list)
+    seen: list[list[int]] = field(default_factory=list)  # all tokens in front of each answer
+
+    def __call__(self, ids: list[int], cached: int, show: Show) -> list[int]:
+        assert ids and cached <= len(self.cache)
+        self.calls.append((ids, cached))
+        self.seen.append(self.cache[:cached] + ids)
+        answer = self.answers[len(self.calls) - 1]
+        for token in answer:
+            show(0, [token])
+        self.cache = self.cache[:cached] + ids + answer[:-1]
+        return answer
+
+
+def talk(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], answers: list[list[int]], room: int = 1000
+) -> FakeReply:
+    """Run a conversation in which the user writes these lines."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    reply = FakeReply(answers)
+    chat(Letters(), reply, room)
+    return reply
+
+
+def spoken(text: str) -> list[int]:
+    """An answer that ends its turn."""
+    return [*Letters().encode(text), END]
+
+
+def test_a_turn_feeds_only_what_is_new(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = talk(monkeypatch, ["one", "two"], [spoken("Hi"), spoken("Ho")])
+    first = Letters().encode("u:one\0a:")
+    # END closes the first answer but was never fed, so it is new in the second turn
+    new = Letters().encode("\0u:two\0a:")
+    assert reply.calls == [(first, 0), (new, len(first) + len("Hi"))]
+    assert capsys.readouterr().out == "Hi\nHo\n"
+
+
+def test_the_reply_sees_the_whole_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = talk(monkeypatch, ["a", "b", "c"], [spoken("x"), spoken("y"), spoken("z")])
+    conversation = "u:a\0a:x\0u:b\0a:y\0u:c\0a:"
+    assert reply.seen[-1] == Letters().encode(conversation)
+
+
+def test_a_cut_answer_does_not_count_its_last_token_as_cached(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = Letters().encode("Hel")  # ended by max_new_tokens, not by END
+    reply = talk(monkeypatch, ["one", "two"], [cut, spoken("Ho")])
+    first, _ = reply.calls[0]
+    new, cached = reply.calls[1]
+    assert cached == len(first) + 2
+    assert new[0] == ord("l")
+    assert reply.seen[1] == Letters().encode("u:one\0a:Hel\0u:two\0a:")
+
+
+def test_clear_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = talk(monkeypatch, ["one", "/clear", "two"], [spoken("Hi"), spoken("Ho")])
+    assert reply.calls[1] == (Letters().encode("u:two\0a:"), 0)
+
+
+def test_one_token_at_least_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may drop the conversation, so that nothing of the new turn is new."""
+
+    class Forgetful(Letters):
+        def chat(self, messages: list[dict[str, str]]) -> list[int]:
+            return [7, 8, 9]
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    reply = FakeReply([spoken("Hi"), spoken("Ho")])
+    chat(Forgetful(), reply, 1000)
+    assert reply.calls == [([7, 8, 9], 0), ([9], 2)]
+
+
+def test_blank_lines_and_prompts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = talk(monkeypatch, ["", "  one  ", "   "], [spoken("Hi")])
+    assert reply.seen == [Letters().encode("u:one\0a:")]
+    assert capsys.readouterr().err == "> " * 4
+
+
+FULL = "the context of {} tokens is full; /clear starts a new conversation\n"
+
+
+def test_a_turn_that_does_not_fit_is_refused_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["a long question", "hi"]
+    reply = talk(monkeypatch, lines, [spoken("y")], room=10)
+    assert reply.seen == [Letters().encode("u:hi\0a:")]
+    assert capsys.readouterr().err == f"> {FULL.format(10)}> > "
+
+
+@pytest.mark.parametrize("answer, full", [
+    (Letters().encode("abc"), True),  # cut where the cache ends
+    (spoken("ab"), False),  # ended there by itself
+    (Letters().encode("ab"), False),  # cut by max_new_tokens
+])
+def test_an_answer_that_fills_the_context_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answer: list[int],
+    full: bool,
+) -> None:
+    room = len("u:hi\0a:") + 3
+    talk(monkeypatch, ["hi"], [answer], room)
+    assert (FULL.format(room) in capsys.readouterr().err) == full
+
+
+@pytest.mark.parametrize("a, b, length", [
+    ([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [3, 2], 0),
+    ([1, 2, 3], [1, 4, 3], 1),
+])
+def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
+    assert common_prefix(a, b) == length
+    assert common_prefix(b, a) == length
+
+
+# --- batches ---
+
+@dataclass
+class Shouts:
+    """Answers a prompt with its text in capitals."""
+    batches: list[int] = field(default_factory=list)
+    live: list[bool] = field(default_factory=list)
+
+    def __call__(self, batch: list[list[int]], show: Show | None) -> list[list[int]]:
+        self.batches.append(len(batch))
+        self.live.append(show is not None)
+        rows = [Letters().encode(Letters().decode(prompt).upper()) for prompt in batch]
+        if show is not None:
+            for token in rows[0]:
+                show(0, [token])
+        return rows
+
+
+WORDS = ["one", "two", "three", "four", "five"]
+PROMPTS = [Letters().encode(word) for word in WORDS]
+CAPITALS = [word.upper() for word in WORDS]
+
+
+@pytest.mark.parametrize("batch_size, batches", [(1, [1] * 5), (2, [2, 2, 1]), (8, [5])])
+@pytest.mark.parametrize("live", [False, True])
+def test_batches_keep_the_order(
+    capsys: pytest.CaptureFixture[str], batch_size: int, batches: list[int], live: bool
+) -> None:
+    answer = Shouts()
+    texts = run_batches(PROMPTS, batch_size, Letters(), answer, live=live, quiet=False)
+    assert texts == CAPITALS
+    assert answer.batches == batches
+    assert capsys.readouterr().out.splitlines() == CAPITALS
+
+
+def test_quiet_batches_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    for live in (False, True):
+        assert run_batches(PROMPTS, 1, Letters(), Shouts(), live=live, quiet=True) == CAPITALS
+    assert capsys.readouterr().out == ""
+
+
+def test_live_text_is_there_before_the_answer_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+
+    def answer(batch: list[list[int]], show: Show | None) -> list[list[int]]:
+        for token in Letters().encode("Hi"):
+            show(0, [token])
+            printed.append(capsys.readouterr().out)
+        return [Letters().encode("Hi")]
+
+    texts = run_batches([[65]], 1, Letters(), answer, live=True, quiet=False)
+    assert printed == ["H", "i"]
+    assert texts == ["Hi"]
+    assert capsys.readouterr().out == "\n"
+
+
+def test_batches_of_several_are_not_shown_live() -> None:
+    answer = Shouts()
+    run_batches(PROMPTS, 2, Letters(), answer, live=True, quiet=False)
+    assert answer.live == [False] * 3
+
+
+def test_a_half_character_is_held_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """The two bytes of one character come as two tokens."""
+
+    class Bytes(Letters):
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    def answer(batch: list[list[int]], show: Show | None) -> list[list[int]]:
+        rows = [list("é!".encode()) for _ in batch]
+        for token in rows[0]:
+            if show is not None:
+                show(0, [token])
+        return rows
+
+    for live in (False, True):
+        assert run_batches([[65]], 1, Bytes(), answer, live=live, quiet=False) == ["é!"]
+    assert capsys.readouterr().out == "é!\n" * 2
+
+
+def test_without_a_tokenizer_batches_run_and_make_no_text(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = Shouts()
+    assert run_batches(PROMPTS, 2, None, answer, live=True, quiet=False) == []
+    assert answer.batches == [2, 2, 1]
+    assert answer.live == [False] * 3
+    assert capsys.readouterr().out == ""
+
+
+def test_read_text_and_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n  \n two, é\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert read_text("as it is") == "as it is"
+    assert read_text("") == ""
+    assert read_text("-") == "from a pipe"
+    assert read_text(f"@{file}") == file.read_text(encoding="utf-8")
+    assert read_lines(str(file)) == ["one", " two, é"]
+
+
+def test_files_that_are_no_prompts(tmp_path: Path) -> None:
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"\xe9")
+    with pytest.raises(ValueError, match=f"no prompts in {blank}"):
+        read_lines(str(blank))
+    for file in (latin, tmp_path / "missing.txt", tmp_path):
+        with pytest.raises(ValueError, match=f"cannot read the prompt @{file}: "):
+            read_lines(str(file))
+
+
+# --- statistics ---
+
+STATS = Stats(
+    load_s=1.5,
+    prompt_tokens=60,
+    new_tokens=40,
+    first_token_s=[0.5, 0.25],
+    steps_s=[0.004, 0.002, 0.001, 0.002, 0.003, 0.002, 0.002, 0.002, 0.002, 0.002],
+)
+MEMORY = Memory(
+    device=torch.device("cpu"),
+    weight_bytes=10**9,
+    cache_bytes=400_000_000,
+    cache_tokens=4 * 1000,
+    rows=4,
+)
+
+
+@pytest.fixture
+def ten_gb_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that copies at 10 GB/s."""
+
+    def bandwidth(device: torch.device, nbytes: int) -> float:
+        return 1e10
+
+    monkeypatch.setattr(cli.stats, "copy_bandwidth", bandwidth)
+
+
+def test_summary(ten_gb_s: None, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = summarize(STATS, MEMORY)
+    # each of two batches holds 30 prompt tokens and, on average, 10 new ones, at 100,000 bytes
+    read = 10**9 + 40 * 100_000
+    want = {
+        "load_s": 1.5,
+        "compile_s": 0.0,
+        "prompt_tokens": 60,
+        "first_token_s": 0.375,
+        "new_tokens": 40,
+        "ms_per_step": 2.0,
+        "ms_per_step_p10": 2.0,
+        "ms_per_step_p90": 3.0,
+        "tokens_per_s": 2000.0,
+        "bytes_per_step": read,
+        "bandwidth_gb_s": 10.0,
+        "bandwidth_share": read / 0.002 / 1e10,
+        "kv_cache_bytes": 400_000_000,
+    }
+    assert summary.pop("peak_memory_gb") > 0
+    assert summary == pytest.approx(want)
+    assert list(summary) == list(want)
+    json.dumps(summary)
+
+    ready, speed, memory = capsys.readouterr().err.splitlines()
+    assert ready == "loaded in 1.5 s; 60 prompt tokens, first token after 0.38 s"
+    assert speed == (
+        "40 new tokens at 2000.0 tokens/s (2.00 ms a step, median), reading 1.004 GB a step: "
+        "5020% of the 10 GB/s this machine copies at"
+    )
+    assert memory.startswith("KV cache 400.0 MB, peak memory ")
+
+
+def test_summary_of_a_compiled_run_of_one_token(
+    ten_gb_s: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no decode step: the time to the first token stands for one."""
+    stats = Stats(load_s=1, compile_s=2, prompt_tokens=8, new_tokens=4, first_token_s=[0.5])
+    assert summarize(stats, MEMORY)["ms_per_step"] == 500
+    start = "loaded in 1.0 s, compiled in 2.0 s; 8 prompt tokens, first token after 0.50 s"
+    assert capsys.readouterr().err.splitlines()[0] == start
+
+
+def test_copy_bandwidth() -> None:
+    assert 1e7 < copy_bandwidth("cpu", 2**16) < 1e14
+
+
+def multiply(n: int) -> list[float]:
+    """n steps of a model of two layers, one product each; a step takes 1 ms."""
+    x = torch.ones(64, 64)
+    for _ in range(2 * n):
+        x @ x
+    return [0.001] * n
+
+
+def test_profile(ten_gb_s: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    parts = {"q_proj": 20_000_000, "attention": 5_000_000.0}
+    file = tmp_path / "trace.json"
+    profile(multiply, 2, parts, 100_000_000, str(file), torch.device("cpu"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("a decode step takes 1000 us, the kernels ")
+    product = next(line for line in lines if line.endswith("aten::mm"))
+    assert "%    1.0 x " in product
+    assert lines[-5:] == [
+        "what a layer's parts take at least, at the 10 GB/s that this machine copies at:",
+        "    2000.0 us     20.00 MB  q_proj",
+        "     500.0 us      5.00 MB  attention",
+        "   10000.0 us    100.00 MB  of all layers: lm_head",
+        f"trace written to {file}; open it in chrome://tracing or ui.perfetto.dev",
+    ]
+    assert json.loads(file.read_text())["traceEvents"]
+
+
+def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "no" / "folder.json", tmp_path / "no" / "folder.json.gz"):
+        with pytest.raises(ValueError, match=f"cannot write --profile {path}: "):
+            profile(multiply, 2, {}, 1, str(path), torch.device("cpu"))
+
+
+# --- the flags ---
+
+@pytest.mark.parametrize("parse, good, bad, message", [
+    (number(int, 1), ["1", "99"], ["0", "-1"], "{} is not at least 1"),
+    (number(int, 1, 4), ["1", "4"], ["0", "5"], "{} is not at least 1 and at most 4"),
+    (number(float, 0), ["0", "inf", "1e9"], ["-0.1", "nan"], "{} is not at least 0"),
+    (number(float, 0, 1), ["0", "1"], ["-1", "1.1"], "{} is not at least 0 and at most 1"),
+    (number(float, 0, above=True), ["1e-9", "1"], ["0", "-1"], "{} is not above 0"),
+])
+def test_number(
+    parse: Callable[[str], float], good: list[str], bad: list[str], message: str
+) -> None:
+    for text in good:
+        assert parse(text) == float(text)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError) as e:
+            parse(text)
+        assert str(e.value) == message.format(text)
+
+
+def test_number_names_its_type() -> None:
+    assert number(int, 1).__name__ == "whole number"
+    assert number(float, 1).__name__ == "number"
+    for text in ("1.5", "many"):
+        with pytest.raises(ValueError):
+            number(int, 1)(text)
+
+
+def test_defaults() -> None:
+    args = parse_args(CPU)
+    assert args.device == torch.device("cpu")
+    assert args.dtype == "float32"
+    assert args.compile is False
+    assert args.group_size == 32
+    assert args.save is None
+    assert args.prompt is None
+    assert parse_args([*CPU, "--checkpoint_path", "x"]).dtype == "bfloat16"
+    assert parse_args([*CPU, "--compile"]).compile is True
+
+
+def test_a_benchmark_has_a_prompt() -> None:
+    assert parse_args([*CPU, "--benchmark"]).prompt == "128"
+    assert parse_args([*CPU, "--benchmark", "--prompt", "7"]).prompt == "7"
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_save_and_group_size(mode: str) -> None:
+    quantize = [*CPU, "--quantize", mode]
+    args = parse_args([*quantize, "--save", "folder", "--group_size", "64"])
+    assert str(args.save) == "folder"
+    assert args.group_size == 64
+    assert parse_args(quantize).group_size == 32
+
+
+SAVE = ["--quantize", "int8", "--save", "folder"]
+SAVE_ALONE = "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
+ONE_SOURCE = "--prompt, --prompts and --interactive exclude each other"
+CHAT_ALONE = (
+    "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size"
+)
+RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--save", "folder"], "--save goes with --quantize"),
+    ([*SAVE, "--prompt", "x"], SAVE_ALONE),
+    ([*SAVE, "--prompt", ""], SAVE_ALONE),
+    ([*SAVE, "--prompts", "x"], SAVE_ALONE),
+    ([*SAVE, "--interactive"], SAVE_ALONE),
+    ([*SAVE, "--benchmark"], SAVE_ALONE),
+    ([*SAVE, "--profile", "x"], SAVE_ALONE),
+    (["--group_size", "32"], "--group_size goes with --quantize"),
+    (["--prompt", "x", "--prompts", "x"], ONE_SOURCE),
+    (["--prompt", "", "--interactive"], ONE_SOURCE),
+    (["--interactive", "--json"], CHAT_ALONE),
+    (["--interactive", "--benchmark"], CHAT_ALONE),
+    (["--interactive", "--profile", "x"], CHAT_ALONE),
+    (["--interactive", "--num_samples", "2"], CHAT_ALONE),
+    (["--interactive", "--batch_size", "2"], CHAT_ALONE),
+    (["--benchmark", "--prompt", "words"], RANDOM_TOKENS),
+    (["--benchmark", "--prompts", "x"], RANDOM_TOKENS),
+    (["--compile_prefill"], "--compile_prefill goes with --compile"),
+    (["--top_p", "0"], "argument --top_p: 0 is not above 0 and at most 1"),
+    (["--batch_size", "1.5"], "argument --batch_size: invalid whole number value: '1.5'"),
+])
+def test_impossible_flags_get_one_sentence(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        parse_args([*CPU, *words])
+    out, err = capsys.readouterr()
+    assert e.value.code == 2
+    assert (out, err) == ("", f"generate.py: error: {message}\n")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--group_size", "48", "--quantize", "int4"], "argument --group_size: invalid choice: "),
+    (["--device", "abacus"], "--device abacus: "),
+    (["--device", "cuda:99"], "--device cuda:99: "),
+])
+def test_impossible_values_get_one_sentence(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        parse_args(words)
+    err = capsys.readouterr().err
+    assert e.value.code == 2
+    assert err.startswith(f"generate.py: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_every_flag_says_what_its_default_is() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    for add_flags in (add_text, add_sampling, add_speed, add_measuring):
+        add_flags(parser.add_argument_group())
+    for action in parser._actions:
+        assert action.help
+        # a switch is off, and three flags say in words what is done without them
+        if action.nargs == 0 or action.dest in ("prompts", "profile"):
+            continue
+        assert "default" in action.help, action.dest

@@ -1,0 +1,248 @@
+"""What several test files use: random checkpoints, vocabularies, running the command line."""
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import generate
+from formats.tokenizer import PRE_TOKENIZERS
+
+HERE = Path(__file__).resolve().parent.parent  # where generate.py is
+CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
+# for processes that are to run as a user's do
+CPU_ENV = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+# --- random checkpoints, made by transformers ---
+
+BASE = dict(
+    vocab_size=131,
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=72,
+    max_position_embeddings=96,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+SEVEN = dict(num_attention_heads=7, num_key_value_heads=1, hidden_size=56)
+CONFIG = dict(model_type="llama", architectures=["LlamaForCausalLM"], **BASE)
+LINEAR_ROPE = dict(rope_type="linear", factor=4.0)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN_ROPE = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
+OTHER_THETA = dict(rope_type="default", rope_theta=500000.0)
+BIASES = dict(attention_bias=True, mlp_bias=True)
+# name -> transformers' class, settings that differ from BASE
+CHECKPOINTS = {
+    "llama": ("Llama", {}),
+    "llama-tied-bias": ("Llama", dict(tie_word_embeddings=True, **BIASES, **SEVEN)),
+    "llama-linear": ("Llama", dict(rope_scaling=LINEAR_ROPE)),
+    "llama-llama3": ("Llama", dict(rope_scaling=LLAMA3_ROPE, head_dim=32)),
+    "llama-yarn": ("Llama", dict(rope_scaling=YARN_ROPE)),
+    "llama-theta": ("Llama", dict(rope_parameters=OTHER_THETA)),
+    "mistral": ("Mistral", dict(sliding_window=9, **SEVEN)),
+    "mistral-full": ("Mistral", dict(sliding_window=None)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen2-window": (
+        "Qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(SEVEN, head_dim=24)),
+}
+PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
+
+
+def random_hf(name: str) -> transformers.PreTrainedModel:
+    """A random transformers model with the settings of CHECKPOINTS[name]; biases and norms too are
+    random."""
+    family, settings = CHECKPOINTS[name]
+    settings = copy.deepcopy({**BASE, **settings})  # transformers writes into its arguments
+    config = getattr(transformers, f"{family}Config")(**settings)
+    torch.manual_seed(0)
+    hf = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return hf
+
+
+def hf_logits(hf: transformers.PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return hf(tokens).logits
+
+
+def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
+    """Assert that a is b, but for tol of b's largest value, or of 1 if that is smaller."""
+    assert a.shape == b.shape
+    assert torch.isfinite(a).all()
+    largest = b.abs().max().item()
+    assert (a.cpu() - b.cpu()).abs().max() < tol * max(1.0, largest)
+
+
+def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
+               arch: str = "llama", extra: Sequence[tuple] = ()) -> Path:
+    """A float32 GGUF file as llama.cpp's converter writes it: for arch llama, q and k with
+    interleaved halves. extra: further (method of gguf.GGUFWriter, *its arguments)."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    gguf_arch = getattr(gguf.MODEL_ARCH, arch.upper())
+    names = gguf.get_tensor_name_map(gguf_arch, config.num_hidden_layers)
+    heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module = name.split(".")[-2]
+        if arch == "llama" and module in heads:
+            tensor = interleave(tensor, heads[module])
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(theirs, tensor.contiguous().numpy())
+    for method, *arguments in extra:
+        getattr(writer, method)(*arguments)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def interleave(tensor: Tensor, n_head: int) -> Tensor:
+    """Rows (H * D, ...) of heads whose halves rotate together -> the halves' rows in turn."""
+    halves = tensor.view(n_head, 2, -1, *tensor.shape[1:])  # (H, 2, D/2, ...)
+    return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+# --- random checkpoints that need no transformers ---
+
+SMALL = dict(
+    model_type="llama",
+    vocab_size=320,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=160,
+    max_position_embeddings=128,
+)
+
+
+def hf_folder(folder: Path, **changes: object) -> Path:
+    """A Hugging Face folder with random weights, SMALL but for the changes."""
+    hf = {**SMALL, **changes}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in hf_shapes(hf).items():
+        std = 0.2 if len(shape) == 2 else 1.0
+        tensors[f"{name}.weight"] = std * torch.randn(shape, generator=generator)
+    if hf["model_type"] == "qwen2":
+        tensors |= qwen2_biases(hf, generator)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf))
+    return folder
+
+
+def hf_shapes(hf: dict) -> dict[str, tuple[int, ...]]:
+    """The modules of a Llama and the shapes of their weights."""
+    dim = hf["hidden_size"]
+    ffn = hf["intermediate_size"]
+    kv = hf["num_key_value_heads"] * dim // hf["num_attention_heads"]
+    shapes = {"model.embed_tokens": (hf["vocab_size"], dim), "model.norm": (dim,)}
+    if not hf.get("tie_word_embeddings"):
+        shapes["lm_head"] = (hf["vocab_size"], dim)
+    block = {
+        "self_attn.q_proj": (dim, dim),
+        "self_attn.k_proj": (kv, dim),
+        "self_attn.v_proj": (kv, dim),
+        "self_attn.o_proj": (dim, dim),
+        "mlp.gate_proj": (ffn, dim),
+        "mlp.up_proj": (ffn, dim),
+        "mlp.down_proj": (dim, ffn),
+        "input_layernorm": (dim,),
+        "post_attention_layernorm": (dim,),
+    }
+    for i in range(hf["num_hidden_layers"]):
+        for name, shape in block.items():
+            shapes[f"model.layers.{i}.{name}"] = shape
+    return shapes
+
+
+def qwen2_biases(hf: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random biases of q, k and v; large ones on keys, in channels that turn slowly."""
+    dim = hf["hidden_size"]
+    head_dim = dim // hf["num_attention_heads"]
+    kv = hf["num_key_value_heads"] * head_dim
+    biases = {}
+    for i in range(hf["num_hidden_layers"]):
+        for part, n in (("q", dim), ("k", kv), ("v", kv)):
+            bias = torch.randn(n, generator=generator)
+            if part == "k":
+                halves = bias.view(-1, 2, head_dim // 2)  # (H, 2, D/2)
+                halves[..., head_dim // 4:] *= 50
+            biases[f"model.layers.{i}.self_attn.{part}_proj.bias"] = bias
+    return biases
+
+
+# --- vocabularies ---
+
+AWKWARD = ["", " ", "   x", "\t\n \n", "Hello  world", " leading", "trailing  ", "don't we'LL",
+           "3.14159 1234567890", "d\u00e9j\u00e0 \u1e9e", "\u4f60\u597d,\u4e16\u754c\u3002",
+           "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f642", "x\r\n\r\ny",
+           "<s> </s> <|im_end|>", "def f(x):\n    return x**2\n", "e\u0301 \u00a0 \x00",
+           "\u2581under_score"]
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def byte_level_tokenizer(
+    special: list[str]
+) -> tuple[tokenizers.Tokenizer, list[str], list[list[str]]]:
+    """A byte-level BPE tokenizer of 600 tokens, trained on this file, its tokens and its merges."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = PRE_TOKENIZERS["gpt-2"]
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    bytes_alone = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=bytes_alone)
+    backend.train([__file__], trainer)
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return backend, tokens, model["merges"]
+
+
+# --- the command line ---
+
+def run_cli(capfd: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """generate.py with these arguments -> (exit code, stdout, stderr)"""
+    code = 0
+    try:
+        generate.main([str(arg) for arg in args])
+    except SystemExit as e:
+        code = e.code
+    out, err = capfd.readouterr()
+    return code, out, err

@@ -1,0 +1,185 @@
+"""The flags of generate.py: what they are, what they may be, and which go together."""
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from formats.checkpoint import first_line
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The flags of a command line (None: this process's), checked, with their defaults filled in.
+
+    Leaves by exit code 2 and one line on stderr where a value or a combination is impossible.
+    In the result device is a torch.device, dtype a key of DTYPES, and compile True or False."""
+    parser = Parser(
+        "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
+    )
+    add_text(parser.add_argument_group("what to say"))
+    add_sampling(parser.add_argument_group("sampling"))
+    add_speed(parser.add_argument_group("speed and memory"))
+    add_measuring(parser.add_argument_group("measuring"))
+    args = parser.parse_args(argv)
+    check_combinations(parser, args)
+
+    # a device is checked by using it
+    try:
+        args.device = torch.empty(1, device=args.device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        parser.error(f"--device {args.device}: {first_line(e)}")
+
+    # defaults that depend on other flags
+    if args.benchmark and not args.prompt:
+        args.prompt = "128"
+    if args.group_size is None:
+        args.group_size = 32
+    if args.dtype is None:
+        args.dtype = "float32" if args.checkpoint_path is None else "bfloat16"
+    if args.compile is None:
+        args.compile = args.device.type == "cuda"
+    if args.compile_prefill and not args.compile:
+        parser.error("--compile_prefill goes with --compile")
+    return args
+
+
+def add_text(group: argparse._ArgumentGroup) -> None:
+    """Which model, which prompts, how many answers and how long."""
+    add = group.add_argument
+    add("--checkpoint_path", metavar="PATH",
+        help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
+        "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
+    add("--prompt", metavar="TEXT",
+        help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
+    add("--prompts", metavar="FILE",
+        help="one prompt a line, continued in batches of --batch_size")
+    add("--interactive", action="store_true",
+        help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
+    add("--chat", action="store_true",
+        help="put each prompt into the model's chat template")
+    add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1,
+        help="answers, from 1; default: 1")
+    add("--max_new_tokens", metavar="N", type=number(int, 1), default=200,
+        help="most new tokens, from 1; default: 200")
+    add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1,
+        help="rows at once, 1 to 4096; default: 1")
+
+
+def add_sampling(group: argparse._ArgumentGroup) -> None:
+    """How the next token is drawn."""
+    add = group.add_argument
+    add("--temperature", metavar="T", type=number(float, 0), default=0.0,
+        help="from 0, which is greedy; default: 0")
+    add("--top_k", metavar="K", type=number(int, 1),
+        help="sample from the K likeliest tokens, from 1; default: all")
+    add("--top_p", metavar="P", type=number(float, 0, 1, above=True),
+        help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
+    add("--min_p", metavar="P", type=number(float, 0, 1),
+        help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
+    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1),
+        help="the same seed, the same text; default: a new one")
+
+
+def add_speed(group: argparse._ArgumentGroup) -> None:
+    """Where the model runs, in which formats, and whether it is compiled."""
+    add = group.add_argument
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--max_seq_len", metavar="N", type=number(int, 1),
+        help="room in the KV cache; default: prompt and answer")
+    add("--device", default=default_device,
+        help="cpu, cuda, ...; default: cuda")
+    add("--dtype", choices=DTYPES,
+        help="of weights and activations; default: bfloat16, float32 for the default model")
+    add("--quantize", choices=["int8", "int4"],
+        help="quantize the weights while loading; default: as they are")
+    add("--group_size", type=int, choices=[32, 64, 128],
+        help="inputs to a scale of --quantize int4; default: 32")
+    add("--save", metavar="FOLDER", type=Path,
+        help="write what --quantize makes to this new folder and end; default: nothing written")
+    add("--kv_dtype", choices=["auto", "int8"], default="auto",
+        help="of the KV cache; auto, the default: --dtype")
+    add("--attention", choices=["auto", "flash", "math"], default="auto",
+        help="how decode attends; default: auto")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the decode step; default: on CUDA")
+    add("--compile_prefill", action="store_true",
+        help="with --compile: prefill too")
+
+
+def add_measuring(group: argparse._ArgumentGroup) -> None:
+    """What a run says about itself."""
+    add = group.add_argument
+    add("--benchmark", action="store_true",
+        help="measure --prompt N random tokens (128) and --max_new_tokens steps")
+    add("--json", action="store_true",
+        help="print texts and statistics as one JSON line")
+    add("--profile", metavar="FILE",
+        help="write a Chrome trace of 16 decode steps and say what they consist of")
+
+
+def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave with a sentence where flags contradict each other."""
+    # one source of prompts
+    sources = [args.prompt is not None, args.prompts is not None, args.interactive]
+    if sources.count(True) > 1:
+        parser.error("--prompt, --prompts and --interactive exclude each other")
+    if args.interactive:
+        measured = args.json or args.benchmark or args.profile
+        if measured or args.num_samples > 1 or args.batch_size > 1:
+            parser.error(
+                "--interactive goes without --json, --benchmark, --profile, --num_samples and "
+                "--batch_size"
+            )
+
+    # quantizing, and saving what it makes
+    if args.group_size is not None and not args.quantize:
+        parser.error("--group_size goes with --quantize")
+    if args.save is not None:
+        if not args.quantize:
+            parser.error("--save goes with --quantize")
+        if any(sources) or args.benchmark or args.profile:
+            parser.error(
+                "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
+            )
+
+    # a benchmark's prompt is a number of tokens
+    if args.benchmark:
+        words = args.prompt and not args.prompt.isdecimal()
+        if args.prompts is not None or words:
+            parser.error("--benchmark takes its --prompt as a number of random tokens")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(
+    kind: type[int] | type[float], low: float, high: float = float("inf"), above: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type: a number from low (above: just over it) to high."""
+    bounds = f"{'above' if above else 'at least'} {low}"
+    if high < float("inf"):
+        bounds += f" and at most {high}"
+
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        too_low = above and value == low
+        if too_low or not low <= value <= high:  # NaN fails the second
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    # argparse names the type where kind(text) fails
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on stderr: stdout is for what the model says."""
+    print(text, end=end, file=sys.stderr, flush=True)

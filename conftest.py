@@ -1,0 +1,59 @@
+"""Fixtures that several test files use. Without a GPU, Triton's kernels run in its interpreter."""
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import transformers
+
+from checks.common import CHATML, byte_level_tokenizer, random_hf
+from formats.checkpoint import default_model
+from formats.tokenizer import Tokenizer, load_tokenizer
+from model import Transformer, load_model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, transformers.PreTrainedModel]]:
+    """checkpoint(name of checks.common.CHECKPOINTS) -> (folder, transformers model), made once."""
+    made = {}
+
+    def make(name: str) -> tuple[Path, transformers.PreTrainedModel]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            hf = random_hf(name)
+            hf.save_pretrained(folder)
+            made[name] = folder, hf
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm() -> tuple[Transformer, Tokenizer]:
+    """The default model, in float32, and its tokenizer."""
+    path = default_model()
+    return load_model(path, dtype=torch.float32), load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer.json of 600 tokens, a chat template and two ends of a text."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend, _, _ = byte_level_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+    fast.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    return folder

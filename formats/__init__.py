@@ -1,0 +1,1 @@
+"""Reading what others wrote: checkpoints and tokenizers. Nothing here knows a model."""

@@ -1,0 +1,340 @@
+"""Tokenizers: text <-> token ids, chat templates, and reading and writing vocabularies."""
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, decoders, pre_tokenizers
+
+from formats.checkpoint import first_line, read_gguf, read_json, resolve
+
+
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model,
+    such a file itself, or the vocabulary inside a .gguf. ValueError says what is wrong."""
+    path = resolve(path)
+    try:
+        if path.suffix == ".gguf":
+            return gguf_tokenizer(path)
+        return folder_tokenizer(path)
+    except Exception as e:  # tokenizers raises plain ones
+        raise ValueError(f"cannot read the tokenizer of {path}: {first_line(e)}") from None
+
+
+@dataclass
+class Tokenizer:
+    """Text <-> token ids."""
+    backend: tokenizers.Tokenizer | SentencePieceProcessor
+    vocab_size: int
+    special: dict[str, int]  # the control tokens
+    bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
+    eos_ids: set[int]
+    chat_template: str | None
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """The ids of a text. Special tokens written in it are plain text."""
+        if isinstance(self.backend, tokenizers.Tokenizer):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.backend.encode(text)
+        if bos and self.bos_id is not None:
+            return [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, control tokens left out."""
+        control = set(self.special.values())
+        return self.backend.decode([i for i in ids if i not in control])
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own
+        template, up to where the assistant answers. The template's special tokens are special,
+        those inside a message are text. ValueError if there is no template or it fails."""
+        if not self.chat_template:
+            raise ValueError("this model has no chat template; use --prompt")
+        # special tokens inside messages travel through the template as private-use characters
+        stand_ins = {token: chr(0x100000 + i) for i, token in enumerate(self.special)}
+        special = any_of(stand_ins)
+
+        def hide(found: re.Match) -> str:
+            return stand_ins[found[0]]
+
+        hidden = [{**m, "content": re.sub(special, hide, m["content"])} for m in messages]
+        text = self.render(hidden)
+        show = str.maketrans({char: token for token, char in stand_ins.items()})
+        # without any, the backend itself knows the template's special tokens
+        if isinstance(self.backend, tokenizers.Tokenizer) and text == text.translate(show):
+            self.backend.encode_special_tokens = False
+            ids = self.encode(text, bos=False)
+            self.backend.encode_special_tokens = True
+            return ids
+        # otherwise cut at the template's own special tokens
+        ids = []
+        for piece in re.split(f"({special})", text):
+            if piece in self.special:
+                ids.append(self.special[piece])
+            else:
+                ids += self.encode(piece.translate(show), bos=False)
+        return ids
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The chat template's text for messages."""
+        try:
+            template = TEMPLATES.from_string(self.chat_template)
+            return template.render(messages=messages, add_generation_prompt=True,
+                                   **self.special_text)
+        except Exception as e:  # a template is a program of the checkpoint's author
+            raise ValueError("the model's chat template failed or refuses the messages: "
+                             f"{first_line(e)}") from None
+
+    @property
+    def special_text(self) -> dict[str, str]:
+        """What a chat template may ask for."""
+        names = {i: token for token, i in self.special.items()}
+        eos = [names[i] for i in self.eos_ids if i in names]
+        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos[0] if eos else ""}
+
+
+def any_of(tokens: Iterable[str]) -> str:
+    """A regular expression for any of the tokens, the longest first; without any, for nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return "|".join(re.escape(token) for token in longest_first) or "(?!)"
+
+
+def refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+TEMPLATES = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+TEMPLATES.globals["raise_exception"] = refuse
+TEMPLATES.globals["strftime_now"] = time.strftime
+
+
+class TextStream:
+    """Turns ids into text piece by piece, holding back a character until its bytes are all there.
+
+    context: the ids before the first ones, so that a leading space is right."""
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.ids = list(context)[-8:]
+        self.shown = tokenizer.decode(self.ids)
+
+    def push(self, ids: list[int], final: bool = False) -> str:
+        """The text that new ids complete; final: no more will come."""
+        self.ids += ids
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd") and not final:
+            return ""
+        new = text[len(self.shown):]
+        if new:
+            self.ids = self.ids[-8:]  # enough context for a word's leading space
+            self.shown = self.tokenizer.decode(self.ids)
+        return new
+
+
+# --- Hugging Face folders ---
+
+def folder_tokenizer(path: Path) -> Tokenizer:
+    """From tokenizer.json or tokenizer.model, and the settings in the files beside it."""
+    file = tokenizer_file(path)
+    if file.name.endswith("tokenizer.json"):
+        tokenizer = json_tokenizer(file)
+    else:
+        tokenizer = sentencepiece_tokenizer(file)
+    add_settings(tokenizer, file.parent)
+    return tokenizer
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The file with the vocabulary: the path itself, or in the folder that it is."""
+    files = [path]
+    if path.is_dir():
+        files = [path / "tokenizer.json", path / "tokenizer.model"]
+    for file in files:
+        if file.is_file() and file.name.endswith(("tokenizer.json", ".model")):
+            return file
+    raise ValueError("no tokenizer.json or tokenizer.model there")
+
+
+def json_tokenizer(file: Path) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # as plain text
+    added = backend.get_added_tokens_decoder()
+    special = {token.content: i for i, token in added.items() if token.special}
+    before_text = backend.encode("").ids
+    bos_id = before_text[0] if before_text else None
+    return Tokenizer(backend, backend.get_vocab_size(), special, bos_id, set(), None)
+
+
+def sentencepiece_tokenizer(file: Path) -> Tokenizer:
+    backend = SentencePieceProcessor(model_file=str(file))
+    size = backend.get_piece_size()
+    special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
+    bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
+    return Tokenizer(backend, size, special, bos_id, set(), None)
+
+
+def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
+    """What a folder's JSON files say about the ends of a text, its start and the chat template."""
+    settings = {}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        if not (folder / name).exists():
+            continue
+        config = read_json(folder / name)
+        eos_ids = config.get("eos_token_id")
+        tokenizer.eos_ids |= set(eos_ids) if isinstance(eos_ids, list) else {eos_ids}
+        settings |= config
+    eos = settings.get("eos_token")
+    if isinstance(eos, dict):
+        eos = eos["content"]
+    tokenizer.eos_ids.add(tokenizer.special.get(eos))
+    tokenizer.eos_ids.discard(None)
+    if settings.get("add_bos_token") is False:
+        tokenizer.bos_id = None
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template
+
+
+# --- the vocabulary inside a GGUF file ---
+
+def split_like_gpt4(digits: str) -> pre_tokenizers.PreTokenizer:
+    """GPT-4's way of splitting text, but for how many digits stay together."""
+    alternatives = [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{%s}" % digits,
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+    pattern = tokenizers.Regex("|".join(alternatives))
+    return pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pattern, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+
+
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+LLAMA3 = split_like_gpt4("1,3")
+QWEN2 = split_like_gpt4("1")
+SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+# how text is split before BPE, by the name GGUF files give it (tokenizer.ggml.pre)
+PRE_TOKENIZERS = {
+    "gpt-2": GPT2,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "smollm": SMOLLM,
+}
+END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>",
+               "<end_of_turn>", "<|eom_id|>"}
+CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
+
+
+def gguf_tokenizer(path: Path) -> Tokenizer:
+    """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
+    meta = {key.removeprefix("tokenizer.ggml."): v for key, v in read_gguf(path)[0].items()}
+    tokens = meta.get("tokens")
+    kind = meta.get("model")
+    pre = meta.get("pre")
+    if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in PRE_TOKENIZERS:
+        raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
+                         f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
+    types = meta.get("token_type") or [1] * len(tokens)
+    if kind == "gpt2":
+        backend = byte_level_bpe(tokens, meta["merges"], types, PRE_TOKENIZERS[pre])
+        takes_bos = PRE_TOKENIZERS[pre] is LLAMA3
+    else:
+        space_prefix = meta.get("add_space_prefix", True)
+        backend = sentencepiece_bpe(tokens, meta["scores"], types, space_prefix)
+        takes_bos = True
+    bos_id = meta.get("bos_token_id") if meta.get("add_bos_token", takes_bos) else None
+    special = {tokens[i]: i for i, token_type in enumerate(types) if token_type == CONTROL}
+    eos_ids = {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
+    eos_ids |= {i for token, i in special.items() if token in END_OF_TURN}
+    eos_ids.discard(None)
+    template = meta.get("tokenizer.chat_template")
+    return Tokenizer(backend, len(tokens), special, bos_id, eos_ids, template)
+
+
+def byte_level_bpe(tokens: list[str], merges: list[str], types: list[int],
+                   pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    bpe = tokenizers.models.BPE(vocab, pairs, ignore_merges=pre_tokenizer is LLAMA3)
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.ByteLevel()
+    backend.encode_special_tokens = True  # as plain text
+    added = []
+    for token, token_type in zip(tokens, types):
+        if token_type in (CONTROL, USER_DEFINED):
+            added.append(AddedToken(token, special=token_type == CONTROL, normalized=False))
+    backend.add_tokens(added)
+    return backend
+
+
+def sentencepiece_bpe(tokens: list[str], scores: list[float], types: list[int],
+                      space_prefix: bool) -> SentencePieceProcessor:
+    """A SentencePieceProcessor from a vocabulary, by way of the file that it would be read from."""
+    proto = ModelProto()
+    for token, score, token_type in zip(tokens, scores, types):
+        kind = token_type or ModelProto.SentencePiece.NORMAL  # 0: undefined
+        proto.pieces.add(piece=token, score=score, type=kind)
+    proto.trainer_spec.model_type = proto.trainer_spec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = space_prefix
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    return SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+
+# --- writing ---
+
+def save_tokenizer(source: Path, folder: Path) -> None:
+    """Put the tokenizer of a checkpoint into a folder, as files of Hugging Face's form."""
+    if source.is_dir():
+        for name in ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json",
+                     "generation_config.json"):
+            for file in source.glob(name):
+                shutil.copy(file, folder)
+        return
+    tokenizer = load_tokenizer(source)
+    backend = tokenizer.backend
+    special_text = tokenizer.special_text
+    if isinstance(backend, tokenizers.Tokenizer):
+        if tokenizer.bos_id is not None:
+            bos = special_text["bos_token"]
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                f"{bos} $A", None, [(bos, tokenizer.bos_id)])
+        backend.save(str(folder / "tokenizer.json"))
+    else:
+        (folder / "tokenizer.model").write_bytes(backend.serialized_model_proto())
+    config = {
+        **special_text,
+        "add_bos_token": tokenizer.bos_id is not None,
+        "eos_token_id": sorted(tokenizer.eos_ids),
+        "chat_template": tokenizer.chat_template,
+    }
+    text = json.dumps(config, indent=2)
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
