@@ -1,15 +1,12 @@
-"""Fixtures that several test files use. Without a GPU, Triton's kernels run in its interpreter."""
+"""Fixtures that several test files use."""
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+import checks  # before Triton is imported: it says whether Triton interprets
+
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 import transformers
 
 from checks.common import CHATML, byte_level_tokenizer, random_hf

@@ -3,6 +3,8 @@
 Arguments go to pytest, as in `python tests.py -k cache`; where one names a file, only that runs.
 Without a GPU the Triton kernels run in Triton's interpreter; with one the tests also run there.
 """
+import checks  # before Triton is imported: it says whether Triton interprets
+
 import ast
 import copy
 import dataclasses
