@@ -430,7 +430,8 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
     prompts of any length.
 
     Each is recompiled for every window and every shape of cache that it meets, of any model:
-    hence a limit of its own."""
+    hence a limit of its own. Hooks are compiled in: after adding one, call this again, and make
+    engines anew."""
     on_gpu = model.device.type == "cuda"
     options = {"coordinate_descent_tuning": True} if on_gpu else {}
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)

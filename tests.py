@@ -38,6 +38,7 @@ Run = tuple[int, str, str]  # exit code, stdout, stderr
 
 # --- every family equals transformers ---
 
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("attention", ["flash", "math"])
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -65,6 +66,7 @@ def test_equals_transformers(
     check([3, 39, 17], 1)
     check([5, 22, 0], 18)
 
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str) -> None:
     """A ragged batch gives each prompt what it gets alone in transformers."""
@@ -77,13 +79,16 @@ def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str) -> None:
         want = hf.generate(torch.tensor([prompt]), min_new_tokens=20, **settings)
         assert new == want[0, len(prompt):].tolist()
 
+
 def random_tokens(*shape: int) -> Tensor:
     """Tokens of the random checkpoints' vocabulary, the same at every call."""
     return torch.randint(131, shape, generator=torch.Generator().manual_seed(1))
 
+
 def positions(*depths: int, device: str = "cpu") -> Tensor:
     """input_pos: how many tokens each row has cached."""
     return torch.tensor(depths, dtype=torch.int32, device=device)
+
 
 def loaded(checkpoint: Checkpoint, name: str = "llama") -> Transformer:
     """A random checkpoint in float32, where parity is exact enough to compare tokens."""
@@ -91,10 +96,12 @@ def loaded(checkpoint: Checkpoint, name: str = "llama") -> Transformer:
 
 # --- the cache ---
 
+
 def test_context_beyond_memory(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     with pytest.raises(ValueError, match="KV cache of 1 x 10000000000 tokens needs .* GB"):
         model.setup_caches(1, 10**10)
+
 
 def test_cache_overflow_is_refused(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
@@ -103,6 +110,7 @@ def test_cache_overflow_is_refused(checkpoint: Checkpoint) -> None:
     model.setup_caches(1, 8)
     with pytest.raises(ValueError, match="exceed the cache of 8"):
         model(random_tokens(1, 5), positions(4))
+
 
 @pytest.mark.parametrize("attention", ["flash", "math"])
 def test_dead_positions_are_never_seen(checkpoint: Checkpoint, attention: str) -> None:
@@ -121,6 +129,7 @@ def test_dead_positions_are_never_seen(checkpoint: Checkpoint, attention: str) -
     close(decode(32, 1e4), clean, 1e-5)
     close(decode(96, -1e4), clean, 1e-5)
 
+
 def test_a_cache_needs_no_model() -> None:
     """Plain integers make one, and flash_decode runs through its layers."""
     cache = KVCache(2, 2, 16, max_batch_size=3, max_seq_len=32, dtype=torch.float32)
@@ -135,6 +144,7 @@ def test_a_cache_needs_no_model() -> None:
         close(layer.flash_decode(q, k, v, positions(5, 20)), want, 1e-5)
         assert torch.equal(kv[0, 1:3], keys) and torch.equal(kv[1, 1:3], values)
 
+
 def test_two_caches_in_turn(checkpoint: Checkpoint) -> None:
     """model(..., cache) reads and writes the cache that it is given, and no other."""
     folder, hf = checkpoint("llama")
@@ -146,6 +156,7 @@ def test_two_caches_in_turn(checkpoint: Checkpoint) -> None:
     for i in range(20, 25):
         for tokens, cache in texts:
             close(model(tokens[:, i:i + 1], positions(i), cache), hf_logits(hf, tokens)[:, i:i + 1])
+
 
 def test_prefill_of_some_rows(checkpoint: Checkpoint) -> None:
     """rows: the others keep what they hold; last: the logits of one token of each row."""
@@ -162,6 +173,7 @@ def test_prefill_of_some_rows(checkpoint: Checkpoint) -> None:
     got = model.prefill(swapped[:, 20:], positions(20, 20), rows=slice(1, 3), start=20, last=last)
     close(got, torch.stack([expected[2, 29:30], expected[1, 24:25]]))
     assert torch.equal(model.cache.kv[:, :, 0], kept)
+
 
 def test_a_copy_of_a_model_has_its_own_attention(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +196,7 @@ def test_a_copy_of_a_model_has_its_own_attention(
     model(random_tokens(1, 1), positions(0))
     assert len(calls) == model.config.n_layer
 
+
 def test_a_larger_cache_keeps_its_kind(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     model.setup_caches(1, 64, torch.int8, attention="math")
@@ -191,6 +204,7 @@ def test_a_larger_cache_keeps_its_kind(checkpoint: Checkpoint) -> None:
     cache = model.cache
     assert cache.max_batch_size >= 2 and cache.max_seq_len >= 64
     assert (cache.dtype, cache.attention) == (torch.int8, "math")
+
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_old_cache_goes_before_the_new_one_comes(
@@ -217,10 +231,13 @@ def test_the_old_cache_goes_before_the_new_one_comes(
 
 # --- sampling ---
 
+
 PROBABILITIES = [0.5, 0.3, 0.15, 0.05]
+
 
 def request(prompt: list[int] = PROMPTS[0], n: int = 12, **settings: object) -> Request:
     return Request(prompt, n, **settings)
+
 
 def draw(logits: Tensor, requests: list[Request], kind: str | None = None) -> Tensor:
     """A token [B] for each row of logits [B, V], always with the same random numbers."""
@@ -228,11 +245,13 @@ def draw(logits: Tensor, requests: list[Request], kind: str | None = None) -> Te
     generator = torch.Generator().manual_seed(0)
     return sample(logits, sampling, kind or kind_of(requests), generator)
 
+
 def draws(settings: dict, n: int = 4000) -> Tensor:
     """How often each token of PROBABILITIES is drawn."""
     logits = torch.tensor(PROBABILITIES).log().repeat(n, 1)
     picks = draw(logits, [request(**settings)] * n)
     return torch.bincount(picks, minlength=len(PROBABILITIES)) / n
+
 
 @pytest.mark.parametrize("settings, want", [
     (dict(temperature=1.0), [0.5, 0.3, 0.15, 0.05]),
@@ -253,16 +272,19 @@ def test_sampling_distribution(settings: dict, want: list[float]) -> None:
     assert (got - expected).abs().max() < 0.03
     assert torch.equal(got > 0, expected > 0)
 
+
 SETTINGS = [
     dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     for temperature, top_k, top_p, min_p
     in itertools.product((0.0, 0.7, 1.5), (None, 1, 40, 700), (None, 0.4, 1.0), (None, 0.1))
 ]
 
+
 def test_a_few_kinds_of_step_draw_for_all_settings() -> None:
     requests = [request(**settings) for settings in SETTINGS]
     pairs = itertools.combinations_with_replacement(requests, 2)
     assert len({kind_of(pair) for pair in pairs}) <= 4
+
 
 def test_settings_differ_by_row() -> None:
     """A row draws what it draws among rows like itself, and a greedy one the likeliest token."""
@@ -276,6 +298,7 @@ def test_settings_differ_by_row() -> None:
         if mine.temperature == 0:
             assert together[row] == logits[row].argmax()
 
+
 def test_a_cheaper_kind_of_step_draws_the_same() -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(len(SETTINGS), 1000)
@@ -284,6 +307,7 @@ def test_a_cheaper_kind_of_step_draws_the_same() -> None:
         assert torch.equal(draw(logits, requests), draw(logits, requests, "filtered"))
 
 # --- generate ---
+
 
 def test_generate_stops_at_eos_per_row(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
@@ -300,6 +324,7 @@ def test_generate_stops_at_eos_per_row(checkpoint: Checkpoint) -> None:
         assert row == full[:min(ends, default=11) + 1]
     assert streamed == out and len(out[0]) <= 4
 
+
 def test_seeds(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
 
@@ -308,6 +333,7 @@ def test_seeds(checkpoint: Checkpoint) -> None:
 
     assert answers(1) == answers(1) != answers(2)
     assert answers(None) != answers(None)
+
 
 def test_generate_continues_a_cache(checkpoint: Checkpoint) -> None:
     """Feeding a conversation turn by turn gives what feeding it whole gives."""
@@ -318,6 +344,7 @@ def test_generate_continues_a_cache(checkpoint: Checkpoint) -> None:
     generate(model, [ids[:20]], 1)
     assert generate(model, [ids[20:]], 8, cached=20) == whole
 
+
 def test_long_prompts_prefill_in_chunks(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +353,7 @@ def test_long_prompts_prefill_in_chunks(
     monkeypatch.setattr("generate.PREFILL_CHUNK", 7)
     assert generate(model, PROMPTS, 8) == whole
 
+
 def test_context_ends_generation(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     model.setup_caches(3, 34)
@@ -333,6 +361,7 @@ def test_context_ends_generation(checkpoint: Checkpoint) -> None:
     model.setup_caches(3, 30)
     with pytest.raises(ValueError, match="30 tokens leaves no room"):
         generate(model, PROMPTS, 5)
+
 
 @pytest.mark.parametrize("prompts, n, message", [
     ([], 5, "no prompt"),
@@ -349,6 +378,7 @@ def test_generate_refuses_before_it_allocates(
         generate(model, prompts, n)
     assert model.cache is None
 
+
 # --- the engine ---
 REQUESTS = [
     request(PROMPTS[0], 9),
@@ -359,9 +389,11 @@ REQUESTS = [
     request(list(range(90, 130)), 5),
 ]
 
+
 def alone(model: Transformer, requests: list[Request]) -> list[list[int]]:
     """What generate gives to each greedy request by itself."""
     return [generate(model, [each.prompt], each.max_new_tokens)[0] for each in requests]
+
 
 def test_rows_inserted_at_different_times(checkpoint: Checkpoint) -> None:
     """A prefill of one row is nothing to the others: each gets what it gets alone."""
@@ -383,12 +415,14 @@ def test_rows_inserted_at_different_times(checkpoint: Checkpoint) -> None:
     for tokens, want in zip(got, expected):
         assert tokens == want[:len(tokens)]
 
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_more_requests_than_rows(checkpoint: Checkpoint, rows: int) -> None:
     """Rows that are free take what waits; no request feels its neighbours or its predecessor."""
     model = loaded(checkpoint, "qwen3")
     expected = alone(model, REQUESTS)
     assert collect(model, REQUESTS, rows) == expected
+
 
 def test_a_request_ends_at_its_own_eos(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
@@ -399,6 +433,7 @@ def test_a_request_ends_at_its_own_eos(checkpoint: Checkpoint) -> None:
         requests.append(dataclasses.replace(each, eos_ids=frozenset({eos})))
         expected.append(full[:full.index(eos) + 1])
     assert collect(model, requests, rows=3) == expected
+
 
 def test_greedy_rows_beside_sampled_ones(checkpoint: Checkpoint) -> None:
     """Rows may differ in their settings; the greedy ones get exactly their tokens."""
@@ -413,6 +448,7 @@ def test_greedy_rows_beside_sampled_ones(checkpoint: Checkpoint) -> None:
     got = collect(model, mixed, rows=3)
     assert got[::2] == expected
     assert all(len(tokens) == 12 for tokens in got[1::2])
+
 
 def test_inserted_by_hand_or_by_run(checkpoint: Checkpoint) -> None:
     """Rows that insert was given step as run has them step, sampled ones too."""
@@ -429,6 +465,7 @@ def test_inserted_by_hand_or_by_run(checkpoint: Checkpoint) -> None:
         got.append(int(engine.token))
     assert got == want
 
+
 def test_generate_with_an_engine(checkpoint: Checkpoint) -> None:
     """A series of calls shares one; prompts beyond its rows wait their turn."""
     model = loaded(checkpoint)
@@ -441,6 +478,7 @@ def test_generate_with_an_engine(checkpoint: Checkpoint) -> None:
     again = generate(model, PROMPTS, 12, temperature=1.5, seed=1, engine=engine)
     assert again == sampled != expected
 
+
 def collect(model: Transformer, requests: list[Request], rows: int) -> list[list[int]]:
     """What an engine of that many rows yields for each request."""
     model.setup_caches(rows, 64)
@@ -451,6 +489,7 @@ def collect(model: Transformer, requests: list[Request], rows: int) -> list[list
 
 # --- compile ---
 
+
 @pytest.fixture
 def dynamo() -> Iterator[None]:
     """torch.compile as in a new process; the graphs it makes are counted from here."""
@@ -459,8 +498,10 @@ def dynamo() -> Iterator[None]:
     yield
     torch._dynamo.reset()
 
+
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
+
 
 @pytest.mark.parametrize("attention", ["flash", "math"])
 def test_compiled_decode(checkpoint: Checkpoint, attention: str, dynamo: None) -> None:
@@ -474,11 +515,13 @@ def test_compiled_decode(checkpoint: Checkpoint, attention: str, dynamo: None) -
         assert generate(model, prompts, 12, compile=True) == [eager[i] for i in picked]
     assert graphs() == 1
 
+
 def test_compiled_prefill(checkpoint: Checkpoint, dynamo: None) -> None:
     model = loaded(checkpoint, "qwen3")
     eager = [generate(model, [prompt], 6) for prompt in PROMPTS]
     compile_model(model, prefill=True)
     assert [generate(model, [prompt], 6) for prompt in PROMPTS] == eager
+
 
 @pytest.fixture
 def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,6 +534,7 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", trace_only)
 
+
 def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
     """More of them than torch.compile allows a function to be compiled anew."""
     model = loaded(checkpoint, "mistral")
@@ -499,6 +543,7 @@ def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: Non
     for size in range(10):
         model.setup_caches(1, 16 + 8 * size)
         assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+
 
 def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
     """The same where generate itself replaces the cache, in a model whose layers differ."""
@@ -511,11 +556,13 @@ def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: N
 
 # --- what a fork changes is obeyed ---
 
+
 class Halved(Block):
     """A block that adds half of what it computes."""
 
     def forward(self, x: Tensor, *where: object) -> Tensor:
         return (x + super().forward(x, *where)) / 2
+
 
 def decode_logits(model: Transformer, compiled: bool) -> Tensor:
     """One step of decode behind a prompt of 9 tokens."""
@@ -525,6 +572,7 @@ def decode_logits(model: Transformer, compiled: bool) -> Tensor:
     tokens = random_tokens(1, 10)
     model.prefill(tokens[:, :9], positions(0))
     return model.decode(tokens[:, 9:], positions(9))
+
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_hooks_on_blocks_fire(checkpoint: Checkpoint, compiled: bool, dynamo: None) -> None:
@@ -543,6 +591,7 @@ def test_hooks_on_blocks_fire(checkpoint: Checkpoint, compiled: bool, dynamo: No
     assert fired == 2 * model.config.n_layer
     assert graphs() == (1 if compiled else 0)
 
+
 def test_compile_model_anew_takes_later_hooks(
     checkpoint: Checkpoint, dynamo: None, no_inductor: None
 ) -> None:
@@ -556,6 +605,7 @@ def test_compile_model_anew_takes_later_hooks(
     for block in model.layers:
         block.register_forward_hook(halve)
     close(decode_logits(model, compiled=True), expected, 1e-5)
+
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("how", ["family", "class"])
@@ -576,6 +626,7 @@ def test_a_block_of_ones_own(
     close(decode_logits(model, compiled), expected, 1e-5)
     assert graphs() == (1 if compiled else 0)
 
+
 def with_blocks(checkpoint: Checkpoint, kind: type[Block]) -> Transformer:
     model = loaded(checkpoint)
     for block in model.layers:
@@ -583,6 +634,7 @@ def with_blocks(checkpoint: Checkpoint, kind: type[Block]) -> Transformer:
     return model
 
 # --- the real model ---
+
 
 def test_capital_of_france(smollm: tuple[Transformer, Tokenizer]) -> None:
     model, tokenizer = smollm
@@ -594,16 +646,19 @@ def test_capital_of_france(smollm: tuple[Transformer, Tokenizer]) -> None:
 
 # --- the command line ---
 
+
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture) -> Callable[..., Run]:
     """generate.py's main on the CPU."""
     return functools.partial(run_cli, capfd, "--device", "cpu")
+
 
 def test_default_run(cli: Callable[..., Run]) -> None:
     code, out, err = cli()
     assert code == 0 and out == "The capital of France is Paris.\n"
     for said in ("tokens/s", "first token after", "peak memory"):
         assert said in err
+
 
 def test_prompts_file(
     cli: Callable[..., Run], tmp_path: Path, smollm: tuple[Transformer, Tokenizer]
@@ -625,6 +680,7 @@ def test_prompts_file(
     assert code == 0 and out.count("\n") == 1
     assert result["texts"] == alone and result["new_tokens"] == 18
     assert result["bandwidth_share"] > 0
+
 
 def test_interactive_keeps_the_cache(
     cli: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, smollm: tuple[Transformer, Tokenizer]
@@ -654,6 +710,7 @@ def test_interactive_keeps_the_cache(
     whole = generate(model, [ids], 12, eos_ids=tokenizer.eos_ids)[0]
     assert second == tokenizer.decode(whole)
 
+
 def test_interactive_says_when_the_context_is_full(
     cli: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, smollm: tuple[Transformer, Tokenizer]
 ) -> None:
@@ -662,6 +719,7 @@ def test_interactive_says_when_the_context_is_full(
     assert code == 0 and len(out.splitlines()) >= 2
     assert err.count("the context of 64 tokens is full") == 3
 
+
 def chat_with(monkeypatch: pytest.MonkeyPatch, model: Transformer, said: str) -> None:
     """The next command line gets this model, and this on standard input."""
     def load(*args: object, **options: object) -> Transformer:
@@ -669,6 +727,7 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, model: Transformer, said: str) ->
 
     monkeypatch.setattr("generate.load_model", load)
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
+
 
 @pytest.mark.parametrize("arguments, message", [
     ("--temperature -1", "--temperature: -1 is not at least 0"),
@@ -718,6 +777,7 @@ def test_mistakes_get_one_sentence(
     assert code == 2 and out == "" and "Traceback" not in err
     assert last.startswith("generate.py: error: ") and message in last
 
+
 def test_swapped_tokenizer(
     cli: Callable[..., Run], checkpoint: Checkpoint, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -728,12 +788,14 @@ def test_swapped_tokenizer(
     code, _, err = cli("--checkpoint_path", tmp_path, "--prompt", "x")
     assert code == 2 and "the tokenizer has 600 tokens but the model only 131" in err
 
+
 @pytest.fixture
 def shape(tmp_path: Path) -> Path:
     """A bare config.json, which gives random weights."""
     path = tmp_path / "shape.json"
     path.write_text(json.dumps(CONFIG))
     return path
+
 
 def test_benchmark(cli: Callable[..., Run], shape: Path) -> None:
     options = "--benchmark --prompt 20 --max_new_tokens 5 --json --compile".split()
@@ -744,11 +806,13 @@ def test_benchmark(cli: Callable[..., Run], shape: Path) -> None:
     steps = [result[f"ms_per_step{suffix}"] for suffix in ("_p10", "", "_p90")]
     assert steps == sorted(steps)
 
+
 def test_profile(cli: Callable[..., Run], shape: Path, tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
     code, _, err = cli("--checkpoint_path", shape, "--prompt", 20, "--profile", trace)
     assert code == 0 and "_linear_pointwise" in err and "self_attn.qkv_proj" in err
     assert json.loads(trace.read_text())["traceEvents"]
+
 
 def test_ctrl_c_ends_cleanly() -> None:
     """A real process, interrupted while it writes a long text."""
@@ -762,6 +826,7 @@ def test_ctrl_c_ends_cleanly() -> None:
     assert process.returncode == 130 and b"Traceback" not in err
 
 # --- imports point one way ---
+
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
@@ -778,6 +843,7 @@ FILES = [f"{name}.py" for name in MAY_IMPORT if (HERE / f"{name}.py").exists()]
 for name in ("cli", "formats"):
     FILES += [f"{name}/{path.name}" for path in sorted(HERE.glob(f"{name}/*.py"))]
 
+
 def modules(statement: ast.AST) -> list[str]:
     """What an import statement imports, by full names; a relative one keeps its dots."""
     if isinstance(statement, ast.Import):
@@ -785,6 +851,7 @@ def modules(statement: ast.AST) -> list[str]:
     if isinstance(statement, ast.ImportFrom):
         return ["." * statement.level + (statement.module or "")]
     return []
+
 
 @pytest.mark.parametrize("file", FILES)
 def test_imports_point_one_way(file: str) -> None:
@@ -800,11 +867,13 @@ def test_imports_point_one_way(file: str) -> None:
         hidden = {(file, name) for node in ast.walk(function) for name in modules(node)}
         assert hidden <= HIDDEN
 
+
 def run_tests(arguments: list[str]) -> int:
     """pytest on everything, or on the files that are named."""
     named = [argument for argument in arguments if Path(argument.split("::")[0]).is_file()]
     everything = [] if named else [str(HERE / "tests.py"), str(HERE / "checks")]
     return pytest.main(["-q", *everything, *arguments])
+
 
 if __name__ == "__main__":
     sys.exit(run_tests(sys.argv[1:]))

@@ -1,0 +1,392 @@
+"""What a compiled decode step launches on a GPU: `python benchmarks/report.py --step [WORD ...]`.
+
+PyTorch needs no GPU to compile for one. Here a CPU build of it is made to believe in an H100:
+tensors on "cuda" are fake, a device guard does nothing, and torch.cuda answers from a table. The
+engine's own step is compiled; Inductor writes its Triton kernels, which are logged instead of
+launched, and the code that launches them runs on the fake tensors. A line for each variant says
+
+    layer        launches in a layer: Inductor's kernels, and operators called between them
+    head, rest   launches of the output head, and of what is not compiled (embedding, sampling)
+    buffers      the largest allocation in a layer and in the head, in MB, beside a layer's cache
+    graphs       how many were compiled in the first step, and how many more in a second
+
+WORDs pick the variants that have them all in their names. Not seen: what autotuning chooses, and
+time. Needs a CPU build of PyTorch, Triton and g++."""
+from __future__ import annotations
+
+import collections
+import ctypes
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._dynamo import device_interface
+from torch._dynamo.utils import counters
+from torch._inductor import async_compile, graph, utils
+from torch._inductor.fx_passes import joint_graph
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from generate import Engine, compile_model
+from model import ModelConfig, Transformer
+from quantize import MODES, Linear
+
+N_LAYER = 3  # as many as show whether layers are alike
+ROOM = 2048  # tokens that the cache holds
+
+
+class Variant(NamedTuple):
+    """One way to decode."""
+
+    config: str  # a file of benchmarks/configs
+    weights: str
+    kv: str
+    attention: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.config} {self.weights} kv={self.kv} {self.attention} B={self.batch}"
+
+
+VARIANTS = itertools.starmap(Variant, itertools.product(
+    ("TinyLlama-1.1B", "Llama-3-8B"), ("bf16", "int8", "int4"), ("auto", "int8"),
+    ("flash", "math"), (1, 8),
+))
+
+# --- what a step does, as it is counted ---
+
+
+class Event(NamedTuple):
+    """Something that was launched or allocated."""
+
+    kind: str  # "kernel" of Inductor, "operator" of PyTorch, "clone" of an input, or "buffer"
+    name: str
+    nbytes: int  # of what an operator or a clone returns, and of a buffer
+
+
+LOG: list[Event] = []  # what has happened since the last part of the step began
+
+
+@dataclass
+class Step:
+    """The events of a decode step, by its parts."""
+
+    layers: list[list[Event]] = field(default_factory=list)
+    head: list[Event] = field(default_factory=list)
+    rest: list[Event] = field(default_factory=list)
+    graphs: int = 0  # compiled in this step
+
+
+def launches(events: list[Event]) -> list[tuple[str, str]]:
+    return [(event.kind, event.name) for event in events if event.kind != "buffer"]
+
+
+def largest(events: list[Event]) -> float:
+    """The largest event's MB."""
+    return max((event.nbytes for event in events), default=0) / 1e6
+
+
+class LogOperators(TorchDispatchMode):
+    """Logs the operators of PyTorch that launch something."""
+
+    NOTHING = re.compile("^prim|empty|detach|_unsafe_view|as_strided|alias")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and not self.NOTHING.search(func.name()):
+            nbytes = out.nbytes if isinstance(out, Tensor) else 0
+            LOG.append(Event("operator", func.name(), nbytes))
+        return out
+
+
+def take_log() -> list[Event]:
+    events = LOG.copy()
+    LOG.clear()
+    return events
+
+
+def run_step(model: Transformer, advance: Callable[[], None]) -> Step:
+    """One step, told apart by the calls of the compiled block and of the compiled head."""
+    step = Step()
+    watch = LogOperators()
+    compiled = (model.decode_block, model.decode_head)
+
+    def part(fn: Callable, keep: Callable[[list[Event]], None]) -> Callable:
+        """fn, with its events handed to keep."""
+        def run(*args: Any) -> Tensor:
+            step.rest += take_log()
+            watch.__exit__(None, None, None)  # under a mode, torch.compile steps aside
+            out = fn(*args)
+            watch.__enter__()
+            keep(take_log())
+            return out
+        return run
+
+    model.decode_block = part(model.decode_block, step.layers.append)
+    model.decode_head = part(model.decode_head, step.head.extend)
+    before = counters["stats"]["unique_graphs"]
+    LOG.clear()
+    with watch:
+        advance()
+    step.rest += take_log()
+    step.graphs = counters["stats"]["unique_graphs"] - before
+    model.decode_block, model.decode_head = compiled
+    return step
+
+# --- a variant ---
+
+
+def build(variant: Variant) -> Transformer:
+    """A model of fake tensors, with its cache."""
+    hf = json.loads((ROOT / f"benchmarks/configs/{variant.config}.json").read_text())
+    config = ModelConfig.from_hf(hf | {"num_hidden_layers": N_LAYER})
+    with torch.device("meta"):
+        model = Transformer(config).to(torch.bfloat16).eval().requires_grad_(False)
+    if variant.weights != "bf16":
+        quantize(model, variant.weights)
+    with FAKE:
+        model.to_empty(device="cuda")
+        kv_dtype = torch.int8 if variant.kv == "int8" else None
+        model.setup_caches(variant.batch, ROOM, kv_dtype, variant.attention)
+        model.rope_upto(ROOM)  # else the first step makes it
+    return model
+
+
+def quantize(model: Transformer, mode: str) -> None:
+    """Quantized layers without a value in them; the head is int8 in both modes."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            kind = MODES["int8" if name == "lm_head" else mode]
+            model.set_submodule(name, kind(module, 32))
+
+
+@torch.no_grad()
+def measure(variant: Variant) -> tuple[Transformer, Step, Step]:
+    """-> the model, its first step, which compiles, and a second one."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = build(variant)
+    compile_model(model)
+    # no random numbers are drawn: a generator on the CPU stands for the GPU's
+    with FAKE, mock.patch.object(torch, "Generator", always(torch.Generator())):
+        engine = Engine(model, compiled=True)
+    first = run_step(model, engine.advance)
+    second = run_step(model, engine.advance)
+    return model, first, second
+
+
+def describe(variant: Variant) -> str:
+    """The line of a variant."""
+    model, first, second = measure(variant)
+    layers = [launches(events) for events in second.layers]
+    operators = collections.Counter(name for kind, name in layers[-1] if kind != "kernel")
+    n_kernels = len(layers[-1]) - operators.total()
+    called = "".join(f" + {n} {name}" for name, n in operators.items())
+    in_layers = max(largest(events) for events in second.layers)
+    cache = model.cache.nbytes / N_LAYER / 1e6
+    line = (
+        f"{variant}: layer {len(layers[-1])} = {n_kernels} kernels{called}; "
+        f"head {len(launches(second.head))}, rest {len(launches(second.rest))}; "
+        f"buffers {in_layers:.2f} and {largest(second.head):.2f} MB, cache {cache:.2f} MB; "
+        f"graphs {first.graphs} + {second.graphs}"
+    )
+    if any(layer != layers[0] for layer in layers):
+        line += "; LAYERS DIFFER"
+    return line
+
+# --- the GPU that is not there ---
+
+
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+static c10::impl::DeviceGuardImplRegistrar registrar(
+    c10::kCUDA, new c10::impl::NoOpDeviceGuardImpl<c10::kCUDA>());
+"""
+
+H100 = SimpleNamespace(
+    name="H100", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32,
+    gcnArchName="", shared_memory_per_block_optin=232448,
+)
+
+# what the functions of torch.cuda return
+ANSWERS = {
+    "is_available": True,
+    "is_initialized": True,
+    "is_bf16_supported": True,
+    "device_count": 1,
+    "current_device": 0,
+    "get_device_properties": H100,
+    "get_device_capability": (9, 0),
+    "mem_get_info": (80 << 30, 80 << 30),
+    "current_stream": SimpleNamespace(cuda_stream=0),
+    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": None,
+    "set_device": None,
+    "synchronize": None,
+    "empty_cache": None,
+    "_lazy_init": None,
+    "_exchange_device": 0,
+    "_maybe_exchange_device": 0,
+}
+
+
+def pretend_gpu() -> None:
+    """Make PyTorch, Inductor and Triton believe in an H100 from now on, and log what they do."""
+    # what comes out of a cache on disk is not logged, nor what another process compiles
+    torch.compiler.config.force_disable_caches = True
+    torch._inductor.config.compile_threads = 1
+    register_device_guard()
+    answer_for_cuda()
+    answer_for_triton()
+    log_kernels()
+    log_buffers()
+    fold_constants_on_cpu()
+
+
+def register_device_guard() -> None:
+    """A guard of CUDA devices that does nothing: a CPU build of PyTorch has none."""
+    home = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/guard.so"
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", "-xc++", "-", "-o", library]
+        command += [f"-I{home}/include", f"-L{home}/lib", "-lc10"]
+        subprocess.run(command, check=True, input=GUARD.encode())
+        ctypes.CDLL(library)
+
+
+def answer_for_cuda() -> None:
+    """torch.cuda, and what Dynamo asks instead of it."""
+    interface = device_interface.CudaInterface
+    for name, value in ANSWERS.items():
+        setattr(torch.cuda, name, always(value))
+        if hasattr(interface, name):
+            setattr(interface, name, staticmethod(getattr(torch.cuda, name)))
+    stream = always(0)
+    interface.get_raw_stream = stream
+    torch._C._cuda_getCurrentRawStream = stream
+    device_interface.caching_worker_current_devices["cuda"] = 0
+    device_interface.caching_worker_device_properties["cuda"] = [H100]
+    torch.version.cuda = "13.0"
+    FakeTensorMode.avoid_device_init = True
+    torch._inductor.config.shape_padding = False  # decided by measuring
+
+
+def always(value: Any) -> Callable[..., Any]:
+    """A function that returns value; each a new one, as Dynamo tells them apart."""
+    def answer(*args: Any, value: Any = value, **kwargs: Any) -> Any:
+        return value
+    return answer
+
+
+def answer_for_triton() -> None:
+    """The part of Triton's driver that compiling asks for."""
+    properties = {"max_shared_mem": H100.shared_memory_per_block_optin}
+    triton.runtime.driver.set_active(SimpleNamespace(
+        get_current_device=always(0),
+        get_current_stream=always(0),
+        get_active_torch_device=always(torch.device("cuda", 0)),
+        get_current_target=always(triton.backends.compiler.GPUTarget("cuda", 90, 32)),
+        utils=SimpleNamespace(get_device_properties=always(properties)),
+    ))
+
+
+def log_kernels() -> None:
+    """Inductor's kernels are logged where they would be launched, and so is every operator that
+    its code calls between them."""
+
+    def never_launched(
+        self: Any, name: str, source: str, device_str: str = "cuda"
+    ) -> SimpleNamespace:
+        def run(*args: Any, **kwargs: Any) -> None:
+            LOG.append(Event("kernel", name, 0))
+        return SimpleNamespace(run=run)
+
+    load = graph.GraphLowering._compile_to_module_lines
+
+    def load_watched(self: Any, lines: Any) -> Any:
+        module = load(self, lines)
+        module.call = under(LogOperators, module.call)
+        return module
+
+    async_compile.AsyncCompile.triton = never_launched
+    graph.GraphLowering._compile_to_module_lines = load_watched
+
+
+def log_buffers() -> None:
+    """What Inductor's code allocates, and the inputs that it clones for their alignment."""
+    guards = torch._C._dynamo.guards
+    clone = utils.clone_preserve_strides
+
+    def empty(size: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
+        with FAKE:
+            x = torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+        LOG.append(Event("buffer", "", x.nbytes))
+        return x
+
+    def reinterpret(x: Tensor, size: tuple, stride: tuple, offset: int = 0) -> Tensor:
+        return x.as_strided(size, stride, x.storage_offset() + offset)
+
+    def clone_logged(x: Tensor) -> Tensor:
+        LOG.append(Event("clone", "of a misaligned input", x.nbytes))
+        return clone(x)
+
+    guards._empty_strided_cuda = empty
+    guards._reinterpret_tensor = reinterpret
+    utils.clone_preserve_strides = clone_logged
+
+
+def fold_constants_on_cpu() -> None:
+    """Inductor folds constants with real tensors of one element; no fake device has those."""
+    class OnCPU(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if "device" in kwargs:
+                kwargs["device"] = torch.device("cpu")
+            return func(*args, **kwargs)
+
+    folder = joint_graph.UniformValueConstantFolder
+    folder._deduce_value = under(OnCPU, folder._deduce_value)
+
+
+def under(mode: Callable[[], AbstractContextManager], fn: Callable) -> Callable:
+    """fn, run inside a mode."""
+    def run(*args: Any) -> Any:
+        with mode():
+            return fn(*args)
+    return run
+
+
+def main(words: list[str]) -> None:
+    """Print the lines of the variants that have all these words in their names."""
+    if torch.version.cuda is not None or shutil.which("g++") is None:
+        print("report.py: error: --step needs a CPU build of PyTorch, and g++", file=sys.stderr)
+        sys.exit(2)
+    warnings.simplefilter("ignore")  # of caches that are off, and of fake tensors' addresses
+    pretend_gpu()
+    for variant in VARIANTS:
+        if all(word in str(variant) for word in words):
+            print(describe(variant), flush=True)

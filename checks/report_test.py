@@ -1,0 +1,116 @@
+"""What `python kernels.py --report` says of the kernels, compiled for GPUs that need not be here,
+and `python benchmarks/report.py --step` of a whole decode step."""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checks.common import CPU_ENV, HERE
+
+pytest.importorskip("triton")
+
+
+def python(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """python, with Triton compiling as it does for users, in the repository's folder."""
+    command = [sys.executable, *args]
+    return subprocess.run(command, cwd=HERE, env=CPU_ENV, capture_output=True, text=True)
+
+# --- the kernels ---
+
+
+def test_report() -> None:
+    """No kernel spills registers, and all read caches and weights by 16 bytes."""
+    done = python("kernels.py", "--report", "sm_90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()[1:]
+    assert len(lines) == 16
+    assert all(line.startswith("sm_90 ") for line in lines)
+    assert all("16 B" in line for line in lines)
+    on_tensor_cores = [line for line in lines if "mma" in line]
+    assert len(on_tensor_cores) == 12  # all of flash_decode but float32
+
+
+def test_report_of_a_gpu_it_does_not_know() -> None:
+    done = python("kernels.py", "--report", "sm_70")
+    assert done.returncode == 2
+    assert "invalid choice: 'sm_70'" in done.stderr
+    assert not done.stdout
+
+
+# VEC=1: nothing is known of the strides; maxnreg=64: too few registers
+REPORT_OF_BAD_KERNELS = """
+import sys
+sys.path.insert(0, "benchmarks")
+import report
+name, kernel, arguments, needed = next(report.cases(164 * 1024))
+narrow = name, kernel, arguments | dict(VEC=1), needed
+spilling = name, kernel, arguments | dict(maxnreg=64), needed
+report.cases = lambda smem: [narrow, spilling]
+raise SystemExit(report.report(["sm_80"]))
+"""
+
+
+def test_report_sees_narrow_loads_and_spills() -> None:
+    done = python("-c", REPORT_OF_BAD_KERNELS)
+    assert done.returncode == 1, done.stderr
+    narrow, spilling = done.stdout.splitlines()[1:]
+    assert "NARROW LOADS" in narrow
+    assert "SPILLS" not in narrow
+    assert "SPILLS" in spilling
+
+
+def test_a_copy_of_the_file_has_no_report(tmp_path: Path) -> None:
+    copy = shutil.copy(HERE / "kernels.py", tmp_path)
+    done = python(copy, "--report")
+    assert done.returncode == 2
+    assert "--report needs " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+REPORT_WITHOUT_TRITON = """
+import runpy
+import sys
+sys.modules["triton"] = None
+sys.argv = ["kernels.py", "--report"]
+runpy.run_path("kernels.py", run_name="__main__")
+"""
+
+
+def test_report_without_triton() -> None:
+    done = python("-c", REPORT_WITHOUT_TRITON)
+    assert done.returncode == 2, done.stderr
+    assert "needs Triton" in done.stderr
+
+# --- a decode step ---
+
+
+# at most: launches in a layer, of the head, of the rest of the step
+LAUNCHES = {
+    "TinyLlama-1.1B bf16 kv=int8 flash B=1": [10, 2, 7],
+    "TinyLlama-1.1B int8 kv=int8 flash B=1": [10, 2, 7],
+    "TinyLlama-1.1B int4 kv=int8 flash B=1": [11, 2, 7],
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of PyTorch")
+def test_what_a_step_launches() -> None:
+    """No more than it needs to, alike in all layers, and no buffer of a cache's size."""
+    done = python("benchmarks/report.py", "--step", "TinyLlama", "kv=int8", "flash", "B=1")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(": ") for line in done.stdout.splitlines())
+    assert lines.keys() == LAUNCHES.keys()
+    for variant, most in LAUNCHES.items():
+        line = lines[variant]
+        counts = re.search(r"^layer (\d+) = .*; head (\d+), rest (\d+);", line).groups()
+        assert all(int(n) <= limit for n, limit in zip(counts, most)), line
+        sizes = re.search(r"buffers (\S+) and (\S+) MB, cache (\S+) MB", line).groups()
+        in_layer, in_head, cache = map(float, sizes)
+        assert max(in_layer, in_head) < cache / 10, line
+        assert "kernels" in line and "+ 1 gpt_flash::flash_decode" in line  # they are seen
+        assert "clone" not in line
+        assert line.endswith("graphs 2 + 0")  # a block and the head, and none in a second step
