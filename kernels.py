@@ -538,9 +538,10 @@ def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, m_i, l_i, acc,
             for i in tl.static_range(AT_ONCE):
                 part = here + (first + i - chunk) * ROWS * (D + 8)
                 live = mask & (first + i < n_chunks)
+                part_ptrs = part[:, None] + d
+                live_d = live[:, None] & (d < D)
                 # .cg: past L1, which does not see what other SMs wrote
-                part_acc = tl.load(part[:, None] + d, live[:, None] & (d < D), other=0,
-                                   cache_modifier=".cg")
+                part_acc = tl.load(part_ptrs, live_d, other=0, cache_modifier=".cg")
                 part_m = tl.load(part + D, live, other=float("-inf"), cache_modifier=".cg")
                 part_l = tl.load(part + D + 1, live, other=0, cache_modifier=".cg")
                 new_m = tl.maximum(m_i, part_m)
@@ -573,7 +574,8 @@ def _store(out_ptr, lse_ptr, at, d, mask, mask_d, m_i, l_i, acc, D: tl.constexpr
     """Write the results of queries at, counted over the whole batch."""
     norm = tl.where(l_i == 0, 1.0, l_i)
     out_ptrs = out_ptr + at[:, None] * D + d
-    tl.store(out_ptrs, (acc / norm[:, None]).to(out_ptr.dtype.element_ty), mask_d)
+    out = acc / norm[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask_d)
     tl.store(lse_ptr + at, (m_i + tl.log2(norm)) / LOG2E, mask)
 
 
@@ -683,7 +685,8 @@ def _arguments(
         n_split = 4 * n_programs  # several waves of them: an uneven last one matters little
     grid = n_split + pairs
     part_rows = min(blocks["BLOCK_M"], G * T)
-    vec = math.gcd(16, *k_cache.stride()[:3], *v_cache.stride()[:3])
+    cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    vec = math.gcd(16, *cache_strides)
     return grid, dict(
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens,
         k_new_ptr=k, v_new_ptr=v, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
@@ -800,7 +803,8 @@ def _int8_linear_kernel(x_ptr, w_ptr, scales_ptr, y_ptr, N, K: tl.constexpr,
         w = tl.load(w_ptrs, live, other=0, eviction_policy="evict_first")
         acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
     y = tl.sum(acc, 1)
-    y *= tl.load(scales_ptr + n, n < N, other=0).to(tl.float32)
+    scales = tl.load(scales_ptr + n, n < N, other=0)
+    y *= scales.to(tl.float32)
     y_ptrs = y_ptr + row * N + n
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), n < N)
 
@@ -820,15 +824,18 @@ def _int4_linear_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K: tl.con
         x_ptrs = x_ptr + row * K + g[:, None] * GROUP
         x_ptrs += tl.arange(0, GROUP)[None, :]
         x = tl.load(x_ptrs, inside[:, None], other=0, eviction_policy="evict_last")
-        even, odd = tl.split(x.to(tl.float32).reshape(GROUPS, GROUP // 2, 2))
+        x_pairs = x.to(tl.float32).reshape(GROUPS, GROUP // 2, 2)
+        even, odd = tl.split(x_pairs)
         # their weights, two in a byte
         w_ptrs = w_ptr + group[:, :, None] * (GROUP // 2)
         w_ptrs += tl.arange(0, GROUP // 2)[None, None, :]
         w = tl.load(w_ptrs, live[:, :, None], other=0, eviction_policy="evict_first")
         s = tl.load(scales_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
         z = tl.load(zeros_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
-        dot = ((w & 15).to(tl.float32) - 8) * even[None, :, :]
-        dot += ((w >> 4).to(tl.float32) - 8) * odd[None, :, :]
+        low = (w & 15).to(tl.float32) - 8
+        dot = low * even[None, :, :]
+        high = (w >> 4).to(tl.float32) - 8
+        dot += high * odd[None, :, :]
         acc += dot * s[:, :, None] + (even + odd)[None, :, :] * z[:, :, None]
     y_ptrs = y_ptr + row * N + n
     y = tl.sum(tl.sum(acc, 2), 1)
