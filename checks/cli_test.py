@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 import cli.stats
 from cli.arguments import add_measuring, add_sampling, add_speed, add_text, number, parse_args
 from cli.batch import read_lines, read_text, run_batches
 from cli.chat import Show, chat, common_prefix
-from cli.stats import Memory, Stats, copy_bandwidth, profile, summarize
+from cli.stats import PROFILED, Memory, Stats, copy_bandwidth, profile, say_kernels, summarize
 
 CPU = ["--device", "cpu"]
 END = 0  # the token that ends a turn
@@ -380,6 +381,41 @@ def test_profile(ten_gb_s: None, capsys: pytest.CaptureFixture[str], tmp_path: P
         f"trace written to {file}; open it in chrome://tracing or ui.perfetto.dev",
     ]
     assert json.loads(file.read_text())["traceEvents"]
+
+
+@dataclass
+class Row:
+    """A row of a profile, its times in microseconds over PROFILED steps."""
+
+    key: str
+    device_type: DeviceType
+    self_device_time_total: float
+    is_user_annotation: bool = False
+    self_cpu_time_total: float = 1e6
+    count: int = PROFILED
+
+
+class MadeUpTrace:
+    """An eager step on a GPU: a product of 300 us, an addition of 100 us, and who called them."""
+
+    def key_averages(self) -> list[Row]:
+        return [
+            Row("aten::mm", DeviceType.CPU, 300 * PROFILED),
+            Row("aten::add", DeviceType.CPU, 100 * PROFILED),
+            Row("gemm_kernel", DeviceType.CUDA, 300 * PROFILED),
+            Row("add_kernel", DeviceType.CUDA, 100 * PROFILED),
+            Row("Torch-Compiled Region", DeviceType.CUDA, 400 * PROFILED, is_user_annotation=True),
+        ]
+
+
+def test_a_profile_of_a_gpu_counts_each_kernel_once(capsys: pytest.CaptureFixture[str]) -> None:
+    say_kernels(MadeUpTrace(), 500, 1, torch.device("cuda"))
+    head, *rows = capsys.readouterr().err.splitlines()
+    assert head.startswith("a decode step takes 500 us, the kernels 400 of them and gaps 100;")
+    assert rows == [
+        "  60.0%    1.0 x    300.0 us  gemm_kernel",
+        "  20.0%    1.0 x    100.0 us  add_kernel",
+    ]
 
 
 def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.utils.benchmark import Timer
 
 from cli.arguments import say
@@ -38,7 +40,7 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     """Say what a run took -> the same as a dict of plain numbers, which --json prints."""
     cuda = memory.device.type == "cuda"
     if cuda:
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated(memory.device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -97,7 +99,9 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     tensors = {"source": source, "target": torch.empty_like(source)}
     threads = torch.get_num_threads()
     timer = Timer("target.copy_(source)", globals=tensors, num_threads=threads)
-    return 2 * nbytes / timer.blocked_autorange(min_run_time=0.5).median
+    with torch.accelerator.device_index(torch.device(device).index):  # on which the timer waits
+        measured = timer.blocked_autorange(min_run_time=0.5)
+    return 2 * nbytes / measured.median
 
 
 def profile(
@@ -130,12 +134,17 @@ def say_kernels(
     trace: torch.profiler.profile, wall_us: float, n_layer: int, device: torch.device
 ) -> None:
     """Which kernels a step's time goes to. wall_us: microseconds of one step."""
-    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = trace.key_averages()
+    own_time = "self_cpu_time_total"
+    if device.type == "cuda":
+        # operators and marked regions have their kernels' time too, and would count it again
+        rows = [row for row in rows if is_kernel(row)]
+        own_time = "self_device_time_total"
 
-    def step_us(row: torch.autograd.profiler_util.FunctionEventAvg) -> float:
+    def step_us(row: FunctionEventAvg) -> float:
         return getattr(row, own_time) / PROFILED
 
-    rows = sorted(trace.key_averages(), key=step_us, reverse=True)
+    rows = sorted(rows, key=step_us, reverse=True)
     busy_us = sum(map(step_us, rows))
     gaps_us = max(0, wall_us - busy_us)
     say(
@@ -148,6 +157,10 @@ def say_kernels(
         share = step_us(row) / wall_us
         call_us = step_us(row) / calls
         say(f"  {share:5.1%}  {calls / n_layer:5.1f} x {call_us:8.1f} us  {row.key[:80]}")
+
+
+def is_kernel(row: FunctionEventAvg) -> bool:
+    return row.device_type == DeviceType.CUDA and not row.is_user_annotation
 
 
 def say_least_times(parts: dict[str, float], head_bytes: int, bandwidth: float) -> None:
