@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,6 +163,28 @@ class Launch:
 Mark = float | torch.cuda.Event  # a moment: of the host's clock, or on a GPU's stream
 
 
+class StepFailed(RuntimeError):
+    """What a step runs does not compile or launch on this device; __cause__ says where."""
+
+
+def on_its_device(method: Callable) -> Callable:
+    """A method of Engine, run with the engine's GPU as the current one, since streams, events,
+    captures and Triton's launches are those of the current device.
+
+    Raises OutOfMemoryError or StepFailed for what the device refuses; a bug stays what it is."""
+
+    @wraps(method)
+    def guarded(engine: Engine, *args: Any) -> Any:
+        try:
+            with torch.accelerator.device_index(engine.device.index):  # a CPU's index is None
+                return method(engine, *args)
+        except Exception as error:
+            refuse_what_the_device_refuses(error, engine)
+            raise
+
+    return guarded
+
+
 class Engine:
     """Rows of one cache that decode together, each at its own position with its own request.
 
@@ -198,6 +221,7 @@ class Engine:
         else:
             self.generator.manual_seed(seed)
 
+    @on_its_device
     def step(self) -> None:
         """Launch one step of all rows: forward, sample, advance."""
         if self.compiled and self.device.type == "cuda":
@@ -228,6 +252,7 @@ class Engine:
             return 0.0
         return self.prepare(kind)
 
+    @on_its_device
     def prepare(self, kind: str = "greedy") -> float:
         """Compile a step of that kind by running it, and capture it on CUDA -> seconds it took.
 
@@ -250,20 +275,22 @@ class Engine:
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """One step as a CUDA graph, after two on a side stream that compile and allocate."""
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.advance()
             self.advance()
+            # on a stream of this device: by default it is of the first one that captured
+            with torch.cuda.graph(graph, stream=side):
+                self.advance()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self.advance()
         self.tables.append(self.model.rope_upto(self.cache.max_seq_len))
         torch.cuda.synchronize()
         return graph
 
+    @on_its_device
     def insert(self, row: int, requests: Sequence[Request]) -> None:
         """Prefill consecutive rows from `row` on, in one pass padded to the longest prompt, while
         the others keep their state, and draw their first tokens into self.token.
@@ -345,6 +372,7 @@ class Engine:
             running.drawn = 1
         return self.hand_out(tokens, started)
 
+    @on_its_device
     def launch(self, began: Mark) -> Launch:
         """Send the tokens that a step has drawn on their way to the host."""
         on_gpu = self.device.type == "cuda"
@@ -376,6 +404,7 @@ class Engine:
             news.append((running.number, [token]))
         return news
 
+    @on_its_device
     def mark(self) -> Mark:
         if self.device.type != "cuda":
             return time.perf_counter()
@@ -390,6 +419,48 @@ class Engine:
             self.step()
             marks.append(self.mark())
         return [seconds_between(began, ended) for began, ended in pairwise(marks)]
+
+
+def refuse_what_the_device_refuses(error: Exception, engine: Engine) -> None:
+    """Raise OutOfMemoryError or StepFailed, in one sentence, where these are what went wrong."""
+    if isinstance(error, (torch.OutOfMemoryError, StepFailed)):
+        return  # it says so
+    for cause in causes(error):
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(cause)) from error
+    reason = error
+    while isinstance(reason, torch.AcceleratorError) and reason.__context__ is not None:
+        reason = reason.__context__  # the end of a capture fails too, and masks what broke it
+    if not is_of_the_device(reason):
+        return
+    advice = []
+    if engine.cache.attention == "flash":
+        advice.append("--attention math")
+    if engine.compiled:
+        advice.append("--no-compile")
+    reason = getattr(reason, "inner_exception", reason)  # what the compiler stumbled over
+    said = getattr(reason, "error_message", None)  # Triton's, without the source around it
+    raise StepFailed(
+        f"a step does not compile or run on {engine.device}, as {type(reason).__name__} says: "
+        f"{said or first_line(reason)}; try {' or '.join(advice) or '--device cpu'}"
+    ) from error
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether compiling or launching failed: PyTorch's compiler, a GPU, or anything in Triton."""
+    if isinstance(error, (torch._dynamo.exc.ShortenTraceback, torch.AcceleratorError)):
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("triton.") for frame, _ in frames)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, the one that it came from, and so on."""
+    seen = set()
+    while error is not None and error not in seen:
+        yield error
+        seen.add(error)
+        error = error.__cause__ or error.__context__
 
 
 def seconds_between(began: Mark, ended: Mark) -> float:
@@ -548,7 +619,7 @@ def main(argv: list[str] | None = None) -> None:
             run(args)
     except torch.OutOfMemoryError as e:
         fail(first_line(e))
-    except ValueError as e:
+    except (ValueError, StepFailed) as e:
         fail(str(e))
     except KeyboardInterrupt:
         say("")

@@ -346,7 +346,7 @@ class KVCache:
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.dtype = dtype
-        self.attention = choose_attention(attention, torch.device(device))
+        self.attention = choose_attention(attention, torch.device(device), max_seq_len)
         self.may_grow = False  # made to fit one call of generate, which may make a larger one
 
         vectors = (n_layer, 2, max_batch_size, n_kv_head, max_seq_len)
@@ -380,18 +380,18 @@ class KVCache:
                 yield Int8LayerCache(kv, self.scale[layer, :, rows], self.k_mean[layer], flash)
 
 
-def choose_attention(attention: str, device: torch.device) -> str:
-    """"flash" or "math" as asked; "auto" takes what was measured faster and works there.
-
-    On a CPU flash_decode was measured faster at any cache size, as it reads live tokens only; on
-    a GPU it is taken wherever Triton runs, since math reads the whole cache."""
+def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> str:
+    """"flash" or "math" as asked; "auto" takes what works on the device, and on a CPU what was
+    measured faster there at any size of cache: flash, which reads live tokens only."""
     if attention not in ("auto", "flash", "math"):
         raise ValueError(f"no attention {attention!r}; there are auto, flash and math")
     if attention != "auto":
         return attention
-    if device.type == "cpu" or triton is not None:
+    if device.type == "cpu":
         return "flash"
-    return "math"
+    # a guess, not measured on a GPU: math is plain PyTorch, but reads all the room each step
+    small = max_seq_len <= 1024
+    return "math" if small or triton is None else "flash"
 
 
 def require_memory(nbytes: float, device: torch.device | str, what: str, advice: str) -> None:

@@ -1,0 +1,277 @@
+"""What the engine and the statistics ask of a GPU, with stand-ins for one.
+
+Tensors stay on the CPU. The functions of torch.cuda that an engine calls are replaced by ones that
+keep which device was the current one."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+import cli.stats
+from checks.common import hf_folder, run_cli
+from cli.stats import Memory, Stats, copy_bandwidth, summarize
+from generate import Engine, StepFailed
+from model import KVCache, choose_attention, load_model
+
+GPU_1 = torch.device("cuda", 1)
+
+
+@dataclass
+class FakeGPU:
+    """Two GPUs of which 0 is the current one: what was called while which one was."""
+
+    current: int = 0
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    capture_streams: list[object] = field(default_factory=list)
+    capture_fails: bool = False
+
+    def note(self, name: str) -> None:
+        self.calls.append((name, self.current))
+
+    @contextlib.contextmanager
+    def device_index(self, index: int | None) -> Iterator[None]:
+        before = self.current
+        if index is not None:
+            self.current = index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def capture(self, graph: object, stream: FakeStream) -> Iterator[None]:
+        self.note("graph")
+        self.capture_streams.append(stream)
+        try:
+            yield
+        finally:
+            if self.capture_fails:
+                masks = "operation failed due to a previous error during capture"
+                raise torch.AcceleratorError(f"CUDA error: {masks}")
+
+
+class FakeStream:
+    """A stream, an event or a graph of the device that is current where it is made."""
+
+    def __init__(self, gpu: FakeGPU, name: str):
+        self.gpu = gpu
+        self.device = gpu.current
+        gpu.note(name)
+
+    def wait_stream(self, stream: FakeStream) -> None:
+        self.gpu.note("wait_stream")
+
+    def record(self) -> None:
+        self.gpu.note("record")
+
+    def replay(self) -> None:
+        self.gpu.note("replay")
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: FakeStream) -> float:
+        return 1.0
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    gpu = FakeGPU()
+
+    def new(name: str) -> Callable[..., FakeStream]:
+        return lambda **options: FakeStream(gpu, name)
+
+    for name in ("Stream", "current_stream", "CUDAGraph", "Event"):
+        monkeypatch.setattr(torch.cuda, name, new(name))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", gpu.capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: gpu.note("synchronize"))
+    monkeypatch.setattr(torch.accelerator, "device_index", gpu.device_index)
+    return gpu
+
+
+@pytest.fixture
+def engine(tmp_path: Path, gpu: FakeGPU) -> Engine:
+    """A compiled engine that takes itself for one on cuda:1."""
+    model = load_model(hf_folder(tmp_path / "model"), dtype=torch.float32)
+    engine = Engine(model, model.setup_caches(2, 32), compiled=True)
+    engine.device = GPU_1
+    return engine
+
+# --- the current device ---
+
+
+def test_every_call_is_of_the_engines_gpu(engine: Engine, gpu: FakeGPU) -> None:
+    seconds = engine.timed_steps(2)
+    assert seconds == [1e-3, 1e-3]
+    names = {name for name, _ in gpu.calls}
+    assert names == {
+        "Stream", "current_stream", "wait_stream", "CUDAGraph", "graph", "synchronize", "replay",
+        "Event", "record",
+    }
+    assert {device for _, device in gpu.calls} == {1}
+    assert gpu.current == 0  # the caller's
+
+
+def test_a_capture_takes_a_stream_of_its_own_gpu(engine: Engine, gpu: FakeGPU) -> None:
+    """By default torch.cuda.graph takes the stream of the first capture, of whatever GPU."""
+    engine.prepare()
+    stream, = gpu.capture_streams
+    assert stream.device == 1
+
+
+def test_peak_memory_is_of_the_engines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {torch.device("cuda", 0): 10**9, GPU_1: 3 * 10**9}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.get)
+    monkeypatch.setattr(cli.stats, "copy_bandwidth", lambda device, nbytes: 1e10)
+    memory = Memory(GPU_1, weight_bytes=1, cache_bytes=1, cache_tokens=1, rows=1)
+    stats = Stats(first_token_s=[1.0], new_tokens=1)
+    assert summarize(stats, memory)["peak_memory_gb"] == 3
+
+
+def test_copies_are_waited_for_where_they_run(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+
+    class OneRun:
+        median = 1.0
+
+        def __init__(self, *args: object, **options: object):
+            pass
+
+        def blocked_autorange(self, min_run_time: float) -> OneRun:
+            waits.append(gpu.current)
+            return self
+
+    monkeypatch.setattr(cli.stats, "Timer", OneRun)
+    assert copy_bandwidth(torch.device("meta", 1), 16) == 32
+    assert waits == [1]
+
+# --- what a device refuses ---
+
+
+def raised_in(module: str, error: Exception) -> Callable[[], None]:
+    """A function of that module which raises error."""
+    names = {"__name__": module, "error": error}
+    exec("def fail():\n    raise error", names)
+    return names["fail"]
+
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee ...")
+TOO_BIG = RuntimeError("out of resource: shared memory\nRequired: 300000")
+NO_COMPILER = BackendCompilerFailed(print, TOO_BIG, None)
+LAUNCH = torch.AcceleratorError("CUDA error: no kernel image is available\nCompile with ...")
+REFUSED = [
+    (raised_in("triton.runtime.driver", TOO_BIG), "RuntimeError says: out of resource: shared"),
+    (raised_in("torch._inductor", NO_COMPILER), "RuntimeError says: out of resource: shared"),
+    (raised_in("model", LAUNCH), "AcceleratorError says: CUDA error: no kernel image"),
+]
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_no_memory_for_a_capture(
+    engine: Engine, gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch, capture_fails: bool
+) -> None:
+    """Even where the end of the capture fails too, and says something else."""
+    gpu.capture_fails = capture_fails
+    advance = engine.advance
+
+    def advance_once_captured() -> None:
+        if gpu.capture_streams:
+            raise OUT_OF_MEMORY
+        advance()
+
+    monkeypatch.setattr(engine, "advance", advance_once_captured)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory. Tried to allocate"):
+        engine.step()
+    assert gpu.current == 0
+
+
+@pytest.mark.parametrize("fail, says", REFUSED)
+@pytest.mark.parametrize("attention, compiled, advice", [
+    ("flash", True, "try --attention math or --no-compile"),
+    ("flash", False, "try --attention math"),
+    ("math", True, "try --no-compile"),
+    ("math", False, "try --device cpu"),
+])
+def test_a_kernel_that_the_device_refuses(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None], says: str,
+    attention: str, compiled: bool, advice: str,
+) -> None:
+    engine.compiled = compiled
+    engine.cache.attention = attention
+    monkeypatch.setattr(engine, "advance", fail)
+    with pytest.raises(StepFailed) as e:
+        engine.step()
+    message = str(e.value)
+    assert message.startswith("a step does not compile or run on cuda:1, as ")
+    assert says in message
+    assert message.endswith(f"; {advice}")
+    assert "\n" not in message
+    assert e.value.__cause__ is not None
+
+
+def test_a_masked_kernel_error_is_the_one_that_is_told(
+    engine: Engine, gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail, says = REFUSED[0]
+    gpu.capture_fails = True
+    monkeypatch.setattr(engine, "advance", lambda: gpu.capture_streams and fail())
+    with pytest.raises(StepFailed, match=says):
+        engine.prepare()
+
+
+@pytest.mark.parametrize("bug", [KeyError("x"), RuntimeError("shapes differ"), TypeError("no")])
+def test_a_bug_stays_what_it_is(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, bug: Exception
+) -> None:
+    monkeypatch.setattr(engine, "advance", raised_in("model", bug))
+    with pytest.raises(type(bug)) as e:
+        engine.step()
+    assert e.value is bug
+
+
+@pytest.mark.parametrize("fail, says", [
+    *REFUSED, (raised_in("model", OUT_OF_MEMORY), "CUDA out of memory."),
+])
+def test_the_command_says_it_in_one_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    fail: Callable[[], None], says: str,
+) -> None:
+    monkeypatch.setattr(Engine, "advance", lambda engine: fail())
+    folder = hf_folder(tmp_path / "model")
+    (tmp_path / "shape.json").write_text((folder / "config.json").read_text())
+    code, out, err = run_cli(
+        capfd, "--device", "cpu", "--checkpoint_path", tmp_path / "shape.json", "--prompt", 3,
+    )
+    warning, error = err.splitlines()
+    assert "RANDOM" in warning
+    assert code == 2
+    assert out == ""
+    assert error.startswith("generate.py: error: ")
+    assert says in error
+
+# --- the attention that is taken ---
+
+
+@pytest.mark.parametrize("room, attention", [(1024, "math"), (1025, "flash")])
+def test_auto_is_careful_on_a_gpu(room: int, attention: str) -> None:
+    assert choose_attention("auto", GPU_1, room) == attention
+    assert choose_attention("flash", GPU_1, room) == "flash"
+    assert choose_attention("auto", torch.device("cpu"), room) == "flash"
+
+
+def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.triton", None)
+    assert choose_attention("auto", GPU_1, 10**6) == "math"
+    assert KVCache(1, 1, 8, 1, 4).attention == "flash"  # on a CPU it is PyTorch
