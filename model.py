@@ -333,9 +333,10 @@ def row_numbers(index: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all layers in one static, left-aligned allocation.
 
-    kv [n_layer, 2, B, Hkv, S, D]; of an int8 cache also scale [n_layer, 2, B, Hkv, S] float32 and
-    k_mean [n_layer, Hkv, 1, D] float32. attention says how decode attends: "flash", "math" or
-    "auto". It takes plain numbers, so that a program without a ModelConfig can use it.
+    kv [n_layer, 2, B, Hkv, S, D]; of an int8 cache also scale [n_layer, 2, B, Hkv, S] float32,
+    whose heads each start at 16 bytes, and k_mean [n_layer, Hkv, 1, D] float32. attention says how
+    decode attends: "flash", "math" or "auto". nbytes: of what is allocated for every token.
+    It takes plain numbers, so that a program without a ModelConfig can use it.
     ValueError if the device has not the memory."""
 
     def __init__(
@@ -349,18 +350,20 @@ class KVCache:
         self.attention = choose_attention(attention, torch.device(device), max_seq_len)
         self.may_grow = False  # made to fit one call of generate, which may make a larger one
 
-        vectors = (n_layer, 2, max_batch_size, n_kv_head, max_seq_len)
-        self.nbytes = math.prod(vectors) * head_dim * dtype.itemsize
+        heads = (n_layer, 2, max_batch_size, n_kv_head)
+        aligned = 4 * math.ceil(max_seq_len / 4)  # scales of a head that fill whole 16 bytes
+        self.nbytes = math.prod(heads) * max_seq_len * head_dim * dtype.itemsize
         if dtype == torch.int8:
-            self.nbytes += math.prod(vectors) * torch.float32.itemsize
+            self.nbytes += math.prod(heads) * aligned * torch.float32.itemsize
         require_memory(
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
         )
-        self.kv = torch.zeros(*vectors, head_dim, dtype=dtype, device=device)
+        self.kv = torch.zeros(*heads, max_seq_len, head_dim, dtype=dtype, device=device)
         self.scale, self.k_mean = None, None
         if dtype == torch.int8:
-            self.scale = torch.zeros(vectors, device=device)
+            # torch.compile copies an input that does not start at 16 bytes, to and back, each step
+            self.scale = torch.zeros(*heads, aligned, device=device)[..., :max_seq_len]
             self.k_mean = torch.zeros(n_layer, n_kv_head, 1, head_dim, device=device)
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
 

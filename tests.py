@@ -145,6 +145,23 @@ def test_a_cache_needs_no_model() -> None:
         assert torch.equal(kv[0, 1:3], keys) and torch.equal(kv[1, 1:3], values)
 
 
+@pytest.mark.parametrize("max_seq_len", [1, 3, 2047, 2048])
+@pytest.mark.parametrize("rows, n_kv_head, head_dim", [(1, 1, 8), (1, 3, 64), (3, 5, 24)])
+def test_every_layer_of_an_int8_cache_is_aligned(
+    rows: int, n_kv_head: int, head_dim: int, max_seq_len: int
+) -> None:
+    """torch.compile copies inputs that do not start at 16 bytes. No layer's values share memory."""
+    cache = KVCache(3, n_kv_head, head_dim, rows, max_seq_len, dtype=torch.int8)
+    for layer in cache.layers(slice(0, rows)):
+        assert layer.kv.data_ptr() % 16 == 0
+        assert layer.scale.data_ptr() % 16 == 0
+        assert layer.scale.shape == (2, rows, n_kv_head, max_seq_len)
+        layer.scale += 1
+    assert (cache.scale == 1).all()
+    allocated = cache.kv.untyped_storage().nbytes() + cache.scale.untyped_storage().nbytes()
+    assert cache.nbytes == allocated
+
+
 def test_two_caches_in_turn(checkpoint: Checkpoint) -> None:
     """model(..., cache) reads and writes the cache that it is given, and no other."""
     folder, hf = checkpoint("llama")

@@ -49,7 +49,6 @@ from model import ModelConfig, Transformer
 from quantize import MODES, Linear
 
 N_LAYER = 3  # as many as show whether layers are alike
-ROOM = 2048  # tokens that the cache holds
 
 
 class Variant(NamedTuple):
@@ -60,15 +59,24 @@ class Variant(NamedTuple):
     kv: str
     attention: str
     batch: int
+    room: int = 2048  # tokens that the cache holds
 
     def __str__(self) -> str:
-        return f"{self.config} {self.weights} kv={self.kv} {self.attention} B={self.batch}"
+        return (
+            f"{self.config} {self.weights} kv={self.kv} {self.attention} B={self.batch} "
+            f"S={self.room}"
+        )
 
 
-VARIANTS = itertools.starmap(Variant, itertools.product(
-    ("TinyLlama-1.1B", "Llama-3-8B"), ("bf16", "int8", "int4"), ("auto", "int8"),
-    ("flash", "math"), (1, 8),
-))
+VARIANTS = [
+    *itertools.starmap(Variant, itertools.product(
+        ("TinyLlama-1.1B", "Llama-3-8B"), ("bf16", "int8", "int4"), ("auto", "int8"),
+        ("flash", "math"), (1, 8),
+    )),
+    # what lies in memory at odd places
+    Variant("SmolLM2-135M", "bf16", "int8", "flash", 1, room=2047),
+    Variant("SmolLM2-135M", "bf16", "int8", "math", 1, room=2047),
+]
 
 # --- what a step does, as it is counted ---
 
@@ -166,8 +174,8 @@ def build(variant: Variant) -> Transformer:
     with FAKE:
         model.to_empty(device="cuda")
         kv_dtype = torch.int8 if variant.kv == "int8" else None
-        model.setup_caches(variant.batch, ROOM, kv_dtype, variant.attention)
-        model.rope_upto(ROOM)  # else the first step makes it
+        model.setup_caches(variant.batch, variant.room, kv_dtype, variant.attention)
+        model.rope_upto(variant.room)  # else the first step makes it
     return model
 
 

@@ -90,19 +90,26 @@ def test_report_without_triton() -> None:
 
 # at most: launches in a layer, of the head, of the rest of the step
 LAUNCHES = {
-    "TinyLlama-1.1B bf16 kv=int8 flash B=1": [10, 2, 7],
-    "TinyLlama-1.1B int8 kv=int8 flash B=1": [10, 2, 7],
-    "TinyLlama-1.1B int4 kv=int8 flash B=1": [11, 2, 7],
+    "TinyLlama-1.1B bf16 kv=int8 flash B=1 S=2048": [10, 2, 7],
+    "TinyLlama-1.1B int8 kv=int8 flash B=1 S=2048": [10, 2, 7],
+    "TinyLlama-1.1B int4 kv=int8 flash B=1 S=2048": [11, 2, 7],
 }
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of PyTorch")
+def step_report(*words: str) -> dict[str, str]:
+    """The variants that have these words in their names, and what the report says of them."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    if torch.version.cuda is not None:
+        pytest.skip("needs a CPU build of PyTorch")
+    done = python("benchmarks/report.py", "--step", *words)
+    assert done.returncode == 0, done.stderr
+    return dict(line.split(": ") for line in done.stdout.splitlines())
+
+
 def test_what_a_step_launches() -> None:
     """No more than it needs to, alike in all layers, and no buffer of a cache's size."""
-    done = python("benchmarks/report.py", "--step", "TinyLlama", "kv=int8", "flash", "B=1")
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split(": ") for line in done.stdout.splitlines())
+    lines = step_report("TinyLlama", "kv=int8", "flash", "B=1")
     assert lines.keys() == LAUNCHES.keys()
     for variant, most in LAUNCHES.items():
         line = lines[variant]
@@ -114,3 +121,12 @@ def test_what_a_step_launches() -> None:
         assert "kernels" in line and "+ 1 gpt_flash::flash_decode" in line  # they are seen
         assert "clone" not in line
         assert line.endswith("graphs 2 + 0")  # a block and the head, and none in a second step
+
+
+def test_no_layer_of_an_int8_cache_is_copied() -> None:
+    """Nor where B * Hkv * S is odd, so that scales without padding would start at any 4 bytes."""
+    lines = step_report("SmolLM2", "kv=int8", "S=2047")
+    assert len(lines) == 2
+    for line in lines.values():
+        assert "clone" not in line
+        assert line.endswith("graphs 2 + 0")  # and the layers are alike
