@@ -17,13 +17,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from checks.common import CHECKPOINTS, CONFIG, CPU_ENV, DEVICES, HERE, PROMPTS
@@ -190,6 +194,65 @@ def test_prefill_of_some_rows(checkpoint: Checkpoint) -> None:
     got = model.prefill(swapped[:, 20:], positions(20, 20), rows=slice(1, 3), start=20, last=last)
     close(got, torch.stack([expected[2, 29:30], expected[1, 24:25]]))
     assert torch.equal(model.cache.kv[:, :, 0], kept)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operator makes."""
+
+    n = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.n = max(self.n, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["default", "math"])
+@pytest.mark.parametrize("name, cached", [("llama", 0), ("llama", 30), ("mistral", 0)])
+def test_prefill_never_holds_all_scores(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, cached: int,
+    backend: SDPBackend | None,
+) -> None:
+    """Not from the beginning, behind a prefix or with a window, and not if PyTorch has no kernel
+    that does without them; the logits are the same."""
+    model = loaded(checkpoint, name)
+    model.setup_caches(1, 80)
+    tokens = random_tokens(1, 80)
+    last = torch.tensor([49])
+
+    def prefill() -> Tensor:
+        if cached:
+            model.prefill(tokens[:, :cached], positions(0))
+        return model.prefill(tokens[:, cached:cached + 50], positions(cached), last=last)
+
+    want = prefill()
+    bound = 50 * 160  # the product with most outputs
+    assert model.config.n_head * 50 * (cached + 50) > bound
+    monkeypatch.setattr("model.MAX_SCORES", bound)
+    with nullcontext() if backend is None else sdpa_kernel(backend), Largest() as largest:
+        close(prefill(), want, 1e-5)
+    assert largest.n <= bound
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("tile", [1, 7, 50])
+def test_tiles_of_queries_change_nothing(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, tile: int
+) -> None:
+    """Nor rows of different depths."""
+    monkeypatch.setattr("model.QUERY_TILE", tile)
+    folder, hf = checkpoint(name)
+    model = load_model(folder, dtype=torch.float32)
+    model.setup_caches(2, 64)
+    tokens = random_tokens(2, 60)
+    close(model.prefill(tokens[:, :20], positions(0, 0)), hf_logits(hf, tokens)[:, :20])
+    behind = torch.stack((tokens[0, 20:60], tokens[1, 9:49]))
+    logits = model.prefill(behind, positions(20, 9))
+    close(logits[:1], hf_logits(hf, tokens[:1])[:, 20:])
+    close(logits[1:], hf_logits(hf, tokens[1:])[:, 9:49])
 
 
 def test_a_copy_of_a_model_has_its_own_attention(
@@ -538,6 +601,28 @@ def test_compiled_prefill(checkpoint: Checkpoint, dynamo: None) -> None:
     eager = [generate(model, [prompt], 6) for prompt in PROMPTS]
     compile_model(model, prefill=True)
     assert [generate(model, [prompt], 6) for prompt in PROMPTS] == eager
+
+
+def test_prefill_compiles_once_behind_any_prefix(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
+) -> None:
+    """However many tiles of queries there are: the graphs are one for prompts from the beginning,
+    one for those behind a prefix."""
+    monkeypatch.setattr("model.QUERY_TILE", 8)
+    model = loaded(checkpoint)
+    model.setup_caches(1, 96)
+    tokens = random_tokens(1, 96)
+    eager = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
+    eager += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
+    compile_model(model, prefill=True)
+    model.prefill(tokens[:, :20], positions(0))
+    model.prefill(tokens[:, 20:40], positions(20))
+    compiled = graphs()
+    again = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
+    again += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
+    assert graphs() == compiled
+    for a, b in zip(again, eager):
+        close(a, b)
 
 
 @pytest.fixture
