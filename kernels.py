@@ -765,9 +765,19 @@ def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
+    return _nibbles_linear_reference(x, nibbles, scales, zeros)
+
+
+def packed_int4_linear_reference(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    return _nibbles_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
+
+
+def _nibbles_linear_reference(
+    x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor,
+) -> Tensor:
     values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
     weight = values * scales[..., None] + zeros[..., None]
-    return F.linear(x.float(), weight.view(len(w), -1)).to(x.dtype)
+    return F.linear(x.float(), weight.view(len(nibbles), -1)).to(x.dtype)
 
 
 def pack_int4(w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
@@ -796,17 +806,19 @@ def pack_int4(w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]
 
 
 def unpack_int4(packed: Tensor, lines: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What pack_int4 was given, for K inputs: w, scales and zeros."""
+    """What pack_int4 has packed of K inputs: nibbles [N, K] uint8, a byte each, and scales and
+    zeros [N, K / group] bfloat16."""
     N = len(packed)
     bits = packed.view(torch.uint8)
     nibbles = torch.stack((bits & 15, bits >> 4), 2)  # (N, blocks, 2, 32)
     nibbles = nibbles.view(N, -1)[:, :K] ^ 8
-    w = nibbles[:, ::2] | nibbles[:, 1::2] << 4  # (N, K / 2)
-    lines = lines.permute(1, 2, 0).reshape(N, -1)
-    if K % 64:
-        lines = lines[:, :K // 32]
-    scales, zeros = lines.contiguous().view(torch.bfloat16).view(N, -1, 2).unbind(-1)
-    return w, scales, zeros
+
+    lines = lines.permute(1, 2, 0).flatten()
+    pairs = lines.view(torch.bfloat16).view(N, -1, 2)  # (N, groups, 2)
+    if K % 64:  # groups of 32, one more than there are
+        pairs = pairs[:, :-1]
+    scales, zeros = pairs.unbind(-1)
+    return nibbles, scales, zeros
 
 
 def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
@@ -890,8 +902,8 @@ def _store_outputs(y_ptr, y, n, row, N, ROWS):
 def _int8_linear_kernel(
     x_ptr, w_ptr, scales_ptr, y_ptr, ROWS, N, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
     w_rows = w_ptr + n.to(tl.int64)[None, :, None] * K
@@ -938,8 +950,9 @@ def _line(lines):
 @jit
 def _int4_linear_kernel(
     x_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
 ):
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
     ALL_BLOCKS: tl.constexpr = (K + 63) // 64
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
@@ -970,10 +983,11 @@ def _int4_linear_kernel(
             scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
             scale_high = scale_low
             zero_high = zero_low
+        acc += zero_low * tl.sum(x_low, 2)[:, None, :]
+        acc += zero_high * tl.sum(x_high, 2)[:, None, :]
         dot = _times_steps(w_low, x_low, step) * scale_low
         dot += _times_steps(w_high, x_high, step) * scale_high
         acc += dot * (step / 16)[:, None, :]
-        acc += zero_low * tl.sum(x_low, 2)[:, None, :] + zero_high * tl.sum(x_high, 2)[:, None, :]
     _store_outputs(y_ptr, tl.sum(acc, 0), n, row, N, ROWS)
 
 
@@ -992,7 +1006,7 @@ def _linear_arguments(
     inputs = min(1024, 4096 // BLOCK_M)
     arguments = dict(
         x_ptr=x, w_ptr=w, y_ptr=x.new_empty(*x.shape[:-1], N),
-        ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=3, num_warps=4)
+        ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
     grid = (triton.cdiv(N, BLOCK_N),)
     if scales.dim() == 1:
         of_int8 = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
@@ -1003,6 +1017,7 @@ def _linear_arguments(
 
 
 def _takes_kernel(x: Tensor) -> bool:
+    """Whether x is 1 to 16 vectors on a GPU."""
     return triton is not None and x.is_cuda and 0 < x.numel() <= 16 * x.shape[-1]
 
 
@@ -1014,9 +1029,10 @@ def _launch_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    on_gpu = _takes_kernel(x)
     if zeros is None:
-        return _launch_linear(x, w, scales) if _takes_kernel(x) else int8_linear_reference(x, w, scales)
-    if _takes_kernel(x) and scales.dtype == zeros.dtype == torch.bfloat16:
+        return _launch_linear(x, w, scales) if on_gpu else int8_linear_reference(x, w, scales)
+    if on_gpu and scales.dtype == zeros.dtype == torch.bfloat16:  # else packing would round them
         return _launch_linear(x, *pack_int4(w, scales, zeros))
     return int4_linear_reference(x, w, scales, zeros)
 
@@ -1024,7 +1040,7 @@ def _linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tenso
 def _packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
     if _takes_kernel(x):
         return _launch_linear(x, packed, lines)
-    return int4_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
+    return packed_int4_linear_reference(x, packed, lines)
 
 
 def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:

@@ -82,7 +82,7 @@ def report(archs: Iterable[str]) -> int:
     for arch in archs:
         for name, kernel, arguments, needed in cases(SMEM[arch] * 1024):
             compiled = compile_for(arch, kernel, arguments)
-            stages = arguments.get("num_stages", 4)
+            stages = arguments.get("num_stages", 3)
             usage = usage_of(compiled, arch, needed, stages)
             print(f"{arch:7}{name:40}{row(usage)}", flush=True)
             if usage.wrong:
