@@ -749,8 +749,13 @@ def _flash_decode_triton(
 
 # --- int8 and int4 weights times a few vectors ---
 #
-# One token multiplies every weight once: the time is that of reading them, so they stay packed
-# until in registers.
+# One token multiplies every weight once: the time is that of reading them, if no more than two or
+# three instructions are spent on a byte. Converting weights to float costs that alone. So they are
+# multiplied as they are, on the tensor cores' int8, and what is converted is x: in 16-bit steps of
+# the largest value of each few inputs, which are two int8 halves,
+#     x = step * (256 * high + low),
+# with 30 times less error than bfloat16 makes of the result. A program has all rows of x, up to 16,
+# and a few outputs, so that every weight is read and unpacked once.
 
 
 def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
@@ -760,14 +765,65 @@ def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
+    return _nibbles_linear_reference(x, nibbles, scales, zeros)
+
+
+def packed_int4_linear_reference(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    return _nibbles_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
+
+
+def _nibbles_linear_reference(
+    x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor,
+) -> Tensor:
     values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
     weight = values * scales[..., None] + zeros[..., None]
-    return F.linear(x.float(), weight.view(len(w), -1)).to(x.dtype)
+    return F.linear(x.float(), weight.view(len(nibbles), -1)).to(x.dtype)
+
+
+def pack_int4(w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """int4_linear's weights, scales and zeros in bfloat16, for packed_int4_linear:
+
+    packed [N, blocks, 32] int8: byte c of a block of 64 inputs has input c in its low and input
+        32 + c in its high nibble, as two's complements; zeros behind the last input
+    lines int32: the bits of a scale below those of its zero; [1, N, K / group] for groups of 64 or
+        128, [2, N, blocks] for groups of 32, those of the low nibbles before those of the high"""
+    N, groups = scales.shape
+    K = 2 * w.shape[1]
+    if scales.dtype != torch.bfloat16 or zeros.dtype != torch.bfloat16:
+        raise ValueError("pack_int4: scales and zeros must be torch.bfloat16, "
+                         f"got {scales.dtype} and {zeros.dtype}")
+    nibbles = torch.stack((w & 15, w >> 4), -1).view(N, K)
+    nibbles = F.pad(nibbles ^ 8, (0, -K % 64))  # nibble - 8 as a two's complement is nibble ^ 8
+    low, high = nibbles.view(N, -1, 2, 32).unbind(2)  # (N, blocks, 32)
+    packed = low | high << 4
+
+    pairs = torch.stack((scales, zeros), -1)  # (N, groups, 2)
+    lines = pairs.view(torch.int32).squeeze(-1)  # (N, groups)
+    if K == 32 * groups:
+        lines = F.pad(lines, (0, groups % 2)).view(N, -1, 2)
+        return packed.view(torch.int8), lines.permute(2, 0, 1).contiguous()
+    return packed.view(torch.int8), lines[None]
+
+
+def unpack_int4(packed: Tensor, lines: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What pack_int4 has packed of K inputs: nibbles [N, K] uint8, a byte each, and scales and
+    zeros [N, K / group] bfloat16."""
+    N = len(packed)
+    bits = packed.view(torch.uint8)
+    nibbles = torch.stack((bits & 15, bits >> 4), 2)  # (N, blocks, 2, 32)
+    nibbles = nibbles.view(N, -1)[:, :K] ^ 8
+
+    lines = lines.permute(1, 2, 0).flatten()
+    pairs = lines.view(torch.bfloat16).view(N, -1, 2)  # (N, groups, 2)
+    if K % 64:  # groups of 32, one more than there are
+        pairs = pairs[:, :-1]
+    scales, zeros = pairs.unbind(-1)
+    return nibbles, scales, zeros
 
 
 def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in
-    float32; [..., N]."""
+    float32; [..., N]. On a GPU up to 16 vectors are taken in 16-bit steps, as said above."""
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
@@ -777,7 +833,9 @@ def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the
     high one, and scales and zeros [N, K / group] for groups of 32, 64 or 128:
-    weight = (nibble - 8) * scale + zero. Result [..., N]."""
+    weight = (nibble - 8) * scale + zero. Result [..., N].
+
+    On a GPU every call packs w anew: call packed_int4_linear where that counts."""
     N, groups = scales.shape
     K = x.shape[-1]
     grouped = K in (32 * groups, 64 * groups, 128 * groups)
@@ -788,87 +846,201 @@ def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return torch.ops.gpt_flash.quantized_linear(x, w, scales, zeros)
 
 
-@jit
-def _int8_linear_kernel(x_ptr, w_ptr, scales_ptr, y_ptr, N, K: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for at in tl.range(0, K, BLOCK_K, num_stages=4):
-        k = at + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + row * K + k, k < K, other=0, eviction_policy="evict_last")
-        w_ptrs = w_ptr + n.to(tl.int64)[:, None] * K
-        w_ptrs += k[None, :]
-        live = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(w_ptrs, live, other=0, eviction_policy="evict_first")
-        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    y = tl.sum(acc, 1)
-    scales = tl.load(scales_ptr + n, n < N, other=0)
-    y *= scales.to(tl.float32)
-    y_ptrs = y_ptr + row * N + n
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), n < N)
+def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 16 vectors are
+    taken in 16-bit steps, as said above."""
+    K = x.shape[-1]
+    blocks = (K + 63) // 64
+    N = len(packed)
+    plain = len(lines) == 1 and K in (64 * lines.shape[2], 128 * lines.shape[2])
+    halves = len(lines) == 2 and K % 32 == 0 and lines.shape[2] == blocks
+    if packed.shape != (N, blocks, 32) or lines.shape[1] != N or not (plain or halves):
+        raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
+                         f"got {[list(t.shape) for t in (x, packed, lines)]}")
+    return torch.ops.gpt_flash.packed_int4_linear(x, packed, lines)
 
 
 @jit
-def _int4_linear_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K: tl.constexpr,
-                        GROUP: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+def _max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _largest(x):
+    return tl.reduce(tl.abs(x), 2, _max_or_nan)
+
+
+@jit
+def _step(largest):
+    """The step in which so large a value is 127 * 256, never 0."""
+    return (largest + 1e-30) / 32512
+
+
+@jit
+def _times_steps(w, x, step):
+    """The dot of w (B, N, C), int8, and round(x / step) for x (B, ROWS, C), step (B, ROWS): exact
+    in int32, as 128 * 32512 * C is below 2^31 for C up to 512; (B, N, ROWS) in float32."""
+    # next to 1.5 * 2^23 a float's lowest bits are an integer; 128 more, so that high is rounded
+    steps = x * (1 / step)[:, :, None] + (12582912.0 + 128)
+    steps = steps.to(tl.int32, bitcast=True)
+    high = (steps >> 8).to(tl.int8)
+    low = steps.to(tl.int8) ^ -128  # less the 128
+    dot = tl.dot(w, tl.permute(high, 0, 2, 1), out_dtype=tl.int32) * 256
+    dot = tl.dot(w, tl.permute(low, 0, 2, 1), dot, out_dtype=tl.int32)
+    return dot.to(tl.float32)
+
+
+@jit
+def _store_outputs(y_ptr, y, n, row, N, ROWS):
+    """y (outputs n, rows) into [ROWS, N]."""
+    y_ptrs = y_ptr + row[None, :] * N + n[:, None]
+    live = (n < N)[:, None] & (row < ROWS)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), live)
+
+
+@jit
+def _int8_linear_kernel(
+    x_ptr, w_ptr, scales_ptr, y_ptr, ROWS, N, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1)
-    acc = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
-    for at in tl.range(0, K // GROUP, GROUPS, num_stages=4):
-        # GROUPS groups of x: one vector for all outputs
-        g = at + tl.arange(0, GROUPS)
-        inside = g < K // GROUP
-        group = n.to(tl.int64)[:, None] * (K // GROUP) + g[None, :]  # (BLOCK_N, GROUPS)
-        live = (n < N)[:, None] & inside[None, :]
-        x_ptrs = x_ptr + row * K + g[:, None] * GROUP
-        x_ptrs += tl.arange(0, GROUP)[None, :]
-        x = tl.load(x_ptrs, inside[:, None], other=0, eviction_policy="evict_last")
-        x_pairs = x.to(tl.float32).reshape(GROUPS, GROUP // 2, 2)
-        even, odd = tl.split(x_pairs)
-        # their weights, two in a byte
-        w_ptrs = w_ptr + group[:, :, None] * (GROUP // 2)
-        w_ptrs += tl.arange(0, GROUP // 2)[None, None, :]
+    row = tl.arange(0, BLOCK_M)
+    w_rows = w_ptr + n.to(tl.int64)[None, :, None] * K
+    acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
+    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
+        # a chunk of inputs, with a step of its own, for each warp
+        k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
+        live = (row < ROWS)[None, :, None] & (k < K)
+        x = tl.load(x_ptr + row[None, :, None] * K + k, live, other=0).to(tl.float32)
+        live = (n < N)[None, :, None] & (k < K)
+        w = tl.load(w_rows + k, live, other=0, eviction_policy="evict_first")
+        step = _step(_largest(x))  # (CHUNKS, BLOCK_M)
+        acc += _times_steps(w, x, step) * step[:, None, :]
+    scales = tl.load(scales_ptr + n, n < N, other=0).to(tl.float32)
+    y = tl.sum(acc, 0) * scales[:, None]
+    _store_outputs(y_ptr, y, n, row, N, ROWS)
+
+
+@jit
+def _nibbles(w):
+    """16 times the low and the high nibbles of bytes, as int8; on NVIDIA of four bytes at once, for
+    which Triton has no words of its own."""
+    if tl.target_info.is_cuda():
+        low = tl.inline_asm_elementwise(
+            "{.reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0;}", "=r,r", [w],
+            dtype=tl.int8, is_pure=True, pack=4)
+        high = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        low = w << 4
+        high = w & -16
+    return low, high
+
+
+@jit
+def _line(lines):
+    """Scales and zeros, float32, out of the bits of both."""
+    scales = (lines << 16).to(tl.float32, bitcast=True)
+    zeros = (lines & -65536).to(tl.float32, bitcast=True)
+    return scales[:, :, None], zeros[:, :, None]
+
+
+@jit
+def _int4_linear_kernel(
+    x_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+):
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
+    ALL_BLOCKS: tl.constexpr = (K + 63) // 64
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_M)
+    byte = tl.arange(0, 32)[None, None, :]
+    w_rows = w_ptr + n.to(tl.int64)[None, :, None] * (ALL_BLOCKS * 32)
+    acc = tl.zeros([BLOCKS, BLOCK_N, BLOCK_M], tl.float32)
+    for at in tl.range(0, ALL_BLOCKS, BLOCKS, num_stages=STAGES):
+        block = at + tl.arange(0, BLOCKS)
+        # inputs of the low nibbles, and 32 further on of the high ones
+        k = block[:, None, None] * 64 + byte
+        x_ptrs = x_ptr + row[None, :, None] * K + k
+        live = (row < ROWS)[None, :, None]
+        x_low = tl.load(x_ptrs, live & (k < K), other=0).to(tl.float32)
+        x_high = tl.load(x_ptrs + 32, live & (k + 32 < K), other=0).to(tl.float32)
+        step = _step(_max_or_nan(_largest(x_low), _largest(x_high)))  # (BLOCKS, BLOCK_M)
+        # their weights, scales and zeros
+        live = (block < ALL_BLOCKS)[:, None] & (n < N)[None, :]  # (BLOCKS, BLOCK_N)
+        w_ptrs = w_rows + block[:, None, None] * 32 + byte
         w = tl.load(w_ptrs, live[:, :, None], other=0, eviction_policy="evict_first")
-        s = tl.load(scales_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
-        z = tl.load(zeros_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
-        low = (w & 15).to(tl.float32) - 8
-        dot = low * even[None, :, :]
-        high = (w >> 4).to(tl.float32) - 8
-        dot += high * odd[None, :, :]
-        acc += dot * s[:, :, None] + (even + odd)[None, :, :] * z[:, :, None]
-    y_ptrs = y_ptr + row * N + n
-    y = tl.sum(tl.sum(acc, 2), 1)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), n < N)
+        w_low, w_high = _nibbles(w)
+        if GROUP == 32:
+            line_ptrs = lines_ptr + n[None, :] * ALL_BLOCKS + block[:, None]
+            scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
+            scale_high, zero_high = _line(tl.load(line_ptrs + N * ALL_BLOCKS, live, other=0))
+        else:
+            group = block * 64 // GROUP
+            line_ptrs = lines_ptr + n[None, :] * (K // GROUP) + group[:, None]
+            scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
+            scale_high = scale_low
+            zero_high = zero_low
+        acc += zero_low * tl.sum(x_low, 2)[:, None, :]
+        acc += zero_high * tl.sum(x_high, 2)[:, None, :]
+        dot = _times_steps(w_low, x_low, step) * scale_low
+        dot += _times_steps(w_high, x_high, step) * scale_high
+        acc += dot * (step / 16)[:, None, :]
+    _store_outputs(y_ptr, tl.sum(acc, 0), n, row, N, ROWS)
 
 
 def _linear_arguments(
-    x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None = None,
-) -> tuple[Any, tuple[int, int], dict[str, Any]]:
-    """The kernel, its grid and its arguments."""
+    x: Tensor, w: Tensor, scales: Tensor,
+) -> tuple[Any, tuple[int], dict[str, Any]]:
+    """The kernel, its grid and its arguments. scales: or, after pack_int4, lines."""
     x = x.contiguous()
     N = len(w)
     K = x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], N)
-    grid = (triton.cdiv(N, 8), x.numel() // K)
-    arguments = dict(x_ptr=x, w_ptr=w, scales_ptr=scales, y_ptr=y, N=N, K=K, BLOCK_N=8)
-    if zeros is None:
-        return _int8_linear_kernel, grid, dict(arguments, BLOCK_K=1024)
-    group = K // scales.shape[1]
-    of_groups = dict(zeros_ptr=zeros, GROUP=group, GROUPS=1024 // group)
-    return _int4_linear_kernel, grid, arguments | of_groups
+    rows = x.numel() // K
+    # converting x is paid once for BLOCK_N outputs; many rows need many, and leave room for fewer
+    # inputs at a time
+    BLOCK_M = triton.next_power_of_2(rows)
+    BLOCK_N = 32 if rows <= 8 else 64
+    inputs = min(1024, 4096 // BLOCK_M)
+    arguments = dict(
+        x_ptr=x, w_ptr=w, y_ptr=x.new_empty(*x.shape[:-1], N),
+        ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
+    grid = (triton.cdiv(N, BLOCK_N),)
+    if scales.dim() == 1:
+        of_int8 = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
+        return _int8_linear_kernel, grid, arguments | of_int8
+    group = 32 if len(scales) == 2 else K // scales.shape[2]
+    of_int4 = dict(lines_ptr=scales, GROUP=group, BLOCKS=inputs // 64)
+    return _int4_linear_kernel, grid, arguments | of_int4
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    """Whether x is 1 to 16 vectors on a GPU."""
+    return triton is not None and x.is_cuda and 0 < x.numel() <= 16 * x.shape[-1]
+
+
+def _launch_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+    kernel, grid, arguments = _linear_arguments(x, w, scales)
+    with torch.cuda.device_of(x):
+        kernel[grid](**arguments)
+    return arguments["y_ptr"]
 
 
 def _linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    few_rows = x.numel() <= 16 * x.shape[-1]
-    if triton and x.is_cuda and few_rows:
-        kernel, grid, arguments = _linear_arguments(x, w, scales, zeros)
-        with torch.cuda.device_of(x):
-            kernel[grid](**arguments)
-        return arguments["y_ptr"]
+    on_gpu = _takes_kernel(x)
     if zeros is None:
-        return int8_linear_reference(x, w, scales)
+        return _launch_linear(x, w, scales) if on_gpu else int8_linear_reference(x, w, scales)
+    if on_gpu and scales.dtype == zeros.dtype == torch.bfloat16:  # else packing would round them
+        return _launch_linear(x, *pack_int4(w, scales, zeros))
     return int4_linear_reference(x, w, scales, zeros)
+
+
+def _packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    if _takes_kernel(x):
+        return _launch_linear(x, packed, lines)
+    return packed_int4_linear_reference(x, packed, lines)
 
 
 def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -877,6 +1049,8 @@ def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
 
 _operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales, Tensor? zeros) -> Tensor",
           _linear, _linear_fake)
+_operator("packed_int4_linear", "(Tensor x, Tensor packed, Tensor lines) -> Tensor",
+          _packed_int4_linear, _linear_fake)
 
 if __name__ == "__main__":  # the report is not part of a copy of this file
     path = Path(__file__).resolve().with_name("benchmarks") / "report.py"

@@ -153,7 +153,7 @@ class Int8Linear(QuantizedLinear):
     def few_rows(self, device: str) -> int:
         """A CPU's operator reads 16 inputs at a time, without looking."""
         if device == "cuda":
-            return 16
+            return 16  # what the kernel takes
         if device == "cpu" and self.in_features % 16 == 0:
             return 24
         return 0
@@ -161,8 +161,11 @@ class Int8Linear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
-        # one kernel, compiled with coordinate descent tuning
-        return F.linear(x, self.weight.to(x.dtype)) * self.scales
+        if len(x) == 1 and torch.compiler.is_compiling():
+            # Inductor multiplies one row in a kernel together with what surrounds it, a launch less
+            # a layer than with ours; more rows it multiplies after writing the weight in bfloat16
+            return F.linear(x, self.weight.to(x.dtype)) * self.scales
+        return kernels.int8_linear(x, self.weight, self.scales)
 
 
 class Int4Linear(QuantizedLinear):
@@ -170,8 +173,10 @@ class Int4Linear(QuantizedLinear):
 
     weight [N, K/2] uint8 (the low nibble is the even input); scales, zeros [N, K/group_size]
     bfloat16. Packed for a CPU: N a multiple of 64, weight in the operator's layout, scales
-    [K/group_size, N, 2] with the zeros beside them."""
+    [K/group_size, N, 2] with the zeros beside them. Packed for a GPU: weight and scales are what
+    kernels.pack_int4 returns, the zeros again with the scales."""
     mode = "int4"
+    layout: tuple[int, int] | None = None  # of weight packed for a CPU, see cpu_unpack
 
     def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
         super().__init__(linear)
@@ -213,12 +218,23 @@ class Int4Linear(QuantizedLinear):
         return (best_q * best_scale + best_zero).flatten(1)  # (rows, K)
 
     def pack(self) -> "Int4Linear":
-        """Bring the tensors into the layout of a CPU's operator, where there is a known one."""
-        if self.weight.device.type != "cpu" or self.packed:
+        """Bring the tensors into the layout of the device's operator, where there is a known
+        one."""
+        device = self.weight.device.type
+        if self.packed:
             return self
-        layout = cpu_layout()
-        if layout is None:
-            return self
+        if device == "cuda":
+            self.pack_for_gpu()
+        elif device == "cpu" and cpu_layout() is not None:
+            self.pack_for_cpu(cpu_layout())
+        return self
+
+    def pack_for_gpu(self) -> None:
+        self.weight, self.scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
+        self.zeros = None
+        self.packed = True
+
+    def pack_for_cpu(self, layout: tuple[int, int]) -> None:
         # rows of zeros up to a multiple of 64
         missing = -self.out_features % 64
         nibbles, scales, zeros = [F.pad(x, (0, 0, 0, missing)) for x in self.plain()]
@@ -228,12 +244,13 @@ class Int4Linear(QuantizedLinear):
         self.zeros = None
         self.layout = layout
         self.packed = True
-        return self
 
     def plain(self) -> tuple[Tensor, Tensor, Tensor]:
         """nibbles [N, K] uint8, scales and zeros [N, K/group_size]."""
         if not self.packed:
             return unpack_nibbles(self.weight), self.scales, self.zeros
+        if self.layout is None:
+            return kernels.unpack_int4(self.weight, self.scales, self.in_features)
         N = self.out_features
         nibbles = cpu_unpack(self.weight, *self.layout)[:N]
         scales, zeros = self.scales[:, :N].transpose(0, 1).unbind(-1)
@@ -249,15 +266,15 @@ class Int4Linear(QuantizedLinear):
             yield w.sub_(8).mul_(scales[..., None]).add_(zeros[..., None]).flatten(1)
 
     def few_rows(self, device: str) -> int:
-        if device == "cuda":
-            return 16
+        if device == "cuda" and self.packed:
+            return 16  # what the kernel takes
         if device == "cpu" and self.packed:
             return 128
         return 0
 
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda":
-            return kernels.int4_linear(x, self.weight, self.scales, self.zeros)
+            return kernels.packed_int4_linear(x, self.weight, self.scales)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, self.weight, self.group_size, self.scales
         )

@@ -82,7 +82,7 @@ def report(archs: Iterable[str]) -> int:
     for arch in archs:
         for name, kernel, arguments, needed in cases(SMEM[arch] * 1024):
             compiled = compile_for(arch, kernel, arguments)
-            stages = arguments.get("num_stages", 4)
+            stages = arguments.get("num_stages", 3)
             usage = usage_of(compiled, arch, needed, stages)
             print(f"{arch:7}{name:40}{row(usage)}", flush=True)
             if usage.wrong:
@@ -147,9 +147,11 @@ def cases(smem: int) -> Iterator[Case]:
     """On a GPU with smem bytes of shared memory per SM."""
     for name in FLASH_DECODE:
         yield flash_decode(name, smem)
-    yield int8_linear()
-    yield int4_linear(32)
-    yield int4_linear(128)
+    for rows in (1, 4, 8, 16):
+        yield int8_linear(rows)
+        yield int4_linear(rows, 32)
+    yield int4_linear(1, 64)
+    yield int4_linear(1, 128)
 
 
 def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -195,21 +197,25 @@ K = 14336
 N = 4097
 
 
-def int8_linear() -> Case:
-    x = tensor(torch.bfloat16, 1, K)
+def int8_linear(rows: int) -> Case:
+    x = tensor(torch.bfloat16, rows, K)
     w = tensor(torch.int8, N, K)
     scales = tensor(torch.bfloat16, N)
     kernel, _, arguments = kernels._linear_arguments(x, w, scales)
-    return "int8_linear", kernel, arguments, 8 * 1024
+    needed = arguments["BLOCK_N"] * arguments["CHUNKS"] * arguments["CHUNK"]
+    return f"int8_linear rows={rows}", kernel, arguments, needed
 
 
-def int4_linear(group: int) -> Case:
+def int4_linear(rows: int, group: int) -> Case:
     """With a scale and a zero for so many inputs."""
-    x = tensor(torch.bfloat16, 1, K)
-    w = tensor(torch.uint8, N, K // 2)
-    scales = tensor(torch.bfloat16, N, K // group)
-    kernel, _, arguments = kernels._linear_arguments(x, w, scales, scales)
-    return f"int4_linear group={group}", kernel, arguments, 4 * 1024
+    x = tensor(torch.bfloat16, rows, K)
+    packed = tensor(torch.int8, N, K // 64, 32)
+    lines = tensor(torch.int32, 1, N, K // group)
+    if group == 32:
+        lines = tensor(torch.int32, 2, N, K // 64)
+    kernel, _, arguments = kernels._linear_arguments(x, packed, lines)
+    needed = arguments["BLOCK_N"] * arguments["BLOCKS"] * 32
+    return f"int4_linear rows={rows} group={group}", kernel, arguments, needed
 
 # --- what becomes of it ---
 

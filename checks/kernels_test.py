@@ -625,8 +625,10 @@ def test_quantized_linear_is_registered_properly() -> None:
     w = torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
     torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE), None))
     w = torch.randint(0, 256, (8, 32), dtype=U8, device=DEVICE)
-    scales = torch.rand(8, 2, device=DEVICE)
+    scales = torch.rand(8, 2, device=DEVICE).bfloat16()
     torch.library.opcheck(operator, (x, w, scales, scales))
+    operator = torch.ops.gpt_flash.packed_int4_linear.default
+    torch.library.opcheck(operator, (x, *kernels.pack_int4(w, scales, scales)))
 
 
 def test_compiled_it_updates_the_cache_in_place() -> None:
@@ -659,36 +661,167 @@ def test_compiled_it_updates_the_cache_in_place() -> None:
 # --- int8 and int4 weights ---
 
 
-Linear = Callable[..., Tensor]
+Weights = tuple[Tensor, ...]
 
 
-def check_linear(linear: Linear, reference: Linear, x: Tensor, *weights: Tensor) -> None:
-    """Both the kernel and the public function against the reference."""
-    weights = tuple(w.to(DEVICE) for w in weights)
-    expected = reference(x, *weights)
+def run_linear_kernel(x: Tensor, *weights: Tensor) -> Tensor:
+    """The kernel: on the GPU, or interpreted. Outputs that it forgets are NaN."""
     kernel, grid, arguments = kernels._linear_arguments(x, *weights)
+    arguments["y_ptr"].fill_(math.nan)
     kernel[grid](**arguments)
-    tolerance = {F32: 1e-5, F16: 2e-3, BF16: 1e-2}[x.dtype] * expected.abs().max().item()
-    for y in (arguments["y_ptr"], linear(x, *weights)):
-        assert y.shape == (*x.shape[:-1], len(weights[0]))
-        assert y.dtype == x.dtype
-        torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+    return arguments["y_ptr"]
 
 
-@DTYPES
-@pytest.mark.parametrize("N, K, rows", [(24, 96, 1), (5, 1152, 3), (130, 2048, 1), (16, 256, 16)])
-def test_linear(dtype: torch.dtype, N: int, K: int, rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 1, K, generator=generator).to(DEVICE, dtype)
-    w = torch.randint(-127, 128, (N, K), generator=generator, dtype=I8)
+def vectors(rows: int, K: int, outliers: bool = False) -> Tensor:
+    """Random ones [rows, 1, K] in float32; with outliers some are 1000 times larger."""
+    generator = torch.Generator().manual_seed(rows * K)
+    x = torch.randn(rows, 1, K, generator=generator)
+    if outliers:
+        large = torch.rand(rows, 1, K, generator=generator) < 0.004
+        x[large] *= 1000
+    return x.to(DEVICE)
+
+
+def int8_weights(N: int, K: int) -> Weights:
+    generator = torch.Generator().manual_seed(N * K)
+    w = torch.randint(-128, 128, (N, K), generator=generator, dtype=I8)
     scales = torch.rand(N, generator=generator)
-    check_linear(kernels.int8_linear, kernels.int8_linear_reference, x, w, scales)
-    for group in (32, 64, 128):
-        if K % group == 0:
-            w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=U8)
-            scales = torch.rand(N, K // group, generator=generator)
-            zeros = torch.randn(N, K // group, generator=generator)
-            check_linear(kernels.int4_linear, kernels.int4_linear_reference, x, w, scales, zeros)
+    return w.to(DEVICE), scales.to(DEVICE)
+
+
+def int4_weights(N: int, K: int, group: int) -> Weights:
+    generator = torch.Generator().manual_seed(N * K + group)
+    w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=U8)
+    scales = torch.rand(N, K // group, generator=generator).bfloat16()
+    zeros = torch.randn(N, K // group, generator=generator).bfloat16()
+    return w.to(DEVICE), scales.to(DEVICE), zeros.to(DEVICE)
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    return ((y.float() - expected).norm() / expected.norm()).item()
+
+
+def check_linear(y: Tensor, expected: Tensor) -> None:
+    """y against the reference of float32 vectors; it may be rounded to its dtype besides, and the
+    interpreter cuts what it stores as bfloat16."""
+    assert y.shape == expected.shape
+    rounding = {F32: 0, F16: 2.0**-11, BF16: 2.0**-7}[y.dtype]
+    assert relative_error(y, expected) < 1e-4 + rounding
+
+
+SHAPES = pytest.mark.parametrize("N, K, rows, dtype", [
+    (24, 96, 1, F32),
+    (40, 2048, 1, BF16),
+    (5, 1152, 2, BF16),
+    (70, 352, 3, F16),
+    (33, 32, 5, BF16),
+    (40, 1024, 8, F32),
+    (1, 576, 13, F16),
+    (65, 512, 16, BF16),
+], ids=str)
+
+
+@SHAPES
+def test_int8_linear(N: int, K: int, rows: int, dtype: torch.dtype) -> None:
+    x = vectors(rows, K).to(dtype)
+    weights = int8_weights(N, K)
+    expected = kernels.int8_linear_reference(x.float(), *weights)
+    for y in (run_linear_kernel(x, *weights), kernels.int8_linear(x, *weights)):
+        assert y.dtype == dtype
+        check_linear(y, expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@SHAPES
+def test_int4_linear(N: int, K: int, rows: int, group: int, dtype: torch.dtype) -> None:
+    K = -(-K // group) * group
+    x = vectors(rows, K).to(dtype)
+    weights = int4_weights(N, K, group)
+    packed = kernels.pack_int4(*weights)
+    expected = kernels.int4_linear_reference(x.float(), *weights)
+    for y in (
+        run_linear_kernel(x, *packed),
+        kernels.int4_linear(x, *weights),
+        kernels.packed_int4_linear(x, *packed),
+    ):
+        assert y.dtype == dtype
+        check_linear(y, expected)
+
+
+@pytest.mark.parametrize("rows, K, outliers", [(1, 1024, False), (4, 1000, True), (8, 704, True)])
+def test_linear_kernels_err_less_than_bfloat16_rounds(rows: int, K: int, outliers: bool) -> None:
+    """By 7 times at least, also where a few inputs are 1000 times larger than the rest."""
+    x = vectors(rows, K, outliers)
+    weights = int8_weights(64, K)
+    expected = kernels.int8_linear_reference(x, *weights)
+    rounding = relative_error(expected.bfloat16(), expected)
+    assert relative_error(run_linear_kernel(x, *weights), expected) < rounding / 7
+
+    x = x[..., :K // 32 * 32]
+    weights = int4_weights(64, x.shape[-1], 32)
+    expected = kernels.int4_linear_reference(x, *weights)
+    rounding = relative_error(expected.bfloat16(), expected)
+    packed = kernels.pack_int4(*weights)
+    assert relative_error(run_linear_kernel(x, *packed), expected) < rounding / 7
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so_and_in_its_row(bad: float) -> None:
+    for weights in (int8_weights(24, 512), kernels.pack_int4(*int4_weights(24, 512, 32))):
+        x = vectors(3, 512)
+        alone = run_linear_kernel(x, *weights)
+        x[1, 0, 300] = bad
+        y = run_linear_kernel(x, *weights)
+        assert not y[1].isfinite().any()
+        assert torch.equal(y[::2], alone[::2])
+
+
+def test_largest_and_smallest_vectors() -> None:
+    weights = int8_weights(16, 512)
+    for size in (1e-25, 1e30):
+        x = vectors(2, 512) * size
+        expected = kernels.int8_linear_reference(x, *weights)
+        check_linear(run_linear_kernel(x, *weights), expected)
+    assert not run_linear_kernel(x * 0, *weights).any()
+
+
+def test_a_vector_gives_the_same_bits_in_any_company() -> None:
+    for weights in (int8_weights(40, 1024), kernels.pack_int4(*int4_weights(40, 1024, 64))):
+        x = vectors(4, 1024)
+        together = run_linear_kernel(x, *weights)
+        for row in range(4):
+            assert torch.equal(run_linear_kernel(x[row:row + 1], *weights), together[row:row + 1])
+
+
+def test_no_vectors_give_no_outputs() -> None:
+    int4 = int4_weights(24, 96, 32)
+    for dtype in (F32, BF16):
+        x = torch.empty(2, 0, 96, dtype=dtype, device=DEVICE)
+        for y in (
+            kernels.int8_linear(x, *int8_weights(24, 96)),
+            kernels.int4_linear(x, *int4),
+            kernels.packed_int4_linear(x, *kernels.pack_int4(*int4)),
+        ):
+            assert y.shape == (2, 0, 24)
+            assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("K, group", [(32, 32), (96, 32), (256, 32), (192, 64), (384, 128)])
+def test_packed_weights_come_back(K: int, group: int) -> None:
+    w, scales, zeros = int4_weights(7, K, group)
+    packed, lines = kernels.pack_int4(w, scales, zeros)
+    assert packed.shape == (7, (K + 63) // 64, 32)
+    # input 0 in the low nibble of the first byte, in two's complement, and 32 in the high one
+    values = (w.int().cpu() & 15) - 8
+    first = packed[:, 0, 0].int().cpu()
+    assert torch.equal((first << 28) >> 28, values[:, 0])
+    if K > 32:
+        assert torch.equal(first >> 4, values[:, 16])
+
+    nibbles, their_scales, their_zeros = kernels.unpack_int4(packed, lines, K)
+    assert torch.equal(nibbles[:, ::2] | nibbles[:, 1::2] << 4, w)
+    assert torch.equal(their_scales, scales)
+    assert torch.equal(their_zeros, zeros)
 
 
 def test_linear_layouts_are_what_they_are_said_to_be() -> None:
@@ -701,10 +834,22 @@ def test_linear_layouts_are_what_they_are_said_to_be() -> None:
     assert y.flatten().tolist() == [7, -7, -8, 0] + [0] * 28
     y = kernels.int4_linear(x, w, one * 2, one)
     assert y.flatten()[:4].tolist() == [15, -13, -15, 1]
+
+
+def test_linear_arguments_are_checked() -> None:
+    x = vectors(1, 64)
+    w, scales, zeros = int4_weights(3, 64, 32)
+    packed, lines = kernels.pack_int4(w, scales, zeros)
     with pytest.raises(ValueError, match="int8_linear: needs x"):
-        kernels.int8_linear(x, w.to(I8), one[0])
+        kernels.int8_linear(x, packed.flatten(1), scales)
     with pytest.raises(ValueError, match="int4_linear: needs x"):
-        kernels.int4_linear(x, w[:, :8], one, zero)
+        kernels.int4_linear(x, w[:, :8], scales, zeros)
+    with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
+        kernels.packed_int4_linear(x[..., :32], packed, lines[:, :, :0])
+    with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
+        kernels.packed_int4_linear(x, packed[:2], lines)
+    with pytest.raises(ValueError, match="must be torch.bfloat16, got torch.float32"):
+        kernels.pack_int4(w, scales.float(), zeros)
 
 # --- without Triton ---
 
