@@ -222,8 +222,7 @@ def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
 
 
 def _flash_decode(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    # on AMD tl.debug_barrier does not wait for stores to memory, which the kernel relies on
-    if triton and q.is_cuda and not torch.version.hip:
+    if triton and q.is_cuda:
         return _flash_decode_triton(q, *args)
     return _flash_decode_torch(q, *args)
 
@@ -351,8 +350,10 @@ def _causal_mask(T: int, live: int, window: int | None) -> Tensor:
 # - new tokens are written by the program whose chunk they fall into, before its loop reads them
 #   back: nobody waits;
 # - a row's chunks leave their unnormalised output, maximum and sum in scratch memory, and the
-#   program that finishes last, by a counter, combines them in a fixed order and sets the counter
-#   back to zero for the next launch.
+#   program that finishes last, by a counter, sums them in a fixed order and sets the counter back
+#   to zero for the next launch.
+# The last two need a barrier that waits for a program's stores to memory. AMD's does not, so there
+# new tokens are written by a launch before, and parts are summed by a launch after.
 #
 # In the kernels m_i is a query's largest score so far, as a power of two, l_i the sum of its
 # weights relative to it, and acc its unnormalised output; M queries, N tokens of a tile.
@@ -365,6 +366,8 @@ LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
 DIMS = {"q": "bht", "k": "bhn", "v": "bhn", "k_new": "bht", "v_new": "bht",
         "k_scale": "bh", "v_scale": "bh"}
 STRIDES = [f"stride_{name}_{dim}" for name, dims in DIMS.items() for dim in dims]
+# numbers that must not make Triton compile anew when they change
+CHANGING = ["B", "S", "n_split", "n_fill", "min_tiles", *STRIDES]
 
 
 @jit
@@ -374,13 +377,12 @@ def _of_row(x, mine):
 
 
 @jit
-def _my_chunk(seqlens_ptr, k_new_ptr, B, S, n_split, T: tl.constexpr, WINDOW: tl.constexpr,
-              PAIRS: tl.constexpr, MIN_TILES: tl.constexpr,
+def _my_chunk(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, T: tl.constexpr,
+              WINDOW: tl.constexpr, PAIRS: tl.constexpr,
               BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its
     tokens this program has, how many chunks there are, the row's live length, and where the chunk
     starts and ends."""
-    NEW: tl.constexpr = 0 if k_new_ptr is None else T  # tokens that are being appended
     REACH: tl.constexpr = T + WINDOW - 1  # with a window, only so many of the last are seen
     pid = tl.program_id(0)
     rows = tl.arange(0, BLOCK_B)
@@ -392,9 +394,10 @@ def _my_chunk(seqlens_ptr, k_new_ptr, B, S, n_split, T: tl.constexpr, WINDOW: tl
     if WINDOW:
         first = tl.maximum(lens - REACH, 0) // BLOCK_N
     tiles = tl.cdiv(lens, BLOCK_N) - first
-    # the chunks of every row; an empty one still has zeros to write
+    # the size of a chunk, and the chunks of every row; an empty one still has zeros to write
     all_tiles = tl.sum(tiles) * PAIRS
-    size = tl.maximum(tl.cdiv(all_tiles, n_split), MIN_TILES)
+    worth_it = tl.minimum(min_tiles, tl.cdiv(all_tiles, n_fill))
+    size = tl.maximum(tl.cdiv(all_tiles, n_split), tl.maximum(worth_it, 1))
     chunks = tl.where(is_row, tl.maximum(tl.cdiv(tiles, size), 1), 0)
     # programs are handed out row by row, pair by pair, chunk by chunk
     ends = tl.cumsum(chunks * PAIRS)
@@ -414,21 +417,33 @@ def _my_chunk(seqlens_ptr, k_new_ptr, B, S, n_split, T: tl.constexpr, WINDOW: tl
 
 
 @jit
-def _append(x_ptr, cache_ptr, scale_ptr, stride_xt, stride_cn, pos, mask,
-            D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write new vectors into the cache at pos where mask says so, quantized as quantize_kv does."""
+def _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+            stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, n,
+            T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write those of the T new tokens that fall into start ... end: the last of n."""
+    t = tl.arange(0, triton.next_power_of_2(T))
     d = tl.arange(0, BLOCK_D)[None, :]
+    pos = n - T + t
+    mask = (t < T) & (pos >= start) & (pos < end)
     mask_d = mask[:, None] & (d < D)
-    t = tl.arange(0, pos.shape[0]).to(tl.int64)
-    x = tl.load(x_ptr + t[:, None] * stride_xt + d, mask_d, other=0)
+    t = t.to(tl.int64)[:, None]
+    k_new = tl.load(k_new_ptr + t * stride_k_new_t + d, mask_d, other=0)
+    v_new = tl.load(v_new_ptr + t * stride_v_new_t + d, mask_d, other=0)
+    _write(k_new, k_ptr + d, k_scale_ptr, stride_kn, pos, mask, mask_d)
+    _write(v_new, v_ptr + d, v_scale_ptr, stride_vn, pos, mask, mask_d)
+
+
+@jit
+def _write(x, cache_ptr, scale_ptr, stride_n, pos, mask, mask_d):
+    """Write vectors x into the cache at pos, quantized as quantize_kv does."""
     if scale_ptr is not None:
         x = x.to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
         x = tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])
         x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to nearest, ties to even
         tl.store(scale_ptr + pos, scale, mask)
-    at = cache_ptr + pos.to(tl.int64)[:, None] * stride_cn
-    tl.store(at + d, x.to(cache_ptr.dtype.element_ty), mask_d)
+    cache_ptrs = cache_ptr + pos.to(tl.int64)[:, None] * stride_n
+    tl.store(cache_ptrs, x.to(cache_ptrs.dtype.element_ty), mask_d)
 
 
 @jit
@@ -513,45 +528,46 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, st
 
 
 @jit
-def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, m_i, l_i, acc,
-             D: tl.constexpr, ROWS: tl.constexpr):
-    """Leave this chunk's result in scratch memory; the last program of a row to get here sums them
-    all."""
+def _leave_part(part_ptr, mask, m_i, l_i, acc, ROWS: tl.constexpr, D: tl.constexpr):
+    """Leave this chunk's result in scratch memory: for each of ROWS queries acc, m_i and l_i."""
     r = tl.arange(0, acc.shape[0])
     d = tl.arange(0, acc.shape[1])[None, :]
-    mask_d = mask[:, None] & (d < D)
     program = tl.program_id(0).to(tl.int64)
     here = part_ptr + (program * ROWS + r) * (D + 8)
-    tl.store(here[:, None] + d, acc, mask_d)
+    tl.store(here[:, None] + d, acc, mask[:, None] & (d < D))
     tl.store(here + D, m_i, mask)
     tl.store(here + D + 1, l_i, mask)
-    tl.debug_barrier()  # every thread's part is written before one of them counts
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1
-    if last:
-        tl.store(counter_ptr, 0)
-        # loads that wait for memory together
-        AT_ONCE: tl.constexpr = max(1, 8192 // (acc.shape[0] * acc.shape[1]))
-        m_i = tl.full(m_i.shape, float("-inf"), tl.float32)
-        l_i = tl.zeros_like(l_i)
-        acc = tl.zeros_like(acc)
-        for first in tl.range(0, n_chunks, AT_ONCE, num_stages=1):
-            for i in tl.static_range(AT_ONCE):
-                part = here + (first + i - chunk) * ROWS * (D + 8)
-                live = mask & (first + i < n_chunks)
-                part_ptrs = part[:, None] + d
-                live_d = live[:, None] & (d < D)
-                # .cg: past L1, which does not see what other SMs wrote
-                part_acc = tl.load(part_ptrs, live_d, other=0, cache_modifier=".cg")
-                part_m = tl.load(part + D, live, other=float("-inf"), cache_modifier=".cg")
-                part_l = tl.load(part + D + 1, live, other=0, cache_modifier=".cg")
-                new_m = tl.maximum(m_i, part_m)
-                safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-                decay = tl.exp2(m_i - safe_m)
-                grow = tl.exp2(part_m - safe_m)
-                m_i = new_m
-                l_i = l_i * decay + part_l * grow
-                acc = acc * decay[:, None] + part_acc * grow[:, None]
-    return last, m_i, l_i, acc
+
+
+@jit
+def _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr):
+    """m_i, l_i and acc of a whole row: the sum of what the programs of its chunks left."""
+    M: tl.constexpr = mask.shape[0]
+    AT_ONCE: tl.constexpr = max(1, min(16, 8192 // (M * BLOCK_D)))  # they wait for memory together
+    r = tl.arange(0, M)
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    part_ptr += (first_program.to(tl.int64) * ROWS + r)[None, :] * (D + 8)
+    m_i = tl.full([M], float("-inf"), tl.float32)
+    l_i = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    for first in tl.range(0, n_chunks, AT_ONCE, num_stages=1):
+        chunk = first + tl.arange(0, AT_ONCE)[:, None]
+        live = mask[None, :] & (chunk < n_chunks)  # (AT_ONCE, M)
+        live_d = live[:, :, None] & (d < D)
+        parts = part_ptr + chunk * (ROWS * (D + 8))
+        # .cg: past L1, which does not see what other SMs wrote
+        part_m = tl.load(parts + D, live, other=float("-inf"), cache_modifier=".cg")
+        part_l = tl.load(parts + D + 1, live, other=0, cache_modifier=".cg")
+        part_acc = tl.load(parts[:, :, None] + d, live_d, other=0, cache_modifier=".cg")
+        new_m = tl.maximum(m_i, tl.max(part_m, 0))
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        decay = tl.exp2(m_i - safe_m)
+        grow = tl.exp2(part_m - safe_m[None, :])
+        m_i = new_m
+        l_i = l_i * decay + tl.sum(part_l * grow, 0)
+        acc = acc * decay[:, None] + tl.sum(part_acc * grow[:, :, None], 0)
+    return m_i, l_i, acc
 
 
 @jit
@@ -563,48 +579,60 @@ def _head(ptr, b, kv_head, stride_b, stride_h):
 
 
 @jit
-def _queries(q_ptr, stride_qh, stride_qt, h, t, d, mask_d):
-    """A row's queries of heads h and tokens t: [M, D]."""
-    offs = h * stride_qh + t.to(tl.int64) * stride_qt
-    return tl.load(q_ptr + offs[:, None] + d, mask_d, other=0)
+def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The KV head of a pair; the head and token of its first M queries, and which of them exist."""
+    BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
+    kv_head = (pair // BLOCKS).to(tl.int64)  # int64 before any stride multiplies
+    r = pair % BLOCKS * BLOCK_M + tl.arange(0, M)
+    return kv_head, kv_head * G + r // T, r % T, r < G * T
 
 
 @jit
-def _store(out_ptr, lse_ptr, at, d, mask, mask_d, m_i, l_i, acc, D: tl.constexpr):
-    """Write the results of queries at, counted over the whole batch."""
+def _store(out_ptr, lse_ptr, b, h, t, mask, m_i, l_i, acc,
+           HQ: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+    """Write the results of row b's queries of heads h and tokens t."""
+    at = (b * HQ + h) * T + t
+    d = tl.arange(0, acc.shape[1])[None, :]
     norm = tl.where(l_i == 0, 1.0, l_i)
     out_ptrs = out_ptr + at[:, None] * D + d
     out = acc / norm[:, None]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask_d)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask[:, None] & (d < D))
     tl.store(lse_ptr + at, (m_i + tl.log2(norm)) / LOG2E, mask)
 
 
-@jit(do_not_specialize=["B", "S", "n_split", *STRIDES])
+@jit
+def _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, first_program, n_chunks,
+               HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the results of a row that several programs worked on."""
+    ROWS: tl.constexpr = min(BLOCK_M, G * T)
+    M: tl.constexpr = triton.next_power_of_2(ROWS)
+    _, h, t, mask = _queries_of(pair, M, G, T, BLOCK_M)
+    m_i, l_i, acc = _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS, D, BLOCK_D)
+    _store(out_ptr, lse_ptr, row.to(tl.int64), h, t, mask, m_i, l_i, acc, HKV * G, T, D)
+
+
+@jit(do_not_specialize=CHANGING)
 def _flash_decode_kernel(
     q_ptr, k_ptr, v_ptr, seqlens_ptr, k_new_ptr, v_new_ptr, k_scale_ptr, v_scale_ptr,
     slopes_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, counter_ptr,
-    scale, softcap, B, S, n_split, stride_q_b, stride_q_h, stride_q_t,
+    scale, softcap, B, S, n_split, n_fill, min_tiles, stride_q_b, stride_q_h, stride_q_t,
     stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
     stride_k_new_b, stride_k_new_h, stride_k_new_t, stride_v_new_b, stride_v_new_h, stride_v_new_t,
     stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
-    HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, MIN_TILES: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
     row, pair, chunk, n_chunks, n, start, end = _my_chunk(
-        seqlens_ptr, k_new_ptr, B, S, n_split, T, WINDOW, HKV * BLOCKS, MIN_TILES, BLOCK_B, BLOCK_N)
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
     if row >= B:
         return
-    b = row.to(tl.int64)  # int64 before any stride multiplies
-    kv_head = (pair // BLOCKS).to(tl.int64)
+    b = row.to(tl.int64)
+    kv_head, h, t, mask = _queries_of(pair, BLOCK_M, G, T, BLOCK_M)
     d = tl.arange(0, BLOCK_D)[None, :]
-    r = pair % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of the dot: heads times tokens
-    h = kv_head * G + r // T
-    t = r % T
-    mask = r < G * T
-    mask_d = mask[:, None] & (d < D)
-    q = _queries(q_ptr + b * stride_q_b, stride_q_h, stride_q_t, h, t, d, mask_d)
+    q_ptrs = q_ptr + b * stride_q_b + (h * stride_q_h + t.to(tl.int64) * stride_q_t)[:, None]
+    q = tl.load(q_ptrs + d, mask[:, None] & (d < D), other=0)  # (M, D)
     # the caches' strides come divided by VEC, so that the compiler knows to load 16 bytes at once
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
@@ -613,26 +641,65 @@ def _flash_decode_kernel(
     k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
     v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
     if k_new_ptr is not None and end > n - T:
-        pos = n - T + tl.arange(0, 16)
-        fits = (pos < n) & (pos >= start) & (pos < end)
-        k_new = _head(k_new_ptr, b, kv_head, stride_k_new_b, stride_k_new_h)
-        v_new = _head(v_new_ptr, b, kv_head, stride_v_new_b, stride_v_new_h)
-        _append(k_new, k_ptr, k_scale_ptr, stride_k_new_t, stride_kn, pos, fits, D, BLOCK_D)
-        _append(v_new, v_ptr, v_scale_ptr, stride_v_new_t, stride_vn, pos, fits, D, BLOCK_D)
+        k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
+        v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
+        _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+                stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, n, T, D, BLOCK_D)
         tl.debug_barrier()
     m_i, acc, l_i = _attend(
         q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, stride_kn, stride_vn,
         start, end, n, chunk, h, n - T + t, mask, scale, softcap, CAUSAL, WINDOW, T, D, BLOCK_N)
-    last = True
-    if n_chunks > 1:
-        last, m_i, l_i, acc = _combine(
-            part_ptr, counter_ptr + row * HKV * BLOCKS + pair, chunk, n_chunks, mask,
-            m_i, l_i, acc, D, min(BLOCK_M, G * T))
-    if last:
-        _store(out_ptr, lse_ptr, (b * HKV * G + h) * T + t, d, mask, mask_d, m_i, l_i, acc, D)
+    if n_chunks == 1:
+        _store(out_ptr, lse_ptr, b, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
+    else:
+        _leave_part(part_ptr, mask, m_i, l_i, acc, min(BLOCK_M, G * T), D)
+        if counter_ptr is not None:
+            tl.debug_barrier()  # every thread's part is written before one of them counts
+            counter_ptr += row * PAIRS + pair
+            if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1:
+                tl.store(counter_ptr, 0)
+                _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, tl.program_id(0) - chunk,
+                           n_chunks, HKV, G, T, D, BLOCK_M, BLOCK_D)
 
 
-def _blocks(itemsize: int, D: int, rows: int, smem: int) -> dict[str, int]:
+@jit(do_not_specialize=CHANGING)
+def _append_kernel(
+    k_ptr, v_ptr, seqlens_ptr, k_new_ptr, v_new_ptr, k_scale_ptr, v_scale_ptr, S,
+    stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
+    stride_k_new_b, stride_k_new_h, stride_k_new_t, stride_v_new_b, stride_v_new_h, stride_v_new_t,
+    stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
+    HKV: tl.constexpr, T: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Write the new tokens of a row and KV head."""
+    b = tl.program_id(0).to(tl.int64) // HKV
+    kv_head = tl.program_id(0).to(tl.int64) % HKV
+    n = tl.minimum(tl.load(seqlens_ptr + b) + T, S)
+    k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
+    v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
+    k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
+    v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
+    k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
+    v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
+    _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k_new_t,
+            stride_v_new_t, stride_k_n * VEC, stride_v_n * VEC, 0, n, n, T, D, BLOCK_D)
+
+
+@jit(do_not_specialize=CHANGING)
+def _sum_kernel(
+    seqlens_ptr, out_ptr, lse_ptr, part_ptr, B, S, n_split, n_fill, min_tiles,
+    HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
+    WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Sum what _flash_decode_kernel's chunks left: of the same programs, those of first chunks."""
+    row, pair, chunk, n_chunks, _, _, _ = _my_chunk(
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
+    if row < B and chunk == 0 and n_chunks > 1:
+        _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, tl.program_id(0), n_chunks,
+                   HKV, G, T, D, BLOCK_M, BLOCK_D)
+
+
+def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int = 32) -> dict[str, int]:
     """Tile sizes with which two programs fit an SM that has smem bytes of shared memory."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     # rows of the dot
@@ -654,7 +721,6 @@ def _blocks(itemsize: int, D: int, rows: int, smem: int) -> dict[str, int]:
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        MIN_TILES=256 // BLOCK_N,
         num_warps=8 if many_warps else 4,
         num_stages=max(2, min(4, stages)))
 
@@ -672,31 +738,27 @@ def _arguments(
     k: Tensor | None, v: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
     scale: float | None, causal: bool, window: int | None, softcap: float | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, blocks: dict[str, int], n_programs: int,
-) -> tuple[int, dict[str, Any]]:
-    """The kernel's grid size, and its arguments but the counters. n_programs: how many the GPU runs
-    at once."""
+) -> dict[str, Any]:
+    """The kernels' arguments but the counters. n_programs: how many the GPU runs at once."""
     B, Hq, T, D = q.shape
     _, Hkv, S, _ = k_cache.shape
     G = Hq // Hkv
-    pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
-    if 2 * pairs <= n_programs:
-        n_split = n_programs - pairs  # few pairs: as many chunks as run at once
-    else:
-        n_split = 4 * n_programs  # several waves of them: an uneven last one matters little
-    grid = n_split + pairs
     part_rows = min(blocks["BLOCK_M"], G * T)
+    n_pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
+    split = _split(n_pairs, n_programs, blocks["BLOCK_N"])
+    n_parts = split["n_split"] + n_pairs  # at most: one for every program of the grid
     cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
     vec = math.gcd(16, *cache_strides)
-    return grid, dict(
+    out, lse = _flash_decode_fake(q)
+    return dict(
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens,
         k_new_ptr=k, v_new_ptr=v, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
-        slopes_ptr=alibi_slopes, sinks_ptr=sinks,
-        out_ptr=q.new_empty(q.shape),
-        lse_ptr=q.new_empty((B, Hq, T), dtype=torch.float32),
-        part_ptr=q.new_empty((grid, part_rows, D + 8), dtype=torch.float32),
+        slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=out, lse_ptr=lse,
+        part_ptr=q.new_empty((n_parts, part_rows, D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale),
         softcap=softcap,
-        B=B, S=S, n_split=n_split,
+        B=B, S=S,
+        **split,
         **_strides("q", q),
         **_strides("k", k_cache, vec),
         **_strides("v", v_cache, vec),
@@ -704,47 +766,107 @@ def _arguments(
         **_strides("v_new", v),
         **_strides("k_scale", k_scale),
         **_strides("v_scale", v_scale),
-        HKV=Hkv, G=G, T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec,
+        HKV=Hkv, G=G, T=T, D=D, NEW=0 if k is None else T,
+        CAUSAL=causal, WINDOW=window or 0, VEC=vec, PAIRS=n_pairs // B,
         BLOCK_B=triton.next_power_of_2(B),
         **blocks)
 
 
-_zeros: dict[tuple, Tensor] = {}
+MIN_CHUNK = 256  # tokens: starting a program and summing what it leaves must be worth it
+
+
+def _split(n_pairs: int, n_programs: int, BLOCK_N: int) -> dict[str, int]:
+    """How the tokens of so many pairs of a row and a KV head are cut, in tiles of BLOCK_N tokens:
+    into n_split chunks, none below min_tiles unless that leaves SMs idle, n_fill of them."""
+    n_split = n_programs - n_pairs  # as many chunks as run at once
+    min_chunk = MIN_CHUNK
+    if n_pairs > n_programs // 2:
+        # the pairs fill the GPU: in several waves of chunks an uneven last one matters little, and
+        # short rows are better left whole
+        n_split = 4 * n_programs
+        min_chunk = 2 * MIN_CHUNK
+    return dict(n_split=n_split, n_fill=n_programs // 2, min_tiles=min_chunk // BLOCK_N)
+
+
+Launch = tuple[Any, int, dict[str, Any]]  # a kernel, how many programs, its arguments
+
+
+def _launches(arguments: dict[str, Any], counters: Tensor | None) -> list[Launch]:
+    """What flash_decode launches. With counters, a zero for each pair of a row and a KV head, one
+    kernel does it all; without, one appends before it and one sums the parts after it."""
+    grid = len(arguments["part_ptr"])
+    if counters is not None:
+        return [_launch(_flash_decode_kernel, grid, arguments, counter_ptr=counters)]
+    launches = []
+    if arguments["NEW"]:
+        n_heads = arguments["B"] * arguments["HKV"]
+        launches.append(_launch(_append_kernel, n_heads, arguments))
+    launches.append(_launch(_flash_decode_kernel, grid, arguments,
+                            k_new_ptr=None, v_new_ptr=None, counter_ptr=None))
+    launches.append(_launch(_sum_kernel, grid, arguments))
+    return launches
+
+
+def _launch(kernel: Any, grid: int, arguments: dict[str, Any], **changes: Tensor | None) -> Launch:
+    """A launch with those of the arguments that the kernel knows."""
+    known = {*kernel.arg_names, "num_warps", "num_stages"}
+    arguments = arguments | changes
+    return kernel, grid, {name: x for name, x in arguments.items() if name in known}
+
+
+# zeros that nobody counts in yet, by device; all that were ever made, for graphs keep pointers only;
+# and those that a stream counts in
+_unused: dict[torch.device, Tensor] = {}
+_slabs: list[Tensor] = []
+_of_streams: dict[tuple, Tensor] = {}
+SLAB = 2 ** 18  # 1 MB: for 256 captures of 32 layers with up to 32 pairs each
 
 
 def _counters(device: torch.device, n: int) -> Tensor:
-    """At least n zeros, which every launch leaves at zero: a set per stream, and one for a device's
-    captured graphs."""
-    n = max(4096, triton.next_power_of_2(n))
-    of_graphs = (device, "graph", n)
+    """n zeros, which every launch leaves at zero, for launches that cannot overlap: a stream's own
+    or, as a graph may be replayed beside any other work, a captured launch's own for good."""
+    n = 32 * triton.cdiv(n, 32)  # cache lines; and Triton would compile anew for odd addresses
     if torch.cuda.is_current_stream_capturing():
-        if of_graphs in _zeros:
-            return _zeros[of_graphs]
-        # nothing was launched before: every replay zeroes its own
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    of_stream = (device, torch.cuda.current_stream(device).cuda_stream, n)
-    if of_stream not in _zeros:
-        _zeros[of_stream] = torch.zeros(n, dtype=torch.int32, device=device)
-        if of_graphs not in _zeros:
-            _zeros[of_graphs] = torch.zeros(n, dtype=torch.int32, device=device)
-    return _zeros[of_stream]
+        if device not in _unused or len(_unused[device]) < n:
+            # memory made here is a graph's to fill: it writes zeros in every replay
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        return _take(device, n)
+    if device not in _unused or len(_unused[device]) < n + SLAB // 2:
+        _unused[device] = torch.zeros(n + SLAB, dtype=torch.int32, device=device)
+        _slabs.append(_unused[device])
+    stream = (device, torch.cuda.current_stream(device).cuda_stream)
+    if stream not in _of_streams or len(_of_streams[stream]) < n:
+        _of_streams[stream] = _take(device, n)
+    return _of_streams[stream]
+
+
+def _take(device: torch.device, n: int) -> Tensor:
+    taken = _unused[device][:n]
+    _unused[device] = _unused[device][n:]
+    return taken
 
 
 def _flash_decode_triton(
-    q: Tensor, k_cache: Tensor, *args: Any,
-    blocks: dict[str, int] | None = None, n_programs: int | None = None,
+    q: Tensor, k_cache: Tensor, *args: Any, blocks: dict[str, int] | None = None,
+    n_programs: int | None = None, one_launch: bool = not torch.version.hip,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel. blocks and n_programs are for tests: they stand for a device that is not
-    there."""
+    """Launch the kernels: one, or on AMD up to three. The keywords are for tests: they stand for a
+    device that is not there."""
+    if not len(q):
+        return _flash_decode_fake(q)
     if blocks is None:
         gpu = torch.cuda.get_device_properties(q.device)
         rows = q.shape[1] // k_cache.shape[1] * q.shape[2]
         blocks = _blocks(k_cache.element_size(), q.shape[3], rows,
                          gpu.shared_memory_per_multiprocessor)
         n_programs = 2 * gpu.multi_processor_count
-    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs)
+    arguments = _arguments(q, k_cache, *args, blocks, n_programs)
+    counters = None
+    if one_launch:
+        counters = _counters(q.device, arguments["B"] * arguments["PAIRS"])
     with torch.cuda.device_of(q):
-        _flash_decode_kernel[(grid,)](**arguments, counter_ptr=_counters(q.device, grid))
+        for kernel, grid, kernel_arguments in _launches(arguments, counters):
+            kernel[(grid,)](**kernel_arguments)
     return arguments["out_ptr"], arguments["lse_ptr"]
 
 # --- int8 and int4 weights times a few vectors ---

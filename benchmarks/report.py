@@ -32,7 +32,9 @@ SMEM = {
     "sm_90": 228,
     "sm_100": 228,
     "sm_120": 100,
+    "gfx90a": 64,
     "gfx942": 64,
+    "gfx1100": 64,
 }
 
 FLASH_DECODE = (
@@ -77,14 +79,14 @@ def report(archs: Iterable[str]) -> int:
     """Print what every kernel becomes; 1 if one spills registers or reads cache or weights by less
     than 16 bytes."""
     failed = 0
-    print(f"{'GPU':7}{'kernel':40}registers  spilled  shared KB  programs/SM  KB in flight/SM"
+    print(f"{'GPU':8}{'kernel':44}registers  spilled  shared KB  programs/SM  KB in flight/SM"
           "  loads in its loop")
     for arch in archs:
-        for name, kernel, arguments, needed in cases(SMEM[arch] * 1024):
+        for name, kernel, arguments, needed in cases(arch):
             compiled = compile_for(arch, kernel, arguments)
             stages = arguments.get("num_stages", 3)
             usage = usage_of(compiled, arch, needed, stages)
-            print(f"{arch:7}{name:40}{row(usage)}", flush=True)
+            print(f"{arch:8}{name:44}{row(usage)}", flush=True)
             if usage.wrong:
                 failed = 1
     return failed
@@ -123,7 +125,7 @@ def usage_of(compiled: Any, arch: str, needed: int, stages: int) -> Usage:
         wrong.append("SPILLS")
     if loads[16] * 16 * threads < needed:
         wrong.append("NARROW LOADS")
-    dots = re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
+    dots = re.findall(r"v_(?:mfma|wmma)_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
     return Usage(
         registers=registers,
         spilled=spilled,
@@ -143,10 +145,10 @@ def usage_of(compiled: Any, arch: str, needed: int, stages: int) -> Usage:
 Case = tuple[str, Any, dict[str, Any], int]
 
 
-def cases(smem: int) -> Iterator[Case]:
-    """On a GPU with smem bytes of shared memory per SM."""
+def cases(arch: str) -> Iterator[Case]:
+    """What is launched on a GPU of that kind."""
     for name in FLASH_DECODE:
-        yield flash_decode(name, smem)
+        yield from flash_decode(name, arch)
     for rows in (1, 4, 8, 16):
         yield int8_linear(rows)
         yield int4_linear(rows, 32)
@@ -159,8 +161,8 @@ def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def flash_decode(name: str, smem: int) -> Case:
-    """A case of FLASH_DECODE."""
+def flash_decode(name: str, arch: str) -> Iterator[Case]:
+    """The kernels of a case of FLASH_DECODE."""
     D, G, T = [int(number) for number in re.findall(r"=(\d+)", name)]
     dtype = DTYPES[name[:4]]
     q = tensor(dtype, 4, 8 * G, T, D)
@@ -179,17 +181,22 @@ def flash_decode(name: str, smem: int) -> Case:
         softcap = 50.0
         slopes = tensor(torch.float32, 8 * G)
         sinks = tensor(torch.float32, 8 * G)
-    blocks = kernels._blocks(cache.element_size(), D, G * T, smem)
+    blocks = kernels._blocks(cache.element_size(), D, G * T, SMEM[arch] * 1024, warp_size(arch))
     scale = None
     causal = True
     programs = 264
-    _, arguments = kernels._arguments(
+    arguments = kernels._arguments(
         q, cache, cache, lens, new, new, scales, scales, scale, causal,
         window, softcap, slopes, sinks, blocks, programs,
     )
-    arguments["counter_ptr"] = tensor(torch.int32, 4096)
-    needed = 2 * blocks["BLOCK_N"] * D * cache.element_size()
-    return f"flash_decode {name}", kernels._flash_decode_kernel, arguments, needed
+    counters = None if arch.startswith("gfx") else tensor(torch.int32, 4096)
+    for kernel, _, arguments in kernels._launches(arguments, counters):
+        if kernel is kernels._flash_decode_kernel:
+            needed = 2 * blocks["BLOCK_N"] * D * cache.element_size()
+            yield f"flash_decode {name}", kernel, arguments, needed
+        else:
+            part = kernel.__name__.strip("_").removesuffix("_kernel")
+            yield f"flash_decode {name}, {part}", kernel, arguments, 0
 
 
 # inputs, and any number of outputs: a multiple of 16 would be known to the compiler
@@ -220,6 +227,11 @@ def int4_linear(rows: int, group: int) -> Case:
 # --- what becomes of it ---
 
 
+def warp_size(arch: str) -> int:
+    """64 on AMD's CDNA, 32 on its RDNA and NVIDIA's."""
+    return 64 if arch.startswith("gfx9") else 32
+
+
 class Driver:
     """The part of a GPU's driver that compiling asks for."""
 
@@ -234,7 +246,7 @@ class Driver:
 
     def get_current_target(self) -> Any:
         if self.arch.startswith("gfx"):
-            return triton.backends.compiler.GPUTarget("hip", self.arch, 64)
+            return triton.backends.compiler.GPUTarget("hip", self.arch, warp_size(self.arch))
         capability = int(self.arch.removeprefix("sm_"))
         return triton.backends.compiler.GPUTarget("cuda", capability, 32)
 
@@ -281,10 +293,14 @@ def load_size(line: str) -> int:
     if load:
         return int(load[1] or 1) * int(load[2]) // 8
     # global_load_dwordx4, buffer_load_ushort
-    load = re.search(r"(?:global|buffer)_load_(dword|\w)(?:x(\d))?", line)
+    load = re.search(r"(?:global|buffer)_load_[us]?(dword|short|byte)(?:x(\d))?", line)
     if load:
-        size = {"dword": 4, "u": 2, "s": 2}[load[1]]
+        size = {"dword": 4, "short": 2, "byte": 1}[load[1]]
         return size * int(load[2] or 1)
+    # the same on gfx11 and later: global_load_b128, buffer_load_d16_u16
+    load = re.search(r"(?:global|buffer)_load_(?:d16_)?(?:hi_)?[bui](\d+)", line)
+    if load:
+        return int(load[1]) // 8
     return 0
 
 
