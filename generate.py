@@ -198,6 +198,7 @@ class Running:
     number: int  # of the request, in the order in which run was given them
     request: Request
     budget: int  # most new tokens
+    row: int | None = None  # where it is now
     drawn: int = 0  # tokens that were drawn on the device
     read: int = 0  # tokens that the host has seen
     done: bool = False
@@ -281,6 +282,10 @@ class Engine:
         self.tables: list[Tensor] = []  # what the graphs read that the model may replace
         self.owner: object = None  # the run that drives the rows
         self.stats = Stats()
+        self.lag = LAG if self.device.type == "cuda" else 0
+        self.sample = sample
+        if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
+            self.sample = torch.compile(sample, dynamic=False)
 
     # --- a step ---
 
@@ -299,7 +304,7 @@ class Engine:
         logits = self.model.decode(token, input_pos, self.cache)[:, -1]  # (B, V)
         # a row without a request stays where it is, and what it writes there is nobody's
         input_pos.add_(self.active[rows]).clamp_(max=self.cache.max_seq_len - 1)
-        drawn = sample(logits, self.sampling.rows(rows), self.kind, input_pos)
+        drawn = self.sample(logits, self.sampling.rows(rows), self.kind, input_pos)
         token.copy_(drawn[:, None])
 
     def width(self) -> int:
@@ -375,6 +380,8 @@ class Engine:
         for setting, values in zip(self.sampling, new):
             setting[reading.rows] = values
         # meanwhile the others' steps write where these rows' own will: behind the prompts
+        for row, running in rows.items():
+            running.row = row
         self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
         return reading
 
@@ -406,7 +413,6 @@ class Engine:
         me = self.owner = object()
         reading: Reading | None = None
         pending: deque[Launch] = deque()
-        lag = LAG if self.device.type == "cuda" else 0
         mark = self.mark()
         while waiting or reading or self.running or pending:
             launches = []
@@ -418,6 +424,8 @@ class Engine:
                 if launches:
                     reading = None
                 mark = self.mark()
+            elif self.refills and not self.compiled:
+                self.close_gap()
             # a step
             if self.running:
                 if not pending:  # the time since the step before was the caller's
@@ -426,7 +434,7 @@ class Engine:
                 mark = launches[-1].ended
             # what the host is to see: all of it once nothing more is under way
             pending += launches
-            while len(pending) > (lag if launches else 0):
+            while len(pending) > (self.lag if launches else 0):
                 yield from self.read(pending.popleft())
                 if self.owner is not me:
                     raise RuntimeError("another run of this engine has begun")
@@ -495,16 +503,33 @@ class Engine:
         for row, running in rows.items():
             running.drawn += 1
             if running.drawn == running.budget:
-                self.free(row)
+                self.free(running)
         return Launch(tokens, rows, is_step, began, self.mark())
 
-    def free(self, row: int) -> None:
-        """Stop a row's request. A row that serves one request after the other goes where steps
+    def close_gap(self) -> None:
+        """Move the last row's request to a free row before it, so that steps have fewer rows."""
+        last = max(self.running, default=0)
+        free = next((row for row in range(last) if row not in self.running), None)
+        if free is None:
+            return
+        running = self.running.pop(last)
+        self.running[free] = running
+        running.row = free
+        request = running.request
+        self.cache.copy_row(last, free, request.cached + len(request.prompt) + running.drawn)
+        for tensor in (self.token, self.input_pos, self.active, *self.sampling):
+            tensor[free] = tensor[last]
+        self.active[last] = 0
+
+    def free(self, running: Running) -> None:
+        """Let go of a request's row. One that serves one request after the other goes where steps
         cost it least; any other keeps its text, for a caller who continues it."""
-        cached = self.running.pop(row).request.cached
-        self.active[row] = 0
+        if self.running.get(running.row) is not running:
+            return  # all its tokens were drawn before
+        del self.running[running.row]
+        self.active[running.row] = 0
         if self.refills:
-            self.input_pos[row] = cached
+            self.input_pos[running.row] = running.request.cached
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
@@ -519,8 +544,8 @@ class Engine:
             if launch.is_step:
                 self.stats.useful_row_steps += 1
                 self.stats.decode_tokens += 1
-            if running.done and self.running.get(row) is running:
-                self.free(row)
+            if running.done:
+                self.free(running)
             yield running.number, [tokens[row]]
 
     def take(self, running: Running, token: int) -> None:
