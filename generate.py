@@ -7,7 +7,10 @@ all on the device. Engine.run turns requests into tokens; generate() and the com
 it."""
 from __future__ import annotations
 
+import hashlib
 import json
+import random
+import struct
 import sys
 import time
 import traceback
@@ -27,11 +30,14 @@ from cli.batch import Show, read_lines, read_text, run_batches
 from cli.chat import chat
 from cli.stats import Memory, Stats, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
-from formats.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, Transformer, load_model, run_block, run_head, tensor_bytes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 
-PREFILL_CHUNK = 8192  # longest run of prompt tokens in one pass; bounds the activations' memory
+PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
+# most of them while rows decode: these wait for one pass at a time, which is to cost little more
+# than a step but use the device well
+CHUNK = {"cpu": 128, "cuda": 512}
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
 CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
 
@@ -48,6 +54,9 @@ class Request:
     min_p: float | None = None
     eos_ids: frozenset[int] = frozenset()
     cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
+    seed: int | None = None  # the same, the same text; None: a new one when the request starts
+    # called on the host with each new token, in a list of its own; True: it was the last
+    ends: Callable[[list[int]], bool] | None = None
 
 
 # --- sampling ---
@@ -59,6 +68,7 @@ class Sampling(NamedTuple):
     top_k: Tensor  # int64; the vocabulary's size: all
     top_p: Tensor  # float32; infinity: all
     min_p: Tensor  # float32; 0: all
+    key: Tensor  # int32 [B, 2], made from the seed: which random numbers are the request's
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> Sampling:
@@ -69,15 +79,26 @@ class Sampling(NamedTuple):
             keeps_all = request.top_p is None or request.top_p >= 1
             top_p.append(float("inf") if keeps_all else request.top_p)
         min_p = [request.min_p or 0.0 for request in requests]
+        key = [key_of(request.seed) for request in requests]
         return cls(
             torch.tensor(temperature, dtype=torch.float32, device=device),
             torch.tensor(top_k, dtype=torch.int64, device=device),
             torch.tensor(top_p, dtype=torch.float32, device=device),
             torch.tensor(min_p, dtype=torch.float32, device=device),
+            torch.tensor(key, dtype=torch.int32, device=device),
         )
 
     def rows(self, rows: slice) -> Sampling:
         return Sampling(*(setting[rows] for setting in self))
+
+
+def key_of(seed: int | None) -> tuple[int, int]:
+    """Two int32 numbers from any seed, by a hash, so that neighbouring seeds share nothing; None:
+    from a new seed."""
+    if seed is None:
+        seed = random.getrandbits(64)
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    return struct.unpack("<ii", digest)
 
 
 def kind_of(requests: Iterable[Request]) -> str:
@@ -96,44 +117,77 @@ def kind_of(requests: Iterable[Request]) -> str:
     return "plain"
 
 
-def sample(logits: Tensor, sampling: Sampling, kind: str, generator: torch.Generator) -> Tensor:
-    """logits [B, vocab_size] -> token ids [B], by a step of that kind.
+def sample(logits: Tensor, sampling: Sampling, kind: str, position: Tensor) -> Tensor:
+    """logits [N, vocab_size] -> token ids [N], by a step of that kind.
 
-    The draw divides by exponential noise and takes the largest (a Gumbel-max draw), so that
-    nothing is read back to the host."""
+    position [N] int32: where the tokens will stand. The draw divides by exponential noise and
+    takes the largest (a Gumbel-max draw), so that nothing is read back to the host."""
     likeliest = logits.argmax(-1)
     if kind == "greedy":
         return likeliest
     greedy = sampling.temperature == 0
     temperature = sampling.temperature.masked_fill(greedy, 1.0)
-    probs = (logits.float() / temperature[:, None]).softmax(-1)  # (B, V)
-    if kind == "top_k":
-        probs = filter_probs(probs, sampling, min(CANDIDATES, probs.shape[-1]))
-    elif kind == "filtered":
-        probs = filter_probs(probs, sampling, probs.shape[-1])
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    drawn = (probs / noise).argmax(-1)
+    probs = (logits.float() / temperature[:, None]).softmax(-1)  # (N, V)
+    N, V = probs.shape
+    if kind == "plain":
+        ids = torch.arange(V, device=probs.device)[None]
+    elif kind == "top_k":
+        probs, ids = filter_probs(probs, sampling, min(CANDIDATES, V))
+    else:
+        probs, ids = filter_probs(probs, sampling, V)
+    best = (probs / noise(sampling.key, position, ids)).argmax(-1, keepdim=True)  # (N, 1)
+    drawn = ids.expand(N, -1).gather(-1, best)[:, 0]
     return torch.where(greedy, likeliest, drawn)
 
 
-def filter_probs(probs: Tensor, sampling: Sampling, n_candidates: int) -> Tensor:
-    """Zero the probabilities [B, V] that a row's filters drop, one filter after the other.
+def filter_probs(
+    probs: Tensor, sampling: Sampling, n_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """The n_candidates likeliest of probabilities [N, V], likeliest first, with zeros for what a
+    row's filters drop, one filter after the other; and their token ids: [N, n_candidates] each.
 
     top_k: the k likeliest. top_p: the fewest tokens whose probabilities reach p of what is left,
-    the one that crosses it included. min_p: those at least min_p times as likely as the likeliest.
-    Only the n_candidates likeliest tokens stay in any case."""
+    the one that crosses it included. min_p: those at least min_p times as likely as the
+    likeliest."""
     if n_candidates < probs.shape[-1]:
-        ordered, order = probs.topk(n_candidates)  # (B, n_candidates), likeliest first
+        probs, ids = probs.topk(n_candidates)
     else:
-        ordered, order = probs.sort(descending=True)
+        probs, ids = probs.sort(descending=True)
     rank = torch.arange(n_candidates, device=probs.device)
-    ordered = ordered.masked_fill(rank >= sampling.top_k[:, None], 0)
-    likelier = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
-    enough = sampling.top_p[:, None] * ordered.sum(-1, keepdim=True)
-    ordered = ordered.masked_fill(likelier >= enough, 0)
-    least = sampling.min_p[:, None] * ordered[:, :1]
-    ordered = ordered.masked_fill(ordered < least, 0)
-    return torch.zeros_like(probs).scatter(-1, order, ordered)
+    probs = probs.masked_fill(rank >= sampling.top_k[:, None], 0)
+    likelier = probs.cumsum(-1) - probs  # the mass of likelier tokens
+    enough = sampling.top_p[:, None] * probs.sum(-1, keepdim=True)
+    probs = probs.masked_fill(likelier >= enough, 0)
+    least = sampling.min_p[:, None] * probs[:, :1]
+    return probs.masked_fill(probs < least, 0), ids
+
+
+def noise(key: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Exponential noise [N, n] for tokens ids [N, n] at positions [N], from keys [N, 2].
+
+    Each number is a hash of its key, position and token and of nothing else: no state to keep, in
+    a captured graph either, and a request draws the same in any row, batch or order of steps.
+    Counter-based random numbers are an idea of Salmon et al., Random123 (SC 2011). The position
+    goes into both halves of the key, and each half into a round of its own: with one round, two
+    keys that differ in a few bits would give the same numbers to tokens that differ in them."""
+    stream = scramble(key + position[:, None])  # (N, 2)
+    bits = scramble(ids.int() ^ stream[:, :1])  # (N, n)
+    bits = scramble(bits + stream[:, 1:])
+    # the middles of 2^31 steps from 0 to 1; float32 is finest near 0, where winners come from
+    uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    uniform.clamp_(max=1 - 2.0**-24)  # the largest float32 below 1, to which others round
+    return uniform.neg_().log1p_().neg_()
+
+
+def scramble(x: Tensor) -> Tensor:
+    """A bijection of int32 numbers that looks random, in place: Chris Wellons' lowbias32
+    (github.com/skeeto/hash-prospector). Products wrap; the mask makes a shift a logical one."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 # --- the engine ---
@@ -145,6 +199,7 @@ class Running:
     number: int  # of the request, in the order in which run was given them
     request: Request
     budget: int  # most new tokens
+    row: int | None = None  # where it is now
     drawn: int = 0  # tokens that were drawn on the device
     read: int = 0  # tokens that the host has seen
     done: bool = False
@@ -152,10 +207,12 @@ class Running:
 
 @dataclass
 class Launch:
-    """The tokens of one step on their way to the host, and the rows they were drawn for."""
+    """Tokens on their way to the host, and the requests they were drawn for: of a step, or the
+    first ones behind prompts. Rows may have other requests by the time they are read."""
 
-    tokens: Tensor  # [B] int64 on the host, there once `ended` is reached
+    tokens: Tensor  # [B, 1] int64 on the host, there once `ended` is reached
     rows: dict[int, Running]
+    is_step: bool
     began: Mark
     ended: Mark
 
@@ -185,12 +242,46 @@ def on_its_device(method: Callable) -> Callable:
     return guarded
 
 
+class Reading:
+    """The prompts of neighbouring rows on their way into the cache, chunk by chunk."""
+
+    def __init__(self, rows: dict[int, Running], began: Mark, device: torch.device):
+        self.requests = rows  # neighbours, with as many tokens cached
+        self.began = began
+        self.rows = slice(min(rows), max(rows) + 1)
+        prompts = [running.request.prompt for running in rows.values()]
+        self.cached = rows[self.rows.start].request.cached
+        self.width = max(map(len, prompts))
+        padded = [prompt + [0] * (self.width - len(prompt)) for prompt in prompts]
+        self.tokens = torch.tensor(padded, device=device)  # (n, width)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (n)
+        self.done = 0  # tokens of each that are in the cache
+        self.last_logits: Tensor | None = None  # of each prompt's last token, once all is done
+
+    def chunk(self, model: Transformer, cache: KVCache, most: int) -> None:
+        """Put the next tokens of each prompt into the cache, up to `most` of all together."""
+        n, start = len(self.tokens), self.done
+        chunk = self.tokens[:, start:start + max(1, most // n)]  # (n, T)
+        behind = self.cached + start
+        input_pos = torch.full((n,), behind, dtype=torch.int32, device=chunk.device)
+        last = (self.lengths - 1 - start).clamp(0, chunk.shape[1] - 1)
+        logits = model.prefill(
+            chunk, input_pos, cache, rows=self.rows, start=behind, last=last
+        )[:, 0]
+        if self.last_logits is None:
+            self.last_logits = logits
+        else:  # what counts is the chunk in which a prompt ends
+            reaches_here = self.lengths > start
+            self.last_logits = torch.where(reaches_here[:, None], logits, self.last_logits)
+        self.done += chunk.shape[1]
+
+
 class Engine:
     """Rows of one cache that decode together, each at its own position with its own request.
 
-    Tokens, positions, sampling settings and random state live on the device, so a step needs
-    nothing from the host; a compiled engine captures it in a CUDA graph, one for each kind of
-    sampling. compile_model compiles what a step runs. One engine drives a cache at a time."""
+    Tokens, positions and sampling settings live on the device, so a step needs nothing from the
+    host; a compiled engine captures it in a CUDA graph, one for each kind of sampling.
+    compile_model compiles what a step runs. One engine drives a cache at a time."""
 
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False
@@ -202,24 +293,24 @@ class Engine:
         B = self.cache.max_batch_size
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=self.device)
         self.input_pos = torch.zeros(B, dtype=torch.int32, device=self.device)
+        self.active = torch.zeros(B, dtype=torch.int32, device=self.device)  # 1: a step moves it on
         idle = [Request(prompt=[], max_new_tokens=0)] * B
         self.sampling = Sampling.of(idle, model.config.vocab_size, self.device)
-        self.generator = torch.Generator(self.device)
         self.kind = "greedy"
-        self.requests: dict[int, Request] = {}  # of the rows that are in use
-        self.running: dict[int, Running] = {}  # what run knows of them
+        self.running: dict[int, Running] = {}  # rows whose next tokens somebody wants
+        self.refills = False  # rows serve one request after the other
+        self.finish_reasons: dict[int, str] = {}  # of run's requests: eos, stop, length, context
         self.prepared: set[str] = set()  # kinds of step that are compiled
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.tables: list[Tensor] = []  # what the graphs read that the model may replace
         self.owner: object = None  # the run that drives the rows
         self.stats = Stats()
+        self.lag = LAG if self.device.type == "cuda" else 0
+        self.sample = sample
+        if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
+            self.sample = torch.compile(sample, dynamic=False)
 
-    def seed(self, seed: int | None) -> None:
-        """The same seed, the same draws; None: a new one."""
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+    # --- a step ---
 
     @on_its_device
     def step(self) -> None:
@@ -235,16 +326,16 @@ class Engine:
         token = self.token[rows]
         input_pos = self.input_pos[rows]
         logits = self.model.decode(token, input_pos, self.cache)[:, -1]  # (B, V)
-        drawn = sample(logits, self.sampling.rows(rows), self.kind, self.generator)
+        # a row without a request stays where it is, and what it writes there is nobody's
+        input_pos.add_(self.active[rows]).clamp_(max=self.cache.max_seq_len - 1)
+        drawn = self.sample(logits, self.sampling.rows(rows), self.kind, input_pos)
         token.copy_(drawn[:, None])
-        last = self.cache.max_seq_len - 1
-        input_pos.add_(1).clamp_(max=last)  # a row that is done steps on, unseen
 
     def width(self) -> int:
         """How many rows a step works on: a compiled step has one shape."""
-        if self.compiled or not self.requests:
+        if self.compiled or not self.running:
             return self.cache.max_batch_size
-        return max(self.requests) + 1
+        return max(self.running) + 1
 
     def prepare_once(self, kind: str) -> float:
         """Prepare what a compiled engine has not prepared yet -> seconds it took."""
@@ -257,7 +348,7 @@ class Engine:
         """Compile a step of that kind by running it, and capture it on CUDA -> seconds it took.
 
         Rows keep their state: what the trial puts into the cache lies where the next real step
-        writes. Only the random numbers move on."""
+        writes."""
         began = time.perf_counter()
         token = self.token.clone()
         input_pos = self.input_pos.clone()
@@ -276,7 +367,6 @@ class Engine:
     def capture(self) -> torch.cuda.CUDAGraph:
         """One step as a CUDA graph, after two on a side stream that compile and allocate."""
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -290,57 +380,92 @@ class Engine:
         torch.cuda.synchronize()
         return graph
 
+    # --- prompts ---
+
     @on_its_device
     def insert(self, row: int, requests: Sequence[Request]) -> None:
-        """Prefill consecutive rows from `row` on, in one pass padded to the longest prompt, while
-        the others keep their state, and draw their first tokens into self.token.
+        """Prefill consecutive rows from `row` on, padded to the longest prompt, while the others
+        keep their state, and draw their first tokens into self.token.
 
-        ValueError if the requests differ in how many tokens are cached."""
-        cached = requests[0].cached
-        if any(request.cached != cached for request in requests):
+        ValueError if the requests differ in how many tokens are cached, or one does not fit."""
+        if any(request.cached != requests[0].cached for request in requests):
             raise ValueError("requests that are inserted together have as many tokens cached")
-        rows = slice(row, row + len(requests))
-        self.requests.update(enumerate(requests, start=row))
-        self.kind = kind_of(self.requests.values())
+        rows = {}
+        for i, request in enumerate(requests, start=row):
+            rows[i] = Running(i, request, self.budget(request))
+        reading = self.begin(rows)
+        while reading.done < reading.width:
+            reading.chunk(self.model, self.cache, PREFILL_CHUNK)
+        self.finish(reading)
+        self.kind = kind_of(running.request for running in self.running.values())
+
+    def begin(self, rows: dict[int, Running]) -> Reading:
+        """Make neighbouring rows ready for the prompts of new requests."""
+        reading = Reading(rows, self.mark(), self.device)
+        requests = [running.request for running in rows.values()]
         new = Sampling.of(requests, self.model.config.vocab_size, self.device)
         for setting, values in zip(self.sampling, new):
-            setting[rows] = values
-        prompts = [request.prompt for request in requests]
-        logits, lengths = prefill(self.model, self.cache, rows, prompts, cached)
-        self.token[rows, 0] = sample(logits, new, kind_of(requests), self.generator)
-        self.input_pos[rows] = lengths + cached
+            setting[reading.rows] = values
+        # meanwhile the others' steps write where these rows' own will: behind the prompts
+        for row, running in rows.items():
+            running.row = row
+        self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
+        return reading
 
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+    def finish(self, reading: Reading) -> None:
+        """Draw the first tokens behind prompts that are in the cache; from now on steps count."""
+        rows = reading.rows
+        kind = kind_of(running.request for running in reading.requests.values())
+        sampling = self.sampling.rows(rows)
+        first = sample(reading.last_logits, sampling, kind, self.input_pos[rows])
+        self.token[rows, 0] = first
+        self.active[rows] = 1
+        self.running.update(reading.requests)
+
+    # --- requests ---
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
         """Work requests off, in order, in the rows that are free -> (a request's number, new
         tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
 
-        A request ends with the first of its eos_ids (included), after max_new_tokens, or where
-        the cache is full. ValueError if one has no room for a token, RuntimeError if another run
-        of this engine has begun meanwhile. Tokens have to be checked before: see check_prompts."""
+        Each turn puts one chunk of prompts into free rows and advances the others by a step.
+        A request ends with the first of its eos_ids (included), where its `ends` says so, after
+        max_new_tokens, or where the cache is full; finish_reasons then has which it was.
+        ValueError if one has no room for a token, RuntimeError if another run of this engine has
+        begun meanwhile. Tokens have to be checked before: see check_prompts."""
+        began = time.perf_counter()
         waiting = deque(Running(i, request, self.budget(request))
                         for i, request in enumerate(requests))
-        pending: deque[Launch] = deque()
-        lag = LAG if self.device.type == "cuda" else 0
-        self.requests.clear()
-        self.running.clear()
+        self.reset(waiting)
         me = self.owner = object()
+        reading: Reading | None = None
+        pending: deque[Launch] = deque()
         mark = self.mark()
-        while waiting or self.running:
-            if waiting and len(self.running) < self.cache.max_batch_size:
-                yield from self.start(waiting)
+        while waiting or reading or self.running or pending:
+            launches = []
+            # a chunk of prompts
+            if reading is None and waiting and len(self.running) < self.cache.max_batch_size:
+                reading = self.next_prompts(waiting)
+            if reading is not None:
+                launches += self.read_chunk(reading)
+                if launches:
+                    reading = None
                 mark = self.mark()
-            elif any(running.drawn < running.budget for running in self.running.values()):
+            elif self.refills and not self.compiled:
+                self.close_gap()
+            # a step
+            if self.running:
                 if not pending:  # the time since the step before was the caller's
                     mark = self.mark()
-                self.step()
-                pending.append(self.launch(mark))
-                mark = pending[-1].ended
-                if len(pending) > lag:
-                    yield from self.read(pending.popleft())
-            else:  # all is drawn that was asked for, and what is not read yet is pending
+                launches.append(self.launch(mark))
+                mark = launches[-1].ended
+            # what the host is to see: all of it once nothing more is under way
+            pending += launches
+            while len(pending) > (self.lag if launches else 0):
                 yield from self.read(pending.popleft())
-            if self.owner is not me:
-                raise RuntimeError("another run of this engine has begun")
+                if self.owner is not me:
+                    raise RuntimeError("another run of this engine has begun")
+        self.stats.wall_s += time.perf_counter() - began
 
     def budget(self, request: Request) -> int:
         """The most new tokens that a request can have."""
@@ -353,56 +478,121 @@ class Engine:
             )
         return budget
 
-    def start(self, waiting: deque[Running]) -> list[tuple[int, list[int]]]:
-        """Give waiting requests to the first free rows that lie together, in one prefill."""
-        began = time.perf_counter()
-        first = next(row for row in range(self.cache.max_batch_size) if row not in self.running)
-        started: dict[int, Running] = {}
-        for row in range(first, self.cache.max_batch_size):
-            if row in self.running or not waiting:
+    def reset(self, waiting: Sequence[Running]) -> None:
+        """Give up what the rows did, for these requests."""
+        self.running.clear()
+        self.finish_reasons.clear()
+        self.active.zero_()
+        self.refills = len(waiting) > self.cache.max_batch_size
+        # one kind of step for all that will come: a compiled one is prepared before
+        self.kind = kind_of(running.request for running in waiting)
+
+    def next_prompts(self, waiting: deque[Running]) -> Reading:
+        """Begin with the requests that wait, in as many neighbouring free rows as pay.
+
+        A pass of few tokens takes as long as reading the weights, and there padding is free;
+        beyond, it costs what other tokens cost, and may be a quarter of them."""
+        B = self.cache.max_batch_size
+        first = next(row for row in range(B) if row not in self.running)
+        rows = {first: waiting.popleft()}
+        cached = rows[first].request.cached
+        lengths = [len(rows[first].request.prompt)]
+        for row in range(first + 1, B):
+            if row in self.running or not waiting or waiting[0].request.cached != cached:
                 break
-            if started and waiting[0].request.cached != started[first].request.cached:
+            lengths.append(len(waiting[0].request.prompt))
+            padded = len(lengths) * max(lengths)
+            if padded > max(CHUNK[self.device.type] // 2, 1.25 * sum(lengths)):
                 break
-            started[row] = waiting.popleft()
-        self.running.update(started)
-        self.insert(first, [running.request for running in started.values()])
-        tokens = self.token[:, 0].tolist()
-        self.stats.first_token_s.append(time.perf_counter() - began)
-        for running in started.values():
-            running.drawn = 1
-        return self.hand_out(tokens, started)
+            rows[row] = waiting.popleft()
+        return self.begin(rows)
+
+    @on_its_device
+    def read_chunk(self, reading: Reading) -> list[Launch]:
+        """Put the next chunk of prompts into the cache -> their first tokens, if it is the last."""
+        most = CHUNK[self.device.type] if self.running else PREFILL_CHUNK
+        reading.chunk(self.model, self.cache, most)
+        if reading.done < reading.width:
+            return []
+        self.finish(reading)
+        return [self.send(reading.requests, reading.began, is_step=False)]
 
     @on_its_device
     def launch(self, began: Mark) -> Launch:
-        """Send the tokens that a step has drawn on their way to the host."""
+        """Launch a step for the requests that run."""
+        self.stats.row_steps += self.width()
+        self.step()
+        return self.send(dict(self.running), began, is_step=True)
+
+    def send(self, rows: dict[int, Running], began: Mark, is_step: bool) -> Launch:
+        """Send the rows' new tokens on their way to the host, and free the rows that have all."""
         on_gpu = self.device.type == "cuda"
         tokens = torch.empty(len(self.token), dtype=torch.int64, pin_memory=on_gpu)
         tokens.copy_(self.token[:, 0], non_blocking=True)
-        for running in self.running.values():
-            running.drawn += 1
-        return Launch(tokens, dict(self.running), began, self.mark())
-
-    def read(self, launch: Launch) -> list[tuple[int, list[int]]]:
-        """Wait for a launch and hand its tokens to the requests that still want them."""
-        self.stats.steps_s.append(seconds_between(launch.began, launch.ended))
-        return self.hand_out(launch.tokens.tolist(), launch.rows)
-
-    def hand_out(
-        self, tokens: list[int], rows: dict[int, Running]
-    ) -> list[tuple[int, list[int]]]:
-        """Give each row's token to its request, and free the rows that are done with theirs."""
-        news = []
         for row, running in rows.items():
+            running.drawn += 1
+            if running.drawn == running.budget:
+                self.free(running)
+        return Launch(tokens, rows, is_step, began, self.mark())
+
+    def close_gap(self) -> None:
+        """Move the last row's request to a free row before it, so that steps have fewer rows."""
+        last = max(self.running, default=0)
+        free = next((row for row in range(last) if row not in self.running), None)
+        if free is None:
+            return
+        running = self.running.pop(last)
+        self.running[free] = running
+        running.row = free
+        request = running.request
+        self.cache.copy_row(last, free, request.cached + len(request.prompt) + running.drawn)
+        for tensor in (self.token, self.input_pos, self.active, *self.sampling):
+            tensor[free] = tensor[last]
+        self.active[last] = 0
+
+    def free(self, running: Running) -> None:
+        """Let go of a request's row. One that serves one request after the other goes where steps
+        cost it least; any other keeps its text, for a caller who continues it."""
+        if self.running.get(running.row) is not running:
+            return  # all its tokens were drawn before
+        del self.running[running.row]
+        self.active[running.row] = 0
+        if self.refills:
+            self.input_pos[running.row] = running.request.cached
+
+    def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
+        """Wait for a launch and hand its tokens to the requests that still want them."""
+        seconds = seconds_between(launch.began, launch.ended)
+        times = self.stats.steps_s if launch.is_step else self.stats.first_token_s
+        times.append(seconds)
+        tokens = launch.tokens.tolist()
+        for row, running in launch.rows.items():
             if running.done:
                 continue
-            token = tokens[row]
-            running.read += 1
-            if token in running.request.eos_ids or running.read == running.budget:
-                running.done = True
-                del self.running[row]
-                del self.requests[row]
-            news.append((running.number, [token]))
-        return news
+            self.take(running, tokens[row])
+            if launch.is_step:
+                self.stats.useful_row_steps += 1
+                self.stats.decode_tokens += 1
+            if running.done:
+                self.free(running)
+            yield running.number, [tokens[row]]
+
+    def take(self, running: Running, token: int) -> None:
+        """Give a request a new token, and end it where it is the last."""
+        request = running.request
+        running.read += 1
+        reason = None
+        if token in request.eos_ids:
+            reason = "eos"
+        elif request.ends is not None and request.ends([token]):
+            reason = "stop"
+        elif running.read == request.max_new_tokens:
+            reason = "length"
+        elif running.read == running.budget:
+            reason = "context"
+        if reason is not None:
+            running.done = True
+            self.finish_reasons[running.number] = reason
 
     @on_its_device
     def mark(self) -> Mark:
@@ -471,30 +661,6 @@ def seconds_between(began: Mark, ended: Mark) -> float:
     return began.elapsed_time(ended) / 1e3
 
 
-def prefill(
-    model: Transformer, cache: KVCache, rows: slice, prompts: list[list[int]], cached: int
-) -> tuple[Tensor, Tensor]:
-    """Put prompts into rows of the cache behind `cached` tokens, PREFILL_CHUNK tokens at a time
-    -> the logits of each one's last token [n, vocab_size], and their lengths [n]."""
-    width = max(map(len, prompts))
-    padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
-    tokens = torch.tensor(padded, device=model.device)  # (n, width)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    last_logits = None
-    for start in range(0, width, PREFILL_CHUNK):
-        chunk = tokens[:, start:start + PREFILL_CHUNK]
-        behind = cached + start
-        input_pos = torch.full((len(prompts),), behind, dtype=torch.int32, device=model.device)
-        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)
-        logits = model.prefill(chunk, input_pos, cache, rows=rows, start=behind, last=last)[:, 0]
-        if last_logits is None:
-            last_logits = logits
-        else:  # what counts is the chunk in which a prompt ends
-            reaches_here = lengths > start
-            last_logits = torch.where(reaches_here[:, None], logits, last_logits)
-    return last_logits, lengths
-
-
 def compile_model(model: Transformer, prefill: bool = False) -> None:
     """Compile one block for decoding, which all layers share, so that compile time does not grow
     with depth; on CUDA also the output head (two operators on a CPU). prefill: also the block over
@@ -520,15 +686,17 @@ def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
-    stream: Show | None = None, cached: int = 0, compile: bool = False,
-    stats: Stats | None = None, engine: Engine | None = None,
+    stop: Sequence[str] = (), tokenizer: Tokenizer | None = None, stream: Show | None = None,
+    cached: int = 0, compile: bool = False, stats: Stats | None = None,
+    engine: Engine | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
-    A row ends with the first of eos_ids (included), after max_new_tokens, or where the cache is
-    full. temperature 0 is greedy; filter_probs says what the filters do. cached: tokens of each
-    row that are in the cache already, in front of the prompts. stream(row, ids) is called as
-    tokens come. seed: the same seed, the same text. stats: a Stats to fill.
+    A prompt's text ends with the first of eos_ids (included), the token that completes one of the
+    stop strings (their tokenizer goes with them), after max_new_tokens, or where the cache is full.
+    temperature 0 is greedy; filter_probs says what the filters do. cached: tokens of each row that
+    are in the cache already, in front of the prompts. stream(number, ids) is called as tokens come.
+    seed: the same seed, the same text; prompt i draws with seed + i. stats: a Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. compile: take the
     steps that compile_model compiled. Each call without an engine makes its own; with one, a
@@ -540,17 +708,18 @@ def generate(
         fit_cache(model, len(prompts), cached + longest + max_new_tokens, cached)
         engine = Engine(model, compiled=compile)
     check_room(longest, engine.cache.max_seq_len - cached)
-    request = partial(
-        Request, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, eos_ids=frozenset(eos_ids), cached=cached,
-    )
-    requests = [request(prompt) for prompt in prompts]
+    requests = []
+    for i, prompt in enumerate(prompts):
+        requests.append(Request(
+            prompt, max_new_tokens, temperature, top_k, top_p, min_p, frozenset(eos_ids), cached,
+            seed=None if seed is None else seed + i,
+            ends=stops_at(stop, tokenizer, prompt) if stop else None,
+        ))
     stats = stats or Stats()
     engine.stats = stats
     # preparing, and rows without a request, write from their position on: not over what is cached
     engine.input_pos.clamp_(min=cached)
     stats.compile_s += engine.prepare_once(kind_of(requests))
-    engine.seed(seed)
     out = [[] for _ in prompts]
     for number, tokens in engine.run(requests):
         out[number] += tokens
@@ -559,6 +728,21 @@ def generate(
     stats.prompt_tokens += sum(map(len, prompts))
     stats.new_tokens += sum(map(len, out))
     return out
+
+
+def stops_at(
+    stop: Sequence[str], tokenizer: Tokenizer | None, prompt: list[int]
+) -> Callable[[list[int]], bool]:
+    """Request.ends for the text behind a prompt. ValueError if there is no tokenizer."""
+    if tokenizer is None:
+        raise ValueError(f"stop strings ({', '.join(map(repr, stop))}) need a tokenizer")
+    text = TextStream(tokenizer, prompt, stop)
+
+    def ends(ids: list[int]) -> bool:
+        text.push(ids)
+        return text.stopped
+
+    return ends
 
 
 def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
@@ -734,7 +918,7 @@ def answer_all(
             **settings,
         )
         if args.seed is not None:
-            settings["seed"] += 1
+            settings["seed"] += len(batch)
         return out
 
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
@@ -774,7 +958,7 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
     for name, module in model.layers[0].named_modules():
         if name.endswith("_proj"):
             parts[name] = tensor_bytes(module)
-    live = int(engine.input_pos.sum()) + 8 * len(engine.input_pos)  # on average over 16 steps
+    live = int(engine.input_pos.sum())
     slots = cache.max_batch_size * cache.max_seq_len * len(model.layers)
     parts["attention"] = live * cache.nbytes / slots
     profile(

@@ -374,6 +374,12 @@ class KVCache:
             self.views[key] = list(self.make_layers(rows))
         return self.views[key]
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give a row what another one holds in its first `length` positions."""
+        for tensor in (self.kv, self.scale):
+            if tensor is not None:
+                tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
+
     def make_layers(self, rows: slice) -> Iterator[LayerCache]:
         flash = self.attention == "flash"
         for layer, kv in enumerate(self.kv[:, :, rows]):  # (2, B, Hkv, S, D)

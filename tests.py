@@ -320,10 +320,12 @@ def request(prompt: list[int] = PROMPTS[0], n: int = 12, **settings: object) -> 
 
 
 def draw(logits: Tensor, requests: list[Request], kind: str | None = None) -> Tensor:
-    """A token [B] for each row of logits [B, V], always with the same random numbers."""
+    """A token [B] for each row of logits [B, V], always with the same random numbers, of one
+    stream."""
+    requests = [dataclasses.replace(each, seed=0) for each in requests]
     sampling = Sampling.of(requests, logits.shape[1], torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    return sample(logits, sampling, kind or kind_of(requests), generator)
+    position = torch.arange(len(requests), dtype=torch.int32)
+    return sample(logits, sampling, kind or kind_of(requests), position)
 
 
 def draws(settings: dict, n: int = 4000) -> Tensor:
@@ -537,8 +539,7 @@ def test_inserted_by_hand_or_by_run(checkpoint: Checkpoint) -> None:
     model.setup_caches(1, 64)
     want = generate(model, [mine.prompt], 12, temperature=1.5, top_p=0.9, seed=3)[0]
     engine = Engine(model)
-    engine.seed(3)
-    engine.insert(0, [mine])
+    engine.insert(0, [dataclasses.replace(mine, seed=3)])
     got = [int(engine.token)]
     for _ in range(11):
         engine.step()

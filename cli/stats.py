@@ -22,8 +22,12 @@ class Stats:
     compile_s: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)  # per batch: prefill, first sample
+    first_token_s: list[float] = field(default_factory=list)  # per prefill: prompts that start together
     steps_s: list[float] = field(default_factory=list)  # per decode step
+    wall_s: float = 0.0  # from a run's first prompt to its last token
+    decode_tokens: int = 0  # that requests got from decode steps
+    row_steps: int = 0  # rows that decode steps worked on
+    useful_row_steps: int = 0  # those whose request got something
 
 
 @dataclass

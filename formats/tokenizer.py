@@ -121,17 +121,37 @@ TEMPLATES.globals["strftime_now"] = time.strftime
 
 
 class TextStream:
-    """Turns ids into text piece by piece, holding back a character until its bytes are all there.
+    """Turns ids into text piece by piece, holding back a character until its bytes are all there,
+    and what may be the start of a stop string. The text ends before the first of these.
 
     context: the ids before the first ones, so that a leading space is right."""
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.ids = list(context)[-8:]
         self.shown = tokenizer.decode(self.ids)
+        self.stop = stop
+        self.held = ""  # text that may be the start of a stop string
+        self.stopped = False
 
     def push(self, ids: list[int], final: bool = False) -> str:
         """The text that new ids complete; final: no more will come."""
+        if self.stopped:
+            return ""
+        text = self.held + self.decode(ids, final)
+        found = [text.index(string) for string in self.stop if string in text]
+        if found:
+            self.stopped = True
+            return text[:min(found)]
+        n_held = 0
+        if not final:
+            n_held = max((overlap(text, string) for string in self.stop), default=0)
+        self.held = text[len(text) - n_held:]
+        return text[:len(text) - n_held]
+
+    def decode(self, ids: list[int], final: bool) -> str:
         self.ids += ids
         text = self.tokenizer.decode(self.ids)
         if text.endswith("\ufffd") and not final:
@@ -141,6 +161,12 @@ class TextStream:
             self.ids = self.ids[-8:]  # enough context for a word's leading space
             self.shown = self.tokenizer.decode(self.ids)
         return new
+
+
+def overlap(text: str, string: str) -> int:
+    """The length of the longest end of a text that a string starts with."""
+    longest = min(len(text), len(string))
+    return next(n for n in range(longest, -1, -1) if text.endswith(string[:n]))
 
 
 # --- Hugging Face folders ---
