@@ -79,9 +79,6 @@ class FakeStream:
     def elapsed_time(self, other: FakeStream) -> float:
         return 1.0
 
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        pass
-
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
