@@ -670,7 +670,12 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
     hence a limit of its own. Hooks are compiled in: after adding one, call this again, and make
     engines anew."""
     on_gpu = model.device.type == "cuda"
-    options = {"coordinate_descent_tuning": True} if on_gpu else {}
+    options = {}
+    if on_gpu:
+        options["coordinate_descent_tuning"] = True
+        # what makes q, k and v of their product is one launch and not up to three
+        options["combo_kernels"] = True
+        options["combo_kernels_pointwise_only"] = True
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
     if on_gpu:
