@@ -33,6 +33,7 @@ from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, Transformer, load_model, run_block, run_head, tensor_bytes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
+from speculate import Drafter, Gauge, make_drafter
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 # most of them while rows decode: these wait for one pass at a time, which is to cost little more
@@ -200,9 +201,25 @@ class Running:
     request: Request
     budget: int  # most new tokens
     row: int | None = None  # where it is now
-    drawn: int = 0  # tokens that were drawn on the device
+    # tokens that were drawn on the device, at least and at most: steps under way that check
+    # proposals accept the host does not know how many
+    least: int = 0
+    most: int = 0
     read: int = 0  # tokens that the host has seen
     done: bool = False
+
+    @property
+    def prompt_end(self) -> int:
+        return self.request.cached + len(self.request.prompt)
+
+
+class Drawn(NamedTuple):
+    """The tokens of a step."""
+
+    tokens: Tensor  # int64 [B, k + 1], of which those up to the first wrong proposal count
+    # int64 [B]: how many proposals were right, one after the other; of a plain step whether its
+    # one was, None where there was none
+    agreed: Tensor | None
 
 
 @dataclass
@@ -210,9 +227,10 @@ class Launch:
     """Tokens on their way to the host, and the requests they were drawn for: of a step, or the
     first ones behind prompts. Rows may have other requests by the time they are read."""
 
-    tokens: Tensor  # [B, 1] int64 on the host, there once `ended` is reached
+    drawn: Drawn  # on the host, there once `ended` is reached
     rows: dict[int, Running]
     is_step: bool
+    k: int  # proposals that were checked
     began: Mark
     ended: Mark
 
@@ -231,10 +249,10 @@ def on_its_device(method: Callable) -> Callable:
     Raises OutOfMemoryError or StepFailed for what the device refuses; a bug stays what it is."""
 
     @wraps(method)
-    def guarded(engine: Engine, *args: Any) -> Any:
+    def guarded(engine: Engine, *args: Any, **options: Any) -> Any:
         try:
             with torch.accelerator.device_index(engine.device.index):  # a CPU's index is None
-                return method(engine, *args)
+                return method(engine, *args, **options)
         except Exception as error:
             refuse_what_the_device_refuses(error, engine)
             raise
@@ -258,7 +276,9 @@ class Reading:
         self.done = 0  # tokens of each that are in the cache
         self.last_logits: Tensor | None = None  # of each prompt's last token, once all is done
 
-    def chunk(self, model: Transformer, cache: KVCache, most: int) -> None:
+    def chunk(
+        self, model: Transformer, cache: KVCache, drafter: Drafter | None, most: int
+    ) -> None:
         """Put the next tokens of each prompt into the cache, up to `most` of all together."""
         n, start = len(self.tokens), self.done
         chunk = self.tokens[:, start:start + max(1, most // n)]  # (n, T)
@@ -268,6 +288,8 @@ class Reading:
         logits = model.prefill(
             chunk, input_pos, cache, rows=self.rows, start=behind, last=last
         )[:, 0]
+        if drafter is not None:
+            drafter.read(chunk, input_pos, self.rows, behind)
         if self.last_logits is None:
             self.last_logits = logits
         else:  # what counts is the chunk in which a prompt ends
@@ -281,13 +303,24 @@ class Engine:
 
     Tokens, positions and sampling settings live on the device, so a step needs nothing from the
     host; a compiled engine captures it in a CUDA graph, one for each kind of sampling.
-    compile_model compiles what a step runs. One engine drives a cache at a time."""
+    compile_model compiles what a step runs. One engine drives a cache at a time.
+
+    speculate_k: steps may check that many proposals, of a draft model or of prompt lookup: see
+    speculate.py. context: most tokens of a row, by default all that the cache has room for; steps
+    that check proposals need room for k more."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False
+        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
+        speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
     ):
         self.model = model
         self.cache = model.check_cache(1, cache)
+        self.context = context or self.cache.max_seq_len
+        self.k = speculate_k
+        self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
+        self.gauge: Gauge | None = None  # a draft model is asked at every step
+        if speculate_k and draft is None:
+            self.gauge = Gauge(speculate_k)
         self.compiled = compiled
         self.device = model.device
         B = self.cache.max_batch_size
@@ -300,8 +333,10 @@ class Engine:
         self.running: dict[int, Running] = {}  # rows whose next tokens somebody wants
         self.refills = False  # rows serve one request after the other
         self.finish_reasons: dict[int, str] = {}  # of run's requests: eos, stop, length, context
-        self.prepared: set[str] = set()  # kinds of step that are compiled
-        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.ends = [0] * B  # where the other rows stand
+        # kinds of step and the proposals they check -> where prepared ones put what they draw
+        self.prepared: dict[tuple[str, int], Drawn] = {}
+        self.graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self.tables: list[Tensor] = []  # what the graphs read that the model may replace
         self.owner: object = None  # the run that drives the rows
         self.stats = Stats()
@@ -313,23 +348,51 @@ class Engine:
     # --- a step ---
 
     @on_its_device
-    def step(self) -> None:
-        """Launch one step of all rows: forward, sample, advance."""
+    def step(self, k: int = 0) -> Drawn:
+        """Launch one step of all rows: forward, sample, advance. k: 0, or speculate_k to check as
+        many proposals, for which every row has to have room."""
         if self.compiled and self.device.type == "cuda":
-            self.prepare_once(self.kind)
-            self.graphs[self.kind].replay()
-        else:
-            self.advance()
+            self.prepare_once(self.kind, k)
+            self.graphs[self.kind, k].replay()
+            return self.prepared[self.kind, k]
+        return self.advance(k)
 
-    def advance(self) -> None:
+    def advance(self, k: int = 0) -> Drawn:
         rows = slice(0, self.width())
         token = self.token[rows]
         input_pos = self.input_pos[rows]
-        logits = self.model.decode(token, input_pos, self.cache)[:, -1]  # (B, V)
+        draw = partial(self.draw, rows)
+        proposals = None
+        feed = token  # (B, 1)
+        if self.drafter is not None:
+            # a plain step compares one, and a draft model reads what it has to in any case
+            proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
+            feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
+        logits = self.model.decode(feed, input_pos, self.cache)  # (B, k + 1, V)
+        drawn = draw(logits, input_pos + 1)  # (B, k + 1)
+        agreed = None
+        accepted = 0
+        last = drawn
+        if proposals is not None:
+            right = drawn[:, :max(k, 1)] == proposals
+            agreed = right.long().cumprod(1).sum(1)  # (B)
+            accepted = agreed.clamp(max=k)
+            last = drawn.gather(1, accepted[:, None])  # (B, 1)
+            self.drafter.note(drawn, input_pos + 1, rows)
+        token.copy_(last)
         # a row without a request stays where it is, and what it writes there is nobody's
-        input_pos.add_(self.active[rows]).clamp_(max=self.cache.max_seq_len - 1)
-        drawn = self.sample(logits, self.sampling.rows(rows), self.kind, input_pos)
-        token.copy_(drawn[:, None])
+        input_pos.add_(self.active[rows] * (accepted + 1)).clamp_(max=self.cache.max_seq_len - 1)
+        return Drawn(drawn, agreed)
+
+    def draw(self, rows: slice, logits: Tensor, position: Tensor) -> Tensor:
+        """Tokens of rows for logits [B, T, V] at `position` [B] and behind it: [B, T]."""
+        B, T, V = logits.shape
+        sampling = self.sampling.rows(rows)
+        if T > 1:
+            sampling = Sampling(*(setting.repeat_interleave(T, 0) for setting in sampling))
+            position = position[:, None] + torch.arange(T, device=position.device)
+            position = position.flatten().int()
+        return self.sample(logits.view(B * T, V), sampling, self.kind, position).view(B, T)
 
     def width(self) -> int:
         """How many rows a step works on: a compiled step has one shape."""
@@ -337,48 +400,55 @@ class Engine:
             return self.cache.max_batch_size
         return max(self.running) + 1
 
-    def prepare_once(self, kind: str) -> float:
-        """Prepare what a compiled engine has not prepared yet -> seconds it took."""
-        if not self.compiled or kind in self.prepared:
+    def prepare_once(self, kind: str, k: int = 0) -> float:
+        """Prepare what a compiled engine has not prepared yet, if there is room for a trial ->
+        seconds it took."""
+        has_room = max(self.ends) + k + 1 <= self.cache.max_seq_len
+        if not self.compiled or not has_room or (kind, k) in self.prepared:
             return 0.0
-        return self.prepare(kind)
+        return self.prepare(kind, k)
 
     @on_its_device
-    def prepare(self, kind: str = "greedy") -> float:
+    def prepare(self, kind: str = "greedy", k: int = 0) -> float:
         """Compile a step of that kind by running it, and capture it on CUDA -> seconds it took.
 
         Rows keep their state: what the trial puts into the cache lies where the next real step
-        writes."""
+        writes, for which there has to be room."""
         began = time.perf_counter()
         token = self.token.clone()
         input_pos = self.input_pos.clone()
         active = self.kind
         self.kind = kind
         if self.device.type == "cuda":
-            self.graphs[kind] = self.capture()
+            self.graphs[kind, k] = self.capture(k)
         else:
-            self.advance()
-        self.prepared.add(kind)
+            self.prepared[kind, k] = self.advance(k)
         self.kind = active
         self.token.copy_(token)
         self.input_pos.copy_(input_pos)
         return time.perf_counter() - began
 
-    def capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self, k: int) -> torch.cuda.CUDAGraph:
         """One step as a CUDA graph, after two on a side stream that compile and allocate."""
         graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.advance()
-            self.advance()
+            self.advance(k)
+            self.advance(k)
             # on a stream of this device: by default it is of the first one that captured
             with torch.cuda.graph(graph, stream=side):
-                self.advance()
+                self.prepared[self.kind, k] = self.advance(k)
         torch.cuda.current_stream().wait_stream(side)
         self.tables.append(self.model.rope_upto(self.cache.max_seq_len))
         torch.cuda.synchronize()
         return graph
+
+    def keep(self, cached: int) -> None:
+        """Rows without a request write, like a trial, from their position on: from now on not
+        over their first `cached` tokens."""
+        self.input_pos.clamp_(min=cached)
+        self.ends = [max(end, cached) for end in self.ends]
 
     # --- prompts ---
 
@@ -395,7 +465,7 @@ class Engine:
             rows[i] = Running(i, request, self.budget(request))
         reading = self.begin(rows)
         while reading.done < reading.width:
-            reading.chunk(self.model, self.cache, PREFILL_CHUNK)
+            reading.chunk(self.model, self.cache, self.drafter, PREFILL_CHUNK)
         self.finish(reading)
         self.kind = kind_of(running.request for running in self.running.values())
 
@@ -409,6 +479,7 @@ class Engine:
         # meanwhile the others' steps write where these rows' own will: behind the prompts
         for row, running in rows.items():
             running.row = row
+            self.ends[row] = running.prompt_end
         self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
         return reading
 
@@ -417,10 +488,15 @@ class Engine:
         rows = reading.rows
         kind = kind_of(running.request for running in reading.requests.values())
         sampling = self.sampling.rows(rows)
-        first = sample(reading.last_logits, sampling, kind, self.input_pos[rows])
-        self.token[rows, 0] = first
+        input_pos = self.input_pos[rows]
+        self.token[rows, 0] = sample(reading.last_logits, sampling, kind, input_pos)
+        if self.drafter is not None:
+            self.drafter.note(self.token[rows], input_pos, rows)
         self.active[rows] = 1
         self.running.update(reading.requests)
+        for running in reading.requests.values():
+            running.least = 1
+            running.most = 1
 
     # --- requests ---
 
@@ -469,12 +545,12 @@ class Engine:
 
     def budget(self, request: Request) -> int:
         """The most new tokens that a request can have."""
-        room = self.cache.max_seq_len - request.cached - len(request.prompt)
+        room = self.context - request.cached - len(request.prompt)
         budget = min(request.max_new_tokens, room)
         if budget < 1:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens behind {request.cached} cached, with "
-                f"{request.max_new_tokens} new ones, does not fit into {self.cache.max_seq_len}"
+                f"{request.max_new_tokens} new ones, does not fit into {self.context}"
             )
         return budget
 
@@ -511,29 +587,54 @@ class Engine:
     def read_chunk(self, reading: Reading) -> list[Launch]:
         """Put the next chunk of prompts into the cache -> their first tokens, if it is the last."""
         most = CHUNK[self.device.type] if self.running else PREFILL_CHUNK
-        reading.chunk(self.model, self.cache, most)
+        reading.chunk(self.model, self.cache, self.drafter, most)
         if reading.done < reading.width:
             return []
         self.finish(reading)
-        return [self.send(reading.requests, reading.began, is_step=False)]
+        return [self.send(Drawn(self.token, None), reading.requests, reading.began)]
 
     @on_its_device
     def launch(self, began: Mark) -> Launch:
         """Launch a step for the requests that run."""
+        k = self.next_k()
+        rows = dict(self.running)
         self.stats.row_steps += self.width()
-        self.step()
-        return self.send(dict(self.running), began, is_step=True)
+        drawn = self.step(k)
+        for running in rows.values():
+            running.least += 1
+            running.most += k + 1
+        return self.send(drawn, rows, began, is_step=True, k=k)
 
-    def send(self, rows: dict[int, Running], began: Mark, is_step: bool) -> Launch:
-        """Send the rows' new tokens on their way to the host, and free the rows that have all."""
-        on_gpu = self.device.type == "cuda"
-        tokens = torch.empty(len(self.token), dtype=torch.int64, pin_memory=on_gpu)
-        tokens.copy_(self.token[:, 0], non_blocking=True)
-        for row, running in rows.items():
-            running.drawn += 1
-            if running.drawn == running.budget:
+    def next_k(self) -> int:
+        """How many proposals the next step checks: none where that does not pay, or where a row,
+        whether anybody wants its tokens or not, may be too near the end of the cache."""
+        if self.k == 0 or self.gauge is not None and not self.gauge.pays(self.width()):
+            return 0
+        ends = list(self.ends)
+        for row, running in self.running.items():
+            ends[row] = running.prompt_end + running.most - 1
+        if max(ends) + self.k + 1 > self.cache.max_seq_len:
+            return 0
+        return self.k
+
+    def send(
+        self, drawn: Drawn, rows: dict[int, Running], began: Mark, is_step: bool = False,
+        k: int = 0,
+    ) -> Launch:
+        """Send what was drawn on its way to the host, and free the rows that have all."""
+        drawn = Drawn(self.to_host(drawn.tokens), self.to_host(drawn.agreed))
+        for running in rows.values():
+            if running.least >= running.budget:
                 self.free(running)
-        return Launch(tokens, rows, is_step, began, self.mark())
+        return Launch(drawn, rows, is_step, k, began, self.mark())
+
+    def to_host(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        copy = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda"
+        )
+        return copy.copy_(tensor, non_blocking=True)
 
     def close_gap(self) -> None:
         """Move the last row's request to a free row before it, so that steps have fewer rows."""
@@ -544,55 +645,85 @@ class Engine:
         running = self.running.pop(last)
         self.running[free] = running
         running.row = free
-        request = running.request
-        self.cache.copy_row(last, free, request.cached + len(request.prompt) + running.drawn)
+        length = min(running.prompt_end + running.most, self.cache.max_seq_len)
+        self.cache.copy_row(last, free, length)
+        if self.drafter is not None:
+            self.drafter.copy_row(last, free, length)
         for tensor in (self.token, self.input_pos, self.active, *self.sampling):
             tensor[free] = tensor[last]
         self.active[last] = 0
+        self.ends[last] = running.prompt_end + running.most - 1
 
     def free(self, running: Running) -> None:
         """Let go of a request's row. One that serves one request after the other goes where steps
         cost it least; any other keeps its text, for a caller who continues it."""
         if self.running.get(running.row) is not running:
             return  # all its tokens were drawn before
-        del self.running[running.row]
-        self.active[running.row] = 0
+        row = running.row
+        del self.running[row]
+        self.active[row] = 0
+        self.ends[row] = running.prompt_end + running.most - 1
         if self.refills:
-            self.input_pos[running.row] = running.request.cached
+            self.input_pos[row] = running.request.cached
+            self.ends[row] = running.request.cached
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
         seconds = seconds_between(launch.began, launch.ended)
-        times = self.stats.steps_s if launch.is_step else self.stats.first_token_s
-        times.append(seconds)
-        tokens = launch.tokens.tolist()
+        if launch.is_step:
+            self.note_step(launch, seconds)
+        else:
+            self.stats.first_token_s.append(seconds)
+        tokens = launch.drawn.tokens.tolist()
+        agreed = [0] * len(tokens)
+        if launch.k:
+            agreed = launch.drawn.agreed.tolist()
         for row, running in launch.rows.items():
+            running.least += agreed[row]
+            running.most -= launch.k - agreed[row]
             if running.done:
                 continue
-            self.take(running, tokens[row])
+            taken = self.take(running, tokens[row][:agreed[row] + 1])
             if launch.is_step:
                 self.stats.useful_row_steps += 1
-                self.stats.decode_tokens += 1
+                self.stats.decode_tokens += len(taken)
             if running.done:
                 self.free(running)
-            yield running.number, [tokens[row]]
+            yield running.number, taken
 
-    def take(self, running: Running, token: int) -> None:
-        """Give a request a new token, and end it where it is the last."""
+    def note_step(self, launch: Launch, seconds: float) -> None:
+        """Put what a step took, and how many proposals were right, where it is needed."""
+        self.stats.steps_s.append(seconds)
+        if self.drafter is None:
+            return
+        agreed = launch.drawn.agreed.tolist()
+        live = {}
+        for row, running in launch.rows.items():
+            if not running.done:
+                live[running.number] = agreed[row]
+        if self.gauge is not None:
+            self.gauge.observe(launch.k, live, len(agreed), seconds)
+        self.stats.speculation.add(launch.k, list(live.values()), seconds)
+
+    def take(self, running: Running, tokens: list[int]) -> list[int]:
+        """Give a request new tokens -> those up to the one that ends it, if one does."""
         request = running.request
-        running.read += 1
-        reason = None
-        if token in request.eos_ids:
-            reason = "eos"
-        elif request.ends is not None and request.ends([token]):
-            reason = "stop"
-        elif running.read == request.max_new_tokens:
-            reason = "length"
-        elif running.read == running.budget:
-            reason = "context"
-        if reason is not None:
-            running.done = True
-            self.finish_reasons[running.number] = reason
+        for i, token in enumerate(tokens):
+            running.read += 1
+            reason = None
+            if token in request.eos_ids:
+                reason = "eos"
+            elif request.ends is not None and request.ends([token]):
+                reason = "stop"
+            elif running.read == request.max_new_tokens:
+                reason = "length"
+            elif running.read == running.budget:
+                reason = "context"
+            if reason is not None:
+                running.done = True
+                self.finish_reasons[running.number] = reason
+                return tokens[:i + 1]
+        return tokens
 
     @on_its_device
     def mark(self) -> Mark:
@@ -692,8 +823,8 @@ def generate(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
     stop: Sequence[str] = (), tokenizer: Tokenizer | None = None, stream: Show | None = None,
-    cached: int = 0, compile: bool = False, stats: Stats | None = None,
-    engine: Engine | None = None,
+    cached: int = 0, compile: bool = False, speculate_k: int = 0,
+    draft: Transformer | None = None, stats: Stats | None = None, engine: Engine | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
@@ -704,15 +835,17 @@ def generate(
     seed: the same seed, the same text; prompt i draws with seed + i. stats: a Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. compile: take the
-    steps that compile_model compiled. Each call without an engine makes its own; with one, a
-    series of calls shares its captured steps, and prompts beyond its rows wait their turn.
+    steps that compile_model compiled. speculate_k, draft: see Engine; the text is the same. Each
+    call without an engine makes its own of these; with one, a series of calls shares its captured
+    steps, and prompts beyond its rows wait their turn.
     ValueError says what does not fit."""
     check_prompts(prompts, max_new_tokens, model.config.vocab_size)
     longest = max(map(len, prompts))
     if engine is None:
-        fit_cache(model, len(prompts), cached + longest + max_new_tokens, cached)
-        engine = Engine(model, compiled=compile)
-    check_room(longest, engine.cache.max_seq_len - cached)
+        needed = cached + longest + max_new_tokens + speculate_k
+        fit_cache(model, len(prompts), needed, cached)
+        engine = Engine(model, compiled=compile, speculate_k=speculate_k, draft=draft)
+    check_room(longest, engine.context - cached)
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(
@@ -722,9 +855,9 @@ def generate(
         ))
     stats = stats or Stats()
     engine.stats = stats
-    # preparing, and rows without a request, write from their position on: not over what is cached
-    engine.input_pos.clamp_(min=cached)
-    stats.compile_s += engine.prepare_once(kind_of(requests))
+    engine.keep(cached)
+    for k in {0, engine.k}:
+        stats.compile_s += engine.prepare_once(kind_of(requests), k)
     out = [[] for _ in prompts]
     for number, tokens in engine.run(requests):
         out[number] += tokens
@@ -950,7 +1083,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> N
         )
         return out
 
-    chat(tokenizer, reply, engine.cache.max_seq_len)
+    chat(tokenizer, reply, engine.context)
 
 
 def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:

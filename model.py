@@ -607,6 +607,7 @@ class Transformer(nn.Module):
         self.decode_block: Callable = run_block
         self.prefill_block: Callable = run_block
         self.decode_head: Callable = run_head
+        self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
 
     @property
     def device(self) -> torch.device:
@@ -633,9 +634,9 @@ class Transformer(nn.Module):
         cache = self.check_cache(len(tokens), cache)
         layers = cache.layers(slice(0, len(tokens)))
         positions = self.positions(input_pos, tokens.shape[1], cache)
-        single = tokens.shape[1] == 1  # what is compiled
-        block_forward = self.decode_block if single else run_block
-        head = self.decode_head if single else run_head
+        compiled = tokens.shape[1] in self.compiled_lengths
+        block_forward = self.decode_block if compiled else run_block
+        head = self.decode_head if compiled else run_head
         return head(self, self.run_layers(block_forward, tokens, positions, layers))
 
     @torch.no_grad()

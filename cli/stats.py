@@ -16,6 +16,27 @@ PROFILED = 16  # decode steps in a trace
 
 
 @dataclass
+class Speculation:
+    """What proposals brought."""
+    checked: int = 0  # row-steps that checked some
+    accepted: list[int] = field(default_factory=list)  # by position: of how many they were right
+    checking_s: list[float] = field(default_factory=list)  # per step that checked some
+    plain_s: list[float] = field(default_factory=list)  # per step that checked none
+
+    def add(self, k: int, agreed: list[int], seconds: float) -> None:
+        """A step that checked k proposals a row; agreed: how many were right in each."""
+        if k == 0:
+            self.plain_s.append(seconds)
+            return
+        self.checking_s.append(seconds)
+        self.checked += len(agreed)
+        self.accepted += [0] * (k - len(self.accepted))
+        for right in agreed:
+            for position in range(right):
+                self.accepted[position] += 1
+
+
+@dataclass
 class Stats:
     """What a run took: seconds and tokens."""
     load_s: float = 0.0
@@ -28,6 +49,7 @@ class Stats:
     decode_tokens: int = 0  # that requests got from decode steps
     row_steps: int = 0  # rows that decode steps worked on
     useful_row_steps: int = 0  # those whose request got something
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass
