@@ -697,7 +697,7 @@ def int4_weights(N: int, K: int, group: int) -> Weights:
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:
-    return ((y.float() - expected).norm() / expected.norm()).item()
+    return ((y.double() - expected).norm() / expected.double().norm()).item()
 
 
 def check_linear(y: Tensor, expected: Tensor) -> None:
