@@ -8,10 +8,12 @@ it."""
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,13 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cli.arguments import DTYPES, parse_args, say
-from cli.batch import Show, read_lines, read_text, run_batches
-from cli.chat import chat
+from cli.arguments import DTYPES, SETTINGS, parse_args, say
+from cli.batch import News, Records, Run, answer_file, answer_live
+from cli.chat import Show, chat
+from cli.prompts import Job, Line, check_text, read_jobs, read_lines, read_text, samples
 from cli.stats import Memory, Stats, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
-from formats.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from model import KVCache, Transformer, load_model, run_block, run_head, tensor_bytes
+from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
+from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 
 PREFILL_CHUNK = 8192  # longest run of prompt tokens in one pass; bounds the activations' memory
@@ -47,6 +50,8 @@ class Request:
     min_p: float | None = None
     eos_ids: frozenset[int] = frozenset()
     cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
+    seed: int | None = None  # None: a new one
+    ends: Callable[[list[int]], bool] | None = None  # is told each new token; True ends it
 
 
 # --- sampling ---
@@ -185,6 +190,8 @@ class Engine:
         self.kind = "greedy"
         self.requests: dict[int, Request] = {}  # of the rows that are in use
         self.running: dict[int, Running] = {}  # what run knows of them
+        self.finish_reasons: dict[int, str] = {}  # number -> eos, stop, length or context
+        self.started: dict[int, float] = {}  # number -> when it got its row
         self.prepared: set[str] = set()  # kinds of step that are compiled
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.tables: list[Tensor] = []  # what the graphs read that the model may replace
@@ -211,10 +218,22 @@ class Engine:
         token = self.token[rows]
         input_pos = self.input_pos[rows]
         logits = self.model.decode(token, input_pos, self.cache)[:, -1]  # (B, V)
-        drawn = sample(logits, self.sampling.rows(rows), self.kind, self.generator)
+        drawn = self.draw(logits, self.sampling.rows(rows), self.kind, rows.start)
         token.copy_(drawn[:, None])
         last = self.cache.max_seq_len - 1
         input_pos.add_(1).clamp_(max=last)  # a row that is done steps on, unseen
+
+    def draw(self, logits: Tensor, sampling: Sampling, kind: str, first: int) -> Tensor:
+        """Each row's token, drawn with its own seed where its request has one."""
+        tokens = []
+        for i in range(len(logits)):
+            request = self.requests.get(first + i)
+            running = self.running.get(first + i)
+            if request is not None and request.seed is not None and running is not None:
+                self.generator.manual_seed(hash((request.seed, running.drawn)) % 2**62)
+            row = sampling.rows(slice(i, i + 1))
+            tokens.append(sample(logits[i:i + 1], row, kind, self.generator))
+        return torch.cat(tokens)
 
     def width(self) -> int:
         """How many rows a step works on: a compiled step has one shape."""
@@ -280,25 +299,34 @@ class Engine:
             setting[rows] = values
         prompts = [request.prompt for request in requests]
         logits, lengths = prefill(self.model, self.cache, rows, prompts, cached)
-        self.token[rows, 0] = sample(logits, new, kind_of(requests), self.generator)
+        self.token[rows, 0] = self.draw(logits, new, kind_of(requests), row)
         self.input_pos[rows] = lengths + cached
 
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
         """Work requests off, in order, in the rows that are free -> (a request's number, new
         tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
 
         A request ends with the first of its eos_ids (included), after max_new_tokens, or where
         the cache is full. ValueError if one has no room for a token, RuntimeError if another run
         of this engine has begun meanwhile. Tokens have to be checked before: see check_prompts."""
-        waiting = deque(Running(i, request, self.budget(request))
-                        for i, request in enumerate(requests))
+        numbered = enumerate(requests)
+        waiting: deque[Running] = deque()
+        self.finish_reasons.clear()
+        wall = time.perf_counter()
         pending: deque[Launch] = deque()
         lag = LAG if self.device.type == "cuda" else 0
         self.requests.clear()
         self.running.clear()
         me = self.owner = object()
         mark = self.mark()
-        while waiting or self.running:
+        while True:
+            while len(waiting) < self.cache.max_batch_size - len(self.running):
+                number, request = next(numbered, (0, None))
+                if request is None:
+                    break
+                waiting.append(Running(number, request, self.budget(request)))
+            if not (waiting or self.running):
+                break
             if waiting and len(self.running) < self.cache.max_batch_size:
                 yield from self.start(waiting)
                 mark = self.mark()
@@ -314,6 +342,7 @@ class Engine:
                 yield from self.read(pending.popleft())
             if self.owner is not me:
                 raise RuntimeError("another run of this engine has begun")
+        self.stats.wall_s += time.perf_counter() - wall
 
     def budget(self, request: Request) -> int:
         """The most new tokens that a request can have."""
@@ -337,6 +366,7 @@ class Engine:
             if started and waiting[0].request.cached != started[first].request.cached:
                 break
             started[row] = waiting.popleft()
+            self.started[started[row].number] = began
         self.running.update(started)
         self.insert(first, [running.request for running in started.values()])
         tokens = self.token[:, 0].tolist()
@@ -357,7 +387,11 @@ class Engine:
     def read(self, launch: Launch) -> list[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
         self.stats.steps_s.append(seconds_between(launch.began, launch.ended))
-        return self.hand_out(launch.tokens.tolist(), launch.rows)
+        self.stats.row_steps += self.width()
+        news = self.hand_out(launch.tokens.tolist(), launch.rows)
+        self.stats.useful_row_steps += len(news)
+        self.stats.decode_tokens += len(news)
+        return news
 
     def hand_out(
         self, tokens: list[int], rows: dict[int, Running]
@@ -369,7 +403,17 @@ class Engine:
                 continue
             token = tokens[row]
             running.read += 1
-            if token in running.request.eos_ids or running.read == running.budget:
+            reason = None
+            if token in running.request.eos_ids:
+                reason = "eos"
+            elif running.request.ends is not None and running.request.ends([token]):
+                reason = "stop"
+            elif running.read == running.request.max_new_tokens:
+                reason = "length"
+            elif running.read == running.budget:
+                reason = "context"
+            if reason is not None:
+                self.finish_reasons[running.number] = reason
                 running.done = True
                 del self.running[row]
                 del self.requests[row]
@@ -451,6 +495,7 @@ def generate(
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
     stream: Show | None = None, cached: int = 0, compile: bool = False,
     stats: Stats | None = None, engine: Engine | None = None,
+    stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
@@ -473,7 +518,11 @@ def generate(
         Request, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, eos_ids=frozenset(eos_ids), cached=cached,
     )
-    requests = [request(prompt) for prompt in prompts]
+    requests = []
+    for number, prompt in enumerate(prompts):
+        seed_of = None if seed is None else seed + number
+        ends = stops_at(stop, tokenizer, prompt) if stop else None
+        requests.append(request(prompt, seed=seed_of, ends=ends))
     stats = stats or Stats()
     engine.stats = stats
     # preparing, and rows without a request, write from their position on: not over what is cached
@@ -488,6 +537,21 @@ def generate(
     stats.prompt_tokens += sum(map(len, prompts))
     stats.new_tokens += sum(map(len, out))
     return out
+
+
+def stops_at(
+    stop: Sequence[str], tokenizer: Tokenizer | None, prompt: list[int]
+) -> Callable[[list[int]], bool]:
+    """Request.ends for the text behind a prompt. ValueError if there is no tokenizer."""
+    if tokenizer is None:
+        raise ValueError(f"stop strings ({', '.join(map(repr, stop))}) need a tokenizer")
+    text = TextStream(tokenizer, prompt, stop)
+
+    def ends(ids: list[int]) -> bool:
+        text.push(ids)
+        return text.stopped
+
+    return ends
 
 
 def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
@@ -553,6 +617,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a process that the signal ends
 
 
 def fail(message: str) -> None:
@@ -562,8 +629,28 @@ def fail(message: str) -> None:
 
 def run(args: Any) -> None:
     """Load, prepare, and do what the flags ask for."""
+    lines = []
+    if args.prompts is not None:
+        lines = read_lines(args.prompts)
+    output = nullcontext() if args.output is None else Records(args.output)
+    with output as records:
+        stats = Stats()
+        tokenizer, model = load_both(args, stats)
+        jobs = wanted(args, lines, tokenizer, model.config)
+        engine = make_engine(args, model, jobs)
+        if args.interactive:
+            converse(engine, tokenizer, args, stats)
+        elif args.profile:
+            profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
+        elif args.prompts is not None:
+            answer_prompts(engine, tokenizer, jobs, records, args, stats)
+        else:
+            answer_prompt(engine, tokenizer, jobs, args, stats)
+
+
+def load_both(args: Any, stats: Stats) -> tuple[Tokenizer | None, Transformer]:
+    """The tokenizer, None where no text is made, and the model."""
     path = default_model() if args.checkpoint_path is None else args.checkpoint_path
-    stats = Stats()
     tokenizer = None
     if not args.benchmark and not str(path).endswith(".json"):
         tokenizer = load_tokenizer(path)
@@ -571,27 +658,7 @@ def run(args: Any) -> None:
     model = load(args, path)
     stats.load_s = time.perf_counter() - began
     check_fit(model, tokenizer, args.max_seq_len)
-
-    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
-    longest = max(map(len, prompts))
-    check_prompts(prompts, args.max_new_tokens, model.config.vocab_size)
-    check_room(longest, args.max_seq_len or model.config.max_seq_len)
-
-    needed = 8192 if args.interactive else longest + args.max_new_tokens
-    room = args.max_seq_len or min(needed, model.config.max_seq_len)
-    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
-    if args.compile:
-        compile_model(model, args.compile_prefill)
-    engine = Engine(model, compiled=args.compile)
-
-    if args.interactive:
-        converse(engine, tokenizer, args, stats)
-    elif args.profile:
-        profile_engine(engine, prompts, args, stats)
-        summarize(stats, memory_of(engine))
-    else:
-        answer_all(engine, tokenizer, prompts, args, stats)
+    return tokenizer, model
 
 
 def load(args: Any, path: str | Path) -> Transformer:
@@ -615,69 +682,131 @@ def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int 
         )
 
 
-def read_prompts(args: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
-    """The prompts as token lists, one a sample."""
-    copies = args.num_samples
-    if args.prompts is None:
-        copies *= args.batch_size
+def wanted(
+    args: Any, lines: list[Line], tokenizer: Tokenizer | None, config: ModelConfig
+) -> list[Job]:
+    """The answers that the flags ask for; lines: of --prompts."""
+    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
+    room = args.max_seq_len or config.max_seq_len
+    n_samples = args.num_samples
+    if args.benchmark or args.profile:  # a measurement is of full rows
+        n_samples *= args.batch_size
+
     if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
+        n_tokens = int(args.prompt)
+        check_room(n_tokens, room)
         generator = torch.Generator().manual_seed(args.seed or 0)
-        tokens = torch.randint(vocab_size, (int(args.prompt),), generator=generator)
-        return [tokens.tolist()] * copies
+        prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
+        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+        return samples(0, "", prompt, defaults, n_samples)
+
     if tokenizer is None:
         raise ValueError(
             "a bare config.json has no tokenizer: give --prompt a number of random tokens"
         )
     in_template = args.chat or args.interactive
+
+    def encode(entry: dict[str, Any]) -> list[int]:
+        if "messages" in entry:
+            prompt = tokenizer.chat(entry["messages"])
+        elif in_template:
+            prompt = tokenizer.chat([{"role": "user", "content": entry["prompt"]}])
+        else:
+            prompt = tokenizer.encode(entry["prompt"])
+        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+        check_room(len(prompt), room)
+        return prompt
+
     if args.prompts is not None:
-        texts = read_lines(args.prompts)
-    elif args.prompt is not None:
-        texts = [read_text(args.prompt)]
+        return read_jobs(lines, encode, defaults, args.num_samples)
+    if args.prompt is not None:
+        text = read_text(args.prompt)
+        check_text("--prompt", text)
     else:
-        texts = ["What is the capital of France?"]
+        text = "What is the capital of France?"
         in_template = in_template or tokenizer.chat_template
-    if in_template:
-        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
-    else:
-        prompts = [tokenizer.encode(text) for text in texts]
-    return prompts * copies
+    return samples(0, "", encode({"prompt": text}), defaults, n_samples)
+
+
+def make_engine(args: Any, model: Transformer, jobs: list[Job]) -> Engine:
+    """An engine with the rows that the flags say, and room for the longest job."""
+    needed = 1
+    for job in jobs:
+        if job.error is None:
+            needed = max(needed, len(job.prompt) + job.settings["max_new_tokens"])
+    if args.interactive:
+        needed = 8192
+    room = args.max_seq_len or min(needed, model.config.max_seq_len)
+    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
+    if args.compile:
+        compile_model(model, args.compile_prefill)
+    return Engine(model, compiled=args.compile)
 
 
 def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """generate's keyword arguments."""
     return dict(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (),
+        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (), stop=args.stop,
+        tokenizer=tokenizer,
     )
 
 
-def answer_all(
-    engine: Engine, tokenizer: Tokenizer | None, prompts: list[list[int]], args: Any, stats: Stats
+def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
+    """What runs jobs for cli/batch.py."""
+    eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+
+    def run_jobs(jobs: list[Job]) -> Iterator[News]:
+        requests = []
+        for job in jobs:
+            settings = dict(job.settings)
+            stop = settings.pop("stop")
+            ends = stops_at(stop, tokenizer, job.prompt) if stop else None
+            requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
+        engine.stats = stats
+        stats.compile_s += engine.prepare_once(kind_of(requests))
+        for number, tokens in engine.run(requests):
+            stats.new_tokens += len(tokens)
+            yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
+        stats.prompt_tokens += sum(len(job.prompt) for job in jobs)
+
+    return run_jobs
+
+
+def answer_prompt(
+    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any, stats: Stats
 ) -> None:
-    """Continue all prompts, batch by batch, and say what it took."""
-    settings = options(args, tokenizer)
-
-    def answer(batch: list[list[int]], show: Show | None) -> list[list[int]]:
-        out = generate(
-            engine.model, batch, args.max_new_tokens, stream=show, stats=stats, engine=engine,
-            **settings,
-        )
-        if args.seed is not None:
-            settings["seed"] += 1
-        return out
-
+    """Continue one prompt, once or several times, and say what it took."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         warm = Stats()
+        batch = [job.prompt for job in jobs[:args.batch_size]]
         generate(
-            engine.model, prompts[:args.batch_size], args.max_new_tokens, stats=warm,
-            engine=engine, **settings,
+            engine.model, batch, args.max_new_tokens, stats=warm, engine=engine,
+            **options(args, tokenizer),
         )
         stats.compile_s = warm.compile_s
-    live = not args.json
-    texts = run_batches(prompts, args.batch_size, tokenizer, answer, live=live, quiet=args.json)
+    answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
     summary = summarize(stats, memory_of(engine))
     if args.json:
-        print(json.dumps(vars(args) | summary | {"texts": texts}, default=str))
+        result = {
+            "texts": [answer.text for answer in answers if tokenizer],
+            "finish_reasons": [answer.finish_reason for answer in answers],
+        }
+        print(json.dumps(vars(args) | summary | result, default=str, allow_nan=False))
+
+
+def answer_prompts(
+    engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
+    stats: Stats,
+) -> None:
+    """Continue the prompts of a file, and say what it took. ValueError: none could be."""
+    run_jobs = runner(engine, tokenizer, stats)
+    answer_file(jobs, run_jobs, tokenizer, as_json=args.json, records=records)
+    if stats.new_tokens:
+        summarize(stats, memory_of(engine))
+    if all(job.error is not None for job in jobs):
+        raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
 
 
 def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:
@@ -690,7 +819,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> N
         )
         return out
 
-    chat(tokenizer, reply, engine.cache.max_seq_len)
+    chat(tokenizer, reply, engine.cache.max_seq_len, args.stop)
 
 
 def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:

@@ -22,6 +22,10 @@ class Stats:
     new_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)  # per batch: prefill, first sample
     steps_s: list[float] = field(default_factory=list)  # per decode step
+    decode_tokens: int = 0  # that steps gave to requests: all new ones but each one's first
+    row_steps: int = 0  # rows that steps worked on
+    useful_row_steps: int = 0  # those of them that gave a request a token
+    wall_s: float = 0.0  # from a run's first prefill to its last token
 
 
 @dataclass
@@ -50,8 +54,19 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     step_s = statistics.median(steps)
     tenth = len(steps) // 10
 
-    # a step reads all weights and the tokens cached, here on average over a batch's steps
-    live_tokens = (stats.prompt_tokens + stats.new_tokens / 2) / len(stats.first_token_s)
+    # what requests got, by the time of the steps alone and by all the time there was
+    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
+    if stats.steps_s:
+        tokens_per_s = stats.decode_tokens / sum(stats.steps_s)
+        live_rows = stats.useful_row_steps / len(stats.steps_s)
+        useful_share = stats.useful_row_steps / stats.row_steps
+    else:
+        tokens_per_s = n_requests / sum(stats.first_token_s)
+        live_rows = n_requests / len(stats.first_token_s)
+        useful_share = 1.0
+
+    # a step reads all weights and the tokens cached, here on average over its requests
+    live_tokens = live_rows * (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
     read = memory.weight_bytes + live_tokens * memory.cache_bytes / memory.cache_tokens
     summary = {
         "load_s": stats.load_s,
@@ -62,7 +77,10 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         "ms_per_step": 1e3 * step_s,
         "ms_per_step_p10": 1e3 * steps[tenth],
         "ms_per_step_p90": 1e3 * steps[-1 - tenth],
-        "tokens_per_s": memory.rows / step_s,
+        "tokens_per_s": tokens_per_s,
+        "wall_s": stats.wall_s,
+        "wall_tokens_per_s": stats.new_tokens / stats.wall_s,
+        "useful_row_steps": useful_share,
         "bytes_per_step": round(read),
         "bandwidth_gb_s": bandwidth / 1e9,
         "bandwidth_share": read / step_s / bandwidth,
@@ -81,9 +99,10 @@ def say_summary(summary: dict[str, float]) -> None:
     prompt = "{prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
     say(f"{ready}; {prompt}".format(**summary))
     say(
-        "{new_tokens} new tokens at {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, "
-        "median), reading {read_gb:.3f} GB a step: {bandwidth_share:.0%} of the "
-        "{bandwidth_gb_s:.0f} GB/s this machine copies at"
+        "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; decoding "
+        "alone {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, median; "
+        "{useful_row_steps:.0%} of its rows had work), reading {read_gb:.3f} GB a step: "
+        "{bandwidth_share:.0%} of the {bandwidth_gb_s:.0f} GB/s this machine copies at"
         .format(**summary, read_gb=summary["bytes_per_step"] / 1e9)
     )
     cache_mb = summary["kv_cache_bytes"] / 1e6
