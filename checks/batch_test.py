@@ -90,6 +90,13 @@ def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_lines("-") == [Line(2, b" one", False)]
 
 
+def test_a_closed_standard_input_has_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    for read in (read_lines, read_text):
+        with pytest.raises(ValueError, match="cannot read .* -: standard input is closed"):
+            read("-")
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"\xef\xbb\xbf"])
 def test_a_file_without_prompts(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
@@ -514,6 +521,29 @@ def test_a_request_does_not_feel_its_neighbours(
         assert texts(cli("--prompts", one, "--json")[1]) == [want[i]]
 
 
+def test_a_prompt_in_the_template_is_a_conversation_of_one_message(
+    cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    message = {"role": "user", "content": "one two"}
+    file.write_text(json.dumps({"prompt": "one two"}) + "\n" + json.dumps({"messages": [message]}))
+    plain, chat = texts(cli("--prompts", file, "--json")[1])
+    assert texts(cli("--prompts", file, "--json", "--chat")[1]) == [chat, chat] != [plain, chat]
+
+
+def test_a_model_without_a_template_answers_the_other_lines(
+    cli: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny, folder)
+    (folder / "chat_template.jinja").unlink()
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"prompt": "one"}')
+    code, out, err = cli("--prompts", file, "--checkpoint_path", folder, "--json")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert "line 1: this model has no chat template" in err
+
+
 def test_finish_reasons(cli: Callable[..., Outcome], request_file: Path) -> None:
     _, out, _ = cli("--prompts", request_file, "--json", "--max_seq_len", 60)
     found = {record["index"]: record for record in map(json.loads, out.splitlines())}
@@ -618,7 +648,7 @@ def test_a_second_run_goes_on(
     ("--interactive --output x", "--output goes with --prompts"),
     ("--prompts {p} --output x --profile y", "--output goes with --prompts and without --profile"),
     ("--prompt x --stop=", "argument --stop: an empty text would end every answer at once"),
-    ("--benchmark --stop x", "--benchmark goes without --stop"),
+    ("--benchmark --stop x", "--stop goes without --benchmark"),
     ("--prompt x --temperature inf", "inf is not at least 0 and at most 1000"),
     ("--prompt x --temperature 1 --top_k 99999999999999999999", "--top_k"),
     ("--prompt 99999999999999", "leaves no room"),

@@ -241,7 +241,8 @@ def test_summary(ten_gb_s: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert ready == "loaded in 1.5 s; 60 prompt tokens, first token after 0.38 s"
     assert speed == (
         "40 new tokens in 0.80 s, 50.0 tokens/s; decoding alone 1636.4 tokens/s (2.00 ms a step, "
-        "median; 90% of its rows had work), reading 1.007 GB a step: 5036% of the 10 GB/s this machine copies at"
+        "median; 90% of its rows had work), reading 1.007 GB a step: 5036% of the 10 GB/s this "
+        "machine copies at"
     )
     assert memory.startswith("KV cache 400.0 MB, peak memory ")
 
@@ -377,8 +378,8 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--interactive", "--batch_size", "2"], CHAT_ALONE),
     (["--benchmark", "--prompt", "words"], RANDOM_TOKENS),
     (["--benchmark", "--prompts", "x"], RANDOM_TOKENS),
-    (["--benchmark", "--stop", "x"], "--benchmark goes without --stop: its tokens are not made "
-     "text"),
+    (["--benchmark", "--stop", "x"], "--stop goes without --benchmark and --profile"),
+    (["--profile", "x", "--stop", "x"], "--stop goes without --benchmark and --profile"),
     (["--output", "x"], OUTPUT),
     (["--output", "x", "--prompt", "x"], OUTPUT),
     (["--output", "x", "--interactive"], OUTPUT),

@@ -196,13 +196,13 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
                 "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
             )
 
-    # a benchmark's prompt is a number of tokens
+    # a benchmark makes no text of tokens, and its prompt is a number of them
+    if args.stop and (args.benchmark or args.profile):
+        parser.error("--stop goes without --benchmark and --profile")
     if args.benchmark:
         words = args.prompt and not args.prompt.isdecimal()
         if args.prompts is not None or words:
             parser.error("--benchmark takes its --prompt as a number of random tokens")
-        if args.stop:
-            parser.error("--benchmark goes without --stop: its tokens are not made text")
 
 
 class Parser(argparse.ArgumentParser):

@@ -165,12 +165,7 @@ def answer_file(
             say(job.error)
             write(number, error_record(job))
 
-    bar = tqdm(
-        total=len(jobs), initial=len(jobs) - len(left), unit="prompt", miniters=0,
-        disable=None,  # where stderr is no terminal
-        nrows=20,  # those without a size say that they have none, which would hide the bar
-    )
-    with bar:
+    with progress_bar(len(jobs), len(left)) as bar:
         n_tokens = 0
         began = time.perf_counter()
         for answer, ids, _ in run_answers([jobs[number] for number in left], run, tokenizer):
@@ -182,6 +177,14 @@ def answer_file(
                 with bar.external_write_mode():
                     write(left[answer.number], answer.record())
                 bar.update(1)
+
+
+def progress_bar(n_jobs: int, n_left: int) -> tqdm:
+    """A bar of how many are done, if stderr is a terminal."""
+    return tqdm(
+        total=n_jobs, initial=n_jobs - n_left, unit="prompt", miniters=0, disable=None,
+        nrows=20,  # a terminal without a size says that it has none, which would hide the bar
+    )
 
 
 def error_record(job: Job) -> dict[str, Any]:

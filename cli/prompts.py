@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from cli.arguments import SETTINGS
 
@@ -33,11 +33,17 @@ class Line(NamedTuple):
     is_json: bool
 
 
+def standard_input() -> TextIO:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    return sys.stdin
+
+
 def read_text(source: str) -> str:
     """--prompt's text: as it is, @FILE, or - for standard input. ValueError: it cannot be read."""
     try:
         if source == "-":
-            return sys.stdin.read()
+            return standard_input().read()
         if source.startswith("@"):
             return Path(source[1:]).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
@@ -51,7 +57,7 @@ def read_lines(path: str) -> list[Line]:
     They are JSON if the file's name ends in .jsonl or the first one begins with a brace.
     ValueError: there is none, or the file cannot be read."""
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        content = standard_input().buffer.read() if path == "-" else Path(path).read_bytes()
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read --prompts {path}: {e}") from None
     content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark

@@ -54,20 +54,14 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     step_s = statistics.median(steps)
     tenth = len(steps) // 10
 
-    # what requests got, by the time of the steps alone and by all the time there was
-    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
+    # a step reads all weights and the tokens cached
+    read = memory.weight_bytes + live_tokens(stats) * memory.cache_bytes / memory.cache_tokens
     if stats.steps_s:
         tokens_per_s = stats.decode_tokens / sum(stats.steps_s)
-        live_rows = stats.useful_row_steps / len(stats.steps_s)
         useful_share = stats.useful_row_steps / stats.row_steps
     else:
-        tokens_per_s = n_requests / sum(stats.first_token_s)
-        live_rows = n_requests / len(stats.first_token_s)
+        tokens_per_s = stats.new_tokens / sum(stats.first_token_s)
         useful_share = 1.0
-
-    # a step reads all weights and the tokens cached, here on average over its requests
-    live_tokens = live_rows * (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
-    read = memory.weight_bytes + live_tokens * memory.cache_bytes / memory.cache_tokens
     summary = {
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
@@ -89,6 +83,15 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     }
     say_summary(summary)
     return summary
+
+
+def live_tokens(stats: Stats) -> float:
+    """How many tokens of its requests a step finds in the cache, on average."""
+    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
+    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
+    if stats.steps_s:
+        return length * stats.useful_row_steps / len(stats.steps_s)
+    return length * n_requests / len(stats.first_token_s)
 
 
 def say_summary(summary: dict[str, float]) -> None:
