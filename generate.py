@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import struct
 import sys
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
@@ -25,13 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cli.arguments import DTYPES, parse_args, say
-from cli.batch import Show, read_lines, read_text, run_batches
-from cli.chat import chat
+from cli.arguments import DTYPES, SETTINGS, parse_args, say
+from cli.batch import News, Records, Run, answer_file, answer_live
+from cli.chat import Show, chat
+from cli.prompts import Job, Line, check_text, read_jobs, read_lines, read_text, samples
 from cli.stats import Memory, Stats, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
-from model import KVCache, Transformer, load_model, run_block, run_head, tensor_bytes
+from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 from speculate import Drafter, Gauge, make_drafter
 
@@ -332,7 +335,8 @@ class Engine:
         self.kind = "greedy"
         self.running: dict[int, Running] = {}  # rows whose next tokens somebody wants
         self.refills = False  # rows serve one request after the other
-        self.finish_reasons: dict[int, str] = {}  # of run's requests: eos, stop, length, context
+        self.started: dict[int, float] = {}  # when run's requests got their rows
+        self.finish_reasons: dict[int, str] = {}  # and how they ended: eos, stop, length, context
         self.ends = [0] * B  # where the other rows stand
         # kinds of step and the proposals they check -> where prepared ones put what they draw
         self.prepared: dict[tuple[str, int], Drawn] = {}
@@ -479,6 +483,7 @@ class Engine:
         # meanwhile the others' steps write where these rows' own will: behind the prompts
         for row, running in rows.items():
             running.row = row
+            self.started[running.number] = time.perf_counter()
             self.ends[row] = running.prompt_end
         self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
         return reading
@@ -557,6 +562,7 @@ class Engine:
     def reset(self, waiting: Sequence[Running]) -> None:
         """Give up what the rows did, for these requests."""
         self.running.clear()
+        self.started.clear()
         self.finish_reasons.clear()
         self.active.zero_()
         self.refills = len(waiting) > self.cache.max_batch_size
@@ -946,6 +952,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a process that the signal ends
 
 
 def fail(message: str) -> None:
@@ -955,8 +964,28 @@ def fail(message: str) -> None:
 
 def run(args: Any) -> None:
     """Load, prepare, and do what the flags ask for."""
+    lines = []
+    if args.prompts is not None:
+        lines = read_lines(args.prompts)
+    output = nullcontext() if args.output is None else Records(args.output)
+    with output as records:
+        stats = Stats()
+        tokenizer, model = load_both(args, stats)
+        jobs = wanted(args, lines, tokenizer, model.config)
+        engine = make_engine(args, model, jobs)
+        if args.interactive:
+            converse(engine, tokenizer, args, stats)
+        elif args.profile:
+            profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
+        elif args.prompts is not None:
+            answer_prompts(engine, tokenizer, jobs, records, args, stats)
+        else:
+            answer_prompt(engine, tokenizer, jobs, args, stats)
+
+
+def load_both(args: Any, stats: Stats) -> tuple[Tokenizer | None, Transformer]:
+    """The tokenizer, None where no text is made, and the model."""
     path = default_model() if args.checkpoint_path is None else args.checkpoint_path
-    stats = Stats()
     tokenizer = None
     if not args.benchmark and not str(path).endswith(".json"):
         tokenizer = load_tokenizer(path)
@@ -964,27 +993,7 @@ def run(args: Any) -> None:
     model = load(args, path)
     stats.load_s = time.perf_counter() - began
     check_fit(model, tokenizer, args.max_seq_len)
-
-    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
-    longest = max(map(len, prompts))
-    check_prompts(prompts, args.max_new_tokens, model.config.vocab_size)
-    check_room(longest, args.max_seq_len or model.config.max_seq_len)
-
-    needed = 8192 if args.interactive else longest + args.max_new_tokens
-    room = args.max_seq_len or min(needed, model.config.max_seq_len)
-    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
-    if args.compile:
-        compile_model(model, args.compile_prefill)
-    engine = Engine(model, compiled=args.compile)
-
-    if args.interactive:
-        converse(engine, tokenizer, args, stats)
-    elif args.profile:
-        profile_engine(engine, prompts, args, stats)
-        summarize(stats, memory_of(engine))
-    else:
-        answer_all(engine, tokenizer, prompts, args, stats)
+    return tokenizer, model
 
 
 def load(args: Any, path: str | Path) -> Transformer:
@@ -1008,69 +1017,131 @@ def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int 
         )
 
 
-def read_prompts(args: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
-    """The prompts as token lists, one a sample."""
-    copies = args.num_samples
-    if args.prompts is None:
-        copies *= args.batch_size
+def wanted(
+    args: Any, lines: list[Line], tokenizer: Tokenizer | None, config: ModelConfig
+) -> list[Job]:
+    """The answers that the flags ask for; lines: of --prompts."""
+    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
+    room = args.max_seq_len or config.max_seq_len
+    n_samples = args.num_samples
+    if args.benchmark or args.profile:  # a measurement is of full rows
+        n_samples *= args.batch_size
+
     if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
+        n_tokens = int(args.prompt)
+        check_room(n_tokens, room)
         generator = torch.Generator().manual_seed(args.seed or 0)
-        tokens = torch.randint(vocab_size, (int(args.prompt),), generator=generator)
-        return [tokens.tolist()] * copies
+        prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
+        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+        return samples(0, "", prompt, defaults, n_samples)
+
     if tokenizer is None:
         raise ValueError(
             "a bare config.json has no tokenizer: give --prompt a number of random tokens"
         )
     in_template = args.chat or args.interactive
+
+    def encode(entry: dict[str, Any]) -> list[int]:
+        if "messages" in entry:
+            prompt = tokenizer.chat(entry["messages"])
+        elif in_template:
+            prompt = tokenizer.chat([{"role": "user", "content": entry["prompt"]}])
+        else:
+            prompt = tokenizer.encode(entry["prompt"])
+        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+        check_room(len(prompt), room)
+        return prompt
+
     if args.prompts is not None:
-        texts = read_lines(args.prompts)
-    elif args.prompt is not None:
-        texts = [read_text(args.prompt)]
+        return read_jobs(lines, encode, defaults, args.num_samples)
+    if args.prompt is not None:
+        text = read_text(args.prompt)
+        check_text("--prompt", text)
     else:
-        texts = ["What is the capital of France?"]
+        text = "What is the capital of France?"
         in_template = in_template or tokenizer.chat_template
-    if in_template:
-        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
-    else:
-        prompts = [tokenizer.encode(text) for text in texts]
-    return prompts * copies
+    return samples(0, "", encode({"prompt": text}), defaults, n_samples)
+
+
+def make_engine(args: Any, model: Transformer, jobs: list[Job]) -> Engine:
+    """An engine with the rows that the flags say, and room for the longest job."""
+    needed = 1
+    for job in jobs:
+        if job.error is None:
+            needed = max(needed, len(job.prompt) + job.settings["max_new_tokens"])
+    if args.interactive:
+        needed = 8192
+    room = args.max_seq_len or min(needed, model.config.max_seq_len)
+    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
+    if args.compile:
+        compile_model(model, args.compile_prefill)
+    return Engine(model, compiled=args.compile)
 
 
 def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """generate's keyword arguments."""
     return dict(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (),
+        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (), stop=args.stop,
+        tokenizer=tokenizer,
     )
 
 
-def answer_all(
-    engine: Engine, tokenizer: Tokenizer | None, prompts: list[list[int]], args: Any, stats: Stats
+def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
+    """What runs jobs for cli/batch.py."""
+    eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+
+    def run_jobs(jobs: list[Job]) -> Iterator[News]:
+        requests = []
+        for job in jobs:
+            settings = dict(job.settings)
+            stop = settings.pop("stop")
+            ends = stops_at(stop, tokenizer, job.prompt) if stop else None
+            requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
+        engine.stats = stats
+        stats.compile_s += engine.prepare_once(kind_of(requests))
+        for number, tokens in engine.run(requests):
+            stats.new_tokens += len(tokens)
+            yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
+        stats.prompt_tokens += sum(len(job.prompt) for job in jobs)
+
+    return run_jobs
+
+
+def answer_prompt(
+    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any, stats: Stats
 ) -> None:
-    """Continue all prompts, batch by batch, and say what it took."""
-    settings = options(args, tokenizer)
-
-    def answer(batch: list[list[int]], show: Show | None) -> list[list[int]]:
-        out = generate(
-            engine.model, batch, args.max_new_tokens, stream=show, stats=stats, engine=engine,
-            **settings,
-        )
-        if args.seed is not None:
-            settings["seed"] += len(batch)
-        return out
-
+    """Continue one prompt, once or several times, and say what it took."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         warm = Stats()
+        batch = [job.prompt for job in jobs[:args.batch_size]]
         generate(
-            engine.model, prompts[:args.batch_size], args.max_new_tokens, stats=warm,
-            engine=engine, **settings,
+            engine.model, batch, args.max_new_tokens, stats=warm, engine=engine,
+            **options(args, tokenizer),
         )
         stats.compile_s = warm.compile_s
-    live = not args.json
-    texts = run_batches(prompts, args.batch_size, tokenizer, answer, live=live, quiet=args.json)
+    answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
     summary = summarize(stats, memory_of(engine))
     if args.json:
-        print(json.dumps(vars(args) | summary | {"texts": texts}, default=str))
+        result = {
+            "texts": [answer.text for answer in answers if tokenizer],
+            "finish_reasons": [answer.finish_reason for answer in answers],
+        }
+        print(json.dumps(vars(args) | summary | result, default=str, allow_nan=False))
+
+
+def answer_prompts(
+    engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
+    stats: Stats,
+) -> None:
+    """Continue the prompts of a file, and say what it took. ValueError: none could be."""
+    run_jobs = runner(engine, tokenizer, stats)
+    answer_file(jobs, run_jobs, tokenizer, as_json=args.json, records=records)
+    if stats.new_tokens:
+        summarize(stats, memory_of(engine))
+    if all(job.error is not None for job in jobs):
+        raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
 
 
 def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:
@@ -1083,7 +1154,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> N
         )
         return out
 
-    chat(tokenizer, reply, engine.context)
+    chat(tokenizer, reply, engine.context, args.stop)
 
 
 def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:

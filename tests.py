@@ -778,11 +778,14 @@ def test_prompts_file(
     for line in lines:
         new = generate(model, [tokenizer.encode(line)], 6)[0]
         alone.append(tokenizer.decode(new))
-    code, out, _ = cli("--prompts", file, "--batch_size", 2, "--max_new_tokens", 6, "--json")
-    result = json.loads(out)
-    assert code == 0 and out.count("\n") == 1
-    assert result["texts"] == alone and result["new_tokens"] == 18
-    assert result["bandwidth_share"] > 0
+    code, out, err = cli("--prompts", file, "--batch_size", 2, "--max_new_tokens", 6, "--json")
+    records = sorted(map(json.loads, out.splitlines()), key=lambda record: record["index"])
+    assert code == 0 and [record["text"] for record in records] == alone
+    assert {record["finish_reason"] for record in records} == {"length"}
+    assert "18 new tokens" in err
+    code, out, _ = cli("--prompts", file, "--batch_size", 2, "--max_new_tokens", 6)
+    shown = [f"[{i}] {line}\n{text}\n\n" for i, (line, text) in enumerate(zip(lines, alone))]
+    assert code == 0 and out == "".join(shown)
 
 
 def test_interactive_keeps_the_cache(

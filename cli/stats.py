@@ -78,9 +78,14 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     step_s = statistics.median(steps)
     tenth = len(steps) // 10
 
-    # a step reads all weights and the tokens cached, here on average over a batch's steps
-    live_tokens = (stats.prompt_tokens + stats.new_tokens / 2) / len(stats.first_token_s)
-    read = memory.weight_bytes + live_tokens * memory.cache_bytes / memory.cache_tokens
+    # a step reads all weights and the tokens cached
+    read = memory.weight_bytes + live_tokens(stats) * memory.cache_bytes / memory.cache_tokens
+    if stats.steps_s:
+        tokens_per_s = stats.decode_tokens / sum(stats.steps_s)
+        useful_share = stats.useful_row_steps / stats.row_steps
+    else:
+        tokens_per_s = stats.new_tokens / sum(stats.first_token_s)
+        useful_share = 1.0
     summary = {
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
@@ -90,7 +95,10 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         "ms_per_step": 1e3 * step_s,
         "ms_per_step_p10": 1e3 * steps[tenth],
         "ms_per_step_p90": 1e3 * steps[-1 - tenth],
-        "tokens_per_s": memory.rows / step_s,
+        "tokens_per_s": tokens_per_s,
+        "wall_s": stats.wall_s,
+        "wall_tokens_per_s": stats.new_tokens / stats.wall_s,
+        "useful_row_steps": useful_share,
         "bytes_per_step": round(read),
         "bandwidth_gb_s": bandwidth / 1e9,
         "bandwidth_share": read / step_s / bandwidth,
@@ -101,6 +109,15 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     return summary
 
 
+def live_tokens(stats: Stats) -> float:
+    """How many tokens of its requests a step finds in the cache, on average."""
+    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
+    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
+    if stats.steps_s:
+        return length * stats.useful_row_steps / len(stats.steps_s)
+    return length * n_requests / len(stats.first_token_s)
+
+
 def say_summary(summary: dict[str, float]) -> None:
     """The summary as three sentences."""
     ready = "loaded in {load_s:.1f} s"
@@ -109,9 +126,10 @@ def say_summary(summary: dict[str, float]) -> None:
     prompt = "{prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
     say(f"{ready}; {prompt}".format(**summary))
     say(
-        "{new_tokens} new tokens at {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, "
-        "median), reading {read_gb:.3f} GB a step: {bandwidth_share:.0%} of the "
-        "{bandwidth_gb_s:.0f} GB/s this machine copies at"
+        "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; decoding "
+        "alone {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, median; "
+        "{useful_row_steps:.0%} of its rows had work), reading {read_gb:.3f} GB a step: "
+        "{bandwidth_share:.0%} of the {bandwidth_gb_s:.0f} GB/s this machine copies at"
         .format(**summary, read_gb=summary["bytes_per_step"] / 1e9)
     )
     cache_mb = summary["kv_cache_bytes"] / 1e6
