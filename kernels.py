@@ -1,5 +1,5 @@
 """Decode attention whose cost follows the tokens that are cached, not the room allocated for them;
-and products of int8 and int4 weights with single vectors. Needs torch and triton, nothing else:
+and products of int8 and int4 weights with a few vectors. Needs torch and triton, nothing else:
 copy the file, or what you need of it.
 
 Decoding one token reads every live key and value once and does next to no arithmetic with them:
