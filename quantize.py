@@ -162,8 +162,9 @@ class Int8Linear(QuantizedLinear):
         if x.device.type == "cpu":
             return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
         if len(x) == 1 and torch.compiler.is_compiling():
-            # Inductor multiplies one row in a kernel together with what surrounds it, a launch less
-            # a layer than with ours; more rows it multiplies after writing the weight in bfloat16
+            # a launch less a layer: Inductor fuses one row with the norm before it. It spends 4 to
+            # 7 instructions on a byte where our kernel spends 1: which is faster is to be measured.
+            # More rows it would multiply after writing the whole weight in bfloat16
             return F.linear(x, self.weight.to(x.dtype)) * self.scales
         return kernels.int8_linear(x, self.weight, self.scales)
 
