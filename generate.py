@@ -938,6 +938,9 @@ def fit_cache(model: Transformer, rows: int, needed: int, cached: int) -> None:
 
 # --- the command line ---
 
+QUESTION = "What is the capital of France?"  # the prompt where none is given
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
@@ -1039,12 +1042,11 @@ def wanted(
         raise ValueError(
             "a bare config.json has no tokenizer: give --prompt a number of random tokens"
         )
-    in_template = args.chat or args.interactive
 
     def encode(entry: dict[str, Any]) -> list[int]:
         if "messages" in entry:
             prompt = tokenizer.chat(entry["messages"])
-        elif in_template:
+        elif args.chat or args.interactive:
             prompt = tokenizer.chat([{"role": "user", "content": entry["prompt"]}])
         else:
             prompt = tokenizer.encode(entry["prompt"])
@@ -1055,12 +1057,13 @@ def wanted(
     if args.prompts is not None:
         return read_jobs(lines, encode, defaults, args.num_samples)
     if args.prompt is not None:
-        text = read_text(args.prompt)
-        check_text("--prompt", text)
+        entry = {"prompt": read_text(args.prompt)}
+        check_text("--prompt", entry["prompt"])
+    elif tokenizer.chat_template:
+        entry = {"messages": [{"role": "user", "content": QUESTION}]}
     else:
-        text = "What is the capital of France?"
-        in_template = in_template or tokenizer.chat_template
-    return samples(0, "", encode({"prompt": text}), defaults, n_samples)
+        entry = {"prompt": QUESTION}
+    return samples(0, "", encode(entry), defaults, n_samples)
 
 
 def make_engine(args: Any, model: Transformer, jobs: list[Job]) -> Engine:

@@ -631,8 +631,10 @@ def test_a_second_run_goes_on(
     assert code == 0 and out == ""
     for size in (0, 500, len(whole)):
         file.write_text(whole[:size])
-        code, out, _ = cli(*flags)
+        code, out, err = cli(*flags)
         assert code == 0 and out == "" and file.read_text().startswith(whole[:size])
+        n_kept = whole[:size].count("\n")
+        assert (f"has {n_kept} answers already; {5 - n_kept} are left" in err) == (n_kept > 0)
         assert texts(file.read_text()) == texts(whole)
     code, _, err = cli(*flags, "--temperature", 0.5)
     assert code == 2 and "give the prompts and flags that it was begun with" in err

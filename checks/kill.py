@@ -34,19 +34,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder, "prompts.jsonl")
         prompts.write_text(lines(args, draw))
-        flags = ["--device", "cpu", "--prompts", prompts, "--seed", 7, "--temperature", 0.8]
-        # in float32 a row's neighbours, which a kill changes, do not round its text to another
-        flags += ["--batch_size", args.batch_size, "--dtype", "float32"]
+        # in float32, where a text does not depend on which others are on the way with it
+        flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", args.batch_size]
+        flags += ["--prompts", prompts, "--seed", 7, "--temperature", 0.8]
         if args.checkpoint_path is not None:
             flags += ["--checkpoint_path", args.checkpoint_path]
         whole = Path(folder, "whole.jsonl")
         began = time.perf_counter()
-        wait(start([*flags, "--output", whole]))
-        seconds = time.perf_counter() - began
-        print(f"{args.prompts} prompts in {seconds:.1f} s without a kill", flush=True)
+        process = start([*flags, "--output", whole])
+        while n_lines(whole) == 0:
+            if os.waitpid(process, os.WNOHANG) != (0, 0):
+                sys.exit("the run without a kill has failed")
+            time.sleep(0.01)
+        load_s = time.perf_counter() - began
+        wait(process)
+        work_s = time.perf_counter() - began - load_s
+        print(f"{args.prompts} prompts: {load_s:.1f} s to begin, {work_s:.1f} s", flush=True)
 
         killed = Path(folder, "killed.jsonl")
-        n_kills = kill_often([*flags, "--output", killed], killed, args, seconds, draw)
+        flags += ["--output", killed]
+        n_kills = kill_often(flags, killed, args, load_s, work_s, draw)
         print(compare(records(whole), records(killed), args.prompts, n_kills))
 
 
@@ -83,27 +90,31 @@ def wait(process: int) -> None:
 
 
 def kill_often(
-    flags: list[object], file: Path, args: argparse.Namespace, seconds: float, draw: random.Random
+    flags: list[object], file: Path, args: argparse.Namespace, load_s: float, work_s: float,
+    draw: random.Random,
 ) -> int:
     """Start runs and kill them until one is left to end -> how many were killed.
 
-    seconds: what a run takes. Each is killed within a share of what is left to do."""
+    load_s, work_s: what a run takes to begin and to end. Each is killed at a random moment,
+    sometimes before it has begun, and leaves some of the work to the next."""
     n_kills = 0
     while n_kills < args.kills:
-        left = 1.0
-        if file.exists():
-            left = 1 - file.read_bytes().count(b"\n") / args.prompts
+        left = 1 - n_lines(file) / args.prompts
         process = start(flags)
-        time.sleep(draw.uniform(0, 0.3 * seconds + left * seconds / (args.kills - n_kills + 1)))
+        share_s = left * work_s / (args.kills - n_kills + 1)
+        time.sleep(draw.uniform(0, load_s + share_s))
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if not os.WIFSIGNALED(status):
             break
         n_kills += 1
-        size = file.stat().st_size if file.exists() else 0
-        print(f"killed with {left:.0%} to do; {size} bytes are there", flush=True)
+        print(f"killed; {n_lines(file)} answers are there", flush=True)
     wait(start(flags))
     return n_kills
+
+
+def n_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def records(file: Path) -> list[dict[str, object]]:

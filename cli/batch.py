@@ -164,6 +164,10 @@ def answer_file(
         else:
             say(job.error)
             write(number, error_record(job))
+    if records is not None and records.done:
+        say(f"{records.path} has {len(records.done)} answers already; {len(left)} are left")
+    if not left:
+        return
 
     with progress_bar(len(jobs), len(left)) as bar:
         n_tokens = 0
