@@ -136,6 +136,8 @@ def flash_decode(
     alibi_slopes [Hq]: minus slope * |query position - key position|
     window w: a query sees w tokens, itself included
     sinks [Hq]: a logit per head that only the softmax's denominator sees
+    In CUDA graphs: call it once before capturing, which compiles; what is captured may be replayed
+        on any streams
     Returns [B, Hq, T, D], and with return_lse the log-sum-exp [B, Hq, T] in float32. A query that
     sees nothing gets zeros, and -inf or its sink. Raises ValueError for shapes, dtypes or
     combinations that are none of these."""
@@ -250,8 +252,10 @@ def _flash_decode_torch(
 ) -> tuple[Tensor, Tensor]:
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one
     where they differ."""
+    if not len(q):
+        return _flash_decode_fake(q)
     lens = cache_seqlens.tolist()
-    longest = max(lens, default=0)
+    longest = max(lens)
     new = 0 if k is None else k.shape[2]
     S = k_cache.shape[2]
     if longest + new > S:
@@ -582,16 +586,16 @@ def _head(ptr, b, kv_head, stride_b, stride_h):
 def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr):
     """The KV head of a pair; the head and token of its first M queries, and which of them exist."""
     BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
-    kv_head = (pair // BLOCKS).to(tl.int64)  # int64 before any stride multiplies
+    kv_head = pair // BLOCKS
     r = pair % BLOCKS * BLOCK_M + tl.arange(0, M)
     return kv_head, kv_head * G + r // T, r % T, r < G * T
 
 
 @jit
-def _store(out_ptr, lse_ptr, b, h, t, mask, m_i, l_i, acc,
+def _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc,
            HQ: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
-    """Write the results of row b's queries of heads h and tokens t."""
-    at = (b * HQ + h) * T + t
+    """Write the results of a row's queries of heads h and tokens t."""
+    at = (row * HQ + h).to(tl.int64) * T + t
     d = tl.arange(0, acc.shape[1])[None, :]
     norm = tl.where(l_i == 0, 1.0, l_i)
     out_ptrs = out_ptr + at[:, None] * D + d
@@ -609,7 +613,7 @@ def _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, first_program, n_chunks,
     M: tl.constexpr = triton.next_power_of_2(ROWS)
     _, h, t, mask = _queries_of(pair, M, G, T, BLOCK_M)
     m_i, l_i, acc = _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS, D, BLOCK_D)
-    _store(out_ptr, lse_ptr, row.to(tl.int64), h, t, mask, m_i, l_i, acc, HKV * G, T, D)
+    _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
 
 
 @jit(do_not_specialize=CHANGING)
@@ -628,11 +632,12 @@ def _flash_decode_kernel(
         seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
     if row >= B:
         return
-    b = row.to(tl.int64)
     kv_head, h, t, mask = _queries_of(pair, BLOCK_M, G, T, BLOCK_M)
+    b = row.to(tl.int64)  # int64 before any stride multiplies
+    kv_head = kv_head.to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
-    q_ptrs = q_ptr + b * stride_q_b + (h * stride_q_h + t.to(tl.int64) * stride_q_t)[:, None]
-    q = tl.load(q_ptrs + d, mask[:, None] & (d < D), other=0)  # (M, D)
+    q_offs = b * stride_q_b + h.to(tl.int64) * stride_q_h + t.to(tl.int64) * stride_q_t
+    q = tl.load(q_ptr + q_offs[:, None] + d, mask[:, None] & (d < D), other=0)  # (M, D)
     # the caches' strides come divided by VEC, so that the compiler knows to load 16 bytes at once
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
@@ -650,7 +655,7 @@ def _flash_decode_kernel(
         q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, stride_kn, stride_vn,
         start, end, n, chunk, h, n - T + t, mask, scale, softcap, CAUSAL, WINDOW, T, D, BLOCK_N)
     if n_chunks == 1:
-        _store(out_ptr, lse_ptr, b, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
+        _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
     else:
         _leave_part(part_ptr, mask, m_i, l_i, acc, min(BLOCK_M, G * T), D)
         if counter_ptr is not None:
@@ -699,9 +704,13 @@ def _sum_kernel(
                    HKV, G, T, D, BLOCK_M, BLOCK_D)
 
 
-def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int = 32) -> dict[str, int]:
+def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int) -> dict[str, int]:
     """Tile sizes with which two programs fit an SM that has smem bytes of shared memory."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
+    if smem <= 65536 and warp_size == 32:
+        # AMD's gfx11 and gfx12 have 256 registers a thread, and hold every operand of a dot twice
+        return dict(BLOCK_M=16, BLOCK_N=max(16, 2048 // BLOCK_D), BLOCK_D=BLOCK_D,
+                    num_warps=8, num_stages=2)
     # rows of the dot
     if itemsize == 4:
         most_rows = 16
@@ -858,7 +867,7 @@ def _flash_decode_triton(
         gpu = torch.cuda.get_device_properties(q.device)
         rows = q.shape[1] // k_cache.shape[1] * q.shape[2]
         blocks = _blocks(k_cache.element_size(), q.shape[3], rows,
-                         gpu.shared_memory_per_multiprocessor)
+                         gpu.shared_memory_per_multiprocessor, gpu.warp_size)
         n_programs = 2 * gpu.multi_processor_count
     arguments = _arguments(q, k_cache, *args, blocks, n_programs)
     counters = None

@@ -113,18 +113,21 @@ def run_torch(call: Call) -> Result:
     return flash_decode(**call, return_lse=True)
 
 
-def run_triton(call: Call, n_programs: int | None = None, **blocks: int) -> Result:
+def run_triton(
+    call: Call, n_programs: int | None = None, one_launch: bool = True, **blocks: int
+) -> Result:
     """The kernel: on the GPU, or interpreted, as on a device that runs n_programs at once.
 
     n_programs and blocks override how the work is cut."""
-    if CUDA and n_programs is None and not blocks:
+    if CUDA and one_launch and n_programs is None and not blocks:
         return run_torch(call)
     _, Hq, T, D = call["q"].shape
     rows = Hq // call["k_cache"].shape[1] * T
     if CUDA:
         gpu = torch.cuda.get_device_properties()
         itemsize = call["k_cache"].element_size()
-        tiles = kernels._blocks(itemsize, D, rows, gpu.shared_memory_per_multiprocessor)
+        tiles = kernels._blocks(
+            itemsize, D, rows, gpu.shared_memory_per_multiprocessor, gpu.warp_size)
     else:
         tiles = dict(
             BLOCK_M=max(16, min(32, triton.next_power_of_2(rows))),
@@ -132,12 +135,20 @@ def run_triton(call: Call, n_programs: int | None = None, **blocks: int) -> Resu
             BLOCK_D=max(16, triton.next_power_of_2(D)),
         )
     return kernels._flash_decode_triton(
-        *in_order(call), blocks=tiles | blocks, n_programs=n_programs or 16)
+        *in_order(call), blocks=tiles | blocks, n_programs=n_programs or 16, one_launch=one_launch)
 
 
+def run_apart(call: Call, **cut: int) -> Result:
+    """The kernels as AMD needs them: one that appends, one that attends, one that sums."""
+    return run_triton(call, one_launch=False, **cut)
+
+
+RUNS = {"torch": run_torch, "triton": run_triton, "apart": run_apart}
+every = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 both = pytest.mark.parametrize("run", [run_torch, run_triton], ids=["torch", "triton"])
 
 COUNTERS = torch.zeros(4096, dtype=I32)
+REAL_COUNTERS = kernels._counters
 PLAIN_CAST = InterpreterBuilder.cast_impl
 
 
@@ -286,27 +297,26 @@ def test_quantize_kv() -> None:
 EDGES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 159, 160, 191, 192, 193]
 
 
-@both
+@every
 @pytest.mark.parametrize("append", [False, True], ids=["read", "append"])
 @INT8
 def test_lengths_around_tiles_and_chunks(run: Run, append: bool, int8: bool) -> None:
     check(run, make(EDGES, Hkv=1, G=3, D=24, append=append, int8=int8))
 
 
-@both
+@every
 @pytest.mark.parametrize("T", [1, 2, 5, 16])
 def test_appended_tokens_across_tiles_and_chunks(run: Run, T: int) -> None:
     def run_every_tile_a_chunk(call: Call) -> Result:
-        return run_triton(call, n_programs=64)
+        return run(call, n_programs=64)
 
-    if run is run_triton:
-        run = run_every_tile_a_chunk
+    check_run = run if run is run_torch else run_every_tile_a_chunk
     lens = [0, 1, 30, 31, 62, 63, 64, 65, 120, 126, 127, 128]
-    check(run, make(lens, Hkv=1, G=1, T=T, S=160))
-    check(run, make(lens, Hkv=1, G=1, T=T, S=160, append=True))
+    check(check_run, make(lens, Hkv=1, G=1, T=T, S=160))
+    check(check_run, make(lens, Hkv=1, G=1, T=T, S=160, append=True))
 
 
-@both
+@every
 @DTYPES
 @INT8
 def test_dtypes(run: Run, dtype: torch.dtype, int8: bool) -> None:
@@ -316,7 +326,7 @@ def test_dtypes(run: Run, dtype: torch.dtype, int8: bool) -> None:
 HEADS = [(4, 1), (2, 3), (1, 4), (1, 5), (1, 6), (2, 7), (1, 8), (1, 17), (1, 40)]
 
 
-@both
+@every
 @pytest.mark.parametrize("Hkv, G", HEADS)
 def test_head_groups(run: Run, Hkv: int, G: int) -> None:
     check(run, make([70, 3], Hkv=Hkv, G=G, append=True))
@@ -347,7 +357,7 @@ OPTIONS = [
 ]
 
 
-@both
+@every
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(run: Run, options: Call) -> None:
     check(run, make([0, 1, 40, 190], Hkv=1, G=2, T=1, append=True, **options))
@@ -355,7 +365,7 @@ def test_options(run: Run, options: Call) -> None:
     check(run, make([0, 64, 190], Hkv=1, G=2, T=3, append=True, int8=True, **options))
 
 
-@both
+@every
 def test_nothing_to_see(run: Run) -> None:
     out, lse = check(run, make([0, 0], T=2))
     assert not out.any()
@@ -412,6 +422,7 @@ def test_fuzz(run: Run) -> None:
         if interpreted:
             cut["n_programs"] = rng.choice([4, 16, 64])
             cut["BLOCK_N"] = rng.choice([32, 64])
+            cut["one_launch"] = rng.random() < 0.7
         try:
             check(lambda call: run(call, **cut), make(**case))
         except Exception as e:
@@ -429,7 +440,7 @@ def amid_others(x: Tensor, S: int) -> Tensor:
     return view
 
 
-@both
+@every
 @INT8
 def test_same_bits_whatever_the_capacity(run: Run, int8: bool) -> None:
     call = make([150, 33], append=True, int8=int8)
@@ -450,7 +461,7 @@ def part_of_wider(x: Tensor, dead: float) -> Tensor:
     return wider[..., 3:27].copy_(x)
 
 
-@both
+@every
 def test_any_strides(run: Run) -> None:
     call = make([70, 9], Hkv=2, G=3, T=2, D=24, append=True)
     turned = copy_of(call)
@@ -465,7 +476,7 @@ def test_any_strides(run: Run) -> None:
     check(run, call)
 
 
-@both
+@every
 def test_a_row_does_not_feel_its_neighbours(run: Run) -> None:
     call = make([150, 0, 33, 7], append=True)
     together, together_lse = run(copy_of(call))
@@ -511,7 +522,86 @@ def test_split_over_any_number_of_programs(lens: list[int], n_programs: int) -> 
     check(run, make(lens, Hkv=1, append=True, sinks=True))
 
 
-def test_a_full_row_writes_nothing_outside_its_cache() -> None:
+def test_one_launch_and_launches_apart_give_the_same_bits() -> None:
+    for int8 in (False, True):
+        call = make([190, 0, 33], T=3, append=True, int8=int8, dtype=BF16, sinks=True)
+        together = copy_of(call)
+        apart = copy_of(call)
+        for ours, theirs in zip(run_triton(together), run_apart(apart)):
+            assert torch.equal(ours, theirs)
+        for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+            if call[name] is not None:
+                live = together[name].float().nan_to_num(-7)
+                assert torch.equal(live, apart[name].float().nan_to_num(-7))
+
+
+@every
+def test_no_rows_give_empty_results(run: Run) -> None:
+    call = make([4], T=2, append=True)
+    for name in ("q", "k_cache", "v_cache", "cache_seqlens", "k", "v"):
+        call[name] = call[name][:0]
+    out, lse = run(call)
+    assert out.shape == (0, 4, 2, 16)
+    assert lse.shape == (0, 4, 2)
+    assert lse.dtype == F32
+
+
+@triton.jit
+def chunks_kernel(
+    chunks_ptr, seqlens_ptr, B, S, n_split, n_fill, min_tiles,
+    PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    row, pair, _, _, _, start, end = kernels._my_chunk(
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, 0, 1, 0, PAIRS, BLOCK_B, BLOCK_N)
+    chunk_ptr = chunks_ptr + tl.program_id(0) * 4
+    tl.store(chunk_ptr, row)
+    tl.store(chunk_ptr + 1, pair)
+    tl.store(chunk_ptr + 2, start)
+    tl.store(chunk_ptr + 3, end)
+
+
+def chunks_of(lens: list[int], pairs: int, n_programs: int) -> list[tuple[int, ...]]:
+    """Row, pair, start and end of every chunk, for rows of so many tokens and as many pairs each."""
+    B = len(lens)
+    split = kernels._split(B * pairs, n_programs, BLOCK_N=64)
+    grid = split["n_split"] + B * pairs
+    chunks = torch.zeros(grid, 4, dtype=I32, device=DEVICE)
+    seqlens = torch.tensor(lens, dtype=I32, device=DEVICE)
+    chunks_kernel[(grid,)](
+        chunks, seqlens, B, 2 ** 20, **split,
+        PAIRS=pairs, BLOCK_B=triton.next_power_of_2(B), BLOCK_N=64)
+    return [tuple(chunk) for chunk in chunks.tolist() if chunk[0] < B]
+
+
+@pytest.mark.parametrize("lens", [[0], [1], [1000], [5, 3000, 0, 64, 65], [300] * 9], ids=str)
+def test_chunks_cover_every_token_once(lens: list[int]) -> None:
+    chunks = chunks_of(lens, pairs=2, n_programs=10)
+    for row, n in enumerate(lens):
+        for pair in range(2):
+            mine = [chunk[2:] for chunk in chunks if chunk[:2] == (row, pair)]
+            edges = [0, *(end for _, end in mine)]
+            assert [start for start, _ in mine] == edges[:-1]
+            assert edges[-1] == -(-n // 64) * 64
+
+
+@pytest.mark.parametrize("B, n, of_a_row", [
+    (1, 512, 8),  # a tile of 64 tokens for each of 8 SMs
+    (1, 1024, 8),
+    (1, 2048, 8),  # 256 tokens are worth a program of their own
+    (1, 2304, 9),
+    (1, 65536, 15),  # as many as run at once
+    (12, 512, 1),  # the rows fill the GPU
+    (12, 1024, 2),
+])
+def test_chunks_fill_the_gpu_and_no_more(
+    B: int, n: int, of_a_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MIN_CHUNK", 256)
+    assert len(chunks_of([n] * B, pairs=1, n_programs=16)) == B * of_a_row
+
+
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_a_full_row_writes_nothing_outside_its_cache(one_launch: bool) -> None:
     room = torch.full((4, 1, 32, 16), 5.0, device=DEVICE)
     call = make([32, 31], Hkv=1, T=3, append=True, S=40)
     call["k_cache"] = room[1:3]
@@ -519,13 +609,13 @@ def test_a_full_row_writes_nothing_outside_its_cache() -> None:
     with pytest.raises(ValueError, match="32 cached . 3 new tokens do not fit into a cache of 32"):
         kernels._flash_decode_torch(*in_order(call))
     # the kernel cannot know the lengths on the host: it drops what does not fit
-    out, _ = run_triton(call)
+    out, _ = run_triton(call, one_launch=one_launch)
     assert out.isfinite().all()
     assert room[0].eq(5).all()
     assert room[3].eq(5).all()
 
 
-@both
+@every
 @pytest.mark.skipif(CUDA, reason="would need the memory")
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_strides_beyond_32_bits(run: Run, dim: int, tmp_path: Path) -> None:
@@ -549,6 +639,66 @@ def test_strides_beyond_32_bits(run: Run, dim: int, tmp_path: Path) -> None:
             call[name] = apart(name, 2 ** 31)
     out, _ = run(call)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+# --- counters ---
+
+
+class Stream:
+    """A stand-in for a device and its current stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda_stream = 1
+        self.capturing = False
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        for name in ("_unused", "_of_streams"):
+            monkeypatch.setattr(kernels, name, {})
+        monkeypatch.setattr(kernels, "_slabs", [])
+
+    def counters(self, n: int) -> Tensor:
+        return REAL_COUNTERS(torch.device("cpu"), n)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    begin = max(a.data_ptr(), b.data_ptr())
+    return begin < min(a.data_ptr() + a.nbytes, b.data_ptr() + b.nbytes)
+
+
+def test_only_launches_of_one_stream_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(monkeypatch)
+    first = stream.counters(40)
+    assert stream.counters(40).data_ptr() == first.data_ptr()
+    assert len(first) >= 40
+    stream.cuda_stream = 2
+    other = stream.counters(40)
+    stream.capturing = True
+    captured = [stream.counters(n) for n in (8, 8, 70)]
+    for a, b in itertools.combinations([first, other, *captured], 2):
+        assert not share_memory(a, b)
+    for counters in captured:  # part of what was zeroed before: no launch of its own
+        assert any(share_memory(counters, slab) for slab in kernels._slabs)
+        assert not counters.any()
+        assert counters.data_ptr() % 16 == 0
+
+
+def test_captured_counters_outlast_their_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SLAB", 128)
+    stream = Stream(monkeypatch)
+    # before anything was launched, and where a slab has too little left, graphs zero their own
+    stream.capturing = True
+    assert len(stream.counters(8)) == 32
+    assert not kernels._slabs
+    stream.capturing = False
+    stream.counters(8)
+    stream.capturing = True
+    captured = [stream.counters(100) for _ in range(3)]
+    assert share_memory(captured[0], kernels._slabs[0])
+    assert not share_memory(captured[2], kernels._slabs[0])
+    # the next launch outside makes another, and keeps the one that a graph points into
+    stream.capturing = False
+    stream.counters(8)
+    assert len(kernels._slabs) == 2
+    assert share_memory(captured[0], kernels._slabs[0])
 
 # --- the operator ---
 
@@ -894,6 +1044,27 @@ def test_cuda_graph_follows_the_lengths() -> None:
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse, expected_lse, rtol=2e-2, atol=2e-2)
     assert torch.equal(call["k_cache"], theirs["k_cache"])
+
+
+@ON_A_GPU
+def test_two_graphs_can_replay_on_two_streams() -> None:
+    call = make([30000], Hkv=2, G=4, D=128, dtype=BF16)
+    expected, _ = run_torch(call)
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [run_torch(call)[0] for _ in range(20)]
+        graphs.append((graph, torch.cuda.Stream(), outs))
+    for _ in range(20):
+        for graph, stream, _ in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, _, outs in graphs:
+        for out in outs:
+            assert torch.equal(out, expected)
 
 
 @ON_A_GPU
