@@ -975,11 +975,12 @@ def run(args: Any) -> None:
         stats = Stats()
         tokenizer, model = load_both(args, stats)
         jobs = wanted(args, lines, tokenizer, model.config)
-        engine = make_engine(args, model, jobs)
+        engine = make_engine(args, model, tokenizer, jobs)
         if args.interactive:
             converse(engine, tokenizer, args, stats)
         elif args.profile:
             profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
+            summarize(stats, memory_of(engine))
         elif args.prompts is not None:
             answer_prompts(engine, tokenizer, jobs, records, args, stats)
         else:
@@ -1003,6 +1004,22 @@ def load(args: Any, path: str | Path) -> Transformer:
     return load_model(
         path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize,
         group_size=args.group_size or 32,
+    )
+
+
+def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
+    """The draft model. ValueError if its tokens have other meanings than the model's."""
+    path = args.draft_checkpoint_path
+    if tokenizer is not None:
+        theirs = load_tokenizer(path)
+        probe = "The quick brown fox: {x: 1.5e-3, 'Ünïcödé'}\n\t\t日本"
+        if theirs.encode(probe) != tokenizer.encode(probe) or theirs.special != tokenizer.special:
+            raise ValueError(
+                f"the draft {path} has another tokenizer than the model: its proposals would be "
+                "tokens of other words; give one of the same family"
+            )
+    return load_model(
+        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize
     )
 
 
@@ -1066,7 +1083,9 @@ def wanted(
     return samples(0, "", encode(entry), defaults, n_samples)
 
 
-def make_engine(args: Any, model: Transformer, jobs: list[Job]) -> Engine:
+def make_engine(
+    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job]
+) -> Engine:
     """An engine with the rows that the flags say, and room for the longest job."""
     needed = 1
     for job in jobs:
@@ -1076,10 +1095,17 @@ def make_engine(args: Any, model: Transformer, jobs: list[Job]) -> Engine:
         needed = 8192
     room = args.max_seq_len or min(needed, model.config.max_seq_len)
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
+    # steps that check proposals write as far behind the last token
+    model.setup_caches(args.batch_size, room + args.speculate_k, kv_dtype, args.attention)
+    draft = None
+    if args.draft_checkpoint_path is not None:
+        draft = load_draft(args, tokenizer)
     if args.compile:
-        compile_model(model, args.compile_prefill)
-    return Engine(model, compiled=args.compile)
+        for each in filter(None, (model, draft)):
+            compile_model(each, args.compile_prefill)
+    return Engine(
+        model, compiled=args.compile, speculate_k=args.speculate_k, draft=draft, context=room
+    )
 
 
 def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -149,6 +149,13 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
         help="write what --quantize makes to this new folder and end; default: nothing written")
     add("--kv_dtype", choices=["auto", "int8"], default="auto",
         help="of the KV cache; auto, the default: --dtype")
+    add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
+        help="check K proposed tokens a step, 0 to 15: those of --draft_checkpoint_path, or what "
+        "followed in prompt and answer before; the text stays the same; default: 0")
+    add("--draft_checkpoint_path", metavar="PATH",
+        help="with --speculate_k: a smaller model of the same vocabulary that proposes")
+    add("--draft_quantize", choices=["int8", "int4"],
+        help="quantize the draft's weights while loading; default: as they are")
     add("--attention", choices=["auto", "flash", "math"], default="auto",
         help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -195,6 +202,12 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
             parser.error(
                 "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
             )
+
+    # a draft proposes to somebody
+    if args.draft_checkpoint_path is not None and not args.speculate_k:
+        parser.error("--draft_checkpoint_path goes with --speculate_k")
+    if args.draft_quantize is not None and args.draft_checkpoint_path is None:
+        parser.error("--draft_quantize goes with --draft_checkpoint_path")
 
     # a benchmark makes no text of tokens, and its prompt is a number of them
     if args.stop and (args.benchmark or args.profile):

@@ -106,6 +106,8 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         "peak_memory_gb": peak / 1e9,
     }
     say_summary(summary)
+    if stats.speculation.checked:
+        summary["speculation"] = say_speculation(stats.speculation)
     return summary
 
 
@@ -134,6 +136,32 @@ def say_summary(summary: dict[str, float]) -> None:
     )
     cache_mb = summary["kv_cache_bytes"] / 1e6
     say(f"KV cache {cache_mb:.1f} MB, peak memory {summary['peak_memory_gb']:.2f} GB")
+
+
+def say_speculation(found: Speculation) -> dict[str, float | list[float]]:
+    """What proposals brought, as a sentence -> the same as numbers."""
+    shares = [right / found.checked for right in found.accepted]
+    tokens = 1 + sum(shares)
+    checking_s = statistics.median(found.checking_s)
+    summary = {
+        "accepted_by_position": shares,
+        "checking_steps": len(found.checking_s),
+        "tokens_per_checking_step": tokens,
+        "ms_per_checking_step": 1e3 * checking_s,
+    }
+    text = (
+        f"proposals accepted by position: {' '.join(f'{share:.0%}' for share in shares)}; "
+        f"{tokens:.2f} tokens a step in {len(found.checking_s)} steps of {1e3 * checking_s:.2f} ms"
+    )
+    if found.plain_s:
+        plain_s = statistics.median(found.plain_s)
+        summary["ms_per_plain_step"] = 1e3 * plain_s
+        summary["times_plain"] = tokens * plain_s / checking_s
+        text += (
+            f", {summary['times_plain']:.2f}x the tokens/s of plain ones of {1e3 * plain_s:.2f} ms"
+        )
+    say(text)
+    return summary
 
 
 def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
