@@ -708,7 +708,8 @@ def test_a_language_that_is_not_known_is_one_sentence(
     (english / "generation_config.json").unlink()
     for option in (("--language", "de"), ("--task", "translate")):
         fails(capsys, "knows English only", "--checkpoint_path", english, *option, SPEECH)
-    fails(capsys, "--batch_size", "--checkpoint_path", english, "--batch_size", 0, SPEECH)
+    for option, value in (("--batch_size", 0), ("--device", "abacus"), ("--device", "cuda:99")):
+        fails(capsys, option, "--checkpoint_path", english, option, value, SPEECH)
 
 # --- what it stands on ---
 

@@ -49,19 +49,20 @@ SILENCE = 1e-4  # the loudest sample of what is not worth hearing
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def trying_to(do: str) -> Iterator[None]:
     """Whatever a library raises meanwhile becomes a ValueError of one line."""
     try:
         yield
     except Exception as e:
-        raise ValueError(f"cannot read {path}: {' '.join(str(e).split())[:300]}") from None
+        reason = " ".join(str(e).split())
+        raise ValueError(f"cannot {do}: {reason[:300]}") from None
 
 # --- sound ---
 
 
 def read_audio(path: str) -> Tensor:
     """A WAV, FLAC, MP3 or Ogg file of any rate -> its mono mix at 16 kHz, float32 [n]."""
-    with reading(path):
+    with trying_to(f"read {path}"):
         channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
         samples = torch.from_numpy(soxr.resample(channels.mean(1), rate, RATE))
     if len(samples) < HOP:
@@ -150,13 +151,13 @@ class Whisper:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
         self.config = Named()
         for path in (folder / "config.json", *folder.glob("generation_config.json")):
-            with reading(path):
+            with trying_to(f"read {path}"):
                 self.config |= json.loads(path.read_text(encoding="utf-8"))
         if self.config.get("model_type") != "whisper":
             raise ValueError(f"{folder} is not a Whisper: {self.config.get('model_type')!r}")
         tensors = Named()
         for path in sorted(folder.glob("model*.safetensors")):
-            with reading(path):
+            with trying_to(f"read {path}"):
                 for name, tensor in load_file(path).items():
                     tensor = tensor.to(device, dtype)
                     if tensor.dim() == 2 and len(tensor) > tensor.shape[1]:
@@ -172,8 +173,9 @@ class Whisper:
         self.max_tokens = self.config["max_target_positions"] // 2  # of a window, as in the paper
         self.head = self.decoder["embed_tokens.weight"]  # (V, C): it is the output layer too
 
-        with reading(folder / "tokenizer.json"):
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        with trying_to(f"read {path}"):
+            self.tokenizer = Tokenizer.from_file(str(path))
         self.ids = Named(self.tokenizer.get_vocab())
         self.start = self.ids["<|startoftranscript|>"]
         self.end = self.ids["<|endoftext|>"]
@@ -182,8 +184,8 @@ class Whisper:
             raise ValueError(f"{folder} has a tokenizer of another model")
         self.languages = {}  # codes -> tokens; empty in a model that knows only English
         if self.config.get("is_multilingual", self.config["vocab_size"] > 51864):
-            for id in range(self.start + 1, self.ids["<|translate|>"]):
-                self.languages[self.tokenizer.id_to_token(id).strip("<|>")] = id
+            for token in range(self.start + 1, self.ids["<|translate|>"]):
+                self.languages[self.tokenizer.id_to_token(token).strip("<|>")] = token
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([token for token in tokens if token < self.end])
@@ -475,8 +477,12 @@ def clock(seconds: float, layout: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     samples = read_audio(args.audio)
-    device = torch.device(args.device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with trying_to(f"use --device {args.device}"):
+        device = torch.empty(0, device=args.device).device
+    dtype = torch.float32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and graphs are meant
+        dtype = torch.float16
     model = Whisper(Path(args.checkpoint_path), device, dtype)
     rows = Rows(model, args.batch_size, stamps=args.layout != "text")
     language, prompt = choose_prompt(rows, samples, args.language, args.task)
