@@ -280,6 +280,32 @@ def test_a_row_that_is_done_keeps_its_text_for_the_next_turn(checkpoint: Checkpo
     assert got == generate(model, whole, 8)
 
 
+@pytest.mark.parametrize("speculate_k", [0, 4])
+def test_a_run_that_was_given_up_leaves_nothing_behind(
+    checkpoint: Checkpoint, speculate_k: int
+) -> None:
+    model = loaded(checkpoint)
+    requests = [Request(random_prompt(n), 30) for n in (60, 3, 9)]
+    expected = alone(model, requests)
+    model.setup_caches(2, 96)
+    engine = Engine(model, speculate_k=speculate_k)
+    for stop_after in (1, 2, 40):
+        run = engine.run(requests)
+        for _ in range(stop_after):
+            next(run)
+        del run
+        assert collect(engine, requests) == expected
+
+
+def test_another_run_ends_the_one_before(checkpoint: Checkpoint) -> None:
+    engine = engine_of(loaded(checkpoint), 1)
+    first = engine.run([Request([5], 9)])
+    next(first)
+    collect(engine, [Request([6], 2)])
+    with pytest.raises(RuntimeError, match="another run"):
+        list(first)
+
+
 def test_a_prefix_in_every_row_outlasts_refills(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     prefix = random_prompt(20)
