@@ -557,7 +557,9 @@ class Engine:
         A pass of few tokens takes as long as reading the weights, and there padding is free;
         beyond, it costs what other tokens cost, and may be a quarter of them."""
         B = self.cache.max_batch_size
-        first = next(row for row in range(B) if row not in self.running)
+        first = waiting[0].number  # where there are rows for all, a caller may rely on its own
+        if self.refills:
+            first = next(row for row in range(B) if row not in self.running)
         rows = {first: waiting.popleft()}
         cached = rows[first].request.cached
         lengths = [len(rows[first].request.prompt)]

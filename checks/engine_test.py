@@ -280,6 +280,18 @@ def test_a_row_that_is_done_keeps_its_text_for_the_next_turn(checkpoint: Checkpo
     assert got == generate(model, whole, 8)
 
 
+def test_requests_have_rows_of_their_own_where_these_suffice(checkpoint: Checkpoint) -> None:
+    """Also where one ends before the next one begins: a caller may continue both."""
+    model = loaded(checkpoint)
+    prompts = [random_prompt(80), random_prompt(5)]
+    engine = engine_of(model, 2)
+    first = collect(engine, [Request(prompt, 1) for prompt in prompts])
+    turn = [Request([ids[-1]], 4, cached=4) for ids in prompts]
+    turn[0] = Request(prompts[0][79:] + first[0], 4, cached=79)
+    texts = [prompts[0] + first[0], prompts[1]]
+    assert collect(engine, turn) == alone(model, [Request(text, 4) for text in texts])
+
+
 @pytest.mark.parametrize("speculate_k", [0, 4])
 def test_a_run_that_was_given_up_leaves_nothing_behind(
     checkpoint: Checkpoint, speculate_k: int
