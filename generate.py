@@ -337,7 +337,7 @@ class Engine:
         self.refills = False  # rows serve one request after the other
         self.started: dict[int, float] = {}  # when run's requests got their rows
         self.finish_reasons: dict[int, str] = {}  # and how they ended: eos, stop, length, context
-        self.ends = [0] * B  # where the other rows stand
+        self.ends = [0] * B  # at most where the other rows stand
         # kinds of step and the proposals they check -> where prepared ones put what they draw
         self.prepared: dict[tuple[str, int], Drawn] = {}
         self.graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
@@ -347,7 +347,9 @@ class Engine:
         self.lag = LAG if self.device.type == "cuda" else 0
         self.sample = sample
         if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
-            self.sample = torch.compile(sample, dynamic=False)
+            self.sample = torch.compile(
+                sample, dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64
+            )
 
     # --- a step ---
 
@@ -363,40 +365,52 @@ class Engine:
 
     def advance(self, k: int = 0) -> Drawn:
         rows = slice(0, self.width())
+        if self.drafter is not None:
+            return self.advance_by_proposals(rows, k)
+        input_pos = self.input_pos[rows]
+        logits = self.model.decode(self.token[rows], input_pos, self.cache)  # (B, 1, V)
+        tokens = self.draw(rows, logits, 1)  # (B, 1)
+        self.move(rows, tokens, self.active[rows])
+        return Drawn(tokens, None)
+
+    def advance_by_proposals(self, rows: slice, k: int) -> Drawn:
+        """Feed each row's last token and k proposals, and keep what is drawn up to the first
+        wrong one. A plain step, k = 0, compares one: a gauge wants to know, and a draft model has
+        to read the row's tokens in any case."""
         token = self.token[rows]
         input_pos = self.input_pos[rows]
         draw = partial(self.draw, rows)
-        proposals = None
-        feed = token  # (B, 1)
-        if self.drafter is not None:
-            # a plain step compares one, and a draft model reads what it has to in any case
-            proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
-            feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
+        proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
+        feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
         logits = self.model.decode(feed, input_pos, self.cache)  # (B, k + 1, V)
-        drawn = draw(logits, input_pos + 1)  # (B, k + 1)
-        agreed = None
-        accepted = 0
-        last = drawn
-        if proposals is not None:
-            right = drawn[:, :max(k, 1)] == proposals
-            agreed = right.long().cumprod(1).sum(1)  # (B)
-            accepted = agreed.clamp(max=k)
-            last = drawn.gather(1, accepted[:, None])  # (B, 1)
-            self.drafter.note(drawn, input_pos + 1, rows)
-        token.copy_(last)
-        # a row without a request stays where it is, and what it writes there is nobody's
-        input_pos.add_(self.active[rows] * (accepted + 1)).clamp_(max=self.cache.max_seq_len - 1)
-        return Drawn(drawn, agreed)
+        tokens = draw(logits, 1)  # (B, k + 1)
+        self.drafter.note(tokens, input_pos + 1, rows)
 
-    def draw(self, rows: slice, logits: Tensor, position: Tensor) -> Tensor:
-        """Tokens of rows for logits [B, T, V] at `position` [B] and behind it: [B, T]."""
+        right = tokens[:, :max(k, 1)] == proposals
+        agreed = right.long().cumprod(1).sum(1)  # (B)
+        accepted = agreed.clamp(max=k)
+        last = tokens.gather(1, accepted[:, None])  # (B, 1)
+        self.move(rows, last, self.active[rows] * (accepted + 1))
+        return Drawn(tokens, agreed)
+
+    def move(self, rows: slice, last: Tensor, n: Tensor) -> None:
+        """The rows' last tokens are these now, n positions on. n is 0 for rows without a request:
+        they stay where they are, and what a step writes there is nobody's."""
+        self.token[rows] = last
+        self.input_pos[rows].add_(n).clamp_(max=self.cache.max_seq_len - 1)
+
+    def draw(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
+        """Tokens [B, T] of rows for logits [B, T, V], `ahead` of their last ones and on."""
+        if self.kind == "greedy":
+            return logits.argmax(-1)
         B, T, V = logits.shape
+        offsets = torch.arange(ahead, ahead + T, dtype=torch.int32, device=logits.device)
+        position = self.input_pos[rows, None] + offsets  # (B, T)
         sampling = self.sampling.rows(rows)
         if T > 1:
             sampling = Sampling(*(setting.repeat_interleave(T, 0) for setting in sampling))
-            position = position[:, None] + torch.arange(T, device=position.device)
-            position = position.flatten().int()
-        return self.sample(logits.view(B * T, V), sampling, self.kind, position).view(B, T)
+        tokens = self.sample(logits.view(B * T, V), sampling, self.kind, position.flatten())
+        return tokens.view(B, T)
 
     def width(self) -> int:
         """How many rows a step works on: a compiled step has one shape."""
@@ -452,7 +466,7 @@ class Engine:
         """Rows without a request write, like a trial, from their position on: from now on not
         over their first `cached` tokens."""
         self.input_pos.clamp_(min=cached)
-        self.ends = [max(end, cached) for end in self.ends]
+        self.ends = self.input_pos.tolist()
 
     # --- prompts ---
 
@@ -565,6 +579,7 @@ class Engine:
         self.started.clear()
         self.finish_reasons.clear()
         self.active.zero_()
+        self.ends = self.input_pos.tolist()
         self.refills = len(waiting) > self.cache.max_batch_size
         # one kind of step for all that will come: a compiled one is prepared before
         self.kind = kind_of(running.request for running in waiting)
@@ -575,7 +590,9 @@ class Engine:
         A pass of few tokens takes as long as reading the weights, and there padding is free;
         beyond, it costs what other tokens cost, and may be a quarter of them."""
         B = self.cache.max_batch_size
-        first = next(row for row in range(B) if row not in self.running)
+        first = waiting[0].number  # where there are rows for all, a caller may rely on its own
+        if self.refills:
+            first = next(row for row in range(B) if row not in self.running)
         rows = {first: waiting.popleft()}
         cached = rows[first].request.cached
         lengths = [len(rows[first].request.prompt)]
@@ -604,6 +621,8 @@ class Engine:
         """Launch a step for the requests that run."""
         k = self.next_k()
         rows = dict(self.running)
+        if not self.compiled:  # nor is a cheaper kind for these rows
+            self.kind = kind_of(running.request for running in rows.values())
         self.stats.row_steps += self.width()
         drawn = self.step(k)
         for running in rows.values():
@@ -651,6 +670,7 @@ class Engine:
         running = self.running.pop(last)
         self.running[free] = running
         running.row = free
+        request = running.request
         length = min(running.prompt_end + running.most, self.cache.max_seq_len)
         self.cache.copy_row(last, free, length)
         if self.drafter is not None:
@@ -658,20 +678,25 @@ class Engine:
         for tensor in (self.token, self.input_pos, self.active, *self.sampling):
             tensor[free] = tensor[last]
         self.active[last] = 0
-        self.ends[last] = running.prompt_end + running.most - 1
+        self.rest(last, request.cached)
 
     def free(self, running: Running) -> None:
         """Let go of a request's row. One that serves one request after the other goes where steps
         cost it least; any other keeps its text, for a caller who continues it."""
-        if self.running.get(running.row) is not running:
-            return  # all its tokens were drawn before
         row = running.row
-        del self.running[row]
-        self.active[row] = 0
-        self.ends[row] = running.prompt_end + running.most - 1
-        if self.refills:
-            self.input_pos[row] = running.request.cached
-            self.ends[row] = running.request.cached
+        if self.running.get(row) is running:
+            del self.running[row]
+            self.active[row] = 0
+            self.ends[row] = running.prompt_end + running.most - 1
+            if self.refills:
+                self.rest(row, running.request.cached)
+        if running.done and self.drafter is not None and not self.refills:
+            # proposals may have been accepted beyond its last token
+            self.rest(row, running.prompt_end + running.read - 1)
+
+    def rest(self, row: int, position: int) -> None:
+        self.input_pos[row] = position
+        self.ends[row] = position
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
@@ -1151,6 +1176,8 @@ def answer_prompt(
         )
         stats.compile_s = warm.compile_s
     answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
+    if args.benchmark and stats.speculation.checked:
+        stats.speculation.plain_s += plain_steps(engine, 16)
     summary = summarize(stats, memory_of(engine))
     if args.json:
         result = {
@@ -1171,6 +1198,15 @@ def answer_prompts(
         summarize(stats, memory_of(engine))
     if all(job.error is not None for job in jobs):
         raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
+
+
+def plain_steps(engine: Engine, n: int) -> list[float]:
+    """The seconds of steps without proposals where an engine's rows stand."""
+    plain = Engine(engine.model, engine.cache, compiled=engine.compiled)
+    plain.kind = engine.kind
+    plain.input_pos.copy_(engine.input_pos)
+    plain.step()  # to compile
+    return plain.timed_steps(n)
 
 
 def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:

@@ -936,7 +936,8 @@ def test_ctrl_c_ends_cleanly() -> None:
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
-    "generate": {"model", "quantize", "kernels", "cli", "formats"},
+    "generate": {"speculate", "model", "quantize", "kernels", "cli", "formats"},
+    "speculate": {"model", "quantize", "kernels", "formats"},
     "model": {"quantize", "kernels", "formats"},
     "quantize": {"kernels"},
     "kernels": set(),

@@ -9,9 +9,9 @@ The default model continues
 by plain steps and by steps that check proposals. All make the same tokens, in turns, --rounds
 times; the least wall time of decoding counts, as disturbances only add.
 
-For the draft it also says how often the two models agree on a token at temperature 1: when both
-draw with the same noise, as here, and when they are coupled as well as any two can be, as in
-rejection sampling (1 minus the distance in total variation)."""
+For the draft it also says how often the two models agree on a token of such texts drawn at
+temperature 1: when both draw with the same noise, as here, and when they are coupled as well as
+any two can be, as in rejection sampling (1 minus the distance in total variation)."""
 import argparse
 import json
 import shlex
@@ -143,7 +143,7 @@ def agreement(model: Transformer, draft: Transformer, text: list[int]) -> dict[s
         "agreement_of_rejection_sampling": float(overlap),
         "agreement_of_common_noise": sum(agreed) / len(agreed),
     }
-    say(f"  {result}")
+    say("  " + ", ".join(f"{name} {share:.1%}" for name, share in result.items()))
     return result
 
 
@@ -187,7 +187,11 @@ def run(args: argparse.Namespace) -> None:
         rows = measure(model, prompt, setups, args, temperature)
         result["rows"] += [{"text": name, **row} for row in rows]
     if draft is not None:
-        result |= agreement(model, draft, tokenizer.encode(EDIT))
+        result["agreement"] = {}
+        for name, (text, _) in TEXTS.items():
+            ids = tokenizer.encode(text)
+            ids += generate(model, [ids], args.max_new_tokens, temperature=1.0, seed=2)[0]
+            result["agreement"][name] = agreement(model, draft, ids)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

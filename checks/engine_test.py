@@ -280,6 +280,44 @@ def test_a_row_that_is_done_keeps_its_text_for_the_next_turn(checkpoint: Checkpo
     assert got == generate(model, whole, 8)
 
 
+def test_requests_have_rows_of_their_own_where_these_suffice(checkpoint: Checkpoint) -> None:
+    """Also where one ends before the next one begins: a caller may continue both."""
+    model = loaded(checkpoint)
+    prompts = [random_prompt(80), random_prompt(5)]
+    engine = engine_of(model, 2)
+    first = collect(engine, [Request(prompt, 1) for prompt in prompts])
+    turn = [Request([ids[-1]], 4, cached=4) for ids in prompts]
+    turn[0] = Request(prompts[0][79:] + first[0], 4, cached=79)
+    texts = [prompts[0] + first[0], prompts[1]]
+    assert collect(engine, turn) == alone(model, [Request(text, 4) for text in texts])
+
+
+@pytest.mark.parametrize("speculate_k", [0, 4])
+def test_a_run_that_was_given_up_leaves_nothing_behind(
+    checkpoint: Checkpoint, speculate_k: int
+) -> None:
+    model = loaded(checkpoint)
+    requests = [Request(random_prompt(n), 30) for n in (60, 3, 9)]
+    expected = alone(model, requests)
+    model.setup_caches(2, 96)
+    engine = Engine(model, speculate_k=speculate_k)
+    for stop_after in (1, 2, 40):
+        run = engine.run(requests)
+        for _ in range(stop_after):
+            next(run)
+        del run
+        assert collect(engine, requests) == expected
+
+
+def test_another_run_ends_the_one_before(checkpoint: Checkpoint) -> None:
+    engine = engine_of(loaded(checkpoint), 1)
+    first = engine.run([Request([5], 9)])
+    next(first)
+    collect(engine, [Request([6], 2)])
+    with pytest.raises(RuntimeError, match="another run"):
+        list(first)
+
+
 def test_a_prefix_in_every_row_outlasts_refills(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     prefix = random_prompt(20)

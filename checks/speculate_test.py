@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
+from checks.common import run_cli
 from checks.engine_test import alone, chi_squared, collect, is_last, loaded, random_prompt
+from formats.checkpoint import default_model
 from formats.tokenizer import Tokenizer
 from generate import Engine, Request, Sampling, compile_model, generate, sample
 from model import KVCache, Transformer, load_model
@@ -196,6 +199,35 @@ def test_a_conversation_goes_on(checkpoint: Checkpoint, always: None, how: str) 
     if how == "itself":
         assert found.accepted == [found.checked] * 4
 
+@pytest.mark.parametrize("room", [40, 43, 44])
+def test_a_context_ends_where_plain_decoding_ends(
+    checkpoint: Checkpoint, always: None, room: int
+) -> None:
+    """With room for proposals behind it or without."""
+    model = loaded(checkpoint)
+    prompts = [random_prompt(3), random_prompt(9), REPEATED]
+    model.setup_caches(3, 40)
+    expected = generate(model, prompts, 99)
+    engine = speculating(model, 3, 4, room=room, context=40)
+    assert generate(model, prompts, 99, engine=engine) == expected
+    assert [len(tokens) for tokens in expected] == [37, 31, 12]
+    assert set(engine.finish_reasons.values()) == {"context"}
+    if room == 44:  # they never have to do without
+        assert not engine.stats.speculation.plain_s
+
+
+def test_a_row_that_is_done_keeps_its_text_beside_checks(
+    checkpoint: Checkpoint, always: None
+) -> None:
+    """Steps of another row write nothing into a conversation that ended near the cache's end."""
+    model = loaded(checkpoint)
+    long, short = random_prompt(91), random_prompt(4)
+    engine = speculating(model, 2, 8)
+    (*_, last), _ = turn = collect(engine, [Request(long, 2), Request(short, 60)])
+    assert len(engine.stats.speculation.plain_s) > 20  # checks had no room beside it
+    more, _ = collect(engine, [Request([last], 3, cached=92), Request(short, 1)])
+    assert [more] == alone(model, [Request(long + turn[0], 3)])
+
 # --- the distribution ---
 
 
@@ -265,6 +297,7 @@ def test_the_distribution_is_the_models(
     ([2, 3, 4, 7, 2, 3, 5, 8, 2, 3], [5, 8, 2]),  # of two places the last
     ([7, 1, 2, 1, 2], [1, 2, 1]),  # over and over
     ([4, 4, 4], [4, 4, 4]),
+    ([3, 8, 5, 3], [8, 5, 3]),  # better than nothing
     ([1, 2, 3], [3, 3, 3]),  # nothing to go by
     ([6], [6, 6, 6]),
 ])
@@ -325,7 +358,8 @@ def real_prompts(smollm: tuple[Transformer, Tokenizer]) -> list[list[int]]:
     """Chat and code."""
     _, tokenizer = smollm
     code = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n"
-    texts = [code + "    return total / len(values)\n\n\ndef mean_of_squares(values):\n", "1, 2, 3,"]
+    code += "    return total / len(values)\n\n\ndef mean_of_squares(values):\n"
+    texts = [code, "1, 2, 3,"]
     questions = ["What is the capital of France?", "Say hello three times.", "Who wrote Hamlet?"]
     chats = [tokenizer.chat([{"role": "user", "content": text}]) for text in questions]
     return chats + [tokenizer.encode(text) for text in texts]
@@ -346,3 +380,45 @@ def test_smollm_says_the_same(
     engine = Engine(model, speculate_k=15)
     code = generate(model, real_prompts[3:4], 20, seed=10, engine=engine, **settings)
     assert code == expected[3:4]
+
+# --- the command line ---
+
+
+def test_flags(
+    capfd: pytest.CaptureFixture, smollm: tuple[Transformer, Tokenizer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer is the same, and what the proposals brought is said."""
+    monkeypatch.setattr("generate.load_model", lambda *args, **options: smollm[0])
+    speculate = ("--device", "cpu", "--speculate_k", 3, "--draft_checkpoint_path", default_model())
+    code, out, err = run_cli(capfd, *speculate)
+    assert code == 0 and out == "The capital of France is Paris.\n"
+    assert "proposals accepted by position: 100% 100% 100%; 4.00 tokens a step" in err
+
+    code, out, _ = run_cli(capfd, *speculate, *"--benchmark --max_new_tokens 9 --json".split())
+    found = json.loads(out)["speculation"]
+    assert code == 0 and found["checking_steps"] == 2 and found["times_plain"] > 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("--speculate_k 16", "at most 15"),
+    ("--speculate_k few", "whole number"),
+    ("--draft_checkpoint_path x", "goes with --speculate_k"),
+    ("--speculate_k 2 --draft_quantize int4", "goes with --draft_checkpoint_path"),
+    ("--speculate_k 2 --draft_checkpoint_path /no/such/model", "/no/such/model"),
+])
+def test_mistakes_get_one_sentence(
+    capfd: pytest.CaptureFixture, arguments: str, message: str
+) -> None:
+    code, out, err = run_cli(capfd, "--device", "cpu", *arguments.split())
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert last.startswith("generate.py: error: ") and message in last
+
+
+def test_a_draft_of_another_tokenizer_is_refused(
+    capfd: pytest.CaptureFixture, tokenizer_folder: Path
+) -> None:
+    arguments = ("--speculate_k", 2, "--draft_checkpoint_path", tokenizer_folder)
+    code, _, err = run_cli(capfd, "--device", "cpu", *arguments)
+    assert code == 2 and "has another tokenizer than the model" in err

@@ -153,7 +153,8 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
         help="check K proposed tokens a step, 0 to 15: those of --draft_checkpoint_path, or what "
         "followed in prompt and answer before; the text stays the same; default: 0")
     add("--draft_checkpoint_path", metavar="PATH",
-        help="with --speculate_k: a smaller model of the same vocabulary that proposes")
+        help="with --speculate_k: a smaller model with the same tokenizer that proposes; default: "
+        "none, but prompt and answer themselves")
     add("--draft_quantize", choices=["int8", "int4"],
         help="quantize the draft's weights while loading; default: as they are")
     add("--attention", choices=["auto", "flash", "math"], default="auto",
