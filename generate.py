@@ -418,6 +418,10 @@ class Engine:
             return self.cache.max_batch_size
         return max(self.running) + 1
 
+    def prepare_kind(self, kind: str) -> float:
+        """Prepare the steps of a kind, with proposals and without -> seconds it took."""
+        return sum(self.prepare_once(kind, k) for k in {0, self.k})
+
     def prepare_once(self, kind: str, k: int = 0) -> float:
         """Prepare what a compiled engine has not prepared yet, if there is room for a trial ->
         seconds it took."""
@@ -887,8 +891,7 @@ def generate(
     stats = stats or Stats()
     engine.stats = stats
     engine.keep(cached)
-    for k in {0, engine.k}:
-        stats.compile_s += engine.prepare_once(kind_of(requests), k)
+    stats.compile_s += engine.prepare_kind(kind_of(requests))
     out = [[] for _ in prompts]
     for number, tokens in engine.run(requests):
         out[number] += tokens
@@ -1154,7 +1157,7 @@ def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
             ends = stops_at(stop, tokenizer, job.prompt) if stop else None
             requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
         engine.stats = stats
-        stats.compile_s += engine.prepare_once(kind_of(requests))
+        stats.compile_s += engine.prepare_kind(kind_of(requests))
         for number, tokens in engine.run(requests):
             stats.new_tokens += len(tokens)
             yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
