@@ -376,37 +376,42 @@ CHANGING = ["B", "S", "n_split", "n_fill", "min_tiles", *STRIDES]
 
 @jit
 def _of_row(x, mine):
-    """What a vector over all rows has for the one row that is mine."""
+    """What a vector over all rows has for the row that is mine, or for those together."""
     return tl.sum(tl.where(mine, x, 0))
 
 
 @jit
-def _my_chunk(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, T: tl.constexpr,
+def _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, T: tl.constexpr,
               WINDOW: tl.constexpr, PAIRS: tl.constexpr,
               BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its
-    tokens this program has, how many chunks there are, the row's live length, and where the chunk
-    starts and ends."""
+    """Of every row: its live length, the first tile that is seen, how many tiles are, and into how
+    many chunks they are cut for each of its PAIRS (KV heads times blocks of query rows)."""
     REACH: tl.constexpr = T + WINDOW - 1  # with a window, only so many of the last are seen
-    pid = tl.program_id(0)
     rows = tl.arange(0, BLOCK_B)
     is_row = rows < B
-    # the live tokens of every row, and the tiles that hold those seen
     cached = tl.load(seqlens_ptr + rows, mask=is_row, other=0)
     lens = tl.where(is_row, tl.minimum(cached + NEW, S), 0)
     first = lens * 0
     if WINDOW:
         first = tl.maximum(lens - REACH, 0) // BLOCK_N
     tiles = tl.cdiv(lens, BLOCK_N) - first
-    # the size of a chunk, and the chunks of every row; an empty one still has zeros to write
+    # the tiles of a chunk; an empty row still has zeros to write
     all_tiles = tl.sum(tiles) * PAIRS
-    worth_it = tl.minimum(min_tiles, tl.cdiv(all_tiles, n_fill))
-    size = tl.maximum(tl.cdiv(all_tiles, n_split), tl.maximum(worth_it, 1))
+    fill = tl.maximum(tl.cdiv(all_tiles, n_fill), 1)
+    size = tl.maximum(tl.cdiv(all_tiles, n_split), tl.minimum(fill, min_tiles))
     chunks = tl.where(is_row, tl.maximum(tl.cdiv(tiles, size), 1), 0)
+    return lens, first, tiles, chunks
+
+
+@jit
+def _my_chunk(lens, first, tiles, chunks, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which row, pair and chunk this program has of what _cut_rows says, how many chunks there are,
+    the row's live length, and the tokens where the chunk starts and ends."""
+    pid = tl.program_id(0)
     # programs are handed out row by row, pair by pair, chunk by chunk
     ends = tl.cumsum(chunks * PAIRS)
     row = tl.sum((ends <= pid).to(tl.int32))
-    mine = rows == row
+    mine = tl.arange(0, chunks.shape[0]) == row
     n_chunks = tl.maximum(_of_row(chunks, mine), 1)
     rank = pid - _of_row(ends - chunks * PAIRS, mine)
     pair = rank // n_chunks
@@ -446,7 +451,8 @@ def _write(x, cache_ptr, scale_ptr, stride_n, pos, mask, mask_d):
         x = tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])
         x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to nearest, ties to even
         tl.store(scale_ptr + pos, scale, mask)
-    cache_ptrs = cache_ptr + pos.to(tl.int64)[:, None] * stride_n
+    offs = pos.to(tl.int64) * stride_n
+    cache_ptrs = cache_ptr + offs[:, None]
     tl.store(cache_ptrs, x.to(cache_ptrs.dtype.element_ty), mask_d)
 
 
@@ -538,7 +544,8 @@ def _leave_part(part_ptr, mask, m_i, l_i, acc, ROWS: tl.constexpr, D: tl.constex
     d = tl.arange(0, acc.shape[1])[None, :]
     program = tl.program_id(0).to(tl.int64)
     here = part_ptr + (program * ROWS + r) * (D + 8)
-    tl.store(here[:, None] + d, acc, mask[:, None] & (d < D))
+    mask_d = mask[:, None] & (d < D)
+    tl.store(here[:, None] + d, acc, mask_d)
     tl.store(here + D, m_i, mask)
     tl.store(here + D + 1, l_i, mask)
 
@@ -551,7 +558,8 @@ def _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS: tl.constexpr, D: t
     AT_ONCE: tl.constexpr = max(1, min(16, 8192 // (M * BLOCK_D)))  # they wait for memory together
     r = tl.arange(0, M)
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    part_ptr += (first_program.to(tl.int64) * ROWS + r)[None, :] * (D + 8)
+    part = first_program.to(tl.int64) * ROWS + r
+    part_ptr += part[None, :] * (D + 8)
     m_i = tl.full([M], float("-inf"), tl.float32)
     l_i = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_D], tl.float32)
@@ -588,7 +596,9 @@ def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M
     BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
     kv_head = pair // BLOCKS
     r = pair % BLOCKS * BLOCK_M + tl.arange(0, M)
-    return kv_head, kv_head * G + r // T, r % T, r < G * T
+    h = kv_head * G + r // T
+    t = r % T
+    return kv_head, h, t, r < G * T
 
 
 @jit
@@ -597,11 +607,13 @@ def _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc,
     """Write the results of a row's queries of heads h and tokens t."""
     at = (row * HQ + h).to(tl.int64) * T + t
     d = tl.arange(0, acc.shape[1])[None, :]
+    mask_d = mask[:, None] & (d < D)
     norm = tl.where(l_i == 0, 1.0, l_i)
-    out_ptrs = out_ptr + at[:, None] * D + d
     out = acc / norm[:, None]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask[:, None] & (d < D))
-    tl.store(lse_ptr + at, (m_i + tl.log2(norm)) / LOG2E, mask)
+    out_ptrs = out_ptr + at[:, None] * D + d
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask_d)
+    lse = (m_i + tl.log2(norm)) / LOG2E
+    tl.store(lse_ptr + at, lse, mask)
 
 
 @jit
@@ -628,8 +640,10 @@ def _flash_decode_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    row, pair, chunk, n_chunks, n, start, end = _my_chunk(
+    lens, first, tiles, chunks = _cut_rows(
         seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
+    row, pair, chunk, n_chunks, n, start, end = _my_chunk(
+        lens, first, tiles, chunks, PAIRS, BLOCK_N)
     if row >= B:
         return
     kv_head, h, t, mask = _queries_of(pair, BLOCK_M, G, T, BLOCK_M)
@@ -696,11 +710,16 @@ def _sum_kernel(
     WINDOW: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """Sum what _flash_decode_kernel's chunks left: of the same programs, those of first chunks."""
-    row, pair, chunk, n_chunks, _, _, _ = _my_chunk(
+    """Sum what the programs of _flash_decode_kernel left of a row and pair."""
+    row = tl.program_id(0) // PAIRS
+    pair = tl.program_id(0) % PAIRS
+    _, _, _, chunks = _cut_rows(
         seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
-    if row < B and chunk == 0 and n_chunks > 1:
-        _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, tl.program_id(0), n_chunks,
+    rows = tl.arange(0, BLOCK_B)
+    n_chunks = _of_row(chunks, rows == row)
+    if n_chunks > 1:
+        first_program = _of_row(chunks, rows < row) * PAIRS + pair * n_chunks
+        _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, first_program, n_chunks,
                    HKV, G, T, D, BLOCK_M, BLOCK_D)
 
 
@@ -725,13 +744,19 @@ def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int) -> dict
     BLOCK_N = min(most_tokens, max(32, tile_bytes // (BLOCK_D * itemsize)))
     # tiles of keys and values that are on their way at once
     stages = 1 + (smem // 2 - 6144) // (2 * BLOCK_N * BLOCK_D * itemsize)
-    many_warps = smem > 65536 and (BLOCK_M > 16 or itemsize == 4)
-    return dict(
+    blocks = dict(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        num_warps=8 if many_warps else 4,
+        num_warps=4,
         num_stages=max(2, min(4, stages)))
+    if smem > 65536:  # NVIDIA's
+        if BLOCK_M > 16 or itemsize == 4:
+            blocks["num_warps"] = 8
+        else:
+            # two programs may have them all; unasked, the compiler spills some to fit in a third
+            blocks["maxnreg"] = 255
+    return blocks
 
 
 def _strides(name: str, x: Tensor | None, unit: int = 1) -> dict[str, int]:
@@ -803,31 +828,30 @@ Launch = tuple[Any, int, dict[str, Any]]  # a kernel, how many programs, its arg
 def _launches(arguments: dict[str, Any], counters: Tensor | None) -> list[Launch]:
     """What flash_decode launches. With counters, a zero for each pair of a row and a KV head, one
     kernel does it all; without, one appends before it and one sums the parts after it."""
-    grid = len(arguments["part_ptr"])
+    n_parts = len(arguments["part_ptr"])
     if counters is not None:
-        return [_launch(_flash_decode_kernel, grid, arguments, counter_ptr=counters)]
-    launches = []
-    if arguments["NEW"]:
-        n_heads = arguments["B"] * arguments["HKV"]
-        launches.append(_launch(_append_kernel, n_heads, arguments))
-    launches.append(_launch(_flash_decode_kernel, grid, arguments,
-                            k_new_ptr=None, v_new_ptr=None, counter_ptr=None))
-    launches.append(_launch(_sum_kernel, grid, arguments))
-    return launches
+        return [_launch(_flash_decode_kernel, n_parts, arguments, counter_ptr=counters)]
+    attend = _launch(_flash_decode_kernel, n_parts, arguments,
+                     k_new_ptr=None, v_new_ptr=None, counter_ptr=None)
+    sum_up = _launch(_sum_kernel, arguments["B"] * arguments["PAIRS"], arguments)
+    if not arguments["NEW"]:
+        return [attend, sum_up]
+    append = _launch(_append_kernel, arguments["B"] * arguments["HKV"], arguments)
+    return [append, attend, sum_up]
 
 
 def _launch(kernel: Any, grid: int, arguments: dict[str, Any], **changes: Tensor | None) -> Launch:
     """A launch with those of the arguments that the kernel knows."""
-    known = {*kernel.arg_names, "num_warps", "num_stages"}
+    known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
     arguments = arguments | changes
-    return kernel, grid, {name: x for name, x in arguments.items() if name in known}
+    for name in arguments.keys() - known:
+        del arguments[name]
+    return kernel, grid, arguments
 
 
-# zeros that nobody counts in yet, by device; all that were ever made, for graphs keep pointers only;
-# and those that a stream counts in
-_unused: dict[torch.device, Tensor] = {}
-_slabs: list[Tensor] = []
-_of_streams: dict[tuple, Tensor] = {}
+_unused: dict[torch.device, Tensor] = {}  # zeros that nobody counts in yet
+_slabs: list[Tensor] = []  # all such that were ever made, for a graph keeps nothing alive
+_of_streams: dict[tuple, Tensor] = {}  # those that a stream's launches count in
 SLAB = 2 ** 18  # 1 MB: for 256 captures of 32 layers with up to 32 pairs each
 
 
@@ -843,6 +867,7 @@ def _counters(device: torch.device, n: int) -> Tensor:
     if device not in _unused or len(_unused[device]) < n + SLAB // 2:
         _unused[device] = torch.zeros(n + SLAB, dtype=torch.int32, device=device)
         _slabs.append(_unused[device])
+        torch.cuda.synchronize(device)  # other streams do not wait until it is zeroed
     stream = (device, torch.cuda.current_stream(device).cuda_stream)
     if stream not in _of_streams or len(_of_streams[stream]) < n:
         _of_streams[stream] = _take(device, n)
@@ -850,6 +875,7 @@ def _counters(device: torch.device, n: int) -> Tensor:
 
 
 def _take(device: torch.device, n: int) -> Tensor:
+    """n zeros that nobody else will get."""
     taken = _unused[device][:n]
     _unused[device] = _unused[device][n:]
     return taken

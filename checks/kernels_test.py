@@ -551,8 +551,10 @@ def chunks_kernel(
     chunks_ptr, seqlens_ptr, B, S, n_split, n_fill, min_tiles,
     PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    row, pair, _, _, _, start, end = kernels._my_chunk(
+    lens, first, tiles, chunks = kernels._cut_rows(
         seqlens_ptr, B, S, n_split, n_fill, min_tiles, 0, 1, 0, PAIRS, BLOCK_B, BLOCK_N)
+    row, pair, _, _, _, start, end = kernels._my_chunk(
+        lens, first, tiles, chunks, PAIRS, BLOCK_N)
     chunk_ptr = chunks_ptr + tl.program_id(0) * 4
     tl.store(chunk_ptr, row)
     tl.store(chunk_ptr + 1, pair)
@@ -561,7 +563,7 @@ def chunks_kernel(
 
 
 def chunks_of(lens: list[int], pairs: int, n_programs: int) -> list[tuple[int, ...]]:
-    """Row, pair, start and end of every chunk, for rows of so many tokens and as many pairs each."""
+    """Row, pair, start and end of every chunk of rows that have so many tokens, and pairs each."""
     B = len(lens)
     split = kernels._split(B * pairs, n_programs, BLOCK_N=64)
     grid = split["n_split"] + B * pairs
@@ -651,6 +653,7 @@ class Stream:
         self.capturing = False
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         for name in ("_unused", "_of_streams"):
             monkeypatch.setattr(kernels, name, {})
         monkeypatch.setattr(kernels, "_slabs", [])
