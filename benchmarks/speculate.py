@@ -190,6 +190,7 @@ def run(args: argparse.Namespace) -> None:
         result["agreement"] = {}
         for name, (text, _) in TEXTS.items():
             ids = tokenizer.encode(text)
+            model.cache = None  # generate makes one that fits
             ids += generate(model, [ids], args.max_new_tokens, temperature=1.0, seed=2)[0]
             result["agreement"][name] = agreement(model, draft, ids)
     if args.json:

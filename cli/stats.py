@@ -43,7 +43,7 @@ class Stats:
     compile_s: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)  # per prefill: prompts that start together
+    first_token_s: list[float] = field(default_factory=list)  # per prefill of prompts
     steps_s: list[float] = field(default_factory=list)  # per decode step
     wall_s: float = 0.0  # from a run's first prompt to its last token
     decode_tokens: int = 0  # that requests got from decode steps
