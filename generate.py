@@ -41,8 +41,9 @@ from speculate import Drafter, Gauge, make_drafter
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 # most of them while rows decode: these wait for one pass at a time, which is to cost little more
 # than a step but use the device well
-CHUNK = {"cpu": 128, "cuda": 512}
+CHUNK = {"cpu": 128, "gpu": 512}
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
+LEAST_TEMPERATURE = 1e-5  # what is below is greedy: logits over it would leave float32
 CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
 
 
@@ -129,7 +130,7 @@ def sample(logits: Tensor, sampling: Sampling, kind: str, position: Tensor) -> T
     likeliest = logits.argmax(-1)
     if kind == "greedy":
         return likeliest
-    greedy = sampling.temperature == 0
+    greedy = sampling.temperature < LEAST_TEMPERATURE
     temperature = sampling.temperature.masked_fill(greedy, 1.0)
     probs = (logits.float() / temperature[:, None]).softmax(-1)  # (N, V)
     N, V = probs.shape
@@ -305,8 +306,8 @@ class Engine:
     """Rows of one cache that decode together, each at its own position with its own request.
 
     Tokens, positions and sampling settings live on the device, so a step needs nothing from the
-    host; a compiled engine captures it in a CUDA graph, one for each kind of sampling.
-    compile_model compiles what a step runs. One engine drives a cache at a time.
+    host; a compiled engine captures it in a CUDA graph, one for each kind of sampling, with
+    proposals to check and without. compile_model compiles what a step runs. One engine drives a cache at a time.
 
     speculate_k: steps may check that many proposals, of a draft model or of prompt lookup: see
     speculate.py. context: most tokens of a row, by default all that the cache has room for; steps
@@ -319,6 +320,10 @@ class Engine:
         self.model = model
         self.cache = model.check_cache(1, cache)
         self.context = context or self.cache.max_seq_len
+        if self.context > self.cache.max_seq_len:
+            raise ValueError(
+                f"a context of {context} does not fit into a cache of {self.cache.max_seq_len}"
+            )
         self.k = speculate_k
         self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
         self.gauge: Gauge | None = None  # a draft model is asked at every step
@@ -359,8 +364,9 @@ class Engine:
         many proposals, for which every row has to have room."""
         if self.compiled and self.device.type == "cuda":
             self.prepare_once(self.kind, k)
-            self.graphs[self.kind, k].replay()
-            return self.prepared[self.kind, k]
+            if (self.kind, k) in self.graphs:
+                self.graphs[self.kind, k].replay()
+                return self.prepared[self.kind, k]
         return self.advance(k)
 
     def advance(self, k: int = 0) -> Drawn:
@@ -439,15 +445,18 @@ class Engine:
         began = time.perf_counter()
         token = self.token.clone()
         input_pos = self.input_pos.clone()
-        active = self.kind
+        active = self.active.clone()
+        self.active.zero_()  # so that all trials write at the same place
+        kind_before = self.kind
         self.kind = kind
         if self.device.type == "cuda":
             self.graphs[kind, k] = self.capture(k)
         else:
             self.prepared[kind, k] = self.advance(k)
-        self.kind = active
+        self.kind = kind_before
         self.token.copy_(token)
         self.input_pos.copy_(input_pos)
+        self.active.copy_(active)
         return time.perf_counter() - began
 
     def capture(self, k: int) -> torch.cuda.CUDAGraph:
@@ -462,9 +471,15 @@ class Engine:
             with torch.cuda.graph(graph, stream=side):
                 self.prepared[self.kind, k] = self.advance(k)
         torch.cuda.current_stream().wait_stream(side)
-        self.tables.append(self.model.rope_upto(self.cache.max_seq_len))
+        for model in self.models():
+            self.tables.append(model.rope_upto(self.cache.max_seq_len))
         torch.cuda.synchronize()
         return graph
+
+    def models(self) -> list[Transformer]:
+        """The model, and the draft's if there is one."""
+        draft = getattr(self.drafter, "model", None)
+        return [self.model] if draft is None else [self.model, draft]
 
     def keep(self, cached: int) -> None:
         """Rows without a request write, like a trial, from their position on: from now on not
@@ -504,6 +519,7 @@ class Engine:
             self.started[running.number] = time.perf_counter()
             self.ends[row] = running.prompt_end
         self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
+        self.stats.prompt_tokens += sum(len(request.prompt) for request in requests)
         return reading
 
     def finish(self, reading: Reading) -> None:
@@ -532,10 +548,11 @@ class Engine:
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, RuntimeError if another run of this engine has
         begun meanwhile. Tokens have to be checked before: see check_prompts."""
-        began = time.perf_counter()
         waiting = deque(Running(i, request, self.budget(request))
                         for i, request in enumerate(requests))
         self.reset(waiting)
+        self.stats.compile_s += self.prepare_kind(self.kind)
+        began = time.perf_counter()
         me = self.owner = object()
         reading: Reading | None = None
         pending: deque[Launch] = deque()
@@ -605,15 +622,18 @@ class Engine:
                 break
             lengths.append(len(waiting[0].request.prompt))
             padded = len(lengths) * max(lengths)
-            if padded > max(CHUNK[self.device.type] // 2, 1.25 * sum(lengths)):
+            if padded > max(self.chunk() // 2, 1.25 * sum(lengths)):
                 break
             rows[row] = waiting.popleft()
         return self.begin(rows)
 
+    def chunk(self) -> int:
+        return CHUNK["cpu" if self.device.type == "cpu" else "gpu"]
+
     @on_its_device
     def read_chunk(self, reading: Reading) -> list[Launch]:
         """Put the next chunk of prompts into the cache -> their first tokens, if it is the last."""
-        most = CHUNK[self.device.type] if self.running else PREFILL_CHUNK
+        most = self.chunk() if self.running else PREFILL_CHUNK
         reading.chunk(self.model, self.cache, self.drafter, most)
         if reading.done < reading.width:
             return []
@@ -704,7 +724,7 @@ class Engine:
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
-        seconds = seconds_between(launch.began, launch.ended)
+        seconds = self.wait_for(launch)
         if launch.is_step:
             self.note_step(launch, seconds)
         else:
@@ -719,12 +739,18 @@ class Engine:
             if running.done:
                 continue
             taken = self.take(running, tokens[row][:agreed[row] + 1])
+            self.stats.new_tokens += len(taken)
             if launch.is_step:
                 self.stats.useful_row_steps += 1
                 self.stats.decode_tokens += len(taken)
             if running.done:
                 self.free(running)
             yield running.number, taken
+
+    @on_its_device
+    def wait_for(self, launch: Launch) -> float:
+        """Until a launch's tokens are on the host -> the seconds that it took."""
+        return seconds_between(launch.began, launch.ended)
 
     def note_step(self, launch: Launch, seconds: float) -> None:
         """Put what a step took, and how many proposals were right, where it is needed."""
@@ -738,7 +764,8 @@ class Engine:
                 live[running.number] = agreed[row]
         if self.gauge is not None:
             self.gauge.observe(launch.k, live, len(agreed), seconds)
-        self.stats.speculation.add(launch.k, list(live.values()), seconds)
+        if launch.k or self.gauge is not None:  # a draft model works in plain steps too
+            self.stats.speculation.add(launch.k, list(live.values()), seconds)
 
     def take(self, running: Running, tokens: list[int]) -> list[int]:
         """Give a request new tokens -> those up to the one that ends it, if one does."""
@@ -891,14 +918,11 @@ def generate(
     stats = stats or Stats()
     engine.stats = stats
     engine.keep(cached)
-    stats.compile_s += engine.prepare_kind(kind_of(requests))
     out = [[] for _ in prompts]
     for number, tokens in engine.run(requests):
         out[number] += tokens
         if stream:
             stream(number, tokens)
-    stats.prompt_tokens += sum(map(len, prompts))
-    stats.new_tokens += sum(map(len, out))
     return out
 
 
@@ -1100,7 +1124,8 @@ def wanted(
         return prompt
 
     if args.prompts is not None:
-        return read_jobs(lines, encode, defaults, args.num_samples)
+        answering = [args.checkpoint_path, args.dtype, args.quantize, args.kv_dtype]
+        return read_jobs(lines, encode, defaults, args.num_samples, json.dumps(answering))
     if args.prompt is not None:
         entry = {"prompt": read_text(args.prompt)}
         check_text("--prompt", entry["prompt"])
@@ -1157,11 +1182,8 @@ def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
             ends = stops_at(stop, tokenizer, job.prompt) if stop else None
             requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
         engine.stats = stats
-        stats.compile_s += engine.prepare_kind(kind_of(requests))
         for number, tokens in engine.run(requests):
-            stats.new_tokens += len(tokens)
             yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
-        stats.prompt_tokens += sum(len(job.prompt) for job in jobs)
 
     return run_jobs
 
@@ -1180,7 +1202,8 @@ def answer_prompt(
         stats.compile_s = warm.compile_s
     answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
     if args.benchmark and stats.speculation.checked:
-        stats.speculation.plain_s += plain_steps(engine, 16)
+        middle = len(jobs[0].prompt) + args.max_new_tokens // 2
+        stats.speculation.plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
     summary = summarize(stats, memory_of(engine))
     if args.json:
         result = {
@@ -1203,11 +1226,11 @@ def answer_prompts(
         raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
 
 
-def plain_steps(engine: Engine, n: int) -> list[float]:
-    """The seconds of steps without proposals where an engine's rows stand."""
+def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
+    """The seconds of n steps without proposals of rows that stand at a position."""
     plain = Engine(engine.model, engine.cache, compiled=engine.compiled)
     plain.kind = engine.kind
-    plain.input_pos.copy_(engine.input_pos)
+    plain.input_pos.fill_(position)
     plain.step()  # to compile
     return plain.timed_steps(n)
 
@@ -1246,9 +1269,13 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
 
 def memory_of(engine: Engine) -> Memory:
     cache = engine.cache
+    model, *drafts = engine.models()
+    weight_bytes = model.weight_bytes()
+    for draft in drafts:  # a step asks it k times
+        weight_bytes += engine.k * draft.weight_bytes()
     return Memory(
-        device=engine.device, weight_bytes=engine.model.weight_bytes(), cache_bytes=cache.nbytes,
-        cache_tokens=cache.max_batch_size * cache.max_seq_len, rows=cache.max_batch_size,
+        device=engine.device, weight_bytes=weight_bytes, cache_bytes=cache.nbytes,
+        cache_tokens=cache.max_batch_size * cache.max_seq_len,
     )
 
 

@@ -750,7 +750,7 @@ def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int) -> dict
         BLOCK_D=BLOCK_D,
         num_warps=4,
         num_stages=max(2, min(4, stages)))
-    if smem > 65536:  # NVIDIA's
+    if smem > 65536 and warp_size == 32:  # NVIDIA's
         if BLOCK_M > 16 or itemsize == 4:
             blocks["num_warps"] = 8
         else:
@@ -897,9 +897,9 @@ def _flash_decode_triton(
         n_programs = 2 * gpu.multi_processor_count
     arguments = _arguments(q, k_cache, *args, blocks, n_programs)
     counters = None
-    if one_launch:
-        counters = _counters(q.device, arguments["B"] * arguments["PAIRS"])
     with torch.cuda.device_of(q):
+        if one_launch:
+            counters = _counters(q.device, arguments["B"] * arguments["PAIRS"])
         for kernel, grid, kernel_arguments in _launches(arguments, counters):
             kernel[(grid,)](**kernel_arguments)
     return arguments["out_ptr"], arguments["lse_ptr"]

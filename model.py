@@ -512,7 +512,8 @@ def prefill_attention(
         folded = q[:, :, first:last].reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * tile, D)
         mask = visible(index[:, first:last], end, window).repeat(1, 1, Hq // Hkv, 1)
         part = F.scaled_dot_product_attention(folded, keys[:, :, :end], values[:, :, :end], mask)
-        y[:, first:last] = part.view(B, Hq, -1, D).transpose(1, 2)  # (B, tile, Hq, D)
+        part = part.reshape(B, Hq, -1, D)  # no view on a GPU, where tokens lie before heads
+        y[:, first:last] = part.transpose(1, 2)  # (B, tile, Hq, D)
     return y.transpose(1, 2)
 
 

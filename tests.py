@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -237,10 +238,22 @@ def test_prefill_never_holds_all_scores(
     assert largest.n <= bound
 
 
+@pytest.fixture
+def tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's result lies in memory as that of PyTorch's memory-efficient kernels on a GPU."""
+    attention = F.scaled_dot_product_attention
+
+    def as_on_a_gpu(*args: Any, **options: Any) -> Tensor:
+        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 @pytest.mark.parametrize("tile", [1, 7, 50])
 def test_tiles_of_queries_change_nothing(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, tile: int
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tokens_before_heads: None, name: str,
+    tile: int,
 ) -> None:
     """Nor rows of different depths."""
     monkeypatch.setattr("model.QUERY_TILE", tile)

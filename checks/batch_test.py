@@ -43,11 +43,11 @@ def encode(entry: dict) -> list[int]:
 
 
 def jobs_of(text: str | bytes, tmp_path: Path, name: str = "p.txt", n: int = 1,
-            **defaults: object) -> list[Job]:
+            model: str = "a model", **defaults: object) -> list[Job]:
     """The jobs of a file with this text."""
     file = tmp_path / name
     file.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read_jobs(read_lines(str(file)), encode, {**DEFAULTS, **defaults}, n)
+    return read_jobs(read_lines(str(file)), encode, {**DEFAULTS, **defaults}, n, model)
 
 
 def prompts(jobs: list[Job]) -> list[str]:
@@ -200,14 +200,14 @@ def test_a_name_makes_a_file_json_lines(tmp_path: Path) -> None:
     assert prompts(jobs[1:]) == ["one"]
 
 
-def test_a_digest_is_that_of_prompt_and_settings(tmp_path: Path) -> None:
+def test_a_digest_is_that_of_prompt_settings_and_model(tmp_path: Path) -> None:
     def digest(text: str, **defaults: object) -> str:
         return jobs_of(text, tmp_path, **defaults)[-1].digest
 
     same = digest("x")
     assert digest("x") == digest('{"prompt": "x"}') == digest("y\nx") == same
     others = [digest("x", seed=1), digest("x", temperature=1.0), digest("x", stop=["a"]),
-              digest("y"), digest('{"prompt": "x", "top_k": 3}')]
+              digest("y"), digest('{"prompt": "x", "top_k": 3}'), digest("x", model="another")]
     assert len({same, *others}) == 6
 
 
@@ -406,6 +406,7 @@ def test_other_prompts_or_settings_are_refused(tmp_path: Path, jobs: list[Job]) 
 @pytest.mark.parametrize("content", [
     b"a shopping list\n", b"a shopping list", b'{"prompt": "x"}\n', b'{"prompt": "x"}', b"[]\n",
     b"\0\0\0", b"\xff\n", b'{"index": [1], "sample": 0, "digest": "x"}\n', b"\n",
+    b'{"index": Infinity, "sample": 0, "digest": "x"}\n',
     b'{"index": ' + 50_000 * b"[" + b"\n",
 ])
 def test_a_file_of_something_else_is_left_alone(content: bytes, tmp_path: Path) -> None:

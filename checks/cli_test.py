@@ -197,7 +197,6 @@ MEMORY = Memory(
     weight_bytes=10**9,
     cache_bytes=400_000_000,
     cache_tokens=4 * 1000,
-    rows=4,
 )
 
 

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -237,7 +238,7 @@ class Records:
 
     def __exit__(self, *exception: object) -> None:
         if os.fstat(self.file).st_size == 0:
-            os.unlink(self.path)
+            Path(self.path).unlink(missing_ok=True)
         os.close(self.file)
 
     def lock(self) -> None:
@@ -248,6 +249,8 @@ class Records:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another run is writing to --output {self.path}") from None
+        except OSError as e:
+            raise ValueError(f"cannot lock --output {self.path}: {e.strerror}") from None
 
     def read(self) -> None:
         """Note the answers that are there, and cut off what was not written to its end."""
@@ -267,7 +270,7 @@ class Records:
         try:
             record = json.loads(line)
             return (int(record["index"]), int(record["sample"])), str(record["digest"])
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             raise ValueError(
                 f"line {number} of --output {self.path} is no answer of an earlier run; choose "
                 "another file"

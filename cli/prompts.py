@@ -23,7 +23,7 @@ class Job:
     prompt: list[int] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS, and stop
     error: str | None = None
-    digest: str = ""  # the same prompt and settings have the same one
+    digest: str = ""  # the same prompt, settings and model have the same one
 
 
 class Line(NamedTuple):
@@ -73,13 +73,14 @@ def read_lines(path: str) -> list[Line]:
 
 
 def read_jobs(
-    lines: list[Line], encode: Encode, defaults: dict[str, Any], n_samples: int
+    lines: list[Line], encode: Encode, defaults: dict[str, Any], n_samples: int, model: str
 ) -> list[Job]:
     """The answers that lines ask for, n_samples each, in their order.
 
     defaults: the settings that a line does not give. A default seed is that of the first answer,
     the next one has the next; a line's own is that of its first sample. A line that asks for
-    nothing sensible gives one job with an error."""
+    nothing sensible gives one job with an error. model: what is to answer; another one's answers
+    have other digests."""
     jobs = []
     for index, line in enumerate(lines):
         try:
@@ -87,7 +88,8 @@ def read_jobs(
             settings = {**defaults, **own_settings(entry)}
             if "seed" not in entry and settings["seed"] is not None:
                 settings["seed"] += index * n_samples
-            jobs += samples(index, title_of(entry), encode(entry), settings, n_samples)
+            title = title_of(entry)
+            jobs += samples(index, title, encode(entry), settings, n_samples, model)
         except ValueError as e:
             error = f"line {line.number}: {e}"
             digest = sha256(line.content).hexdigest()[:16]
@@ -96,7 +98,8 @@ def read_jobs(
 
 
 def samples(
-    index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int
+    index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int,
+    model: str = "",
 ) -> list[Job]:
     """n_samples answers to one prompt, with seeds in a row where it has one."""
     jobs = []
@@ -104,7 +107,8 @@ def samples(
         own = dict(settings)
         if own["seed"] is not None:
             own["seed"] = (own["seed"] + sample) % 2**63
-        digest = sha256(json.dumps([prompt, own], sort_keys=True).encode()).hexdigest()[:16]
+        asked = json.dumps([model, prompt, own], sort_keys=True)
+        digest = sha256(asked.encode()).hexdigest()[:16]
         jobs.append(Job(index, sample, title, prompt, own, digest=digest))
     return jobs
 

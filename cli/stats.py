@@ -59,7 +59,6 @@ class Memory:
     weight_bytes: int  # that a step reads
     cache_bytes: int  # of the whole KV cache
     cache_tokens: int  # that it holds: max_batch_size * max_seq_len
-    rows: int  # max_batch_size
 
 
 def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
