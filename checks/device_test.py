@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cli.stats
 from checks.common import hf_folder, run_cli
 from cli.stats import Memory, Stats, copy_bandwidth, summarize
-from generate import Drawn, Engine, StepFailed
+from generate import Drawn, Engine, Request, StepFailed
 from model import KVCache, choose_attention, load_model
 
 GPU_1 = torch.device("cuda", 1)
@@ -124,6 +124,27 @@ def test_a_capture_takes_a_stream_of_its_own_gpu(engine: Engine, gpu: FakeGPU) -
     engine.prepare()
     stream, = gpu.capture_streams
     assert stream.device == 1
+
+
+def test_all_trials_of_a_step_write_at_the_same_place(
+    engine: Engine, gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row may have room for one step only."""
+    engine.device = torch.device("cpu")
+    engine.insert(0, [Request([1, 2, 3], 5)])
+    engine.device = GPU_1
+    advance = engine.advance
+    places = []
+
+    def noted(k: int) -> Drawn:
+        places.append(engine.input_pos.tolist())
+        return advance(k)
+
+    monkeypatch.setattr(engine, "advance", noted)
+    engine.prepare()
+    assert places == [[3, 0]] * 3
+    assert engine.input_pos.tolist() == [3, 0]
+    assert engine.active.tolist() == [1, 0]
 
 
 def test_peak_memory_is_of_the_engines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,16 @@ def test_prompt_i_draws_with_the_seed_plus_i(checkpoint: Checkpoint) -> None:
     for i, prompt in enumerate(PROMPTS):
         assert generate(model, [prompt], 10, seed=2**63 - 2 + i, **settings) == [together[i]]
 
+
+@pytest.mark.parametrize("kind", ["plain", "top_k", "filtered"])
+def test_a_tiny_temperature_is_greedy(kind: str) -> None:
+    """Logits over it are no float32."""
+    logits = torch.tensor([[1.0, 90.0, -3.0, 89.0]])
+    request = Request([1], 1, temperature=1e-38, top_k=4)
+    sampling = Sampling.of([request], 4, torch.device("cpu"))
+    for position in range(20):
+        assert sample(logits, sampling, kind, torch.tensor([position])).tolist() == [1]
+
 # --- rows that are refilled ---
 
 
