@@ -726,6 +726,8 @@ def _sum_kernel(
 def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int) -> dict[str, int]:
     """Tile sizes with which two programs fit an SM that has smem bytes of shared memory."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
+    if warp_size == 64:
+        smem = min(smem, 65536)  # AMD's gfx9: larger tiles spill registers, also on gfx950
     if smem <= 65536 and warp_size == 32:
         # AMD's gfx11 and gfx12 have 256 registers a thread, and hold every operand of a dot twice
         return dict(BLOCK_M=16, BLOCK_N=max(16, 2048 // BLOCK_D), BLOCK_D=BLOCK_D,
@@ -750,7 +752,7 @@ def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int) -> dict
         BLOCK_D=BLOCK_D,
         num_warps=4,
         num_stages=max(2, min(4, stages)))
-    if smem > 65536 and warp_size == 32:  # NVIDIA's
+    if smem > 65536:  # NVIDIA's
         if BLOCK_M > 16 or itemsize == 4:
             blocks["num_warps"] = 8
         else:
