@@ -208,7 +208,7 @@ def test_a_digest_is_that_of_prompt_settings_and_model(tmp_path: Path) -> None:
     assert digest("x") == digest('{"prompt": "x"}') == digest("y\nx") == same
     others = [digest("x", seed=1), digest("x", temperature=1.0), digest("x", stop=["a"]),
               digest("y"), digest('{"prompt": "x", "top_k": 3}'), digest("x", model="another")]
-    assert len({same, *others}) == 6
+    assert len({same, *others}) == 7
 
 
 # --- answers ---
