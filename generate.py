@@ -307,7 +307,8 @@ class Engine:
 
     Tokens, positions and sampling settings live on the device, so a step needs nothing from the
     host; a compiled engine captures it in a CUDA graph, one for each kind of sampling, with
-    proposals to check and without. compile_model compiles what a step runs. One engine drives a cache at a time.
+    proposals to check and without. compile_model compiles what a step runs. One engine drives a
+    cache at a time.
 
     speculate_k: steps may check that many proposals, of a draft model or of prompt lookup: see
     speculate.py. context: most tokens of a row, by default all that the cache has room for; steps
