@@ -26,7 +26,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from benchmarks.decode import device, device_facts
+from benchmarks.decode import add_machine, device_facts
 from cli.arguments import DTYPES, Parser, number, say
 from cli.stats import Stats
 from formats.checkpoint import first_line, read_json
@@ -190,10 +190,7 @@ def parse_args() -> argparse.Namespace:
     add("--no-transformers", dest="transformers", action="store_false",
         help="leave the peer out")
     add("--compile", action="store_true", help="compile our decode step")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; default: cuda")
-    add("--threads", metavar="N", type=count, default=torch.get_num_threads(),
-        help="of a CPU, from 1; default: PyTorch's, %(default)s here")
+    add_machine(p)
     add("--rounds", metavar="N", type=count, default=1,
         help="turns of each contestant, from 1; default: 1")
     add("--seed", metavar="N", type=int, default=0, help="of the lengths; default: 0")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from benchmarks.decode import device, device_facts
+from benchmarks.decode import add_machine, device_facts
 from cli.arguments import DTYPES, Parser, number, say
 from cli.stats import Stats
 from formats.checkpoint import default_model, first_line
@@ -213,10 +213,7 @@ def parse_args() -> argparse.Namespace:
     add("--max_new_tokens", metavar="N", type=number(int, 2), default=256,
         help="of each text, from 2; default: 256")
     add("--compile", action="store_true", help="compile the steps")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; default: cuda")
-    add("--threads", metavar="N", type=count, default=torch.get_num_threads(),
-        help="of a CPU, from 1; default: PyTorch's, %(default)s here")
+    add_machine(p)
     add("--rounds", metavar="N", type=count, default=3,
         help="turns of each, from 1; default: 3")
     add("--json", metavar="FILE", type=Path, help="write the result to this file too")
