@@ -217,6 +217,32 @@ class Running:
         return self.request.cached + len(self.request.prompt)
 
 
+class Waiting:
+    """Requests without a row yet, in the order that draw() gives their numbers in, None behind the
+    last. Groups of ranks that share the requests draw from one queue, and none sooner than it has
+    to: what one has drawn, no other can take."""
+
+    def __init__(self, requests: Sequence[Running], draw: Callable[[], int | None] | None = None):
+        if draw is None:  # all of them, one after the other
+            draw = partial(next, iter(range(len(requests))), None)
+        self.requests = requests
+        self.draw = draw
+        self.drawn: Running | None = None
+
+    def peek(self) -> Running | None:
+        """The next one, None if there is none."""
+        if self.drawn is None:
+            number = self.draw()
+            if number is not None:
+                self.drawn = self.requests[number]
+        return self.drawn
+
+    def pop(self) -> Running:
+        taken = self.peek()
+        self.drawn = None
+        return taken
+
+
 class Drawn(NamedTuple):
     """The tokens of a step."""
 
@@ -512,6 +538,9 @@ class Engine:
         reading = Reading(rows, self.mark(), self.device)
         requests = [running.request for running in rows.values()]
         new = Sampling.of(requests, self.model.config.vocab_size, self.device)
+        if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
+            key = self.model.ranks.agree(new.key.cpu())
+            new = new._replace(key=key.to(self.device))
         for setting, values in zip(self.sampling, new):
             setting[reading.rows] = values
         # meanwhile the others' steps write where these rows' own will: behind the prompts
@@ -540,28 +569,32 @@ class Engine:
 
     # --- requests ---
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
+    def run(
+        self, requests: Iterable[Request], draw: Callable[[], int | None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
         """Work requests off, in order, in the rows that are free -> (a request's number, new
         tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
 
-        Each turn puts one chunk of prompts into free rows and advances the others by a step.
+        draw: the numbers of the requests that are to be worked off here, one a call, None behind
+        the last; by default all. Each turn puts one chunk of prompts into free rows and advances the others by a step.
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, RuntimeError if another run of this engine has
         begun meanwhile. Tokens have to be checked before: see check_prompts."""
-        waiting = deque(Running(i, request, self.budget(request))
-                        for i, request in enumerate(requests))
-        self.reset(waiting)
+        wanted = [Running(i, request, self.budget(request)) for i, request in enumerate(requests)]
+        waiting = Waiting(wanted, draw)
+        self.reset(wanted)
         self.stats.compile_s += self.prepare_kind(self.kind)
         began = time.perf_counter()
         me = self.owner = object()
         reading: Reading | None = None
         pending: deque[Launch] = deque()
         mark = self.mark()
-        while waiting or reading or self.running or pending:
+        while reading or self.running or pending or waiting.peek():
             launches = []
             # a chunk of prompts
-            if reading is None and waiting and len(self.running) < self.cache.max_batch_size:
+            has_free_row = len(self.running) < self.cache.max_batch_size
+            if reading is None and has_free_row and waiting.peek():
                 reading = self.next_prompts(waiting)
             if reading is not None:
                 launches += self.read_chunk(reading)
@@ -595,37 +628,40 @@ class Engine:
             )
         return budget
 
-    def reset(self, waiting: Sequence[Running]) -> None:
+    def reset(self, requests: Sequence[Running]) -> None:
         """Give up what the rows did, for these requests."""
         self.running.clear()
         self.started.clear()
         self.finish_reasons.clear()
         self.active.zero_()
         self.ends = self.input_pos.tolist()
-        self.refills = len(waiting) > self.cache.max_batch_size
+        self.refills = len(requests) > self.cache.max_batch_size
         # one kind of step for all that will come: a compiled one is prepared before
-        self.kind = kind_of(running.request for running in waiting)
+        self.kind = kind_of(running.request for running in requests)
 
-    def next_prompts(self, waiting: deque[Running]) -> Reading:
+    def next_prompts(self, waiting: Waiting) -> Reading:
         """Begin with the requests that wait, in as many neighbouring free rows as pay.
 
         A pass of few tokens takes as long as reading the weights, and there padding is free;
         beyond, it costs what other tokens cost, and may be a quarter of them."""
         B = self.cache.max_batch_size
-        first = waiting[0].number  # where there are rows for all, a caller may rely on its own
+        first = waiting.peek().number  # where there are rows for all, a caller may rely on its own
         if self.refills:
             first = next(row for row in range(B) if row not in self.running)
-        rows = {first: waiting.popleft()}
+        rows = {first: waiting.pop()}
         cached = rows[first].request.cached
         lengths = [len(rows[first].request.prompt)]
         for row in range(first + 1, B):
-            if row in self.running or not waiting or waiting[0].request.cached != cached:
+            if row in self.running:
                 break
-            lengths.append(len(waiting[0].request.prompt))
+            neighbour = waiting.peek()
+            if neighbour is None or neighbour.request.cached != cached:
+                break
+            lengths.append(len(neighbour.request.prompt))
             padded = len(lengths) * max(lengths)
             if padded > max(self.chunk() // 2, 1.25 * sum(lengths)):
                 break
-            rows[row] = waiting.popleft()
+            rows[row] = waiting.pop()
         return self.begin(rows)
 
     def chunk(self) -> int:
@@ -764,6 +800,7 @@ class Engine:
             if not running.done:
                 live[running.number] = agreed[row]
         if self.gauge is not None:
+            seconds = self.model.ranks.agree(seconds)  # all ranks are to decide alike
             self.gauge.observe(launch.k, live, len(agreed), seconds)
         if launch.k or self.gauge is not None:  # a draft model works in plain steps too
             self.stats.speculation.add(launch.k, list(live.values()), seconds)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
+from parallel import ALONE, Ranks, join, local, piece, split_head
 from quantize import Linear, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
@@ -604,6 +605,7 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
         self.rope: Tensor | None = None
+        self.ranks = ALONE  # that share this model
         # compile_model puts compiled ones here
         self.decode_block: Callable = run_block
         self.prefill_block: Callable = run_block
@@ -779,19 +781,24 @@ FAMILIES = {
 @torch.no_grad()
 def load_model(
     path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16,
-    quantize: str | None = None, group_size: int = 32,
+    quantize: str | None = None, group_size: int = 32, ranks: Ranks = ALONE,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights.
 
     quantize: None, "int8" or "int4" (in groups of group_size), layer by layer while loading, so
-    that a model that fits only when quantized can be loaded. ValueError says what is wrong."""
+    that a model that fits only when quantized can be loaded. ranks: of several processes, each
+    gets its part. ValueError says what is wrong."""
     path = resolve(path)
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.config)
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    plan = tensor_plan(model, checkpoint, quantize)
+        whole = Transformer(config).to(dtype)
+        model = Transformer(local(config, ranks)).to(dtype)
+        split_head(model, ranks)
+    plan = tensor_plan(whole, checkpoint, quantize)
+    if ranks.size > 1:
+        tensor_plan(model, checkpoint, quantize)  # gives it the quantized layers of a folder
     if checkpoint.tensors is None:
         warning = "is a bare configuration: the weights are RANDOM, for benchmarks only"
         print(f"WARNING: {path} {warning}", file=sys.stderr)
@@ -804,12 +811,14 @@ def load_model(
 
     modules = list(model.named_modules())
     for prefix, module in tqdm(modules, "loading", unit=" layers", disable=None, leave=False):
-        fill(module, prefix, model, plan, checkpoint, device)
+        fill(module, prefix, model, plan, checkpoint, device, ranks)
         if isinstance(module, Linear) and quantize:
             module = quantize_linear(module, quantize, group_size, prefix)
             model.set_submodule(prefix, module)
         if hasattr(module, "pack"):
             module.pack()
+    model.ranks = ranks
+    join(model, ranks)
     return model.eval()
 
 
@@ -840,44 +849,69 @@ def sources(
     name: str, shape: tuple[int, ...], config: ModelConfig
 ) -> dict[str, tuple[int, ...]]:
     """The Hugging Face tensors of a parameter. Our names are theirs but for the joined ones."""
+    if not name.startswith("lm_head"):
+        name = f"model.{name}"
+    *path, module, kind = name.split(".")
+    joined = joined_rows(module, config)
+    if not joined:
+        return {name: shape}
+    parts = {}
+    for part, size in joined.items():
+        parts[".".join([*path, part, kind])] = (size, *shape[1:])
+    return parts
+
+
+def joined_rows(module: str, config: ModelConfig) -> dict[str, int]:
+    """The layers that are one product in ours of that name, and the outputs of each."""
     q_size = config.n_head * config.head_dim
     kv_size = config.n_kv_head * config.head_dim
     joined = {
         "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
         "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim},
     }
-    if not name.startswith("lm_head"):
-        name = f"model.{name}"
-    *path, module, kind = name.split(".")
-    if module not in joined:
-        return {name: shape}
-    parts = {}
-    for part, size in joined[module].items():
-        parts[".".join([*path, part, kind])] = (size, *shape[1:])
-    return parts
+    return joined.get(module, {})
+
+
+ADDED_UP = ("o_proj", "down_proj")  # layers whose outputs are sums over ranks
 
 
 def fill(
     module: nn.Module, prefix: str, model: Transformer, plan: Plan, checkpoint: Checkpoint,
-    device: torch.device | str,
+    device: torch.device | str, ranks: Ranks,
 ) -> None:
     """Give a module its own parameters and buffers, in place of those on meta."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     for name, meta in own:
         parts = plan.get(f"{prefix}.{name}")
         if parts is None:  # a tied output layer
-            tensor = model.embed_tokens.weight
+            tensor = piece(model.embed_tokens.weight, meta.shape, ranks)
         elif checkpoint.tensors is None:
             tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
         else:
-            tensor = read_joined(checkpoint, parts).to(device, meta.dtype, copy=True)
+            tensors = [checkpoint.read(part, shape) for part, shape in parts.items()]
+            if ranks.size > 1:
+                tensors = pieces(tensors, f"{prefix}.{name}", meta.shape, model.config, ranks)
+            tensor = tensors[0]
+            if len(tensors) > 1:
+                tensor = torch.cat(tensors)
+            tensor = tensor.to(device, meta.dtype, copy=True)
         if isinstance(meta, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(module, name, tensor)
 
 
-def read_joined(checkpoint: Checkpoint, parts: dict[str, tuple[int, ...]]) -> Tensor:
-    tensors = [checkpoint.read(name, shape) for name, shape in parts.items()]
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.cat(tensors)
+def pieces(
+    tensors: list[Tensor], name: str, shape: tuple[int, ...], config: ModelConfig, ranks: Ranks
+) -> list[Tensor]:
+    """A rank's parts of the tensors that make the parameter of that name and, on this rank,
+    shape. config: the rank's."""
+    *_, module, kind = name.split(".")
+    joined = joined_rows(module, config)
+    if joined and len(tensors) == 1:  # a checkpoint that has them joined too
+        whole = joined_rows(module, ModelConfig.from_hf(config.hf))
+        tensors = tensors[0].split(list(whole.values()))
+    rows = list(joined.values()) or [shape[0]]
+    parts = [piece(x, (n, *shape[1:]), ranks) for x, n in zip(tensors, rows, strict=True)]
+    if kind == "bias" and module in ADDED_UP and ranks.rank > 0:
+        parts = [torch.zeros_like(part) for part in parts]  # the sum is to have it once
+    return parts

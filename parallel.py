@@ -1,0 +1,244 @@
+"""One model over several processes: tensor parallelism on torch.distributed.
+
+    torchrun --nproc_per_node=4 generate.py --checkpoint_path PATH --prompt "The capital is"
+
+A rank has a smaller model: a part of the heads, of the feed-forward and of the vocabulary (local,
+split_head), its parameters cut out of the checkpoint's while they are read (piece). What attention
+and the feed-forward give are then parts of sums: an all-reduce after each makes them whole, an
+all-gather behind the output layer the logits (join). After Megatron-LM, arXiv 1909.08053.
+
+Every rank runs the same program on the same requests. Logits are gathered, so that all ranks have
+the same bits of them, and random numbers are made from seeds, so that all draw the same tokens;
+what only one process can know, such as standard input or a clock, the first one tells (agree)."""
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from quantize import Linear
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a model, as one of them sees them."""
+
+    rank: int = 0  # of this process, from 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None  # moves tensors; None: there is one process
+    control: dist.ProcessGroup | None = None  # moves the host's objects
+
+    def agree(self, value: T) -> T:
+        """The first rank's value, for all of them; waits for the slowest."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.control, group_src=0)
+        return box[0]
+
+
+ALONE = Ranks()
+
+
+# --- a rank's part of a model ---
+
+def local(config: Any, ranks: Ranks) -> Any:
+    """A ModelConfig -> that of a rank's model, with its part of the heads and the feed-forward.
+
+    Fewer key/value heads than ranks are shared: several ranks keep the same one. ValueError if
+    something does not divide."""
+    n = ranks.size
+    if n == 1:
+        return config
+    parts = {}
+    for name, what in SPLIT.items():
+        whole = getattr(config, name)
+        if whole is None:
+            continue
+        shared = name == "n_kv_head" and n % whole == 0
+        if whole % n and not shared:
+            raise ValueError(f"{whole} {what} do not divide over {n} ranks")
+        parts[name] = max(1, whole // n)
+    if config.vocab_size < n * n:
+        raise ValueError(f"a vocabulary of {config.vocab_size} is too small for {n} ranks")
+    return replace(config, **parts)
+
+
+# fields of ModelConfig that are divided among ranks, and what they count
+SPLIT = {
+    "n_head": "query heads",
+    "n_kv_head": "key/value heads",
+    "ffn_dim": "hidden units of the feed-forward",
+}
+
+
+def split_head(model: nn.Module, ranks: Ranks) -> None:
+    """Give a rank's model an output layer for its part of the vocabulary, the last one padded."""
+    if ranks.size > 1:
+        rows = math.ceil(model.config.vocab_size / ranks.size)
+        model.lm_head = Linear(model.config.dim, rows, bias=False).to(model.lm_head.weight.dtype)
+
+
+def piece(whole: Tensor, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
+    """The part of a checkpoint's tensor that makes a rank's parameter of that shape, a view.
+
+    Along a dimension that is smaller than the whole, ranks take the parts in turn. Where there
+    are fewer parts than ranks, neighbours have the same one; where the last one is short, it is
+    padded with zeros."""
+    part = whole
+    for dim, (size, total) in enumerate(zip(shape, whole.shape, strict=True)):
+        if size == total:
+            continue
+        n_parts = math.ceil(total / size)
+        first = ranks.rank * n_parts // ranks.size * size
+        part = part.narrow(dim, first, min(size, total - first))
+        if part.shape[dim] < size:
+            missing = list(part.shape)
+            missing[dim] = size - part.shape[dim]
+            part = torch.cat([part, part.new_zeros(missing)], dim)
+    return part
+
+
+# --- what ranks do together in a step ---
+
+def join(model: nn.Module, ranks: Ranks) -> None:
+    """Make a rank's model give what the whole one gives, by hooks on the modules whose outputs
+    are parts. They are traced into compiled steps and captured with them."""
+    if ranks.size == 1:
+        return
+    name = ranks.group.group_name
+    vocab_size = model.config.vocab_size
+
+    def add_up(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return all_reduce(output, name)
+
+    def put_together(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
+        return all_gather(logits, ranks.size, name)[..., :vocab_size]
+
+    for block in model.layers:
+        block.self_attn.register_forward_hook(add_up)
+        block.mlp.register_forward_hook(add_up)
+    model.lm_head.register_forward_hook(put_together)
+
+
+def all_reduce(x: Tensor, group_name: str) -> Tensor:
+    """The sum of x over the ranks of a group."""
+    total = torch.ops._c10d_functional.all_reduce(x, "sum", group_name)
+    return torch.ops._c10d_functional.wait_tensor(total)
+
+
+def all_gather(x: Tensor, size: int, group_name: str) -> Tensor:
+    """x [B, T, N] of each of `size` ranks -> [B, T, size * N]."""
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group_name)
+    gathered = torch.ops._c10d_functional.wait_tensor(gathered)  # (size * B, T, N)
+    by_rank = gathered.view(size, *x.shape)
+    return by_rank.movedim(0, 2).flatten(2)
+
+
+# --- the processes that torchrun started ---
+
+CONNECT_S = 4.0  # to find torchrun's table, which is there before any process is
+JOIN_S = 8.0  # for all processes to come: torchrun starts them together
+PATIENCE = timedelta(days=1)  # of one that waits for another: a user may think before typing
+
+
+@dataclass(frozen=True)
+class Team:
+    """All processes of a run: groups of ranks with a model each, which share one queue of work."""
+
+    ranks: Ranks = ALONE  # the group that this process belongs to
+    group: int = 0  # which one it is, from 0
+    n_groups: int = 1
+    everyone: dist.ProcessGroup | None = None  # moves the host's objects; None: there is one
+    store: dist.Store | None = None  # torchrun's table of keys and values
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that speaks."""
+        return self.group == 0 and self.ranks.rank == 0
+
+    def agree(self, value: T) -> T:
+        """What the first process says, for all of them."""
+        if self.everyone is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.everyone)
+        return box[0]
+
+    def draw(self) -> int:
+        """The next number, from 0, that no group has drawn yet; the same for all its ranks."""
+        number = None
+        if self.ranks.rank == 0:
+            number = self.store.add("drawn", 1) - 1
+        return self.ranks.agree(number)
+
+    def leave(self) -> None:
+        """Part when all have come to their end: who leaves earlier breaks the others' ties."""
+        if self.everyone is not None:
+            dist.barrier(self.everyone)
+            dist.destroy_process_group()
+
+
+def gather_team(tp: int | None, device: str) -> Team:
+    """Wait for the processes that torchrun started, and form groups of tp ranks, by default one.
+
+    ValueError: there are too few, they do not come, or do not divide into groups."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if tp is None:
+        tp = n
+    if n == 1 and tp > 1:
+        raise ValueError(
+            f"--tp {tp} takes {tp} processes: torchrun --nproc_per_node={tp} generate.py ..."
+        )
+    if n % tp:
+        raise ValueError(f"{n} processes do not divide into groups of --tp {tp}")
+    if n == 1:
+        return Team()
+    rank = int(os.environ["RANK"])
+    store = meet(rank, n)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("everyone", store), rank=rank, world_size=n,
+        timeout=PATIENCE,
+    )
+    # every process takes part in making every group
+    mine = ALONE
+    for first in range(0, n, tp):
+        members = list(range(first, first + tp))
+        control = dist.new_group(members, timeout=PATIENCE, backend="gloo")
+        tensors = control
+        if backend != "gloo":
+            tensors = dist.new_group(members, timeout=PATIENCE, backend=backend)
+        if rank in members:
+            mine = Ranks(rank - first, tp, tensors, control)
+    return Team(mine, rank // tp, n // tp, dist.group.WORLD, store)
+
+
+def meet(rank: int, n: int) -> dist.Store:
+    """The table that n processes share, once all of them have come."""
+    patience = timedelta(seconds=CONNECT_S)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, n, timeout=patience))
+    except (RuntimeError, ValueError, KeyError) as e:
+        raise ValueError(f"process {rank} of {n} finds no others: {str(e).splitlines()[0]}") from e
+    store = dist.PrefixStore("gpt-flash", store)
+    there = store.add("joined", 1)
+    began = time.perf_counter()
+    while there < n:
+        if time.perf_counter() - began > JOIN_S:
+            raise ValueError(f"only {there} of {n} processes have come within {JOIN_S:.0f} s")
+        time.sleep(0.02)
+        there = store.add("joined", 0)
+    return store
