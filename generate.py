@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import struct
@@ -22,19 +23,20 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 
 from cli.arguments import DTYPES, SETTINGS, parse_args, say
-from cli.batch import News, Records, Run, answer_file, answer_live
+from cli.batch import News, Records, Run, answer_file, answer_live, help_answer
 from cli.chat import Show, chat
 from cli.prompts import Job, Line, check_text, read_jobs, read_lines, read_text, samples
 from cli.stats import Memory, Stats, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
+from parallel import ALONE, Ranks, Team, is_lost_peer
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 from speculate import Drafter, Gauge, make_drafter
 
@@ -1032,16 +1034,25 @@ QUESTION = "What is the capital of France?"  # the prompt where none is given
 
 
 def main(argv: list[str] | None = None) -> None:
+    stderr = mute_all_but_the_first()
     args = parse_args(argv)
+    team = None
     try:
         if args.save is not None:
             save(args)
-        else:
-            run(args)
+            return
+        team = Team(args.tp, args.device.type)
+        team.share_input()
+        run(args, team)
+        team.leave()
     except torch.OutOfMemoryError as e:
-        fail(first_line(e))
+        fail(first_line(e), team, stderr)
     except (ValueError, StepFailed) as e:
-        fail(str(e))
+        fail(str(e), team, stderr)
+    except RuntimeError as e:
+        if team is None or not is_lost_peer(e):
+            raise
+        fail(f"another process has gone: {first_line(e)}", team, stderr)
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
@@ -1050,54 +1061,73 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(141)  # as a process that the signal ends
 
 
-def fail(message: str) -> None:
+def mute_all_but_the_first() -> TextIO:
+    """Of several processes that torchrun started, let the first one speak -> the stderr that was,
+    for what only another one knows."""
+    stderr = sys.stderr
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = sys.stdout
+    return stderr
+
+
+def fail(message: str, team: Team | None, stderr: TextIO) -> None:
+    """Say what went wrong, once for all processes, and end."""
+    if team is None or team.is_first_to_fail():
+        sys.stderr = stderr
+    else:
+        sys.stderr = open(os.devnull, "w")
     say(f"generate.py: error: {message}")
     sys.exit(2)
 
 
-def run(args: Any) -> None:
+def run(args: Any, team: Team) -> None:
     """Load, prepare, and do what the flags ask for."""
     lines = []
     if args.prompts is not None:
-        lines = read_lines(args.prompts)
-    output = nullcontext() if args.output is None else Records(args.output)
+        lines = team.agree(read_lines(args.prompts) if team.is_first else None)
+    output = nullcontext()
+    if args.output is not None and team.is_first:
+        output = Records(args.output)
     with output as records:
         stats = Stats()
-        tokenizer, model = load_both(args, stats)
+        tokenizer, model = load_both(args, stats, team.ranks)
         jobs = wanted(args, lines, tokenizer, model.config)
-        engine = make_engine(args, model, tokenizer, jobs)
+        engine = make_engine(args, model, tokenizer, jobs, team)
         if args.interactive:
             converse(engine, tokenizer, args, stats)
         elif args.profile:
             profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
             summarize(stats, memory_of(engine))
         elif args.prompts is not None:
-            answer_prompts(engine, tokenizer, jobs, records, args, stats)
+            answer_prompts(engine, tokenizer, jobs, records, args, stats, team)
         else:
             answer_prompt(engine, tokenizer, jobs, args, stats)
 
 
-def load_both(args: Any, stats: Stats) -> tuple[Tokenizer | None, Transformer]:
+def load_both(
+    args: Any, stats: Stats, ranks: Ranks
+) -> tuple[Tokenizer | None, Transformer]:
     """The tokenizer, None where no text is made, and the model."""
     path = default_model() if args.checkpoint_path is None else args.checkpoint_path
     tokenizer = None
     if not args.benchmark and not str(path).endswith(".json"):
         tokenizer = load_tokenizer(path)
     began = time.perf_counter()
-    model = load(args, path)
+    model = load(args, path, ranks)
     stats.load_s = time.perf_counter() - began
     check_fit(model, tokenizer, args.max_seq_len)
     return tokenizer, model
 
 
-def load(args: Any, path: str | Path) -> Transformer:
+def load(args: Any, path: str | Path, ranks: Ranks = ALONE) -> Transformer:
     return load_model(
         path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize,
-        group_size=args.group_size or 32,
+        group_size=args.group_size or 32, ranks=ranks,
     )
 
 
-def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
+def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
     """The draft model. ValueError if its tokens have other meanings than the model's."""
     path = args.draft_checkpoint_path
     if tokenizer is not None:
@@ -1109,7 +1139,8 @@ def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
                 "tokens of other words; give one of the same family"
             )
     return load_model(
-        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize
+        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize,
+        ranks=ranks,
     )
 
 
@@ -1175,7 +1206,7 @@ def wanted(
 
 
 def make_engine(
-    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job]
+    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job], team: Team
 ) -> Engine:
     """An engine with the rows that the flags say, and room for the longest job."""
     needed = 1
@@ -1186,11 +1217,15 @@ def make_engine(
         needed = 8192
     room = args.max_seq_len or min(needed, model.config.max_seq_len)
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    # groups that share a file of prompts are to have rows for a fair share of them at most
+    rows = args.batch_size
+    if team.n_groups > 1:
+        rows = min(rows, math.ceil(len(jobs) / team.n_groups))
     # steps that check proposals write as far behind the last token
-    model.setup_caches(args.batch_size, room + args.speculate_k, kv_dtype, args.attention)
+    model.setup_caches(rows, room + args.speculate_k, kv_dtype, args.attention)
     draft = None
     if args.draft_checkpoint_path is not None:
-        draft = load_draft(args, tokenizer)
+        draft = load_draft(args, tokenizer, team.ranks)
     if args.compile:
         for each in filter(None, (model, draft)):
             compile_model(each, args.compile_prefill)
@@ -1208,8 +1243,10 @@ def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     )
 
 
-def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
-    """What runs jobs for cli/batch.py."""
+def runner(
+    engine: Engine, tokenizer: Tokenizer | None, stats: Stats, team: Team | None = None
+) -> Run:
+    """What runs jobs for cli/batch.py; with a team, those that no other of its groups runs."""
     eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
 
     def run_jobs(jobs: list[Job]) -> Iterator[News]:
@@ -1220,7 +1257,10 @@ def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
             ends = stops_at(stop, tokenizer, job.prompt) if stop else None
             requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
         engine.stats = stats
-        for number, tokens in engine.run(requests):
+        draw = None
+        if team is not None and team.n_groups > 1:
+            draw = team.queue(len(requests))
+        for number, tokens in engine.run(requests, draw):
             yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
 
     return run_jobs
@@ -1253,11 +1293,16 @@ def answer_prompt(
 
 def answer_prompts(
     engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
-    stats: Stats,
+    stats: Stats, team: Team,
 ) -> None:
     """Continue the prompts of a file, and say what it took. ValueError: none could be."""
-    run_jobs = runner(engine, tokenizer, stats)
-    answer_file(jobs, run_jobs, tokenizer, as_json=args.json, records=records)
+    run_jobs = runner(engine, tokenizer, stats, team)
+    if team.is_first:
+        answer_file(
+            jobs, run_jobs, tokenizer, as_json=args.json, records=records, team=team
+        )
+    else:
+        help_answer(jobs, run_jobs, tokenizer, team)
     if stats.new_tokens:
         summarize(stats, memory_of(engine))
     if all(job.error is not None for job in jobs):

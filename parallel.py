@@ -13,10 +13,12 @@ what only one process can know, such as standard input or a clock, the first one
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -152,22 +154,56 @@ def all_gather(x: Tensor, size: int, group_name: str) -> Tensor:
 CONNECT_S = 4.0  # to find torchrun's table, which is there before any process is
 JOIN_S = 8.0  # for all processes to come: torchrun starts them together
 PATIENCE = timedelta(days=1)  # of one that waits for another: a user may think before typing
+POLL_S = 0.05  # between looks at what other groups have answered
 
 
-@dataclass(frozen=True)
 class Team:
-    """All processes of a run: groups of ranks with a model each, which share one queue of work."""
+    """All processes of a run: groups of ranks with a model each, which share one queue of work.
 
-    ranks: Ranks = ALONE  # the group that this process belongs to
-    group: int = 0  # which one it is, from 0
-    n_groups: int = 1
-    everyone: dist.ProcessGroup | None = None  # moves the host's objects; None: there is one
-    store: dist.Store | None = None  # torchrun's table of keys and values
+    tp: the ranks of a group, by default all processes. ValueError: there are too few, they do not
+    come, or do not divide into groups."""
+
+    def __init__(self, tp: int | None, device: str):
+        self.n = int(os.environ.get("WORLD_SIZE", 1))
+        self.number = int(os.environ.get("RANK", 0))
+        self.ranks = ALONE
+        self.n_groups = 1
+        self.everyone: dist.ProcessGroup | None = None  # moves the host's objects
+        self.store: dist.Store | None = None  # torchrun's table of keys and values
+        self.looked = 0.0  # when answers were last looked for
+        self.n_received = 0
+        tp = tp or self.n
+        if self.n == 1 and tp > 1:
+            raise ValueError(
+                f"--tp {tp} takes {tp} processes: torchrun --nproc_per_node={tp} generate.py ..."
+            )
+        if self.n % tp:
+            raise ValueError(f"{self.n} processes do not divide into groups of --tp {tp}")
+        if self.n > 1:
+            self.n_groups = self.n // tp
+            self.store = meet(self.number, self.n)
+            self.form_groups(tp, device)
+
+    def form_groups(self, tp: int, device: str) -> None:
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("everyone", self.store), rank=self.number,
+            world_size=self.n, timeout=PATIENCE,
+        )
+        self.everyone = dist.group.WORLD
+        # every process takes part in making every group
+        for first in range(0, self.n, tp):
+            members = list(range(first, first + tp))
+            control = dist.new_group(members, timeout=PATIENCE, backend="gloo")
+            tensors = control
+            if device == "cuda":
+                tensors = dist.new_group(members, timeout=PATIENCE, backend="nccl")
+            if self.number in members:
+                self.ranks = Ranks(self.number - first, tp, tensors, control)
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that speaks."""
-        return self.group == 0 and self.ranks.rank == 0
+        """Whether this process is the one that reads and speaks."""
+        return self.number == 0
 
     def agree(self, value: T) -> T:
         """What the first process says, for all of them."""
@@ -177,12 +213,10 @@ class Team:
         dist.broadcast_object_list(box, src=0, group=self.everyone)
         return box[0]
 
-    def draw(self) -> int:
-        """The next number, from 0, that no group has drawn yet; the same for all its ranks."""
-        number = None
-        if self.ranks.rank == 0:
-            number = self.store.add("drawn", 1) - 1
-        return self.ranks.agree(number)
+    def share_input(self) -> None:
+        """Let all processes read what the first one reads from standard input."""
+        if self.everyone is not None:
+            sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(self)), encoding="utf-8")
 
     def leave(self) -> None:
         """Part when all have come to their end: who leaves earlier breaks the others' ties."""
@@ -190,49 +224,76 @@ class Team:
             dist.barrier(self.everyone)
             dist.destroy_process_group()
 
+    # --- one queue of work for all groups ---
 
-def gather_team(tp: int | None, device: str) -> Team:
-    """Wait for the processes that torchrun started, and form groups of tp ranks, by default one.
+    def queue(self, n: int) -> Callable[[], int | None]:
+        """What draws the numbers up to n that no group has drawn yet, None behind the last. All
+        ranks of a group draw alike."""
 
-    ValueError: there are too few, they do not come, or do not divide into groups."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    if tp is None:
-        tp = n
-    if n == 1 and tp > 1:
-        raise ValueError(
-            f"--tp {tp} takes {tp} processes: torchrun --nproc_per_node={tp} generate.py ..."
-        )
-    if n % tp:
-        raise ValueError(f"{n} processes do not divide into groups of --tp {tp}")
-    if n == 1:
-        return Team()
-    rank = int(os.environ["RANK"])
-    store = meet(rank, n)
-    backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(
-        "gloo", store=dist.PrefixStore("everyone", store), rank=rank, world_size=n,
-        timeout=PATIENCE,
-    )
-    # every process takes part in making every group
-    mine = ALONE
-    for first in range(0, n, tp):
-        members = list(range(first, first + tp))
-        control = dist.new_group(members, timeout=PATIENCE, backend="gloo")
-        tensors = control
-        if backend != "gloo":
-            tensors = dist.new_group(members, timeout=PATIENCE, backend=backend)
-        if rank in members:
-            mine = Ranks(rank - first, tp, tensors, control)
-    return Team(mine, rank // tp, n // tp, dist.group.WORLD, store)
+        def draw() -> int | None:
+            number = None
+            if self.ranks.rank == 0:
+                number = self.store.add("drawn", 1) - 1
+            number = self.ranks.agree(number)
+            return number if number < n else None
+
+        return draw
+
+    def send(self, number: int, record: dict[str, Any]) -> None:
+        """Give an answer to the first process, which keeps them."""
+        if self.ranks.rank == 0:
+            place = self.store.add("answers", 1) - 1
+            self.store.set(f"answer {place}", json.dumps([number, record]))
+
+    def receive(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The answers that other groups have sent since the last look, but for the very latest."""
+        if time.perf_counter() - self.looked < POLL_S:
+            return
+        self.looked = time.perf_counter()
+        for place in range(self.n_received, self.store.add("answers", 0)):
+            number, record = json.loads(self.store.get(f"answer {place}"))
+            self.n_received += 1
+            yield number, record
+
+    # --- the end of one is the end of all ---
+
+    def is_first_to_fail(self) -> bool:
+        """Whether no other process has failed before: then the others fail because this one did."""
+        if self.store is None:
+            return True
+        mine = str(self.number)
+        try:
+            return self.store.compare_set("failed", "", mine).decode() == mine
+        except RuntimeError:  # torchrun has gone
+            return False
 
 
-def meet(rank: int, n: int) -> dist.Store:
+class SharedInput(io.RawIOBase):
+    """Standard input of the first process, read by all of them together."""
+
+    def __init__(self, team: Team):
+        self.team = team
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = None
+        if self.team.is_first:
+            data = os.read(0, len(buffer))
+        data = self.team.agree(data)
+        buffer[:len(data)] = data
+        return len(data)
+
+
+def meet(number: int, n: int) -> dist.Store:
     """The table that n processes share, once all of them have come."""
     patience = timedelta(seconds=CONNECT_S)
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, n, timeout=patience))
+        store, _, _ = next(dist.rendezvous("env://", number, n, timeout=patience))
     except (RuntimeError, ValueError, KeyError) as e:
-        raise ValueError(f"process {rank} of {n} finds no others: {str(e).splitlines()[0]}") from e
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"process {number} of {n} finds no others: {reason}") from None
     store = dist.PrefixStore("gpt-flash", store)
     there = store.add("joined", 1)
     began = time.perf_counter()
@@ -242,3 +303,8 @@ def meet(rank: int, n: int) -> dist.Store:
         time.sleep(0.02)
         there = store.add("joined", 0)
     return store
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether talking to another process failed."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import compile_model, generate
 from model import load_model
-from parallel import Team, gather_team
+from parallel import Team
 
 
 def run_case(case: dict[str, Any], team: Team) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run_case(case: dict[str, Any], team: Team) -> dict[str, Any]:
 
 def main() -> None:
     cases, out = sys.argv[1:]
-    team = gather_team(None, "cpu")
+    team = Team(None, "cpu")
     results = []
     for case in json.loads(Path(cases).read_text()):
         results.append(run_case(case, team))

@@ -1,5 +1,6 @@
 """The flags of generate.py: what they are, what they may be, and which go together."""
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_measuring(parser.add_argument_group("measuring"))
     args = parser.parse_args(argv)
     check_combinations(parser, args)
+
+    # of the processes that torchrun starts on a machine, each has a GPU of its own
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device += f":{os.environ['LOCAL_RANK']}"
 
     # a device is checked by using it
     try:
@@ -137,6 +142,9 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--max_seq_len", metavar="N", type=number(int, 1),
         help="room in the KV cache; default: prompt and answer")
+    add("--tp", metavar="N", type=number(int, 1, 1024),
+        help="split the model over N processes that torchrun starts; with more of them, groups of "
+        "N share the prompts of --prompts; default: all processes")
     add("--device", default=default_device,
         help="cpu, cuda, ...; default: cuda")
     add("--dtype", choices=DTYPES,
