@@ -666,10 +666,14 @@ def run(args: Any) -> None:
 
 
 def load(args: Any, path: str | Path) -> Transformer:
-    return load_model(
-        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize,
+    """The model; args.dtype becomes the one that it has."""
+    model = load_model(
+        path, device=args.device, dtype=DTYPES.get(args.dtype),
+        quantize=None if args.quantize == "none" else args.quantize,
         group_size=args.group_size or 32,
     )
+    args.dtype = str(model.dtype).removeprefix("torch.")
+    return model
 
 
 def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int | None) -> None:
