@@ -1,9 +1,11 @@
 """Quantized GGUF files: every type gives its own integers, and the model is that of the file."""
+import ctypes
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import gguf
 import numpy as np
@@ -14,7 +16,7 @@ import transformers
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
-from checks.common import CPU_ENV, HERE, run_cli, write_gguf
+from checks.common import CPU_ENV, HERE, byte_level_tokenizer, run_cli, write_gguf
 from formats.blocks import KINDS, Blocks
 from formats.checkpoint import default_model, read_gguf
 from formats.tokenizer import Tokenizer
@@ -269,3 +271,71 @@ def test_a_quantized_file_takes_no_more_memory_than_it_must(
     done = subprocess.run(command, env=CPU_ENV, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.3 * path.stat().st_size + 2**24
+
+
+# --- files that llama.cpp wrote ---
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> ModuleType:
+    """llama-cpp-python, which is built from source and not among the tests' requirements."""
+    return pytest.importorskip("llama_cpp", reason="needs pip install llama-cpp-python==0.3.36")
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a vocabulary, in float32: as llama.cpp's converter writes it."""
+    hf = random_llama(vocab_size=600)
+    _, tokens, merges = byte_level_tokenizer(["<|endoftext|>", "<|im_end|>"])
+    path = tmp_path_factory.mktemp("llama_cpp") / "f32.gguf"
+    return write_gguf(path, hf.config, hf.state_dict(), extra=[
+        ("add_rope_dimension_count", 64),
+        ("add_vocab_size", 600),
+        ("add_tokenizer_model", "gpt2"),
+        ("add_tokenizer_pre", "gpt-2"),
+        ("add_token_list", tokens),
+        ("add_token_merges", [" ".join(pair) for pair in merges]),
+        ("add_token_types", [3, 3] + [1] * (len(tokens) - 2)),
+        ("add_bos_token_id", 0),
+        ("add_eos_token_id", 1),
+    ])
+
+
+def llama_cpp_logits(llama_cpp: ModuleType, path: Path, ids: list[int]) -> Tensor:
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=128, n_batch=128, n_threads=2, logits_all=True, verbose=False
+    )
+    llama.eval(ids)
+    return torch.tensor(llama.scores[:len(ids)]).float()
+
+
+@pytest.mark.parametrize("mix", ["Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"])
+def test_files_of_llama_cpps_quantizer(
+    llama_cpp: ModuleType, float_file: Path, tmp_path: Path, mix: str
+) -> None:
+    """The model is the dequantized one, closer than llama.cpp's own, whose activations are
+    int8."""
+    path = tmp_path / f"{mix}.gguf"
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{mix}")
+    failed = llama_cpp.llama_model_quantize(
+        str(float_file).encode(), str(path).encode(), ctypes.byref(settings)
+    )
+    assert failed == 0
+
+    ids = torch.arange(3, 103)
+    dequantized = load_model(path, dtype=torch.float32)
+    kept = load_model(path, quantize="auto", dtype=None)
+    logps = []
+    for model in (dequantized, kept):
+        model.setup_caches(1, 128)
+        logits = model(ids[None], torch.zeros(1, dtype=torch.int32))[0]
+        logps.append(logits.log_softmax(-1))
+    logps.append(llama_cpp_logits(llama_cpp, path, ids.tolist()).log_softmax(-1))
+    exact, ours, theirs = logps
+
+    def kl(logp: Tensor, reference: Tensor) -> float:
+        return F.kl_div(logp, reference, reduction="batchmean", log_target=True).item()
+
+    # measured: 2e-6 and 1e-5
+    assert kl(ours, exact) < 1e-5
+    assert kl(theirs, exact) < 5e-5

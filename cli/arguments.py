@@ -16,8 +16,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a command line (None: this process's), checked, with their defaults filled in.
 
     Leaves by exit code 2 and one line on stderr where a value or a combination is impossible.
-    In the result device is a torch.device, dtype a key of DTYPES or None, which is for the model
-    to decide, and compile True or False."""
+    In the result device is a torch.device, dtype a key of DTYPES or None, which leaves it to the
+    file, and compile True or False."""
     parser = Parser(
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
@@ -41,13 +41,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.group_size = 32
     if args.quantize is None:
         args.quantize = "auto"
-    if args.dtype is None and args.checkpoint_path is None:
-        args.dtype = "float32"
+    if args.dtype is None:
+        args.dtype = default_dtype(args.checkpoint_path)
     if args.compile is None:
         args.compile = args.device.type == "cuda"
     if args.compile_prefill and not args.compile:
         parser.error("--compile_prefill goes with --compile")
     return args
+
+
+def default_dtype(path: str | None) -> str | None:
+    if path is None:
+        return "float32"
+    if path.endswith(".gguf"):
+        return None  # by whether its weights are quantized
+    return "bfloat16"
 
 
 def add_text(group: argparse._ArgumentGroup) -> None:
@@ -143,10 +151,10 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     # quantizing, and saving what it makes
     quantizes = args.quantize in ("int8", "int4")
     if args.group_size is not None and not quantizes:
-        parser.error("--group_size goes with --quantize int4")
+        parser.error("--group_size goes with --quantize")
     if args.save is not None:
         if args.quantize in (None, "none"):
-            parser.error("--save goes with --quantize auto, int8 or int4")
+            parser.error("--save goes with --quantize")
         if any(sources) or args.benchmark or args.profile:
             parser.error(
                 "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
