@@ -850,7 +850,7 @@ def form_for(parts: list[Blocks]) -> tuple[str, int]:
 def fill_from_blocks(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -> None:
     """Give a quantized layer the integers of a file, part below part, some rows at a time."""
     for name, meta in list(layer.named_buffers()):
-        setattr(layer, name, torch.empty_like(meta, device=device))
+        setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
     first = 0
     for part in parts:
         middle = 2 ** (part.kind.bits - 1)
