@@ -22,12 +22,6 @@ class Affine(NamedTuple):
     scale: Tensor  # [rows, K / group_size] float32
     zero: Tensor  # [rows, K / group_size] float32
 
-    def dense(self) -> Tensor:
-        """What the integers stand for, [rows, K] float32."""
-        groups = self.q.view(*self.scale.shape, -1).float()  # (rows, groups, group_size)
-        w = groups.mul_(self.scale[..., None]).add_(self.zero[..., None])
-        return w.flatten(1)
-
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
 
@@ -62,28 +56,31 @@ def q8_0(blocks: Tensor) -> Affine:
 
 def q4_k(blocks: Tensor) -> Affine:
     """half d, half m, 8 scales and minima in 12 bytes, 256 nibbles: q * d * scale - m * minimum."""
-    scale, minimum = scales_of_k(blocks[:, 4:16])
-    q = planes(blocks[:, 16:].view(-1, 4, 32)).flatten(1)
-    return Affine(q, half(blocks, 0) * scale, -half(blocks, 2) * minimum)
+    scale, zero = lines_of_k(blocks)
+    q = planes(blocks[:, 16:].view(-1, 4, 32))
+    return Affine(q.flatten(1), scale, zero)
 
 
 def q5_k(blocks: Tensor) -> Affine:
     """As q4_k, with 32 bytes of fifth bits before the nibbles: bit j of byte i is of input i in
     group j."""
-    scale, minimum = scales_of_k(blocks[:, 4:16])
-    q = planes(blocks[:, 48:].view(-1, 4, 32)).view(-1, 8, 32)
+    scale, zero = lines_of_k(blocks)
+    low = planes(blocks[:, 48:].view(-1, 4, 32))
     group = torch.arange(8, dtype=torch.uint8)[:, None]
-    fifth = (blocks[:, None, 16:48] >> group) & 1  # (n, 8, 32)
-    return Affine((q | fifth << 4).flatten(1), half(blocks, 0) * scale, -half(blocks, 2) * minimum)
+    fifth = blocks[:, None, 16:48] >> group & 1  # (n, 8, 32)
+    q = low.view(-1, 8, 32) | fifth << 4
+    return Affine(q.flatten(1), scale, zero)
 
 
 def q6_k(blocks: Tensor) -> Affine:
     """256 low nibbles, 256 upper pairs of bits, 16 signed scales, half d: (q - 32) * d * scale."""
-    low = planes(blocks[:, :128].view(-1, 2, 64)).view(-1, 2, 4, 32)
+    low = planes(blocks[:, :128].view(-1, 2, 64))  # (n, 2, 128)
     shift = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
-    upper = (blocks[:, 128:192].view(-1, 2, 1, 32) >> shift) & 3  # (n, 2, 4, 32)
-    scale = half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()  # (n, 16)
-    return Affine((low | upper << 4).flatten(1), scale, -32 * scale)
+    upper = blocks[:, 128:192].view(-1, 2, 1, 32) >> shift & 3  # (n, 2, 4, 32)
+    q = low.view(-1, 2, 4, 32) | upper << 4
+    signed = blocks[:, 192:208].view(torch.int8)
+    scale = half(blocks, 208) * signed.float()  # (n, 16)
+    return Affine(q.flatten(1), scale, -32 * scale)
 
 
 def half(blocks: Tensor, start: int) -> Tensor:
@@ -103,17 +100,20 @@ def fifth_bits(packed: Tensor) -> Tensor:
     return fifth.to(torch.uint8) << 4
 
 
-def scales_of_k(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The 12 bytes of a K-quant's block -> scales and minima of its 8 groups, [n, 8] of 6 bits.
+def lines_of_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The first 16 bytes of a K-quant's block -> scale and zero of its 8 groups, [n, 8] each.
 
-    The first four have a byte of their own, of which the upper two bits belong to the last four;
-    those keep their low nibbles in the last 4 bytes."""
-    scale, minimum, low = packed.split(4, dim=1)  # (n, 4) each
+    Behind two halves lie scales and minima of 6 bits: the first four have a byte of their own, of
+    which the upper two bits belong to the last four; those keep their low nibbles in the last 4
+    bytes."""
+    scale, minimum, low = blocks[:, 4:16].split(4, dim=1)  # (n, 4) each
     last_scale = low & 15 | scale >> 2 & 48
     last_minimum = low >> 4 | minimum >> 2 & 48
     scales = torch.cat((scale & 63, last_scale), 1)
     minima = torch.cat((minimum & 63, last_minimum), 1)
-    return scales.float(), minima.float()
+    d = half(blocks, 0)
+    m = half(blocks, 2)
+    return d * scales.float(), -m * minima.float()
 
 
 class Kind(NamedTuple):
