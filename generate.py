@@ -810,10 +810,12 @@ def save(args: Any) -> None:
     before = n_weights * DTYPES[args.dtype].itemsize
     after = sum(x.nbytes for layer in layers for x in layer.stored().values())
     worst = max(layer.error for layer in layers)
+    loss = f"largest relative error of a layer {worst:.2%}"
+    if args.quantize == "auto":
+        loss = "the file's own integers"
     say(
         f"{args.save}: {len(layers)} layers, {before / 1e6:.1f} MB in {args.dtype}, are now "
-        f"{after / 1e6:.1f} MB; largest relative error of a layer {worst:.2%}; "
-        f"{time.perf_counter() - began:.1f} s"
+        f"{after / 1e6:.1f} MB; {loss}; {time.perf_counter() - began:.1f} s"
     )
 
 

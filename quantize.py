@@ -295,7 +295,9 @@ class Int4Linear(QuantizedLinear):
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, self.weight, self.group_size * self.nibbles, self.scales
         )
-        return y[:, :self.out_features].contiguous()
+        if y.shape[1] > self.out_features:  # rows that fill 64
+            y = y[:, :self.out_features].contiguous()
+        return y
 
 
 class GroupedInt8Linear(Int4Linear):

@@ -204,6 +204,28 @@ def test_activations_take_their_precision_from_the_file(
     assert load_model(file_of(mix), dtype=None).dtype == torch.bfloat16
 
 
+def test_what_auto_made_is_saved(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a loss to report: the integers are those of the file."""
+    path = default_model()
+    folder = tmp_path / "q"
+    code, _, err = run_cli(
+        capfd, "--checkpoint_path", path, "--quantize", "auto", "--save", folder
+    )
+    assert code == 0
+    assert "121 layers" in err
+    assert "the file's own integers" in err
+    before = load_model(path, quantize="auto", dtype=torch.float32)
+    after = load_model(folder, dtype=torch.float32)
+    ids = torch.arange(100, 108)[None]
+    logits = []
+    for model in (before, after):
+        model.setup_caches(1, 16)
+        logits.append(model(ids, torch.zeros(1, dtype=torch.int32)))
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.99])
 def test_a_truncated_file_is_one_sentence(
     file_of: Callable[[str, bool], Path], tmp_path: Path, share: float,
