@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -746,10 +747,9 @@ def load_model(
     nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
 
+    fill_from_blocks(model, kept, device)
     modules = list(model.named_modules())
     for prefix, module in tqdm(modules, "loading", unit=" layers", disable=None, leave=False):
-        if prefix in kept:
-            fill_from_blocks(module, kept[prefix], device)
         fill(module, prefix, model, plan, checkpoint, device)
         if isinstance(module, Linear) and quantize and not keep:
             module = quantize_linear(module, quantize, group_size, prefix)
@@ -847,8 +847,25 @@ def form_for(parts: list[Blocks]) -> tuple[str, int]:
     return "int8_grouped", group_size
 
 
-def fill_from_blocks(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -> None:
-    """Give a quantized layer the integers of a file, part below part, some rows at a time."""
+def fill_from_blocks(
+    model: Transformer, kept: dict[str, list[Blocks]], device: torch.device | str
+) -> None:
+    """Give quantized layers the integers of a file, each thread a layer of its own: the steps are
+    so small that an operator's threads would mostly wait for each other."""
+    n = torch.get_num_threads()
+
+    def fill_next(prefix: str) -> None:
+        repack(model.get_submodule(prefix), kept[prefix], device)
+
+    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        made = threads.map(fill_next, kept)
+        for _ in tqdm(made, "loading", len(kept), unit=" layers", disable=None, leave=False):
+            pass
+    torch.set_num_threads(n)  # the default of threads to come
+
+
+def repack(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -> None:
+    """The integers of a file, part below part, some rows at a time."""
     for name, meta in list(layer.named_buffers()):
         setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
     first = 0
@@ -858,6 +875,7 @@ def fill_from_blocks(layer: Int4Linear, parts: list[Blocks], device: torch.devic
             ours = slice(first + rows.start, first + rows.stop)
             layer.take(ours, *part.affine(rows), middle)
         first += part.shape[0]
+    layer.pack()
 
 
 def fill(
