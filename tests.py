@@ -692,7 +692,8 @@ def test_prompts_file(
     for line in lines:
         new = generate(model, [tokenizer.encode(line)], 6)[0]
         alone.append(tokenizer.decode(new))
-    code, out, _ = cli("--prompts", file, "--batch_size", 2, "--max_new_tokens", 6, "--json")
+    words = ["--quantize", "none", "--batch_size", 2, "--max_new_tokens", 6, "--json"]
+    code, out, _ = cli("--prompts", file, *words)
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert result["texts"] == alone and result["new_tokens"] == 18
