@@ -7,12 +7,17 @@ all on the device. Engine.run turns requests into tokens; generate() and the com
 it."""
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import random
+import struct
 import sys
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
@@ -22,17 +27,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cli.arguments import DTYPES, parse_args, say
-from cli.batch import Show, read_lines, read_text, run_batches
-from cli.chat import chat
+from cli.arguments import DTYPES, SETTINGS, parse_args, say
+from cli.batch import News, Records, Run, answer_file, answer_live
+from cli.chat import Show, chat
+from cli.prompts import Job, Line, check_text, read_jobs, read_lines, read_text, samples
 from cli.stats import Memory, Stats, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
-from formats.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
-from model import KVCache, Transformer, load_model, run_block, run_head, tensor_bytes
+from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
+from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
+from speculate import Drafter, Gauge, make_drafter
 
-PREFILL_CHUNK = 8192  # longest run of prompt tokens in one pass; bounds the activations' memory
+PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
+# most of them while rows decode: these wait for one pass at a time, which is to cost little more
+# than a step but use the device well
+CHUNK = {"cpu": 128, "gpu": 512}
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
+LEAST_TEMPERATURE = 1e-5  # what is below is greedy: logits over it would leave float32
 CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
 
 
@@ -48,6 +59,9 @@ class Request:
     min_p: float | None = None
     eos_ids: frozenset[int] = frozenset()
     cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
+    seed: int | None = None  # the same, the same text; None: a new one when the request starts
+    # called on the host with each new token, in a list of its own; True: it was the last
+    ends: Callable[[list[int]], bool] | None = None
 
 
 # --- sampling ---
@@ -59,6 +73,7 @@ class Sampling(NamedTuple):
     top_k: Tensor  # int64; the vocabulary's size: all
     top_p: Tensor  # float32; infinity: all
     min_p: Tensor  # float32; 0: all
+    key: Tensor  # int32 [B, 2], made from the seed: which random numbers are the request's
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int, device: torch.device) -> Sampling:
@@ -69,15 +84,26 @@ class Sampling(NamedTuple):
             keeps_all = request.top_p is None or request.top_p >= 1
             top_p.append(float("inf") if keeps_all else request.top_p)
         min_p = [request.min_p or 0.0 for request in requests]
+        key = [key_of(request.seed) for request in requests]
         return cls(
             torch.tensor(temperature, dtype=torch.float32, device=device),
             torch.tensor(top_k, dtype=torch.int64, device=device),
             torch.tensor(top_p, dtype=torch.float32, device=device),
             torch.tensor(min_p, dtype=torch.float32, device=device),
+            torch.tensor(key, dtype=torch.int32, device=device),
         )
 
     def rows(self, rows: slice) -> Sampling:
         return Sampling(*(setting[rows] for setting in self))
+
+
+def key_of(seed: int | None) -> tuple[int, int]:
+    """Two int32 numbers from any seed, by a hash, so that neighbouring seeds share nothing; None:
+    from a new seed."""
+    if seed is None:
+        seed = random.getrandbits(64)
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    return struct.unpack("<ii", digest)
 
 
 def kind_of(requests: Iterable[Request]) -> str:
@@ -96,44 +122,77 @@ def kind_of(requests: Iterable[Request]) -> str:
     return "plain"
 
 
-def sample(logits: Tensor, sampling: Sampling, kind: str, generator: torch.Generator) -> Tensor:
-    """logits [B, vocab_size] -> token ids [B], by a step of that kind.
+def sample(logits: Tensor, sampling: Sampling, kind: str, position: Tensor) -> Tensor:
+    """logits [N, vocab_size] -> token ids [N], by a step of that kind.
 
-    The draw divides by exponential noise and takes the largest (a Gumbel-max draw), so that
-    nothing is read back to the host."""
+    position [N] int32: where the tokens will stand. The draw divides by exponential noise and
+    takes the largest (a Gumbel-max draw), so that nothing is read back to the host."""
     likeliest = logits.argmax(-1)
     if kind == "greedy":
         return likeliest
-    greedy = sampling.temperature == 0
+    greedy = sampling.temperature < LEAST_TEMPERATURE
     temperature = sampling.temperature.masked_fill(greedy, 1.0)
-    probs = (logits.float() / temperature[:, None]).softmax(-1)  # (B, V)
-    if kind == "top_k":
-        probs = filter_probs(probs, sampling, min(CANDIDATES, probs.shape[-1]))
-    elif kind == "filtered":
-        probs = filter_probs(probs, sampling, probs.shape[-1])
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    drawn = (probs / noise).argmax(-1)
+    probs = (logits.float() / temperature[:, None]).softmax(-1)  # (N, V)
+    N, V = probs.shape
+    if kind == "plain":
+        ids = torch.arange(V, device=probs.device)[None]
+    elif kind == "top_k":
+        probs, ids = filter_probs(probs, sampling, min(CANDIDATES, V))
+    else:
+        probs, ids = filter_probs(probs, sampling, V)
+    best = (probs / noise(sampling.key, position, ids)).argmax(-1, keepdim=True)  # (N, 1)
+    drawn = ids.expand(N, -1).gather(-1, best)[:, 0]
     return torch.where(greedy, likeliest, drawn)
 
 
-def filter_probs(probs: Tensor, sampling: Sampling, n_candidates: int) -> Tensor:
-    """Zero the probabilities [B, V] that a row's filters drop, one filter after the other.
+def filter_probs(
+    probs: Tensor, sampling: Sampling, n_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """The n_candidates likeliest of probabilities [N, V], likeliest first, with zeros for what a
+    row's filters drop, one filter after the other; and their token ids: [N, n_candidates] each.
 
     top_k: the k likeliest. top_p: the fewest tokens whose probabilities reach p of what is left,
-    the one that crosses it included. min_p: those at least min_p times as likely as the likeliest.
-    Only the n_candidates likeliest tokens stay in any case."""
+    the one that crosses it included. min_p: those at least min_p times as likely as the
+    likeliest."""
     if n_candidates < probs.shape[-1]:
-        ordered, order = probs.topk(n_candidates)  # (B, n_candidates), likeliest first
+        probs, ids = probs.topk(n_candidates)
     else:
-        ordered, order = probs.sort(descending=True)
+        probs, ids = probs.sort(descending=True)
     rank = torch.arange(n_candidates, device=probs.device)
-    ordered = ordered.masked_fill(rank >= sampling.top_k[:, None], 0)
-    likelier = ordered.cumsum(-1) - ordered  # the mass of likelier tokens
-    enough = sampling.top_p[:, None] * ordered.sum(-1, keepdim=True)
-    ordered = ordered.masked_fill(likelier >= enough, 0)
-    least = sampling.min_p[:, None] * ordered[:, :1]
-    ordered = ordered.masked_fill(ordered < least, 0)
-    return torch.zeros_like(probs).scatter(-1, order, ordered)
+    probs = probs.masked_fill(rank >= sampling.top_k[:, None], 0)
+    likelier = probs.cumsum(-1) - probs  # the mass of likelier tokens
+    enough = sampling.top_p[:, None] * probs.sum(-1, keepdim=True)
+    probs = probs.masked_fill(likelier >= enough, 0)
+    least = sampling.min_p[:, None] * probs[:, :1]
+    return probs.masked_fill(probs < least, 0), ids
+
+
+def noise(key: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Exponential noise [N, n] for tokens ids [N, n] at positions [N], from keys [N, 2].
+
+    Each number is a hash of its key, position and token and of nothing else: no state to keep, in
+    a captured graph either, and a request draws the same in any row, batch or order of steps.
+    Counter-based random numbers are an idea of Salmon et al., Random123 (SC 2011). The position
+    goes into both halves of the key, and each half into a round of its own: with one round, two
+    keys that differ in a few bits would give the same numbers to tokens that differ in them."""
+    stream = scramble(key + position[:, None])  # (N, 2)
+    bits = scramble(ids.int() ^ stream[:, :1])  # (N, n)
+    bits = scramble(bits + stream[:, 1:])
+    # the middles of 2^31 steps from 0 to 1; float32 is finest near 0, where winners come from
+    uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    uniform.clamp_(max=1 - 2.0**-24)  # the largest float32 below 1, to which others round
+    return uniform.neg_().log1p_().neg_()
+
+
+def scramble(x: Tensor) -> Tensor:
+    """A bijection of int32 numbers that looks random, in place: Chris Wellons' lowbias32
+    (github.com/skeeto/hash-prospector). Products wrap; the mask makes a shift a logical one."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 # --- the engine ---
@@ -145,17 +204,37 @@ class Running:
     number: int  # of the request, in the order in which run was given them
     request: Request
     budget: int  # most new tokens
-    drawn: int = 0  # tokens that were drawn on the device
+    row: int | None = None  # where it is now
+    # tokens that were drawn on the device, at least and at most: steps under way that check
+    # proposals accept the host does not know how many
+    least: int = 0
+    most: int = 0
     read: int = 0  # tokens that the host has seen
     done: bool = False
+
+    @property
+    def prompt_end(self) -> int:
+        return self.request.cached + len(self.request.prompt)
+
+
+class Drawn(NamedTuple):
+    """The tokens of a step."""
+
+    tokens: Tensor  # int64 [B, k + 1], of which those up to the first wrong proposal count
+    # int64 [B]: how many proposals were right, one after the other; of a plain step whether its
+    # one was, None where there was none
+    agreed: Tensor | None
 
 
 @dataclass
 class Launch:
-    """The tokens of one step on their way to the host, and the rows they were drawn for."""
+    """Tokens on their way to the host, and the requests they were drawn for: of a step, or the
+    first ones behind prompts. Rows may have other requests by the time they are read."""
 
-    tokens: Tensor  # [B] int64 on the host, there once `ended` is reached
+    drawn: Drawn  # on the host, there once `ended` is reached
     rows: dict[int, Running]
+    is_step: bool
+    k: int  # proposals that were checked
     began: Mark
     ended: Mark
 
@@ -174,10 +253,10 @@ def on_its_device(method: Callable) -> Callable:
     Raises OutOfMemoryError or StepFailed for what the device refuses; a bug stays what it is."""
 
     @wraps(method)
-    def guarded(engine: Engine, *args: Any) -> Any:
+    def guarded(engine: Engine, *args: Any, **options: Any) -> Any:
         try:
             with torch.accelerator.device_index(engine.device.index):  # a CPU's index is None
-                return method(engine, *args)
+                return method(engine, *args, **options)
         except Exception as error:
             refuse_what_the_device_refuses(error, engine)
             raise
@@ -185,224 +264,529 @@ def on_its_device(method: Callable) -> Callable:
     return guarded
 
 
+class Reading:
+    """The prompts of neighbouring rows on their way into the cache, chunk by chunk."""
+
+    def __init__(self, rows: dict[int, Running], began: Mark, device: torch.device):
+        self.requests = rows  # neighbours, with as many tokens cached
+        self.began = began
+        self.rows = slice(min(rows), max(rows) + 1)
+        prompts = [running.request.prompt for running in rows.values()]
+        self.cached = rows[self.rows.start].request.cached
+        self.width = max(map(len, prompts))
+        padded = [prompt + [0] * (self.width - len(prompt)) for prompt in prompts]
+        self.tokens = torch.tensor(padded, device=device)  # (n, width)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (n)
+        self.done = 0  # tokens of each that are in the cache
+        self.last_logits: Tensor | None = None  # of each prompt's last token, once all is done
+
+    def chunk(
+        self, model: Transformer, cache: KVCache, drafter: Drafter | None, most: int
+    ) -> None:
+        """Put the next tokens of each prompt into the cache, up to `most` of all together."""
+        n, start = len(self.tokens), self.done
+        chunk = self.tokens[:, start:start + max(1, most // n)]  # (n, T)
+        behind = self.cached + start
+        input_pos = torch.full((n,), behind, dtype=torch.int32, device=chunk.device)
+        last = (self.lengths - 1 - start).clamp(0, chunk.shape[1] - 1)
+        logits = model.prefill(
+            chunk, input_pos, cache, rows=self.rows, start=behind, last=last
+        )[:, 0]
+        if drafter is not None:
+            drafter.read(chunk, input_pos, self.rows, behind)
+        if self.last_logits is None:
+            self.last_logits = logits
+        else:  # what counts is the chunk in which a prompt ends
+            reaches_here = self.lengths > start
+            self.last_logits = torch.where(reaches_here[:, None], logits, self.last_logits)
+        self.done += chunk.shape[1]
+
+
 class Engine:
     """Rows of one cache that decode together, each at its own position with its own request.
 
-    Tokens, positions, sampling settings and random state live on the device, so a step needs
-    nothing from the host; a compiled engine captures it in a CUDA graph, one for each kind of
-    sampling. compile_model compiles what a step runs. One engine drives a cache at a time."""
+    Tokens, positions and sampling settings live on the device, so a step needs nothing from the
+    host; a compiled engine captures it in a CUDA graph, one for each kind of sampling, with
+    proposals to check and without. compile_model compiles what a step runs. One engine drives a
+    cache at a time.
+
+    speculate_k: steps may check that many proposals, of a draft model or of prompt lookup: see
+    speculate.py. context: most tokens of a row, by default all that the cache has room for; steps
+    that check proposals need room for k more."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False
+        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
+        speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
     ):
         self.model = model
         self.cache = model.check_cache(1, cache)
+        self.context = context or self.cache.max_seq_len
+        if self.context > self.cache.max_seq_len:
+            raise ValueError(
+                f"a context of {context} does not fit into a cache of {self.cache.max_seq_len}"
+            )
+        self.k = speculate_k
+        self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
+        self.gauge: Gauge | None = None  # a draft model is asked at every step
+        if speculate_k and draft is None:
+            self.gauge = Gauge(speculate_k)
         self.compiled = compiled
         self.device = model.device
         B = self.cache.max_batch_size
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=self.device)
         self.input_pos = torch.zeros(B, dtype=torch.int32, device=self.device)
+        self.active = torch.zeros(B, dtype=torch.int32, device=self.device)  # 1: a step moves it on
         idle = [Request(prompt=[], max_new_tokens=0)] * B
         self.sampling = Sampling.of(idle, model.config.vocab_size, self.device)
-        self.generator = torch.Generator(self.device)
         self.kind = "greedy"
-        self.requests: dict[int, Request] = {}  # of the rows that are in use
-        self.running: dict[int, Running] = {}  # what run knows of them
-        self.prepared: set[str] = set()  # kinds of step that are compiled
-        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.running: dict[int, Running] = {}  # rows whose next tokens somebody wants
+        self.refills = False  # rows serve one request after the other
+        self.started: dict[int, float] = {}  # when run's requests got their rows
+        self.finish_reasons: dict[int, str] = {}  # and how they ended: eos, stop, length, context
+        self.ends = [0] * B  # at most where the other rows stand
+        # kinds of step and the proposals they check -> where prepared ones put what they draw
+        self.prepared: dict[tuple[str, int], Drawn] = {}
+        self.graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self.tables: list[Tensor] = []  # what the graphs read that the model may replace
         self.owner: object = None  # the run that drives the rows
         self.stats = Stats()
+        self.lag = LAG if self.device.type == "cuda" else 0
+        self.sample = sample
+        if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
+            self.sample = torch.compile(
+                sample, dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64
+            )
 
-    def seed(self, seed: int | None) -> None:
-        """The same seed, the same draws; None: a new one."""
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+    # --- a step ---
 
     @on_its_device
-    def step(self) -> None:
-        """Launch one step of all rows: forward, sample, advance."""
+    def step(self, k: int = 0) -> Drawn:
+        """Launch one step of all rows: forward, sample, advance. k: 0, or speculate_k to check as
+        many proposals, for which every row has to have room."""
         if self.compiled and self.device.type == "cuda":
-            self.prepare_once(self.kind)
-            self.graphs[self.kind].replay()
-        else:
-            self.advance()
+            self.prepare_once(self.kind, k)
+            if (self.kind, k) in self.graphs:
+                self.graphs[self.kind, k].replay()
+                return self.prepared[self.kind, k]
+        return self.advance(k)
 
-    def advance(self) -> None:
+    def advance(self, k: int = 0) -> Drawn:
         rows = slice(0, self.width())
+        if self.drafter is not None:
+            return self.advance_by_proposals(rows, k)
+        input_pos = self.input_pos[rows]
+        logits = self.model.decode(self.token[rows], input_pos, self.cache)  # (B, 1, V)
+        tokens = self.draw(rows, logits, 1)  # (B, 1)
+        self.move(rows, tokens, self.active[rows])
+        return Drawn(tokens, None)
+
+    def advance_by_proposals(self, rows: slice, k: int) -> Drawn:
+        """Feed each row's last token and k proposals, and keep what is drawn up to the first
+        wrong one. A plain step, k = 0, compares one: a gauge wants to know, and a draft model has
+        to read the row's tokens in any case."""
         token = self.token[rows]
         input_pos = self.input_pos[rows]
-        logits = self.model.decode(token, input_pos, self.cache)[:, -1]  # (B, V)
-        drawn = sample(logits, self.sampling.rows(rows), self.kind, self.generator)
-        token.copy_(drawn[:, None])
-        last = self.cache.max_seq_len - 1
-        input_pos.add_(1).clamp_(max=last)  # a row that is done steps on, unseen
+        draw = partial(self.draw, rows)
+        proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
+        feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
+        logits = self.model.decode(feed, input_pos, self.cache)  # (B, k + 1, V)
+        tokens = draw(logits, 1)  # (B, k + 1)
+        self.drafter.note(tokens, input_pos + 1, rows)
+
+        right = tokens[:, :max(k, 1)] == proposals
+        agreed = right.long().cumprod(1).sum(1)  # (B)
+        accepted = agreed.clamp(max=k)
+        last = tokens.gather(1, accepted[:, None])  # (B, 1)
+        self.move(rows, last, self.active[rows] * (accepted + 1))
+        return Drawn(tokens, agreed)
+
+    def move(self, rows: slice, last: Tensor, n: Tensor) -> None:
+        """The rows' last tokens are these now, n positions on. n is 0 for rows without a request:
+        they stay where they are, and what a step writes there is nobody's."""
+        self.token[rows] = last
+        self.input_pos[rows].add_(n).clamp_(max=self.cache.max_seq_len - 1)
+
+    def draw(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
+        """Tokens [B, T] of rows for logits [B, T, V], `ahead` of their last ones and on."""
+        if self.kind == "greedy":
+            return logits.argmax(-1)
+        B, T, V = logits.shape
+        offsets = torch.arange(ahead, ahead + T, dtype=torch.int32, device=logits.device)
+        position = self.input_pos[rows, None] + offsets  # (B, T)
+        sampling = self.sampling.rows(rows)
+        if T > 1:
+            sampling = Sampling(*(setting.repeat_interleave(T, 0) for setting in sampling))
+        tokens = self.sample(logits.view(B * T, V), sampling, self.kind, position.flatten())
+        return tokens.view(B, T)
 
     def width(self) -> int:
         """How many rows a step works on: a compiled step has one shape."""
-        if self.compiled or not self.requests:
+        if self.compiled or not self.running:
             return self.cache.max_batch_size
-        return max(self.requests) + 1
+        return max(self.running) + 1
 
-    def prepare_once(self, kind: str) -> float:
-        """Prepare what a compiled engine has not prepared yet -> seconds it took."""
-        if not self.compiled or kind in self.prepared:
+    def prepare_kind(self, kind: str) -> float:
+        """Prepare the steps of a kind, with proposals and without -> seconds it took."""
+        return sum(self.prepare_once(kind, k) for k in {0, self.k})
+
+    def prepare_once(self, kind: str, k: int = 0) -> float:
+        """Prepare what a compiled engine has not prepared yet, if there is room for a trial ->
+        seconds it took."""
+        has_room = max(self.ends) + k + 1 <= self.cache.max_seq_len
+        if not self.compiled or not has_room or (kind, k) in self.prepared:
             return 0.0
-        return self.prepare(kind)
+        return self.prepare(kind, k)
 
     @on_its_device
-    def prepare(self, kind: str = "greedy") -> float:
+    def prepare(self, kind: str = "greedy", k: int = 0) -> float:
         """Compile a step of that kind by running it, and capture it on CUDA -> seconds it took.
 
         Rows keep their state: what the trial puts into the cache lies where the next real step
-        writes. Only the random numbers move on."""
+        writes, for which there has to be room."""
         began = time.perf_counter()
         token = self.token.clone()
         input_pos = self.input_pos.clone()
-        active = self.kind
+        active = self.active.clone()
+        self.active.zero_()  # so that all trials write at the same place
+        kind_before = self.kind
         self.kind = kind
         if self.device.type == "cuda":
-            self.graphs[kind] = self.capture()
+            self.graphs[kind, k] = self.capture(k)
         else:
-            self.advance()
-        self.prepared.add(kind)
-        self.kind = active
+            self.prepared[kind, k] = self.advance(k)
+        self.kind = kind_before
         self.token.copy_(token)
         self.input_pos.copy_(input_pos)
+        self.active.copy_(active)
         return time.perf_counter() - began
 
-    def capture(self) -> torch.cuda.CUDAGraph:
+    def capture(self, k: int) -> torch.cuda.CUDAGraph:
         """One step as a CUDA graph, after two on a side stream that compile and allocate."""
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.advance()
-            self.advance()
+            self.advance(k)
+            self.advance(k)
             # on a stream of this device: by default it is of the first one that captured
             with torch.cuda.graph(graph, stream=side):
-                self.advance()
+                self.prepared[self.kind, k] = self.advance(k)
         torch.cuda.current_stream().wait_stream(side)
-        self.tables.append(self.model.rope_upto(self.cache.max_seq_len))
+        for model in self.models():
+            self.tables.append(model.rope_upto(self.cache.max_seq_len))
         torch.cuda.synchronize()
         return graph
 
+    def models(self) -> list[Transformer]:
+        """The model, and the draft's if there is one."""
+        draft = getattr(self.drafter, "model", None)
+        return [self.model] if draft is None else [self.model, draft]
+
+    def keep(self, cached: int) -> None:
+        """Rows without a request write, like a trial, from their position on: from now on not
+        over their first `cached` tokens."""
+        self.input_pos.clamp_(min=cached)
+        self.ends = self.input_pos.tolist()
+
+    # --- prompts ---
+
     @on_its_device
     def insert(self, row: int, requests: Sequence[Request]) -> None:
-        """Prefill consecutive rows from `row` on, in one pass padded to the longest prompt, while
-        the others keep their state, and draw their first tokens into self.token.
+        """Prefill consecutive rows from `row` on, padded to the longest prompt, while the others
+        keep their state, and draw their first tokens into self.token.
 
-        ValueError if the requests differ in how many tokens are cached."""
-        cached = requests[0].cached
-        if any(request.cached != cached for request in requests):
+        ValueError if the requests differ in how many tokens are cached, or one does not fit."""
+        if any(request.cached != requests[0].cached for request in requests):
             raise ValueError("requests that are inserted together have as many tokens cached")
-        rows = slice(row, row + len(requests))
-        self.requests.update(enumerate(requests, start=row))
-        self.kind = kind_of(self.requests.values())
+        rows = {}
+        for i, request in enumerate(requests, start=row):
+            rows[i] = Running(i, request, self.budget(request))
+        reading = self.begin(rows)
+        while reading.done < reading.width:
+            reading.chunk(self.model, self.cache, self.drafter, PREFILL_CHUNK)
+        self.finish(reading)
+        self.kind = kind_of(running.request for running in self.running.values())
+
+    def begin(self, rows: dict[int, Running]) -> Reading:
+        """Make neighbouring rows ready for the prompts of new requests."""
+        reading = Reading(rows, self.mark(), self.device)
+        requests = [running.request for running in rows.values()]
         new = Sampling.of(requests, self.model.config.vocab_size, self.device)
         for setting, values in zip(self.sampling, new):
-            setting[rows] = values
-        prompts = [request.prompt for request in requests]
-        logits, lengths = prefill(self.model, self.cache, rows, prompts, cached)
-        self.token[rows, 0] = sample(logits, new, kind_of(requests), self.generator)
-        self.input_pos[rows] = lengths + cached
+            setting[reading.rows] = values
+        # meanwhile the others' steps write where these rows' own will: behind the prompts
+        for row, running in rows.items():
+            running.row = row
+            self.started[running.number] = time.perf_counter()
+            self.ends[row] = running.prompt_end
+        self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
+        self.stats.prompt_tokens += sum(len(request.prompt) for request in requests)
+        return reading
 
-    def run(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int]]]:
+    def finish(self, reading: Reading) -> None:
+        """Draw the first tokens behind prompts that are in the cache; from now on steps count."""
+        rows = reading.rows
+        kind = kind_of(running.request for running in reading.requests.values())
+        sampling = self.sampling.rows(rows)
+        input_pos = self.input_pos[rows]
+        self.token[rows, 0] = sample(reading.last_logits, sampling, kind, input_pos)
+        if self.drafter is not None:
+            self.drafter.note(self.token[rows], input_pos, rows)
+        self.active[rows] = 1
+        self.running.update(reading.requests)
+        for running in reading.requests.values():
+            running.least = 1
+            running.most = 1
+
+    # --- requests ---
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
         """Work requests off, in order, in the rows that are free -> (a request's number, new
         tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
 
-        A request ends with the first of its eos_ids (included), after max_new_tokens, or where
-        the cache is full. ValueError if one has no room for a token, RuntimeError if another run
-        of this engine has begun meanwhile. Tokens have to be checked before: see check_prompts."""
+        Each turn puts one chunk of prompts into free rows and advances the others by a step.
+        A request ends with the first of its eos_ids (included), where its `ends` says so, after
+        max_new_tokens, or where the cache is full; finish_reasons then has which it was.
+        ValueError if one has no room for a token, RuntimeError if another run of this engine has
+        begun meanwhile. Tokens have to be checked before: see check_prompts."""
         waiting = deque(Running(i, request, self.budget(request))
                         for i, request in enumerate(requests))
-        pending: deque[Launch] = deque()
-        lag = LAG if self.device.type == "cuda" else 0
-        self.requests.clear()
-        self.running.clear()
+        self.reset(waiting)
+        self.stats.compile_s += self.prepare_kind(self.kind)
+        began = time.perf_counter()
         me = self.owner = object()
+        reading: Reading | None = None
+        pending: deque[Launch] = deque()
         mark = self.mark()
-        while waiting or self.running:
-            if waiting and len(self.running) < self.cache.max_batch_size:
-                yield from self.start(waiting)
+        while waiting or reading or self.running or pending:
+            launches = []
+            # a chunk of prompts
+            if reading is None and waiting and len(self.running) < self.cache.max_batch_size:
+                reading = self.next_prompts(waiting)
+            if reading is not None:
+                launches += self.read_chunk(reading)
+                if launches:
+                    reading = None
                 mark = self.mark()
-            elif any(running.drawn < running.budget for running in self.running.values()):
+            elif self.refills and not self.compiled:
+                self.close_gap()
+            # a step
+            if self.running:
                 if not pending:  # the time since the step before was the caller's
                     mark = self.mark()
-                self.step()
-                pending.append(self.launch(mark))
-                mark = pending[-1].ended
-                if len(pending) > lag:
-                    yield from self.read(pending.popleft())
-            else:  # all is drawn that was asked for, and what is not read yet is pending
+                launches.append(self.launch(mark))
+                mark = launches[-1].ended
+            # what the host is to see: all of it once nothing more is under way
+            pending += launches
+            while len(pending) > (self.lag if launches else 0):
                 yield from self.read(pending.popleft())
-            if self.owner is not me:
-                raise RuntimeError("another run of this engine has begun")
+                if self.owner is not me:
+                    raise RuntimeError("another run of this engine has begun")
+        self.stats.wall_s += time.perf_counter() - began
 
     def budget(self, request: Request) -> int:
         """The most new tokens that a request can have."""
-        room = self.cache.max_seq_len - request.cached - len(request.prompt)
+        room = self.context - request.cached - len(request.prompt)
         budget = min(request.max_new_tokens, room)
         if budget < 1:
             raise ValueError(
                 f"a prompt of {len(request.prompt)} tokens behind {request.cached} cached, with "
-                f"{request.max_new_tokens} new ones, does not fit into {self.cache.max_seq_len}"
+                f"{request.max_new_tokens} new ones, does not fit into {self.context}"
             )
         return budget
 
-    def start(self, waiting: deque[Running]) -> list[tuple[int, list[int]]]:
-        """Give waiting requests to the first free rows that lie together, in one prefill."""
-        began = time.perf_counter()
-        first = next(row for row in range(self.cache.max_batch_size) if row not in self.running)
-        started: dict[int, Running] = {}
-        for row in range(first, self.cache.max_batch_size):
-            if row in self.running or not waiting:
+    def reset(self, waiting: Sequence[Running]) -> None:
+        """Give up what the rows did, for these requests."""
+        self.running.clear()
+        self.started.clear()
+        self.finish_reasons.clear()
+        self.active.zero_()
+        self.ends = self.input_pos.tolist()
+        self.refills = len(waiting) > self.cache.max_batch_size
+        # one kind of step for all that will come: a compiled one is prepared before
+        self.kind = kind_of(running.request for running in waiting)
+
+    def next_prompts(self, waiting: deque[Running]) -> Reading:
+        """Begin with the requests that wait, in as many neighbouring free rows as pay.
+
+        A pass of few tokens takes as long as reading the weights, and there padding is free;
+        beyond, it costs what other tokens cost, and may be a quarter of them."""
+        B = self.cache.max_batch_size
+        first = waiting[0].number  # where there are rows for all, a caller may rely on its own
+        if self.refills:
+            first = next(row for row in range(B) if row not in self.running)
+        rows = {first: waiting.popleft()}
+        cached = rows[first].request.cached
+        lengths = [len(rows[first].request.prompt)]
+        for row in range(first + 1, B):
+            if row in self.running or not waiting or waiting[0].request.cached != cached:
                 break
-            if started and waiting[0].request.cached != started[first].request.cached:
+            lengths.append(len(waiting[0].request.prompt))
+            padded = len(lengths) * max(lengths)
+            if padded > max(self.chunk() // 2, 1.25 * sum(lengths)):
                 break
-            started[row] = waiting.popleft()
-        self.running.update(started)
-        self.insert(first, [running.request for running in started.values()])
-        tokens = self.token[:, 0].tolist()
-        self.stats.first_token_s.append(time.perf_counter() - began)
-        for running in started.values():
-            running.drawn = 1
-        return self.hand_out(tokens, started)
+            rows[row] = waiting.popleft()
+        return self.begin(rows)
+
+    def chunk(self) -> int:
+        return CHUNK["cpu" if self.device.type == "cpu" else "gpu"]
+
+    @on_its_device
+    def read_chunk(self, reading: Reading) -> list[Launch]:
+        """Put the next chunk of prompts into the cache -> their first tokens, if it is the last."""
+        most = self.chunk() if self.running else PREFILL_CHUNK
+        reading.chunk(self.model, self.cache, self.drafter, most)
+        if reading.done < reading.width:
+            return []
+        self.finish(reading)
+        return [self.send(Drawn(self.token, None), reading.requests, reading.began)]
 
     @on_its_device
     def launch(self, began: Mark) -> Launch:
-        """Send the tokens that a step has drawn on their way to the host."""
-        on_gpu = self.device.type == "cuda"
-        tokens = torch.empty(len(self.token), dtype=torch.int64, pin_memory=on_gpu)
-        tokens.copy_(self.token[:, 0], non_blocking=True)
-        for running in self.running.values():
-            running.drawn += 1
-        return Launch(tokens, dict(self.running), began, self.mark())
+        """Launch a step for the requests that run."""
+        k = self.next_k()
+        rows = dict(self.running)
+        if not self.compiled:  # nor is a cheaper kind for these rows
+            self.kind = kind_of(running.request for running in rows.values())
+        self.stats.row_steps += self.width()
+        drawn = self.step(k)
+        for running in rows.values():
+            running.least += 1
+            running.most += k + 1
+        return self.send(drawn, rows, began, is_step=True, k=k)
 
-    def read(self, launch: Launch) -> list[tuple[int, list[int]]]:
+    def next_k(self) -> int:
+        """How many proposals the next step checks: none where that does not pay, or where a row,
+        whether anybody wants its tokens or not, may be too near the end of the cache."""
+        if self.k == 0 or self.gauge is not None and not self.gauge.pays(self.width()):
+            return 0
+        ends = list(self.ends)
+        for row, running in self.running.items():
+            ends[row] = running.prompt_end + running.most - 1
+        if max(ends) + self.k + 1 > self.cache.max_seq_len:
+            return 0
+        return self.k
+
+    def send(
+        self, drawn: Drawn, rows: dict[int, Running], began: Mark, is_step: bool = False,
+        k: int = 0,
+    ) -> Launch:
+        """Send what was drawn on its way to the host, and free the rows that have all."""
+        drawn = Drawn(self.to_host(drawn.tokens), self.to_host(drawn.agreed))
+        for running in rows.values():
+            if running.least >= running.budget:
+                self.free(running)
+        return Launch(drawn, rows, is_step, k, began, self.mark())
+
+    def to_host(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        copy = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda"
+        )
+        return copy.copy_(tensor, non_blocking=True)
+
+    def close_gap(self) -> None:
+        """Move the last row's request to a free row before it, so that steps have fewer rows."""
+        last = max(self.running, default=0)
+        free = next((row for row in range(last) if row not in self.running), None)
+        if free is None:
+            return
+        running = self.running.pop(last)
+        self.running[free] = running
+        running.row = free
+        request = running.request
+        length = min(running.prompt_end + running.most, self.cache.max_seq_len)
+        self.cache.copy_row(last, free, length)
+        if self.drafter is not None:
+            self.drafter.copy_row(last, free, length)
+        for tensor in (self.token, self.input_pos, self.active, *self.sampling):
+            tensor[free] = tensor[last]
+        self.active[last] = 0
+        self.rest(last, request.cached)
+
+    def free(self, running: Running) -> None:
+        """Let go of a request's row. One that serves one request after the other goes where steps
+        cost it least; any other keeps its text, for a caller who continues it."""
+        row = running.row
+        if self.running.get(row) is running:
+            del self.running[row]
+            self.active[row] = 0
+            self.ends[row] = running.prompt_end + running.most - 1
+            if self.refills:
+                self.rest(row, running.request.cached)
+        if running.done and self.drafter is not None and not self.refills:
+            # proposals may have been accepted beyond its last token
+            self.rest(row, running.prompt_end + running.read - 1)
+
+    def rest(self, row: int, position: int) -> None:
+        self.input_pos[row] = position
+        self.ends[row] = position
+
+    def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
-        self.stats.steps_s.append(seconds_between(launch.began, launch.ended))
-        return self.hand_out(launch.tokens.tolist(), launch.rows)
-
-    def hand_out(
-        self, tokens: list[int], rows: dict[int, Running]
-    ) -> list[tuple[int, list[int]]]:
-        """Give each row's token to its request, and free the rows that are done with theirs."""
-        news = []
-        for row, running in rows.items():
+        seconds = self.wait_for(launch)
+        if launch.is_step:
+            self.note_step(launch, seconds)
+        else:
+            self.stats.first_token_s.append(seconds)
+        tokens = launch.drawn.tokens.tolist()
+        agreed = [0] * len(tokens)
+        if launch.k:
+            agreed = launch.drawn.agreed.tolist()
+        for row, running in launch.rows.items():
+            running.least += agreed[row]
+            running.most -= launch.k - agreed[row]
             if running.done:
                 continue
-            token = tokens[row]
+            taken = self.take(running, tokens[row][:agreed[row] + 1])
+            self.stats.new_tokens += len(taken)
+            if launch.is_step:
+                self.stats.useful_row_steps += 1
+                self.stats.decode_tokens += len(taken)
+            if running.done:
+                self.free(running)
+            yield running.number, taken
+
+    @on_its_device
+    def wait_for(self, launch: Launch) -> float:
+        """Until a launch's tokens are on the host -> the seconds that it took."""
+        return seconds_between(launch.began, launch.ended)
+
+    def note_step(self, launch: Launch, seconds: float) -> None:
+        """Put what a step took, and how many proposals were right, where it is needed."""
+        self.stats.steps_s.append(seconds)
+        if self.drafter is None:
+            return
+        agreed = launch.drawn.agreed.tolist()
+        live = {}
+        for row, running in launch.rows.items():
+            if not running.done:
+                live[running.number] = agreed[row]
+        if self.gauge is not None:
+            self.gauge.observe(launch.k, live, len(agreed), seconds)
+        if launch.k or self.gauge is not None:  # a draft model works in plain steps too
+            self.stats.speculation.add(launch.k, list(live.values()), seconds)
+
+    def take(self, running: Running, tokens: list[int]) -> list[int]:
+        """Give a request new tokens -> those up to the one that ends it, if one does."""
+        request = running.request
+        for i, token in enumerate(tokens):
             running.read += 1
-            if token in running.request.eos_ids or running.read == running.budget:
+            reason = None
+            if token in request.eos_ids:
+                reason = "eos"
+            elif request.ends is not None and request.ends([token]):
+                reason = "stop"
+            elif running.read == request.max_new_tokens:
+                reason = "length"
+            elif running.read == running.budget:
+                reason = "context"
+            if reason is not None:
                 running.done = True
-                del self.running[row]
-                del self.requests[row]
-            news.append((running.number, [token]))
-        return news
+                self.finish_reasons[running.number] = reason
+                return tokens[:i + 1]
+        return tokens
 
     @on_its_device
     def mark(self) -> Mark:
@@ -471,30 +855,6 @@ def seconds_between(began: Mark, ended: Mark) -> float:
     return began.elapsed_time(ended) / 1e3
 
 
-def prefill(
-    model: Transformer, cache: KVCache, rows: slice, prompts: list[list[int]], cached: int
-) -> tuple[Tensor, Tensor]:
-    """Put prompts into rows of the cache behind `cached` tokens, PREFILL_CHUNK tokens at a time
-    -> the logits of each one's last token [n, vocab_size], and their lengths [n]."""
-    width = max(map(len, prompts))
-    padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
-    tokens = torch.tensor(padded, device=model.device)  # (n, width)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    last_logits = None
-    for start in range(0, width, PREFILL_CHUNK):
-        chunk = tokens[:, start:start + PREFILL_CHUNK]
-        behind = cached + start
-        input_pos = torch.full((len(prompts),), behind, dtype=torch.int32, device=model.device)
-        last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1)
-        logits = model.prefill(chunk, input_pos, cache, rows=rows, start=behind, last=last)[:, 0]
-        if last_logits is None:
-            last_logits = logits
-        else:  # what counts is the chunk in which a prompt ends
-            reaches_here = lengths > start
-            last_logits = torch.where(reaches_here[:, None], logits, last_logits)
-    return last_logits, lengths
-
-
 def compile_model(model: Transformer, prefill: bool = False) -> None:
     """Compile one block for decoding, which all layers share, so that compile time does not grow
     with depth; on CUDA also the output head (two operators on a CPU). prefill: also the block over
@@ -504,7 +864,12 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
     hence a limit of its own. Hooks are compiled in: after adding one, call this again, and make
     engines anew."""
     on_gpu = model.device.type == "cuda"
-    options = {"coordinate_descent_tuning": True} if on_gpu else {}
+    options = {}
+    if on_gpu:
+        options["coordinate_descent_tuning"] = True
+        # what makes q, k and v of their product is one launch and not up to three
+        options["combo_kernels"] = True
+        options["combo_kernels_pointwise_only"] = True
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
     if on_gpu:
@@ -520,45 +885,61 @@ def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
-    stream: Show | None = None, cached: int = 0, compile: bool = False,
-    stats: Stats | None = None, engine: Engine | None = None,
+    stop: Sequence[str] = (), tokenizer: Tokenizer | None = None, stream: Show | None = None,
+    cached: int = 0, compile: bool = False, speculate_k: int = 0,
+    draft: Transformer | None = None, stats: Stats | None = None, engine: Engine | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
-    A row ends with the first of eos_ids (included), after max_new_tokens, or where the cache is
-    full. temperature 0 is greedy; filter_probs says what the filters do. cached: tokens of each
-    row that are in the cache already, in front of the prompts. stream(row, ids) is called as
-    tokens come. seed: the same seed, the same text. stats: a Stats to fill.
+    A prompt's text ends with the first of eos_ids (included), the token that completes one of the
+    stop strings (their tokenizer goes with them), after max_new_tokens, or where the cache is full.
+    temperature 0 is greedy; filter_probs says what the filters do. cached: tokens of each row that
+    are in the cache already, in front of the prompts. stream(number, ids) is called as tokens come.
+    seed: the same seed, the same text; prompt i draws with seed + i. stats: a Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. compile: take the
-    steps that compile_model compiled. Each call without an engine makes its own; with one, a
-    series of calls shares its captured steps, and prompts beyond its rows wait their turn.
+    steps that compile_model compiled. speculate_k, draft: see Engine; the text is the same. Each
+    call without an engine makes its own of these; with one, a series of calls shares its captured
+    steps, and prompts beyond its rows wait their turn.
     ValueError says what does not fit."""
     check_prompts(prompts, max_new_tokens, model.config.vocab_size)
     longest = max(map(len, prompts))
     if engine is None:
-        fit_cache(model, len(prompts), cached + longest + max_new_tokens, cached)
-        engine = Engine(model, compiled=compile)
-    check_room(longest, engine.cache.max_seq_len - cached)
-    request = partial(
-        Request, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, eos_ids=frozenset(eos_ids), cached=cached,
-    )
-    requests = [request(prompt) for prompt in prompts]
+        needed = cached + longest + max_new_tokens + speculate_k
+        fit_cache(model, len(prompts), needed, cached)
+        engine = Engine(model, compiled=compile, speculate_k=speculate_k, draft=draft)
+    check_room(longest, engine.context - cached)
+    requests = []
+    for i, prompt in enumerate(prompts):
+        requests.append(Request(
+            prompt, max_new_tokens, temperature, top_k, top_p, min_p, frozenset(eos_ids), cached,
+            seed=None if seed is None else seed + i,
+            ends=stops_at(stop, tokenizer, prompt) if stop else None,
+        ))
     stats = stats or Stats()
     engine.stats = stats
-    # preparing, and rows without a request, write from their position on: not over what is cached
-    engine.input_pos.clamp_(min=cached)
-    stats.compile_s += engine.prepare_once(kind_of(requests))
-    engine.seed(seed)
+    engine.keep(cached)
     out = [[] for _ in prompts]
     for number, tokens in engine.run(requests):
         out[number] += tokens
         if stream:
             stream(number, tokens)
-    stats.prompt_tokens += sum(map(len, prompts))
-    stats.new_tokens += sum(map(len, out))
     return out
+
+
+def stops_at(
+    stop: Sequence[str], tokenizer: Tokenizer | None, prompt: list[int]
+) -> Callable[[list[int]], bool]:
+    """Request.ends for the text behind a prompt. ValueError if there is no tokenizer."""
+    if tokenizer is None:
+        raise ValueError(f"stop strings ({', '.join(map(repr, stop))}) need a tokenizer")
+    text = TextStream(tokenizer, prompt, stop)
+
+    def ends(ids: list[int]) -> bool:
+        text.push(ids)
+        return text.stopped
+
+    return ends
 
 
 def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
@@ -610,6 +991,9 @@ def fit_cache(model: Transformer, rows: int, needed: int, cached: int) -> None:
 
 # --- the command line ---
 
+QUESTION = "What is the capital of France?"  # the prompt where none is given
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
@@ -624,6 +1008,9 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a process that the signal ends
 
 
 def fail(message: str) -> None:
@@ -633,8 +1020,29 @@ def fail(message: str) -> None:
 
 def run(args: Any) -> None:
     """Load, prepare, and do what the flags ask for."""
+    lines = []
+    if args.prompts is not None:
+        lines = read_lines(args.prompts)
+    output = nullcontext() if args.output is None else Records(args.output)
+    with output as records:
+        stats = Stats()
+        tokenizer, model = load_both(args, stats)
+        jobs = wanted(args, lines, tokenizer, model.config)
+        engine = make_engine(args, model, tokenizer, jobs)
+        if args.interactive:
+            converse(engine, tokenizer, args, stats)
+        elif args.profile:
+            profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
+            summarize(stats, memory_of(engine))
+        elif args.prompts is not None:
+            answer_prompts(engine, tokenizer, jobs, records, args, stats)
+        else:
+            answer_prompt(engine, tokenizer, jobs, args, stats)
+
+
+def load_both(args: Any, stats: Stats) -> tuple[Tokenizer | None, Transformer]:
+    """The tokenizer, None where no text is made, and the model."""
     path = default_model() if args.checkpoint_path is None else args.checkpoint_path
-    stats = Stats()
     tokenizer = None
     if not args.benchmark and not str(path).endswith(".json"):
         tokenizer = load_tokenizer(path)
@@ -642,27 +1050,7 @@ def run(args: Any) -> None:
     model = load(args, path)
     stats.load_s = time.perf_counter() - began
     check_fit(model, tokenizer, args.max_seq_len)
-
-    prompts = read_prompts(args, tokenizer, model.config.vocab_size)
-    longest = max(map(len, prompts))
-    check_prompts(prompts, args.max_new_tokens, model.config.vocab_size)
-    check_room(longest, args.max_seq_len or model.config.max_seq_len)
-
-    needed = 8192 if args.interactive else longest + args.max_new_tokens
-    room = args.max_seq_len or min(needed, model.config.max_seq_len)
-    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    model.setup_caches(args.batch_size, room, kv_dtype, args.attention)
-    if args.compile:
-        compile_model(model, args.compile_prefill)
-    engine = Engine(model, compiled=args.compile)
-
-    if args.interactive:
-        converse(engine, tokenizer, args, stats)
-    elif args.profile:
-        profile_engine(engine, prompts, args, stats)
-        summarize(stats, memory_of(engine))
-    else:
-        answer_all(engine, tokenizer, prompts, args, stats)
+    return tokenizer, model
 
 
 def load(args: Any, path: str | Path) -> Transformer:
@@ -674,6 +1062,22 @@ def load(args: Any, path: str | Path) -> Transformer:
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
+
+
+def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
+    """The draft model. ValueError if its tokens have other meanings than the model's."""
+    path = args.draft_checkpoint_path
+    if tokenizer is not None:
+        theirs = load_tokenizer(path)
+        probe = "The quick brown fox: {x: 1.5e-3, 'Ünïcödé'}\n\t\t日本"
+        if theirs.encode(probe) != tokenizer.encode(probe) or theirs.special != tokenizer.special:
+            raise ValueError(
+                f"the draft {path} has another tokenizer than the model: its proposals would be "
+                "tokens of other words; give one of the same family"
+            )
+    return load_model(
+        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize or "auto"
+    )
 
 
 def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int | None) -> None:
@@ -690,69 +1094,150 @@ def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int 
         )
 
 
-def read_prompts(args: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[list[int]]:
-    """The prompts as token lists, one a sample."""
-    copies = args.num_samples
-    if args.prompts is None:
-        copies *= args.batch_size
+def wanted(
+    args: Any, lines: list[Line], tokenizer: Tokenizer | None, config: ModelConfig
+) -> list[Job]:
+    """The answers that the flags ask for; lines: of --prompts."""
+    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
+    room = args.max_seq_len or config.max_seq_len
+    n_samples = args.num_samples
+    if args.benchmark or args.profile:  # a measurement is of full rows
+        n_samples *= args.batch_size
+
     if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
+        n_tokens = int(args.prompt)
+        check_room(n_tokens, room)
         generator = torch.Generator().manual_seed(args.seed or 0)
-        tokens = torch.randint(vocab_size, (int(args.prompt),), generator=generator)
-        return [tokens.tolist()] * copies
+        prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
+        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+        return samples(0, "", prompt, defaults, n_samples)
+
     if tokenizer is None:
         raise ValueError(
             "a bare config.json has no tokenizer: give --prompt a number of random tokens"
         )
-    in_template = args.chat or args.interactive
+
+    def encode(entry: dict[str, Any]) -> list[int]:
+        if "messages" in entry:
+            prompt = tokenizer.chat(entry["messages"])
+        elif args.chat or args.interactive:
+            prompt = tokenizer.chat([{"role": "user", "content": entry["prompt"]}])
+        else:
+            prompt = tokenizer.encode(entry["prompt"])
+        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+        check_room(len(prompt), room)
+        return prompt
+
     if args.prompts is not None:
-        texts = read_lines(args.prompts)
-    elif args.prompt is not None:
-        texts = [read_text(args.prompt)]
+        answering = [args.checkpoint_path, args.dtype, args.quantize, args.kv_dtype]
+        return read_jobs(lines, encode, defaults, args.num_samples, json.dumps(answering))
+    if args.prompt is not None:
+        entry = {"prompt": read_text(args.prompt)}
+        check_text("--prompt", entry["prompt"])
+    elif tokenizer.chat_template:
+        entry = {"messages": [{"role": "user", "content": QUESTION}]}
     else:
-        texts = ["What is the capital of France?"]
-        in_template = in_template or tokenizer.chat_template
-    if in_template:
-        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
-    else:
-        prompts = [tokenizer.encode(text) for text in texts]
-    return prompts * copies
+        entry = {"prompt": QUESTION}
+    return samples(0, "", encode(entry), defaults, n_samples)
+
+
+def make_engine(
+    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job]
+) -> Engine:
+    """An engine with the rows that the flags say, and room for the longest job."""
+    needed = 1
+    for job in jobs:
+        if job.error is None:
+            needed = max(needed, len(job.prompt) + job.settings["max_new_tokens"])
+    if args.interactive:
+        needed = 8192
+    room = args.max_seq_len or min(needed, model.config.max_seq_len)
+    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    # steps that check proposals write as far behind the last token
+    model.setup_caches(args.batch_size, room + args.speculate_k, kv_dtype, args.attention)
+    draft = None
+    if args.draft_checkpoint_path is not None:
+        draft = load_draft(args, tokenizer)
+    if args.compile:
+        for each in filter(None, (model, draft)):
+            compile_model(each, args.compile_prefill)
+    return Engine(
+        model, compiled=args.compile, speculate_k=args.speculate_k, draft=draft, context=room
+    )
 
 
 def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """generate's keyword arguments."""
     return dict(
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (),
+        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (), stop=args.stop,
+        tokenizer=tokenizer,
     )
 
 
-def answer_all(
-    engine: Engine, tokenizer: Tokenizer | None, prompts: list[list[int]], args: Any, stats: Stats
+def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
+    """What runs jobs for cli/batch.py."""
+    eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+
+    def run_jobs(jobs: list[Job]) -> Iterator[News]:
+        requests = []
+        for job in jobs:
+            settings = dict(job.settings)
+            stop = settings.pop("stop")
+            ends = stops_at(stop, tokenizer, job.prompt) if stop else None
+            requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
+        engine.stats = stats
+        for number, tokens in engine.run(requests):
+            yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
+
+    return run_jobs
+
+
+def answer_prompt(
+    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any, stats: Stats
 ) -> None:
-    """Continue all prompts, batch by batch, and say what it took."""
-    settings = options(args, tokenizer)
-
-    def answer(batch: list[list[int]], show: Show | None) -> list[list[int]]:
-        out = generate(
-            engine.model, batch, args.max_new_tokens, stream=show, stats=stats, engine=engine,
-            **settings,
-        )
-        if args.seed is not None:
-            settings["seed"] += 1
-        return out
-
+    """Continue one prompt, once or several times, and say what it took."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         warm = Stats()
+        batch = [job.prompt for job in jobs[:args.batch_size]]
         generate(
-            engine.model, prompts[:args.batch_size], args.max_new_tokens, stats=warm,
-            engine=engine, **settings,
+            engine.model, batch, args.max_new_tokens, stats=warm, engine=engine,
+            **options(args, tokenizer),
         )
         stats.compile_s = warm.compile_s
-    live = not args.json
-    texts = run_batches(prompts, args.batch_size, tokenizer, answer, live=live, quiet=args.json)
+    answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
+    if args.benchmark and stats.speculation.checked:
+        middle = len(jobs[0].prompt) + args.max_new_tokens // 2
+        stats.speculation.plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
     summary = summarize(stats, memory_of(engine))
     if args.json:
-        print(json.dumps(vars(args) | summary | {"texts": texts}, default=str))
+        result = {
+            "texts": [answer.text for answer in answers if tokenizer],
+            "finish_reasons": [answer.finish_reason for answer in answers],
+        }
+        print(json.dumps(vars(args) | summary | result, default=str, allow_nan=False))
+
+
+def answer_prompts(
+    engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
+    stats: Stats,
+) -> None:
+    """Continue the prompts of a file, and say what it took. ValueError: none could be."""
+    run_jobs = runner(engine, tokenizer, stats)
+    answer_file(jobs, run_jobs, tokenizer, as_json=args.json, records=records)
+    if stats.new_tokens:
+        summarize(stats, memory_of(engine))
+    if all(job.error is not None for job in jobs):
+        raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
+
+
+def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
+    """The seconds of n steps without proposals of rows that stand at a position."""
+    plain = Engine(engine.model, engine.cache, compiled=engine.compiled)
+    plain.kind = engine.kind
+    plain.input_pos.fill_(position)
+    plain.step()  # to compile
+    return plain.timed_steps(n)
 
 
 def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:
@@ -765,7 +1250,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> N
         )
         return out
 
-    chat(tokenizer, reply, engine.cache.max_seq_len)
+    chat(tokenizer, reply, engine.context, args.stop)
 
 
 def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:
@@ -778,7 +1263,7 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
     for name, module in model.layers[0].named_modules():
         if name.endswith("_proj"):
             parts[name] = tensor_bytes(module)
-    live = int(engine.input_pos.sum()) + 8 * len(engine.input_pos)  # on average over 16 steps
+    live = int(engine.input_pos.sum())
     slots = cache.max_batch_size * cache.max_seq_len * len(model.layers)
     parts["attention"] = live * cache.nbytes / slots
     profile(
@@ -789,9 +1274,13 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
 
 def memory_of(engine: Engine) -> Memory:
     cache = engine.cache
+    model, *drafts = engine.models()
+    weight_bytes = model.weight_bytes()
+    for draft in drafts:  # a step asks it k times
+        weight_bytes += engine.k * draft.weight_bytes()
     return Memory(
-        device=engine.device, weight_bytes=engine.model.weight_bytes(), cache_bytes=cache.nbytes,
-        cache_tokens=cache.max_batch_size * cache.max_seq_len, rows=cache.max_batch_size,
+        device=engine.device, weight_bytes=weight_bytes, cache_bytes=cache.nbytes,
+        cache_tokens=cache.max_batch_size * cache.max_seq_len,
     )
 
 

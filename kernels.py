@@ -1,5 +1,5 @@
 """Decode attention whose cost follows the tokens that are cached, not the room allocated for them;
-and products of int8 and int4 weights with single vectors. Needs torch and triton, nothing else:
+and products of int8 and int4 weights with a few vectors. Needs torch and triton, nothing else:
 copy the file, or what you need of it.
 
 Decoding one token reads every live key and value once and does next to no arithmetic with them:
@@ -136,6 +136,8 @@ def flash_decode(
     alibi_slopes [Hq]: minus slope * |query position - key position|
     window w: a query sees w tokens, itself included
     sinks [Hq]: a logit per head that only the softmax's denominator sees
+    In CUDA graphs: call it once before capturing, which compiles; what is captured may be replayed
+        on any streams
     Returns [B, Hq, T, D], and with return_lse the log-sum-exp [B, Hq, T] in float32. A query that
     sees nothing gets zeros, and -inf or its sink. Raises ValueError for shapes, dtypes or
     combinations that are none of these."""
@@ -222,8 +224,7 @@ def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
 
 
 def _flash_decode(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    # on AMD tl.debug_barrier does not wait for stores to memory, which the kernel relies on
-    if triton and q.is_cuda and not torch.version.hip:
+    if triton and q.is_cuda:
         return _flash_decode_triton(q, *args)
     return _flash_decode_torch(q, *args)
 
@@ -251,8 +252,10 @@ def _flash_decode_torch(
 ) -> tuple[Tensor, Tensor]:
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one
     where they differ."""
+    if not len(q):
+        return _flash_decode_fake(q)
     lens = cache_seqlens.tolist()
-    longest = max(lens, default=0)
+    longest = max(lens)
     new = 0 if k is None else k.shape[2]
     S = k_cache.shape[2]
     if longest + new > S:
@@ -351,8 +354,10 @@ def _causal_mask(T: int, live: int, window: int | None) -> Tensor:
 # - new tokens are written by the program whose chunk they fall into, before its loop reads them
 #   back: nobody waits;
 # - a row's chunks leave their unnormalised output, maximum and sum in scratch memory, and the
-#   program that finishes last, by a counter, combines them in a fixed order and sets the counter
-#   back to zero for the next launch.
+#   program that finishes last, by a counter, sums them in a fixed order and sets the counter back
+#   to zero for the next launch.
+# The last two need a barrier that waits for a program's stores to memory. AMD's does not, so there
+# new tokens are written by a launch before, and parts are summed by a launch after.
 #
 # In the kernels m_i is a query's largest score so far, as a power of two, l_i the sum of its
 # weights relative to it, and acc its unnormalised output; M queries, N tokens of a tile.
@@ -365,41 +370,48 @@ LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
 DIMS = {"q": "bht", "k": "bhn", "v": "bhn", "k_new": "bht", "v_new": "bht",
         "k_scale": "bh", "v_scale": "bh"}
 STRIDES = [f"stride_{name}_{dim}" for name, dims in DIMS.items() for dim in dims]
+# numbers that must not make Triton compile anew when they change
+CHANGING = ["B", "S", "n_split", "n_fill", "min_tiles", *STRIDES]
 
 
 @jit
 def _of_row(x, mine):
-    """What a vector over all rows has for the one row that is mine."""
+    """What a vector over all rows has for the row that is mine, or for those together."""
     return tl.sum(tl.where(mine, x, 0))
 
 
 @jit
-def _my_chunk(seqlens_ptr, k_new_ptr, B, S, n_split, T: tl.constexpr, WINDOW: tl.constexpr,
-              PAIRS: tl.constexpr, MIN_TILES: tl.constexpr,
+def _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, T: tl.constexpr,
+              WINDOW: tl.constexpr, PAIRS: tl.constexpr,
               BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which row, which of its PAIRS (KV heads times blocks of query rows) and which chunk of its
-    tokens this program has, how many chunks there are, the row's live length, and where the chunk
-    starts and ends."""
-    NEW: tl.constexpr = 0 if k_new_ptr is None else T  # tokens that are being appended
+    """Of every row: its live length, the first tile that is seen, how many tiles are, and into how
+    many chunks they are cut for each of its PAIRS (KV heads times blocks of query rows)."""
     REACH: tl.constexpr = T + WINDOW - 1  # with a window, only so many of the last are seen
-    pid = tl.program_id(0)
     rows = tl.arange(0, BLOCK_B)
     is_row = rows < B
-    # the live tokens of every row, and the tiles that hold those seen
     cached = tl.load(seqlens_ptr + rows, mask=is_row, other=0)
     lens = tl.where(is_row, tl.minimum(cached + NEW, S), 0)
     first = lens * 0
     if WINDOW:
         first = tl.maximum(lens - REACH, 0) // BLOCK_N
     tiles = tl.cdiv(lens, BLOCK_N) - first
-    # the chunks of every row; an empty one still has zeros to write
+    # the tiles of a chunk; an empty row still has zeros to write
     all_tiles = tl.sum(tiles) * PAIRS
-    size = tl.maximum(tl.cdiv(all_tiles, n_split), MIN_TILES)
+    fill = tl.maximum(tl.cdiv(all_tiles, n_fill), 1)
+    size = tl.maximum(tl.cdiv(all_tiles, n_split), tl.minimum(fill, min_tiles))
     chunks = tl.where(is_row, tl.maximum(tl.cdiv(tiles, size), 1), 0)
+    return lens, first, tiles, chunks
+
+
+@jit
+def _my_chunk(lens, first, tiles, chunks, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which row, pair and chunk this program has of what _cut_rows says, how many chunks there are,
+    the row's live length, and the tokens where the chunk starts and ends."""
+    pid = tl.program_id(0)
     # programs are handed out row by row, pair by pair, chunk by chunk
     ends = tl.cumsum(chunks * PAIRS)
     row = tl.sum((ends <= pid).to(tl.int32))
-    mine = rows == row
+    mine = tl.arange(0, chunks.shape[0]) == row
     n_chunks = tl.maximum(_of_row(chunks, mine), 1)
     rank = pid - _of_row(ends - chunks * PAIRS, mine)
     pair = rank // n_chunks
@@ -414,21 +426,34 @@ def _my_chunk(seqlens_ptr, k_new_ptr, B, S, n_split, T: tl.constexpr, WINDOW: tl
 
 
 @jit
-def _append(x_ptr, cache_ptr, scale_ptr, stride_xt, stride_cn, pos, mask,
-            D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write new vectors into the cache at pos where mask says so, quantized as quantize_kv does."""
+def _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+            stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, n,
+            T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write those of the T new tokens that fall into start ... end: the last of n."""
+    t = tl.arange(0, triton.next_power_of_2(T))
     d = tl.arange(0, BLOCK_D)[None, :]
+    pos = n - T + t
+    mask = (t < T) & (pos >= start) & (pos < end)
     mask_d = mask[:, None] & (d < D)
-    t = tl.arange(0, pos.shape[0]).to(tl.int64)
-    x = tl.load(x_ptr + t[:, None] * stride_xt + d, mask_d, other=0)
+    t = t.to(tl.int64)[:, None]
+    k_new = tl.load(k_new_ptr + t * stride_k_new_t + d, mask_d, other=0)
+    v_new = tl.load(v_new_ptr + t * stride_v_new_t + d, mask_d, other=0)
+    _write(k_new, k_ptr + d, k_scale_ptr, stride_kn, pos, mask, mask_d)
+    _write(v_new, v_ptr + d, v_scale_ptr, stride_vn, pos, mask, mask_d)
+
+
+@jit
+def _write(x, cache_ptr, scale_ptr, stride_n, pos, mask, mask_d):
+    """Write vectors x into the cache at pos, quantized as quantize_kv does."""
     if scale_ptr is not None:
         x = x.to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
         x = tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])
         x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to nearest, ties to even
         tl.store(scale_ptr + pos, scale, mask)
-    at = cache_ptr + pos.to(tl.int64)[:, None] * stride_cn
-    tl.store(at + d, x.to(cache_ptr.dtype.element_ty), mask_d)
+    offs = pos.to(tl.int64) * stride_n
+    cache_ptrs = cache_ptr + offs[:, None]
+    tl.store(cache_ptrs, x.to(cache_ptrs.dtype.element_ty), mask_d)
 
 
 @jit
@@ -513,45 +538,48 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, st
 
 
 @jit
-def _combine(part_ptr, counter_ptr, chunk, n_chunks, mask, m_i, l_i, acc,
-             D: tl.constexpr, ROWS: tl.constexpr):
-    """Leave this chunk's result in scratch memory; the last program of a row to get here sums them
-    all."""
+def _leave_part(part_ptr, mask, m_i, l_i, acc, ROWS: tl.constexpr, D: tl.constexpr):
+    """Leave this chunk's result in scratch memory: for each of ROWS queries acc, m_i and l_i."""
     r = tl.arange(0, acc.shape[0])
     d = tl.arange(0, acc.shape[1])[None, :]
-    mask_d = mask[:, None] & (d < D)
     program = tl.program_id(0).to(tl.int64)
     here = part_ptr + (program * ROWS + r) * (D + 8)
+    mask_d = mask[:, None] & (d < D)
     tl.store(here[:, None] + d, acc, mask_d)
     tl.store(here + D, m_i, mask)
     tl.store(here + D + 1, l_i, mask)
-    tl.debug_barrier()  # every thread's part is written before one of them counts
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1
-    if last:
-        tl.store(counter_ptr, 0)
-        # loads that wait for memory together
-        AT_ONCE: tl.constexpr = max(1, 8192 // (acc.shape[0] * acc.shape[1]))
-        m_i = tl.full(m_i.shape, float("-inf"), tl.float32)
-        l_i = tl.zeros_like(l_i)
-        acc = tl.zeros_like(acc)
-        for first in tl.range(0, n_chunks, AT_ONCE, num_stages=1):
-            for i in tl.static_range(AT_ONCE):
-                part = here + (first + i - chunk) * ROWS * (D + 8)
-                live = mask & (first + i < n_chunks)
-                part_ptrs = part[:, None] + d
-                live_d = live[:, None] & (d < D)
-                # .cg: past L1, which does not see what other SMs wrote
-                part_acc = tl.load(part_ptrs, live_d, other=0, cache_modifier=".cg")
-                part_m = tl.load(part + D, live, other=float("-inf"), cache_modifier=".cg")
-                part_l = tl.load(part + D + 1, live, other=0, cache_modifier=".cg")
-                new_m = tl.maximum(m_i, part_m)
-                safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-                decay = tl.exp2(m_i - safe_m)
-                grow = tl.exp2(part_m - safe_m)
-                m_i = new_m
-                l_i = l_i * decay + part_l * grow
-                acc = acc * decay[:, None] + part_acc * grow[:, None]
-    return last, m_i, l_i, acc
+
+
+@jit
+def _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS: tl.constexpr, D: tl.constexpr,
+               BLOCK_D: tl.constexpr):
+    """m_i, l_i and acc of a whole row: the sum of what the programs of its chunks left."""
+    M: tl.constexpr = mask.shape[0]
+    AT_ONCE: tl.constexpr = max(1, min(16, 8192 // (M * BLOCK_D)))  # they wait for memory together
+    r = tl.arange(0, M)
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    part = first_program.to(tl.int64) * ROWS + r
+    part_ptr += part[None, :] * (D + 8)
+    m_i = tl.full([M], float("-inf"), tl.float32)
+    l_i = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    for first in tl.range(0, n_chunks, AT_ONCE, num_stages=1):
+        chunk = first + tl.arange(0, AT_ONCE)[:, None]
+        live = mask[None, :] & (chunk < n_chunks)  # (AT_ONCE, M)
+        live_d = live[:, :, None] & (d < D)
+        parts = part_ptr + chunk * (ROWS * (D + 8))
+        # .cg: past L1, which does not see what other SMs wrote
+        part_m = tl.load(parts + D, live, other=float("-inf"), cache_modifier=".cg")
+        part_l = tl.load(parts + D + 1, live, other=0, cache_modifier=".cg")
+        part_acc = tl.load(parts[:, :, None] + d, live_d, other=0, cache_modifier=".cg")
+        new_m = tl.maximum(m_i, tl.max(part_m, 0))
+        safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
+        decay = tl.exp2(m_i - safe_m)
+        grow = tl.exp2(part_m - safe_m[None, :])
+        m_i = new_m
+        l_i = l_i * decay + tl.sum(part_l * grow, 0)
+        acc = acc * decay[:, None] + tl.sum(part_acc * grow[:, :, None], 0)
+    return m_i, l_i, acc
 
 
 @jit
@@ -563,48 +591,67 @@ def _head(ptr, b, kv_head, stride_b, stride_h):
 
 
 @jit
-def _queries(q_ptr, stride_qh, stride_qt, h, t, d, mask_d):
-    """A row's queries of heads h and tokens t: [M, D]."""
-    offs = h * stride_qh + t.to(tl.int64) * stride_qt
-    return tl.load(q_ptr + offs[:, None] + d, mask_d, other=0)
+def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The KV head of a pair; the head and token of its first M queries, and which of them exist."""
+    BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
+    kv_head = pair // BLOCKS
+    r = pair % BLOCKS * BLOCK_M + tl.arange(0, M)
+    h = kv_head * G + r // T
+    t = r % T
+    return kv_head, h, t, r < G * T
 
 
 @jit
-def _store(out_ptr, lse_ptr, at, d, mask, mask_d, m_i, l_i, acc, D: tl.constexpr):
-    """Write the results of queries at, counted over the whole batch."""
+def _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc,
+           HQ: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+    """Write the results of a row's queries of heads h and tokens t."""
+    at = (row * HQ + h).to(tl.int64) * T + t
+    d = tl.arange(0, acc.shape[1])[None, :]
+    mask_d = mask[:, None] & (d < D)
     norm = tl.where(l_i == 0, 1.0, l_i)
-    out_ptrs = out_ptr + at[:, None] * D + d
     out = acc / norm[:, None]
+    out_ptrs = out_ptr + at[:, None] * D + d
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask_d)
-    tl.store(lse_ptr + at, (m_i + tl.log2(norm)) / LOG2E, mask)
+    lse = (m_i + tl.log2(norm)) / LOG2E
+    tl.store(lse_ptr + at, lse, mask)
 
 
-@jit(do_not_specialize=["B", "S", "n_split", *STRIDES])
+@jit
+def _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, first_program, n_chunks,
+               HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write the results of a row that several programs worked on."""
+    ROWS: tl.constexpr = min(BLOCK_M, G * T)
+    M: tl.constexpr = triton.next_power_of_2(ROWS)
+    _, h, t, mask = _queries_of(pair, M, G, T, BLOCK_M)
+    m_i, l_i, acc = _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS, D, BLOCK_D)
+    _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
+
+
+@jit(do_not_specialize=CHANGING)
 def _flash_decode_kernel(
     q_ptr, k_ptr, v_ptr, seqlens_ptr, k_new_ptr, v_new_ptr, k_scale_ptr, v_scale_ptr,
     slopes_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, counter_ptr,
-    scale, softcap, B, S, n_split, stride_q_b, stride_q_h, stride_q_t,
+    scale, softcap, B, S, n_split, n_fill, min_tiles, stride_q_b, stride_q_h, stride_q_t,
     stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
     stride_k_new_b, stride_k_new_h, stride_k_new_t, stride_v_new_b, stride_v_new_h, stride_v_new_t,
     stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
-    HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, MIN_TILES: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
+    lens, first, tiles, chunks = _cut_rows(
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
     row, pair, chunk, n_chunks, n, start, end = _my_chunk(
-        seqlens_ptr, k_new_ptr, B, S, n_split, T, WINDOW, HKV * BLOCKS, MIN_TILES, BLOCK_B, BLOCK_N)
+        lens, first, tiles, chunks, PAIRS, BLOCK_N)
     if row >= B:
         return
+    kv_head, h, t, mask = _queries_of(pair, BLOCK_M, G, T, BLOCK_M)
     b = row.to(tl.int64)  # int64 before any stride multiplies
-    kv_head = (pair // BLOCKS).to(tl.int64)
+    kv_head = kv_head.to(tl.int64)
     d = tl.arange(0, BLOCK_D)[None, :]
-    r = pair % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of the dot: heads times tokens
-    h = kv_head * G + r // T
-    t = r % T
-    mask = r < G * T
-    mask_d = mask[:, None] & (d < D)
-    q = _queries(q_ptr + b * stride_q_b, stride_q_h, stride_q_t, h, t, d, mask_d)
+    q_offs = b * stride_q_b + h.to(tl.int64) * stride_q_h + t.to(tl.int64) * stride_q_t
+    q = tl.load(q_ptr + q_offs[:, None] + d, mask[:, None] & (d < D), other=0)  # (M, D)
     # the caches' strides come divided by VEC, so that the compiler knows to load 16 bytes at once
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
@@ -613,28 +660,78 @@ def _flash_decode_kernel(
     k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
     v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
     if k_new_ptr is not None and end > n - T:
-        pos = n - T + tl.arange(0, 16)
-        fits = (pos < n) & (pos >= start) & (pos < end)
-        k_new = _head(k_new_ptr, b, kv_head, stride_k_new_b, stride_k_new_h)
-        v_new = _head(v_new_ptr, b, kv_head, stride_v_new_b, stride_v_new_h)
-        _append(k_new, k_ptr, k_scale_ptr, stride_k_new_t, stride_kn, pos, fits, D, BLOCK_D)
-        _append(v_new, v_ptr, v_scale_ptr, stride_v_new_t, stride_vn, pos, fits, D, BLOCK_D)
+        k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
+        v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
+        _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
+                stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, n, T, D, BLOCK_D)
         tl.debug_barrier()
     m_i, acc, l_i = _attend(
         q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, stride_kn, stride_vn,
         start, end, n, chunk, h, n - T + t, mask, scale, softcap, CAUSAL, WINDOW, T, D, BLOCK_N)
-    last = True
+    if n_chunks == 1:
+        _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
+    else:
+        _leave_part(part_ptr, mask, m_i, l_i, acc, min(BLOCK_M, G * T), D)
+        if counter_ptr is not None:
+            tl.debug_barrier()  # every thread's part is written before one of them counts
+            counter_ptr += row * PAIRS + pair
+            if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n_chunks - 1:
+                tl.store(counter_ptr, 0)
+                _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, tl.program_id(0) - chunk,
+                           n_chunks, HKV, G, T, D, BLOCK_M, BLOCK_D)
+
+
+@jit(do_not_specialize=CHANGING)
+def _append_kernel(
+    k_ptr, v_ptr, seqlens_ptr, k_new_ptr, v_new_ptr, k_scale_ptr, v_scale_ptr, S,
+    stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
+    stride_k_new_b, stride_k_new_h, stride_k_new_t, stride_v_new_b, stride_v_new_h, stride_v_new_t,
+    stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
+    HKV: tl.constexpr, T: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Write the new tokens of a row and KV head."""
+    b = tl.program_id(0).to(tl.int64) // HKV
+    kv_head = tl.program_id(0).to(tl.int64) % HKV
+    n = tl.minimum(tl.load(seqlens_ptr + b) + T, S)
+    k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
+    v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
+    k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
+    v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
+    k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
+    v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
+    _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k_new_t,
+            stride_v_new_t, stride_k_n * VEC, stride_v_n * VEC, 0, n, n, T, D, BLOCK_D)
+
+
+@jit(do_not_specialize=CHANGING)
+def _sum_kernel(
+    seqlens_ptr, out_ptr, lse_ptr, part_ptr, B, S, n_split, n_fill, min_tiles,
+    HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
+    WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Sum what the programs of _flash_decode_kernel left of a row and pair."""
+    row = tl.program_id(0) // PAIRS
+    pair = tl.program_id(0) % PAIRS
+    _, _, _, chunks = _cut_rows(
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
+    rows = tl.arange(0, BLOCK_B)
+    n_chunks = _of_row(chunks, rows == row)
     if n_chunks > 1:
-        last, m_i, l_i, acc = _combine(
-            part_ptr, counter_ptr + row * HKV * BLOCKS + pair, chunk, n_chunks, mask,
-            m_i, l_i, acc, D, min(BLOCK_M, G * T))
-    if last:
-        _store(out_ptr, lse_ptr, (b * HKV * G + h) * T + t, d, mask, mask_d, m_i, l_i, acc, D)
+        first_program = _of_row(chunks, rows < row) * PAIRS + pair * n_chunks
+        _store_sum(out_ptr, lse_ptr, part_ptr, row, pair, first_program, n_chunks,
+                   HKV, G, T, D, BLOCK_M, BLOCK_D)
 
 
-def _blocks(itemsize: int, D: int, rows: int, smem: int) -> dict[str, int]:
+def _blocks(itemsize: int, D: int, rows: int, smem: int, warp_size: int) -> dict[str, int]:
     """Tile sizes with which two programs fit an SM that has smem bytes of shared memory."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
+    if warp_size == 64:
+        smem = min(smem, 65536)  # AMD's gfx9: larger tiles spill registers, also on gfx950
+    if smem <= 65536 and warp_size == 32:
+        # AMD's gfx11 and gfx12 have 256 registers a thread, and hold every operand of a dot twice
+        return dict(BLOCK_M=16, BLOCK_N=max(16, 2048 // BLOCK_D), BLOCK_D=BLOCK_D,
+                    num_warps=8, num_stages=2)
     # rows of the dot
     if itemsize == 4:
         most_rows = 16
@@ -649,14 +746,19 @@ def _blocks(itemsize: int, D: int, rows: int, smem: int) -> dict[str, int]:
     BLOCK_N = min(most_tokens, max(32, tile_bytes // (BLOCK_D * itemsize)))
     # tiles of keys and values that are on their way at once
     stages = 1 + (smem // 2 - 6144) // (2 * BLOCK_N * BLOCK_D * itemsize)
-    many_warps = smem > 65536 and (BLOCK_M > 16 or itemsize == 4)
-    return dict(
+    blocks = dict(
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
         BLOCK_D=BLOCK_D,
-        MIN_TILES=256 // BLOCK_N,
-        num_warps=8 if many_warps else 4,
+        num_warps=4,
         num_stages=max(2, min(4, stages)))
+    if smem > 65536:  # NVIDIA's
+        if BLOCK_M > 16 or itemsize == 4:
+            blocks["num_warps"] = 8
+        else:
+            # two programs may have them all; unasked, the compiler spills some to fit in a third
+            blocks["maxnreg"] = 255
+    return blocks
 
 
 def _strides(name: str, x: Tensor | None, unit: int = 1) -> dict[str, int]:
@@ -672,31 +774,27 @@ def _arguments(
     k: Tensor | None, v: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
     scale: float | None, causal: bool, window: int | None, softcap: float | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, blocks: dict[str, int], n_programs: int,
-) -> tuple[int, dict[str, Any]]:
-    """The kernel's grid size, and its arguments but the counters. n_programs: how many the GPU runs
-    at once."""
+) -> dict[str, Any]:
+    """The kernels' arguments but the counters. n_programs: how many the GPU runs at once."""
     B, Hq, T, D = q.shape
     _, Hkv, S, _ = k_cache.shape
     G = Hq // Hkv
-    pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
-    if 2 * pairs <= n_programs:
-        n_split = n_programs - pairs  # few pairs: as many chunks as run at once
-    else:
-        n_split = 4 * n_programs  # several waves of them: an uneven last one matters little
-    grid = n_split + pairs
     part_rows = min(blocks["BLOCK_M"], G * T)
+    n_pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
+    split = _split(n_pairs, n_programs, blocks["BLOCK_N"])
+    n_parts = split["n_split"] + n_pairs  # at most: one for every program of the grid
     cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
     vec = math.gcd(16, *cache_strides)
-    return grid, dict(
+    out, lse = _flash_decode_fake(q)
+    return dict(
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, seqlens_ptr=cache_seqlens,
         k_new_ptr=k, v_new_ptr=v, k_scale_ptr=k_scale, v_scale_ptr=v_scale,
-        slopes_ptr=alibi_slopes, sinks_ptr=sinks,
-        out_ptr=q.new_empty(q.shape),
-        lse_ptr=q.new_empty((B, Hq, T), dtype=torch.float32),
-        part_ptr=q.new_empty((grid, part_rows, D + 8), dtype=torch.float32),
+        slopes_ptr=alibi_slopes, sinks_ptr=sinks, out_ptr=out, lse_ptr=lse,
+        part_ptr=q.new_empty((n_parts, part_rows, D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale),
         softcap=softcap,
-        B=B, S=S, n_split=n_split,
+        B=B, S=S,
+        **split,
         **_strides("q", q),
         **_strides("k", k_cache, vec),
         **_strides("v", v_cache, vec),
@@ -704,53 +802,120 @@ def _arguments(
         **_strides("v_new", v),
         **_strides("k_scale", k_scale),
         **_strides("v_scale", v_scale),
-        HKV=Hkv, G=G, T=T, D=D, CAUSAL=causal, WINDOW=window or 0, VEC=vec,
+        HKV=Hkv, G=G, T=T, D=D, NEW=0 if k is None else T,
+        CAUSAL=causal, WINDOW=window or 0, VEC=vec, PAIRS=n_pairs // B,
         BLOCK_B=triton.next_power_of_2(B),
         **blocks)
 
 
-_zeros: dict[tuple, Tensor] = {}
+MIN_CHUNK = 256  # tokens: starting a program and summing what it leaves must be worth it
+
+
+def _split(n_pairs: int, n_programs: int, BLOCK_N: int) -> dict[str, int]:
+    """How the tokens of so many pairs of a row and a KV head are cut, in tiles of BLOCK_N tokens:
+    into n_split chunks, none below min_tiles unless that leaves SMs idle, n_fill of them."""
+    n_split = n_programs - n_pairs  # as many chunks as run at once
+    min_chunk = MIN_CHUNK
+    if n_pairs > n_programs // 2:
+        # the pairs fill the GPU: in several waves of chunks an uneven last one matters little, and
+        # short rows are better left whole
+        n_split = 4 * n_programs
+        min_chunk = 2 * MIN_CHUNK
+    return dict(n_split=n_split, n_fill=n_programs // 2, min_tiles=min_chunk // BLOCK_N)
+
+
+Launch = tuple[Any, int, dict[str, Any]]  # a kernel, how many programs, its arguments
+
+
+def _launches(arguments: dict[str, Any], counters: Tensor | None) -> list[Launch]:
+    """What flash_decode launches. With counters, a zero for each pair of a row and a KV head, one
+    kernel does it all; without, one appends before it and one sums the parts after it."""
+    n_parts = len(arguments["part_ptr"])
+    if counters is not None:
+        return [_launch(_flash_decode_kernel, n_parts, arguments, counter_ptr=counters)]
+    attend = _launch(_flash_decode_kernel, n_parts, arguments,
+                     k_new_ptr=None, v_new_ptr=None, counter_ptr=None)
+    sum_up = _launch(_sum_kernel, arguments["B"] * arguments["PAIRS"], arguments)
+    if not arguments["NEW"]:
+        return [attend, sum_up]
+    append = _launch(_append_kernel, arguments["B"] * arguments["HKV"], arguments)
+    return [append, attend, sum_up]
+
+
+def _launch(kernel: Any, grid: int, arguments: dict[str, Any], **changes: Tensor | None) -> Launch:
+    """A launch with those of the arguments that the kernel knows."""
+    known = {*kernel.arg_names, "num_warps", "num_stages", "maxnreg"}
+    arguments = arguments | changes
+    for name in arguments.keys() - known:
+        del arguments[name]
+    return kernel, grid, arguments
+
+
+_unused: dict[torch.device, Tensor] = {}  # zeros that nobody counts in yet
+_slabs: list[Tensor] = []  # all such that were ever made, for a graph keeps nothing alive
+_of_streams: dict[tuple, Tensor] = {}  # those that a stream's launches count in
+SLAB = 2 ** 18  # 1 MB: for 256 captures of 32 layers with up to 32 pairs each
 
 
 def _counters(device: torch.device, n: int) -> Tensor:
-    """At least n zeros, which every launch leaves at zero: a set per stream, and one for a device's
-    captured graphs."""
-    n = max(4096, triton.next_power_of_2(n))
-    of_graphs = (device, "graph", n)
+    """n zeros, which every launch leaves at zero, for launches that cannot overlap: a stream's own
+    or, as a graph may be replayed beside any other work, a captured launch's own for good."""
+    n = 32 * triton.cdiv(n, 32)  # cache lines; and Triton would compile anew for odd addresses
     if torch.cuda.is_current_stream_capturing():
-        if of_graphs in _zeros:
-            return _zeros[of_graphs]
-        # nothing was launched before: every replay zeroes its own
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    of_stream = (device, torch.cuda.current_stream(device).cuda_stream, n)
-    if of_stream not in _zeros:
-        _zeros[of_stream] = torch.zeros(n, dtype=torch.int32, device=device)
-        if of_graphs not in _zeros:
-            _zeros[of_graphs] = torch.zeros(n, dtype=torch.int32, device=device)
-    return _zeros[of_stream]
+        if device not in _unused or len(_unused[device]) < n:
+            # memory made here is a graph's to fill: it writes zeros in every replay
+            return torch.zeros(n, dtype=torch.int32, device=device)
+        return _take(device, n)
+    if device not in _unused or len(_unused[device]) < n + SLAB // 2:
+        _unused[device] = torch.zeros(n + SLAB, dtype=torch.int32, device=device)
+        _slabs.append(_unused[device])
+        torch.cuda.synchronize(device)  # other streams do not wait until it is zeroed
+    stream = (device, torch.cuda.current_stream(device).cuda_stream)
+    if stream not in _of_streams or len(_of_streams[stream]) < n:
+        _of_streams[stream] = _take(device, n)
+    return _of_streams[stream]
+
+
+def _take(device: torch.device, n: int) -> Tensor:
+    """n zeros that nobody else will get."""
+    taken = _unused[device][:n]
+    _unused[device] = _unused[device][n:]
+    return taken
 
 
 def _flash_decode_triton(
-    q: Tensor, k_cache: Tensor, *args: Any,
-    blocks: dict[str, int] | None = None, n_programs: int | None = None,
+    q: Tensor, k_cache: Tensor, *args: Any, blocks: dict[str, int] | None = None,
+    n_programs: int | None = None, one_launch: bool = not torch.version.hip,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel. blocks and n_programs are for tests: they stand for a device that is not
-    there."""
+    """Launch the kernels: one, or on AMD up to three. The keywords are for tests: they stand for a
+    device that is not there."""
+    if not len(q):
+        return _flash_decode_fake(q)
     if blocks is None:
         gpu = torch.cuda.get_device_properties(q.device)
         rows = q.shape[1] // k_cache.shape[1] * q.shape[2]
         blocks = _blocks(k_cache.element_size(), q.shape[3], rows,
-                         gpu.shared_memory_per_multiprocessor)
+                         gpu.shared_memory_per_multiprocessor, gpu.warp_size)
         n_programs = 2 * gpu.multi_processor_count
-    grid, arguments = _arguments(q, k_cache, *args, blocks, n_programs)
+    arguments = _arguments(q, k_cache, *args, blocks, n_programs)
+    counters = None
     with torch.cuda.device_of(q):
-        _flash_decode_kernel[(grid,)](**arguments, counter_ptr=_counters(q.device, grid))
+        if one_launch:
+            counters = _counters(q.device, arguments["B"] * arguments["PAIRS"])
+        for kernel, grid, kernel_arguments in _launches(arguments, counters):
+            kernel[(grid,)](**kernel_arguments)
     return arguments["out_ptr"], arguments["lse_ptr"]
 
 # --- int8 and int4 weights times a few vectors ---
 #
-# One token multiplies every weight once: the time is that of reading them, so they stay packed
-# until in registers.
+# One token multiplies every weight once: the time is that of reading them, if no more than two or
+# three instructions are spent on a byte. Converting weights to float costs that alone. So they are
+# multiplied as they are, on the tensor cores' int8, and what is converted is x: in 16-bit steps of
+# the largest value of each few inputs, which are two int8 halves,
+#     x = step * (256 * high + low),
+# with less than a seventh of the error of rounding the result to bfloat16, also where some inputs
+# are 1000 times larger than the rest. A program has all rows of x, up to 16, and a few outputs, so
+# that every weight is read and unpacked once.
 
 
 def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
@@ -760,14 +925,65 @@ def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
+    return _nibbles_linear_reference(x, nibbles, scales, zeros)
+
+
+def packed_int4_linear_reference(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    return _nibbles_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
+
+
+def _nibbles_linear_reference(
+    x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor,
+) -> Tensor:
     values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
     weight = values * scales[..., None] + zeros[..., None]
-    return F.linear(x.float(), weight.view(len(w), -1)).to(x.dtype)
+    return F.linear(x.float(), weight.view(len(nibbles), -1)).to(x.dtype)
+
+
+def pack_int4(w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """int4_linear's weights, scales and zeros in bfloat16, for packed_int4_linear:
+
+    packed [N, blocks, 32] int8: byte c of a block of 64 inputs has input c in its low and input
+        32 + c in its high nibble, as two's complements; zeros behind the last input
+    lines int32: the bits of a scale below those of its zero; [1, N, K / group] for groups of 64 or
+        128, [2, N, blocks] for groups of 32, those of the low nibbles before those of the high"""
+    N, groups = scales.shape
+    K = 2 * w.shape[1]
+    if scales.dtype != torch.bfloat16 or zeros.dtype != torch.bfloat16:
+        raise ValueError("pack_int4: scales and zeros must be torch.bfloat16, "
+                         f"got {scales.dtype} and {zeros.dtype}")
+    nibbles = torch.stack((w & 15, w >> 4), -1).view(N, K)
+    nibbles = F.pad(nibbles ^ 8, (0, -K % 64))  # nibble - 8 as a two's complement is nibble ^ 8
+    low, high = nibbles.view(N, -1, 2, 32).unbind(2)  # (N, blocks, 32)
+    packed = low | high << 4
+
+    pairs = torch.stack((scales, zeros), -1)  # (N, groups, 2)
+    lines = pairs.view(torch.int32).squeeze(-1)  # (N, groups)
+    if K == 32 * groups:
+        lines = F.pad(lines, (0, groups % 2)).view(N, -1, 2)
+        return packed.view(torch.int8), lines.permute(2, 0, 1).contiguous()
+    return packed.view(torch.int8), lines[None]
+
+
+def unpack_int4(packed: Tensor, lines: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What pack_int4 has packed of K inputs: nibbles [N, K] uint8, a byte each, and scales and
+    zeros [N, K / group] bfloat16."""
+    N = len(packed)
+    bits = packed.view(torch.uint8)
+    nibbles = torch.stack((bits & 15, bits >> 4), 2)  # (N, blocks, 2, 32)
+    nibbles = nibbles.view(N, -1)[:, :K] ^ 8
+
+    lines = lines.permute(1, 2, 0).flatten()
+    pairs = lines.view(torch.bfloat16).view(N, -1, 2)  # (N, groups, 2)
+    if K % 64:  # groups of 32, one more than there are
+        pairs = pairs[:, :-1]
+    scales, zeros = pairs.unbind(-1)
+    return nibbles, scales, zeros
 
 
 def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in
-    float32; [..., N]."""
+    float32; [..., N]. On a GPU up to 16 vectors are taken in 16-bit steps, as said above."""
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
@@ -777,7 +993,9 @@ def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the
     high one, and scales and zeros [N, K / group] for groups of 32, 64 or 128:
-    weight = (nibble - 8) * scale + zero. Result [..., N]."""
+    weight = (nibble - 8) * scale + zero. Result [..., N].
+
+    On a GPU every call packs w anew: call packed_int4_linear where that counts."""
     N, groups = scales.shape
     K = x.shape[-1]
     grouped = K in (32 * groups, 64 * groups, 128 * groups)
@@ -788,87 +1006,201 @@ def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return torch.ops.gpt_flash.quantized_linear(x, w, scales, zeros)
 
 
-@jit
-def _int8_linear_kernel(x_ptr, w_ptr, scales_ptr, y_ptr, N, K: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for at in tl.range(0, K, BLOCK_K, num_stages=4):
-        k = at + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + row * K + k, k < K, other=0, eviction_policy="evict_last")
-        w_ptrs = w_ptr + n.to(tl.int64)[:, None] * K
-        w_ptrs += k[None, :]
-        live = (n < N)[:, None] & (k < K)[None, :]
-        w = tl.load(w_ptrs, live, other=0, eviction_policy="evict_first")
-        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    y = tl.sum(acc, 1)
-    scales = tl.load(scales_ptr + n, n < N, other=0)
-    y *= scales.to(tl.float32)
-    y_ptrs = y_ptr + row * N + n
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), n < N)
+def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 16 vectors are
+    taken in 16-bit steps, as said above."""
+    K = x.shape[-1]
+    blocks = (K + 63) // 64
+    N = len(packed)
+    plain = len(lines) == 1 and K in (64 * lines.shape[2], 128 * lines.shape[2])
+    halves = len(lines) == 2 and K % 32 == 0 and lines.shape[2] == blocks
+    if packed.shape != (N, blocks, 32) or lines.shape[1] != N or not (plain or halves):
+        raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
+                         f"got {[list(t.shape) for t in (x, packed, lines)]}")
+    return torch.ops.gpt_flash.packed_int4_linear(x, packed, lines)
 
 
 @jit
-def _int4_linear_kernel(x_ptr, w_ptr, scales_ptr, zeros_ptr, y_ptr, N, K: tl.constexpr,
-                        GROUP: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+def _max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _largest(x):
+    return tl.reduce(tl.abs(x), 2, _max_or_nan)
+
+
+@jit
+def _step(largest):
+    """The step in which so large a value is 127 * 256, never 0."""
+    return (largest + 1e-30) / 32512
+
+
+@jit
+def _times_steps(w, x, step):
+    """The dot of w (B, N, C), int8, and round(x / step) for x (B, ROWS, C), step (B, ROWS): exact
+    in int32, as 128 * 32512 * C is below 2^31 for C up to 512; (B, N, ROWS) in float32."""
+    # next to 1.5 * 2^23 a float's lowest bits are an integer; 128 more, so that high is rounded
+    steps = x * (1 / step)[:, :, None] + (12582912.0 + 128)
+    steps = steps.to(tl.int32, bitcast=True)
+    high = (steps >> 8).to(tl.int8)
+    low = steps.to(tl.int8) ^ -128  # less the 128
+    dot = tl.dot(w, tl.permute(high, 0, 2, 1), out_dtype=tl.int32) * 256
+    dot = tl.dot(w, tl.permute(low, 0, 2, 1), dot, out_dtype=tl.int32)
+    return dot.to(tl.float32)
+
+
+@jit
+def _store_outputs(y_ptr, y, n, row, N, ROWS):
+    """y (outputs n, rows) into [ROWS, N]."""
+    y_ptrs = y_ptr + row[None, :] * N + n[:, None]
+    live = (n < N)[:, None] & (row < ROWS)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), live)
+
+
+@jit
+def _int8_linear_kernel(
+    x_ptr, w_ptr, scales_ptr, y_ptr, ROWS, N, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+):
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1)
-    acc = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
-    for at in tl.range(0, K // GROUP, GROUPS, num_stages=4):
-        # GROUPS groups of x: one vector for all outputs
-        g = at + tl.arange(0, GROUPS)
-        inside = g < K // GROUP
-        group = n.to(tl.int64)[:, None] * (K // GROUP) + g[None, :]  # (BLOCK_N, GROUPS)
-        live = (n < N)[:, None] & inside[None, :]
-        x_ptrs = x_ptr + row * K + g[:, None] * GROUP
-        x_ptrs += tl.arange(0, GROUP)[None, :]
-        x = tl.load(x_ptrs, inside[:, None], other=0, eviction_policy="evict_last")
-        x_pairs = x.to(tl.float32).reshape(GROUPS, GROUP // 2, 2)
-        even, odd = tl.split(x_pairs)
-        # their weights, two in a byte
-        w_ptrs = w_ptr + group[:, :, None] * (GROUP // 2)
-        w_ptrs += tl.arange(0, GROUP // 2)[None, None, :]
+    row = tl.arange(0, BLOCK_M)
+    w_rows = w_ptr + n.to(tl.int64)[None, :, None] * K
+    acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
+    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
+        # a chunk of inputs, with a step of its own, for each warp
+        k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
+        live = (row < ROWS)[None, :, None] & (k < K)
+        x = tl.load(x_ptr + row[None, :, None] * K + k, live, other=0).to(tl.float32)
+        live = (n < N)[None, :, None] & (k < K)
+        w = tl.load(w_rows + k, live, other=0, eviction_policy="evict_first")
+        step = _step(_largest(x))  # (CHUNKS, BLOCK_M)
+        acc += _times_steps(w, x, step) * step[:, None, :]
+    scales = tl.load(scales_ptr + n, n < N, other=0).to(tl.float32)
+    y = tl.sum(acc, 0) * scales[:, None]
+    _store_outputs(y_ptr, y, n, row, N, ROWS)
+
+
+@jit
+def _nibbles(w):
+    """16 times the low and the high nibbles of bytes, as int8; on NVIDIA of four bytes at once, for
+    which Triton has no words of its own."""
+    if tl.target_info.is_cuda():
+        low = tl.inline_asm_elementwise(
+            "{.reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0;}", "=r,r", [w],
+            dtype=tl.int8, is_pure=True, pack=4)
+        high = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        low = w << 4
+        high = w & -16
+    return low, high
+
+
+@jit
+def _line(lines):
+    """Scales and zeros, float32, out of the bits of both."""
+    scales = (lines << 16).to(tl.float32, bitcast=True)
+    zeros = (lines & -65536).to(tl.float32, bitcast=True)
+    return scales[:, :, None], zeros[:, :, None]
+
+
+@jit
+def _int4_linear_kernel(
+    x_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+):
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
+    ALL_BLOCKS: tl.constexpr = (K + 63) // 64
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_M)
+    byte = tl.arange(0, 32)[None, None, :]
+    w_rows = w_ptr + n.to(tl.int64)[None, :, None] * (ALL_BLOCKS * 32)
+    acc = tl.zeros([BLOCKS, BLOCK_N, BLOCK_M], tl.float32)
+    for at in tl.range(0, ALL_BLOCKS, BLOCKS, num_stages=STAGES):
+        block = at + tl.arange(0, BLOCKS)
+        # inputs of the low nibbles, and 32 further on of the high ones
+        k = block[:, None, None] * 64 + byte
+        x_ptrs = x_ptr + row[None, :, None] * K + k
+        live = (row < ROWS)[None, :, None]
+        x_low = tl.load(x_ptrs, live & (k < K), other=0).to(tl.float32)
+        x_high = tl.load(x_ptrs + 32, live & (k + 32 < K), other=0).to(tl.float32)
+        step = _step(_max_or_nan(_largest(x_low), _largest(x_high)))  # (BLOCKS, BLOCK_M)
+        # their weights, scales and zeros
+        live = (block < ALL_BLOCKS)[:, None] & (n < N)[None, :]  # (BLOCKS, BLOCK_N)
+        w_ptrs = w_rows + block[:, None, None] * 32 + byte
         w = tl.load(w_ptrs, live[:, :, None], other=0, eviction_policy="evict_first")
-        s = tl.load(scales_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
-        z = tl.load(zeros_ptr + group, live, other=0, eviction_policy="evict_first").to(tl.float32)
-        low = (w & 15).to(tl.float32) - 8
-        dot = low * even[None, :, :]
-        high = (w >> 4).to(tl.float32) - 8
-        dot += high * odd[None, :, :]
-        acc += dot * s[:, :, None] + (even + odd)[None, :, :] * z[:, :, None]
-    y_ptrs = y_ptr + row * N + n
-    y = tl.sum(tl.sum(acc, 2), 1)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), n < N)
+        w_low, w_high = _nibbles(w)
+        if GROUP == 32:
+            line_ptrs = lines_ptr + n[None, :] * ALL_BLOCKS + block[:, None]
+            scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
+            scale_high, zero_high = _line(tl.load(line_ptrs + N * ALL_BLOCKS, live, other=0))
+        else:
+            group = block * 64 // GROUP
+            line_ptrs = lines_ptr + n[None, :] * (K // GROUP) + group[:, None]
+            scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
+            scale_high = scale_low
+            zero_high = zero_low
+        acc += zero_low * tl.sum(x_low, 2)[:, None, :]
+        acc += zero_high * tl.sum(x_high, 2)[:, None, :]
+        dot = _times_steps(w_low, x_low, step) * scale_low
+        dot += _times_steps(w_high, x_high, step) * scale_high
+        acc += dot * (step / 16)[:, None, :]
+    _store_outputs(y_ptr, tl.sum(acc, 0), n, row, N, ROWS)
 
 
 def _linear_arguments(
-    x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None = None,
-) -> tuple[Any, tuple[int, int], dict[str, Any]]:
-    """The kernel, its grid and its arguments."""
+    x: Tensor, w: Tensor, scales: Tensor,
+) -> tuple[Any, tuple[int], dict[str, Any]]:
+    """The kernel, its grid and its arguments. scales: or, after pack_int4, lines."""
     x = x.contiguous()
     N = len(w)
     K = x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], N)
-    grid = (triton.cdiv(N, 8), x.numel() // K)
-    arguments = dict(x_ptr=x, w_ptr=w, scales_ptr=scales, y_ptr=y, N=N, K=K, BLOCK_N=8)
-    if zeros is None:
-        return _int8_linear_kernel, grid, dict(arguments, BLOCK_K=1024)
-    group = K // scales.shape[1]
-    of_groups = dict(zeros_ptr=zeros, GROUP=group, GROUPS=1024 // group)
-    return _int4_linear_kernel, grid, arguments | of_groups
+    rows = x.numel() // K
+    # converting x is paid once for BLOCK_N outputs; many rows need many, and leave room for fewer
+    # inputs at a time
+    BLOCK_M = triton.next_power_of_2(rows)
+    BLOCK_N = 32 if rows <= 8 else 64
+    inputs = min(1024, 4096 // BLOCK_M)
+    arguments = dict(
+        x_ptr=x, w_ptr=w, y_ptr=x.new_empty(*x.shape[:-1], N),
+        ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
+    grid = (triton.cdiv(N, BLOCK_N),)
+    if scales.dim() == 1:
+        of_int8 = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
+        return _int8_linear_kernel, grid, arguments | of_int8
+    group = 32 if len(scales) == 2 else K // scales.shape[2]
+    of_int4 = dict(lines_ptr=scales, GROUP=group, BLOCKS=inputs // 64)
+    return _int4_linear_kernel, grid, arguments | of_int4
+
+
+def _takes_kernel(x: Tensor) -> bool:
+    """Whether x is 1 to 16 vectors on a GPU."""
+    return triton is not None and x.is_cuda and 0 < x.numel() <= 16 * x.shape[-1]
+
+
+def _launch_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+    kernel, grid, arguments = _linear_arguments(x, w, scales)
+    with torch.cuda.device_of(x):
+        kernel[grid](**arguments)
+    return arguments["y_ptr"]
 
 
 def _linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    few_rows = x.numel() <= 16 * x.shape[-1]
-    if triton and x.is_cuda and few_rows:
-        kernel, grid, arguments = _linear_arguments(x, w, scales, zeros)
-        with torch.cuda.device_of(x):
-            kernel[grid](**arguments)
-        return arguments["y_ptr"]
+    on_gpu = _takes_kernel(x)
     if zeros is None:
-        return int8_linear_reference(x, w, scales)
+        return _launch_linear(x, w, scales) if on_gpu else int8_linear_reference(x, w, scales)
+    if on_gpu and scales.dtype == zeros.dtype == torch.bfloat16:  # else packing would round them
+        return _launch_linear(x, *pack_int4(w, scales, zeros))
     return int4_linear_reference(x, w, scales, zeros)
+
+
+def _packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
+    if _takes_kernel(x):
+        return _launch_linear(x, packed, lines)
+    return packed_int4_linear_reference(x, packed, lines)
 
 
 def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -877,6 +1209,8 @@ def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
 
 _operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales, Tensor? zeros) -> Tensor",
           _linear, _linear_fake)
+_operator("packed_int4_linear", "(Tensor x, Tensor packed, Tensor lines) -> Tensor",
+          _packed_int4_linear, _linear_fake)
 
 if __name__ == "__main__":  # the report is not part of a copy of this file
     path = Path(__file__).resolve().with_name("benchmarks") / "report.py"

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -378,6 +378,12 @@ class KVCache:
             self.views[key] = list(self.make_layers(rows))
         return self.views[key]
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give a row what another one holds in its first `length` positions."""
+        for tensor in (self.kv, self.scale):
+            if tensor is not None:
+                tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
+
     def make_layers(self, rows: slice) -> Iterator[LayerCache]:
         flash = self.attention == "flash"
         for layer, kv in enumerate(self.kv[:, :, rows]):  # (2, B, Hkv, S, D)
@@ -458,29 +464,95 @@ class Attention(nn.Module):
         that is before them."""
         T = q.shape[2]
         start = positions.start
-        decode = start is None
-        if decode and cache.flash:  # cost follows the live length
+        if start is None and cache.flash:  # decode; cost follows the live length
             return cache.flash_decode(q, k, v, positions.input_pos, window=self.window)
 
         cache.write(k, v, positions.index)
-        if start == 0 and (self.window is None or T <= self.window):  # a prompt from its beginning
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        if start is None:  # decode by math reads the whole cache
+            keys, values = cache.read(cache.kv.shape[3], q.dtype)
+            mask = visible(positions.index, keys.shape[2], self.window)
+            with sdpa_kernel(SDPBackend.MATH):
+                return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
 
-        # a chunk of a prompt reads the live part of the cache; decode by math all of it
-        end = cache.kv.shape[3] if decode else start + T
-        keys, values = cache.read(end, q.dtype)
-        mask = self.mask(positions.index, end)
-        with sdpa_kernel(SDPBackend.MATH) if decode else nullcontext():
-            return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+        keys, values = k, v  # a prompt from its beginning needs nothing of the cache
+        if start > 0:
+            keys, values = cache.read(start + T, q.dtype)
+        attention = prefill_attention
+        if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
+            attention = torch.ops.gpt_flash.prefill_attention
+        return attention(q, keys, values, positions.index, self.window)
 
-    def mask(self, index: Tensor, end: int) -> Tensor:
-        """Which of `end` keys the queries at positions index [B, T] see: [B, 1, T, end] bool."""
-        query_pos = index[:, None, :, None]
-        key_pos = torch.arange(end, device=index.device)
-        seen = key_pos <= query_pos
-        if self.window is not None:
-            seen = seen & (key_pos > query_pos - self.window)
-        return seen
+
+# --- attention of prefill ---
+
+QUERY_TILE = 512  # queries that attend together: their keys end with the last of them
+MAX_SCORES = 2**27  # that they may have: 537 MB in float32
+
+
+def prefill_attention(
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, window: int | None
+) -> Tensor:
+    """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
+    [B, Hkv, S, D] -> [B, Hq, T, D]. The furthest query stands at S-1.
+
+    The scores of all queries are never in memory, whatever backend PyTorch takes. Its flash
+    kernels need no mask for a prompt from its beginning. Everything else has a mask, which they
+    refuse on a GPU; there the memory-efficient ones refuse fewer key than query heads
+    (ATen/native/transformers/cuda/sdp_utils.cpp), and what is left makes all scores. So query
+    heads ride along as queries of their KV head, in tiles of at most MAX_SCORES scores, but of a
+    query a row at least, whose scores are smaller than the cache."""
+    B, Hq, T, D = q.shape
+    Hkv, S = keys.shape[1:3]
+    from_beginning = S == T and (window is None or T <= window)
+    if from_beginning and flash_takes(q, keys, values):
+        y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * S)))
+    y = q.new_empty(B, T, Hq, D)
+    for first in range(0, T, tile):
+        last = min(first + tile, T)
+        end = S - T + last
+        folded = q[:, :, first:last].reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * tile, D)
+        mask = visible(index[:, first:last], end, window).repeat(1, 1, Hq // Hkv, 1)
+        part = F.scaled_dot_product_attention(folded, keys[:, :, :end], values[:, :, :end], mask)
+        part = part.reshape(B, Hq, -1, D)  # no view on a GPU, where tokens lie before heads
+        y[:, first:last] = part.transpose(1, 2)  # (B, tile, Hq, D)
+    return y.transpose(1, 2)
+
+
+def flash_takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether causal attention runs in a flash kernel of PyTorch."""
+    if q.device.type == "cpu":
+        return torch.backends.cuda.flash_sdp_enabled()  # the switch is the CPU's too
+    parameters = SDPAParams(q, keys, values, None, 0.0, True, True)
+    return torch.backends.cuda.can_use_flash_attention(parameters)
+
+
+def visible(index: Tensor, end: int, window: int | None) -> Tensor:
+    """Which of `end` keys the queries at positions index [B, T] see: [B, 1, T, end] bool."""
+    query_pos = index[:, None, :, None]
+    key_pos = torch.arange(end, device=index.device)
+    seen = key_pos <= query_pos
+    if window is not None:
+        seen = seen & (key_pos > query_pos - window)
+    return seen
+
+
+# one operator in a compiled prefill; its result lies in memory as [B, T, Hq, D]
+torch.library.define(
+    "gpt_flash::prefill_attention",
+    "(Tensor q, Tensor keys, Tensor values, Tensor index, int? window) -> Tensor",
+)
+torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
+
+
+@torch.library.register_fake("gpt_flash::prefill_attention")
+def fake_prefill_attention(q: Tensor, *_: Any) -> Tensor:
+    B, Hq, T, D = q.shape
+    return q.new_empty(B, T, Hq, D).transpose(1, 2)
+
+# --- the rest of the transformer ---
 
 
 class MLP(nn.Module):
@@ -542,6 +614,7 @@ class Transformer(nn.Module):
         self.decode_block: Callable = run_block
         self.prefill_block: Callable = run_block
         self.decode_head: Callable = run_head
+        self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
 
     @property
     def device(self) -> torch.device:
@@ -573,9 +646,9 @@ class Transformer(nn.Module):
         cache = self.check_cache(len(tokens), cache)
         layers = cache.layers(slice(0, len(tokens)))
         positions = self.positions(input_pos, tokens.shape[1], cache)
-        single = tokens.shape[1] == 1  # what is compiled
-        block_forward = self.decode_block if single else run_block
-        head = self.decode_head if single else run_head
+        compiled = tokens.shape[1] in self.compiled_lengths
+        block_forward = self.decode_block if compiled else run_block
+        head = self.decode_head if compiled else run_head
         return head(self, self.run_layers(block_forward, tokens, positions, layers))
 
     @torch.no_grad()

@@ -154,7 +154,7 @@ class Int8Linear(QuantizedLinear):
     def few_rows(self, device: str) -> int:
         """A CPU's operator reads 16 inputs at a time, without looking."""
         if device == "cuda":
-            return 16
+            return 16  # what the kernel takes
         if device == "cpu" and self.in_features % 16 == 0:
             return 24
         return 0
@@ -162,8 +162,12 @@ class Int8Linear(QuantizedLinear):
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
-        # one kernel, compiled with coordinate descent tuning
-        return F.linear(x, self.weight.to(x.dtype)) * self.scales
+        if len(x) == 1 and torch.compiler.is_compiling():
+            # a launch less a layer: Inductor fuses one row with the norm before it. It spends 4 to
+            # 7 instructions on a byte where our kernel spends 1: which is faster is to be measured.
+            # More rows it would multiply after writing the whole weight in bfloat16
+            return F.linear(x, self.weight.to(x.dtype)) * self.scales
+        return kernels.int8_linear(x, self.weight, self.scales)
 
 
 class Int4Linear(QuantizedLinear):
@@ -171,9 +175,11 @@ class Int4Linear(QuantizedLinear):
 
     weight [N, K/2] uint8 (the low nibble is the even input); scales, zeros [N, K/group_size]
     bfloat16. Packed for a CPU: N a multiple of 64, weight in the operator's layout, scales
-    [K/group_size, N, 2] with the zeros beside them."""
+    [K/group_size, N, 2] with the zeros beside them. Packed for a GPU: weight and scales are what
+    kernels.pack_int4 returns, the zeros again with the scales."""
     mode = "int4"
     nibbles = 1  # of a weight
+    layout: tuple[int, int] | None = None  # of weight packed for a CPU, see cpu_unpack
 
     def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
         super().__init__(linear)
@@ -225,12 +231,23 @@ class Int4Linear(QuantizedLinear):
         self.zeros[rows] = zero + middle * scale
 
     def pack(self) -> "Int4Linear":
-        """Bring the tensors into the layout of a CPU's operator, where there is a known one."""
-        if self.weight.device.type != "cpu" or self.packed:
+        """Bring the tensors into the layout of the device's operator, where there is a known
+        one."""
+        device = self.weight.device.type
+        if self.packed:
             return self
-        layout = cpu_layout()
-        if layout is None:
-            return self
+        if device == "cuda":
+            self.pack_for_gpu()
+        elif device == "cpu" and cpu_layout() is not None:
+            self.pack_for_cpu(cpu_layout())
+        return self
+
+    def pack_for_gpu(self) -> None:
+        self.weight, self.scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
+        self.zeros = None
+        self.packed = True
+
+    def pack_for_cpu(self, layout: tuple[int, int]) -> None:
         # rows of zeros up to a multiple of 64
         missing = -self.out_features % 64
         weight, scales, zeros = [
@@ -245,13 +262,18 @@ class Int4Linear(QuantizedLinear):
         self.zeros = None
         self.layout = layout
         self.packed = True
-        return self
+
+    def unpack_for_gpu(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lines = self.scales[:, rows]
+        return kernels.unpack_int4(self.weight[rows], lines, self.nibbles * self.in_features)
 
     def plain(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Some of the rows, from a multiple of 64 on: nibbles [rows, K] uint8, scales and zeros
         [rows, K/group_size]."""
         if not self.packed:
             return unpack_nibbles(self.weight[rows]), self.scales[rows], self.zeros[rows]
+        if self.layout is None:
+            return self.unpack_for_gpu(rows)
         whole = slice(rows.start, 64 * math.ceil(rows.stop / 64))
         nibbles = cpu_unpack(self.weight[whole], *self.layout)[:rows.stop - rows.start]
         scales, zeros = self.scales[:, rows].transpose(0, 1).unbind(-1)
@@ -262,6 +284,8 @@ class Int4Linear(QuantizedLinear):
         if not self.packed:
             nibbles = unpack_nibbles(self.weight[index])
             scales, zeros = self.scales[index], self.zeros[index]
+        elif self.layout is None:
+            nibbles, scales, zeros = self.unpack_for_gpu(index)
         else:
             nibbles = cpu_unpack_rows(self.weight, index, *self.layout)
             scales, zeros = self.scales[:, index].transpose(0, 1).unbind(-1)
@@ -283,15 +307,15 @@ class Int4Linear(QuantizedLinear):
         return affine(nibbles, 8, scales, zeros, dtype)
 
     def few_rows(self, device: str) -> int:
-        if device == "cuda":
-            return 16
+        if device == "cuda" and self.packed:
+            return 16  # what the kernel takes
         if device == "cpu" and self.packed:
             return 128 // self.nibbles
         return 0
 
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda":
-            return kernels.int4_linear(x, self.weight, self.scales, self.zeros)
+            return kernels.packed_int4_linear(x, self.weight, self.scales)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, self.weight, self.group_size * self.nibbles, self.scales
         )

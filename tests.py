@@ -17,13 +17,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from checks.common import CHECKPOINTS, CONFIG, CPU_ENV, DEVICES, HERE, PROMPTS
@@ -192,6 +197,77 @@ def test_prefill_of_some_rows(checkpoint: Checkpoint) -> None:
     assert torch.equal(model.cache.kv[:, :, 0], kept)
 
 
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operator makes."""
+
+    n = 0
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.n = max(self.n, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["default", "math"])
+@pytest.mark.parametrize("name, cached", [("llama", 0), ("llama", 30), ("mistral", 0)])
+def test_prefill_never_holds_all_scores(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, cached: int,
+    backend: SDPBackend | None,
+) -> None:
+    """Not from the beginning, behind a prefix or with a window, and not if PyTorch has no kernel
+    that does without them; the logits are the same."""
+    model = loaded(checkpoint, name)
+    model.setup_caches(1, 80)
+    tokens = random_tokens(1, 80)
+    last = torch.tensor([49])
+
+    def prefill() -> Tensor:
+        if cached:
+            model.prefill(tokens[:, :cached], positions(0))
+        return model.prefill(tokens[:, cached:cached + 50], positions(cached), last=last)
+
+    want = prefill()
+    bound = 50 * 160  # the product with most outputs
+    assert model.config.n_head * 50 * (cached + 50) > bound
+    monkeypatch.setattr("model.MAX_SCORES", bound)
+    with nullcontext() if backend is None else sdpa_kernel(backend), Largest() as largest:
+        close(prefill(), want, 1e-5)
+    assert largest.n <= bound
+
+
+@pytest.fixture
+def tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's result lies in memory as that of PyTorch's memory-efficient kernels on a GPU."""
+    attention = F.scaled_dot_product_attention
+
+    def as_on_a_gpu(*args: Any, **options: Any) -> Tensor:
+        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("tile", [1, 7, 50])
+def test_tiles_of_queries_change_nothing(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tokens_before_heads: None, name: str,
+    tile: int,
+) -> None:
+    """Nor rows of different depths."""
+    monkeypatch.setattr("model.QUERY_TILE", tile)
+    folder, hf = checkpoint(name)
+    model = load_model(folder, dtype=torch.float32)
+    model.setup_caches(2, 64)
+    tokens = random_tokens(2, 60)
+    close(model.prefill(tokens[:, :20], positions(0, 0)), hf_logits(hf, tokens)[:, :20])
+    behind = torch.stack((tokens[0, 20:60], tokens[1, 9:49]))
+    logits = model.prefill(behind, positions(20, 9))
+    close(logits[:1], hf_logits(hf, tokens[:1])[:, 20:])
+    close(logits[1:], hf_logits(hf, tokens[1:])[:, 9:49])
+
+
 def test_a_copy_of_a_model_has_its_own_attention(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,10 +333,12 @@ def request(prompt: list[int] = PROMPTS[0], n: int = 12, **settings: object) -> 
 
 
 def draw(logits: Tensor, requests: list[Request], kind: str | None = None) -> Tensor:
-    """A token [B] for each row of logits [B, V], always with the same random numbers."""
+    """A token [B] for each row of logits [B, V], always with the same random numbers, of one
+    stream."""
+    requests = [dataclasses.replace(each, seed=0) for each in requests]
     sampling = Sampling.of(requests, logits.shape[1], torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    return sample(logits, sampling, kind or kind_of(requests), generator)
+    position = torch.arange(len(requests), dtype=torch.int32)
+    return sample(logits, sampling, kind or kind_of(requests), position)
 
 
 def draws(settings: dict, n: int = 4000) -> Tensor:
@@ -474,8 +552,7 @@ def test_inserted_by_hand_or_by_run(checkpoint: Checkpoint) -> None:
     model.setup_caches(1, 64)
     want = generate(model, [mine.prompt], 12, temperature=1.5, top_p=0.9, seed=3)[0]
     engine = Engine(model)
-    engine.seed(3)
-    engine.insert(0, [mine])
+    engine.insert(0, [dataclasses.replace(mine, seed=3)])
     got = [int(engine.token)]
     for _ in range(11):
         engine.step()
@@ -538,6 +615,28 @@ def test_compiled_prefill(checkpoint: Checkpoint, dynamo: None) -> None:
     eager = [generate(model, [prompt], 6) for prompt in PROMPTS]
     compile_model(model, prefill=True)
     assert [generate(model, [prompt], 6) for prompt in PROMPTS] == eager
+
+
+def test_prefill_compiles_once_behind_any_prefix(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
+) -> None:
+    """However many tiles of queries there are: the graphs are one for prompts from the beginning,
+    one for those behind a prefix."""
+    monkeypatch.setattr("model.QUERY_TILE", 8)
+    model = loaded(checkpoint)
+    model.setup_caches(1, 96)
+    tokens = random_tokens(1, 96)
+    eager = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
+    eager += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
+    compile_model(model, prefill=True)
+    model.prefill(tokens[:, :20], positions(0))
+    model.prefill(tokens[:, 20:40], positions(20))
+    compiled = graphs()
+    again = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
+    again += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
+    assert graphs() == compiled
+    for a, b in zip(again, eager):
+        close(a, b)
 
 
 @pytest.fixture
@@ -692,12 +791,15 @@ def test_prompts_file(
     for line in lines:
         new = generate(model, [tokenizer.encode(line)], 6)[0]
         alone.append(tokenizer.decode(new))
-    words = ["--quantize", "none", "--batch_size", 2, "--max_new_tokens", 6, "--json"]
+    words = ["--quantize", "none", "--batch_size", 2, "--max_new_tokens", 6]
+    code, out, err = cli("--prompts", file, *words, "--json")
+    records = sorted(map(json.loads, out.splitlines()), key=lambda record: record["index"])
+    assert code == 0 and [record["text"] for record in records] == alone
+    assert {record["finish_reason"] for record in records} == {"length"}
+    assert "18 new tokens" in err
     code, out, _ = cli("--prompts", file, *words)
-    result = json.loads(out)
-    assert code == 0 and out.count("\n") == 1
-    assert result["texts"] == alone and result["new_tokens"] == 18
-    assert result["bandwidth_share"] > 0
+    shown = [f"[{i}] {line}\n{text}\n\n" for i, (line, text) in enumerate(zip(lines, alone))]
+    assert code == 0 and out == "".join(shown)
 
 
 def test_interactive_keeps_the_cache(
@@ -782,8 +884,8 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, model: Transformer, said: str) ->
     ("--checkpoint_path=", "no such file"),
     ("--benchmark --prompt hello", "number of random tokens"),
     ("--compile_prefill", "goes with --compile"),
-    ("--save /tmp/never-made", "--quantize"),
-    ("--save /tmp/never-made --quantize int8 --prompt x", "--save"),
+    ("--save never-made", "--quantize"),
+    ("--save never-made --quantize int8 --prompt x", "--save"),
     ("--save /tmp --quantize int8", "exists already"),
     ("--quantize int4 --group_size 48", "--group_size"),
 ])
@@ -848,7 +950,8 @@ def test_ctrl_c_ends_cleanly() -> None:
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
-    "generate": {"model", "quantize", "kernels", "cli", "formats"},
+    "generate": {"speculate", "model", "quantize", "kernels", "cli", "formats"},
+    "speculate": {"model", "quantize", "kernels", "formats"},
     "model": {"quantize", "kernels", "formats"},
     "quantize": {"kernels"},
     "kernels": set(),

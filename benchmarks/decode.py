@@ -548,10 +548,7 @@ def parse_args() -> argparse.Namespace:
     add("--gpt_fast", metavar="PATH", type=Path, help="a checkout of gpt-fast, a further peer")
     add("--compile", action="store_true",
         help="on a CPU: compiled contestants too; on CUDA all are")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; default: cuda")
-    add("--threads", metavar="N", type=count, default=torch.get_num_threads(),
-        help="of a CPU, from 1; default: PyTorch's, %(default)s here")
+    add_machine(p)
     add("--rounds", metavar="N", type=count, default=5,
         help="turns of each contestant, from 1; default: 5")
     add("--prefills", metavar="N", type=count, default=2,
@@ -565,6 +562,16 @@ def parse_args() -> argparse.Namespace:
     if min(args.contexts) >= max(args.capacities):
         p.error("every one of --contexts is too long for each of --capacities")
     return args
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where a benchmark runs."""
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ...; default: cuda")
+    parser.add_argument(
+        "--threads", metavar="N", type=number(int, 1), default=torch.get_num_threads(),
+        help="of a CPU, from 1; default: PyTorch's, %(default)s here")
 
 
 def device(name: str) -> str:

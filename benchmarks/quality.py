@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cli.arguments import DTYPES, Parser, say
-from cli.batch import read_text
+from cli.prompts import read_text
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import load_tokenizer
 from model import load_model

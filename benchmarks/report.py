@@ -4,10 +4,15 @@ runs this file. What a whole decode step launches: `python benchmarks/report.py 
 Triton compiles for any GPU. Here it compiles what a launch would, for 8 KV heads and rows of up to
 32768 tokens, and says what one SM gets: registers and bytes of them spilled a thread, shared memory
 a program, how many programs fit, how many bytes of cache or weights they have in flight, and the
-loads a thread issues in a turn of the kernel's loop."""
+loads a thread issues in a turn of the kernel's loop. For NVIDIA's, whose machine code can be read
+here, also the instructions of a warp before it asks for its first cache or weights, those that only
+some warps come to included, and the instructions of threads in the loop for each byte: an SM that
+starts 128 a cycle and gets 19 bytes a cycle, as an H200's does, has 6.9 for each. AMD's appending
+and summing kernels have lines of their own."""
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -32,7 +37,10 @@ SMEM = {
     "sm_90": 228,
     "sm_100": 228,
     "sm_120": 100,
+    "gfx90a": 64,
     "gfx942": 64,
+    "gfx950": 160,
+    "gfx1100": 64,
 }
 
 FLASH_DECODE = (
@@ -60,6 +68,14 @@ DTYPES = {
 # --- the report ---
 
 
+class Code(NamedTuple):
+    """Instructions of a warp."""
+
+    before: int  # until the first load of the kind that the loop makes
+    in_loop: int  # in a turn of the loop
+    loads: int  # of 16 bytes among them
+
+
 class Usage(NamedTuple):
     """What a compiled kernel takes."""
 
@@ -70,6 +86,8 @@ class Usage(NamedTuple):
     in_flight: int  # bytes of cache or weights that they wait for
     loads: Counter[int]  # how many of each size a thread issues in a turn of the loop
     dots: list[str]  # instructions of the tensor cores
+    code: Code | None  # what the machine code tells, where it can be read
+    per_byte: float  # instructions of threads for each byte that the loop loads
     wrong: list[str]
 
 
@@ -77,14 +95,14 @@ def report(archs: Iterable[str]) -> int:
     """Print what every kernel becomes; 1 if one spills registers or reads cache or weights by less
     than 16 bytes."""
     failed = 0
-    print(f"{'GPU':7}{'kernel':40}registers  spilled  shared KB  programs/SM  KB in flight/SM"
-          "  loads in its loop")
+    print(f"{'GPU':8}{'kernel':44}registers  spilled  shared KB  programs/SM  KB in flight/SM"
+          "  instructions before  a byte  loads in its loop")
     for arch in archs:
-        for name, kernel, arguments, needed in cases(SMEM[arch] * 1024):
+        for name, kernel, arguments, needed in cases(arch):
             compiled = compile_for(arch, kernel, arguments)
-            stages = arguments.get("num_stages", 4)
+            stages = arguments.get("num_stages", 3)
             usage = usage_of(compiled, arch, needed, stages)
-            print(f"{arch:7}{name:40}{row(usage)}", flush=True)
+            print(f"{arch:8}{name:44}{row(usage)}", flush=True)
             if usage.wrong:
                 failed = 1
     return failed
@@ -99,8 +117,12 @@ def row(usage: Usage) -> str:
         f"{usage.spilled:9}"
         f"{usage.shared / 1024:11.1f}"
         f"{usage.programs:13}"
-        f"{usage.in_flight // 1024:17} "
+        f"{usage.in_flight // 1024:17}"
     )
+    if usage.code:
+        numbers += f"{usage.code.before:21}{usage.per_byte:8.2f} "
+    else:
+        numbers += f"{'-':>21}{'-':>8} "
     return " ".join([numbers, ", ".join(loads), *usage.dots, " ".join(usage.wrong)])
 
 
@@ -123,7 +145,14 @@ def usage_of(compiled: Any, arch: str, needed: int, stages: int) -> Usage:
         wrong.append("SPILLS")
     if loads[16] * 16 * threads < needed:
         wrong.append("NARROW LOADS")
-    dots = re.findall(r"v_mfma_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
+    # a turn of the loop in machine code may be several of the kernel's
+    code = None
+    per_byte = math.nan
+    if "cubin" in compiled.asm and needed:
+        code = count_instructions(disassemble(compiled))
+        turns = code.loads / loads[16] if loads[16] else 1
+        per_byte = code.in_loop * threads / (needed * turns)
+    dots = re.findall(r"v_(?:mfma|wmma)_\w+|(?:wgmma|tcgen05)\.mma|mma\.sync\.aligned\.m\w+", asm)
     return Usage(
         registers=registers,
         spilled=spilled,
@@ -132,6 +161,8 @@ def usage_of(compiled: Any, arch: str, needed: int, stages: int) -> Usage:
         in_flight=programs * needed * (stages - 1),
         loads=loads,
         dots=sorted(set(dots)),
+        code=code,
+        per_byte=per_byte,
         wrong=wrong,
     )
 
@@ -143,13 +174,15 @@ def usage_of(compiled: Any, arch: str, needed: int, stages: int) -> Usage:
 Case = tuple[str, Any, dict[str, Any], int]
 
 
-def cases(smem: int) -> Iterator[Case]:
-    """On a GPU with smem bytes of shared memory per SM."""
+def cases(arch: str) -> Iterator[Case]:
+    """What is launched on a GPU of that kind."""
     for name in FLASH_DECODE:
-        yield flash_decode(name, smem)
-    yield int8_linear()
-    yield int4_linear(32)
-    yield int4_linear(128)
+        yield from flash_decode(name, arch)
+    for rows in (1, 4, 8, 16):
+        yield int8_linear(rows)
+        yield int4_linear(rows, 32)
+    yield int4_linear(1, 64)
+    yield int4_linear(1, 128)
 
 
 def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -157,8 +190,8 @@ def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def flash_decode(name: str, smem: int) -> Case:
-    """A case of FLASH_DECODE."""
+def flash_decode(name: str, arch: str) -> Iterator[Case]:
+    """The kernels of a case of FLASH_DECODE."""
     D, G, T = [int(number) for number in re.findall(r"=(\d+)", name)]
     dtype = DTYPES[name[:4]]
     q = tensor(dtype, 4, 8 * G, T, D)
@@ -177,17 +210,22 @@ def flash_decode(name: str, smem: int) -> Case:
         softcap = 50.0
         slopes = tensor(torch.float32, 8 * G)
         sinks = tensor(torch.float32, 8 * G)
-    blocks = kernels._blocks(cache.element_size(), D, G * T, smem)
+    blocks = kernels._blocks(cache.element_size(), D, G * T, SMEM[arch] * 1024, warp_size(arch))
     scale = None
     causal = True
     programs = 264
-    _, arguments = kernels._arguments(
+    arguments = kernels._arguments(
         q, cache, cache, lens, new, new, scales, scales, scale, causal,
         window, softcap, slopes, sinks, blocks, programs,
     )
-    arguments["counter_ptr"] = tensor(torch.int32, 4096)
-    needed = 2 * blocks["BLOCK_N"] * D * cache.element_size()
-    return f"flash_decode {name}", kernels._flash_decode_kernel, arguments, needed
+    counters = None if arch.startswith("gfx") else tensor(torch.int32, 4096)
+    for kernel, _, arguments in kernels._launches(arguments, counters):
+        if kernel is kernels._flash_decode_kernel:
+            needed = 2 * blocks["BLOCK_N"] * D * cache.element_size()
+            yield f"flash_decode {name}", kernel, arguments, needed
+        else:
+            part = kernel.__name__.strip("_").removesuffix("_kernel")
+            yield f"flash_decode {name}, {part}", kernel, arguments, 0
 
 
 # inputs, and any number of outputs: a multiple of 16 would be known to the compiler
@@ -195,23 +233,32 @@ K = 14336
 N = 4097
 
 
-def int8_linear() -> Case:
-    x = tensor(torch.bfloat16, 1, K)
+def int8_linear(rows: int) -> Case:
+    x = tensor(torch.bfloat16, rows, K)
     w = tensor(torch.int8, N, K)
     scales = tensor(torch.bfloat16, N)
     kernel, _, arguments = kernels._linear_arguments(x, w, scales)
-    return "int8_linear", kernel, arguments, 8 * 1024
+    needed = arguments["BLOCK_N"] * arguments["CHUNKS"] * arguments["CHUNK"]
+    return f"int8_linear rows={rows}", kernel, arguments, needed
 
 
-def int4_linear(group: int) -> Case:
+def int4_linear(rows: int, group: int) -> Case:
     """With a scale and a zero for so many inputs."""
-    x = tensor(torch.bfloat16, 1, K)
-    w = tensor(torch.uint8, N, K // 2)
-    scales = tensor(torch.bfloat16, N, K // group)
-    kernel, _, arguments = kernels._linear_arguments(x, w, scales, scales)
-    return f"int4_linear group={group}", kernel, arguments, 4 * 1024
+    x = tensor(torch.bfloat16, rows, K)
+    packed = tensor(torch.int8, N, K // 64, 32)
+    lines = tensor(torch.int32, 1, N, K // group)
+    if group == 32:
+        lines = tensor(torch.int32, 2, N, K // 64)
+    kernel, _, arguments = kernels._linear_arguments(x, packed, lines)
+    needed = arguments["BLOCK_N"] * arguments["BLOCKS"] * 32
+    return f"int4_linear rows={rows} group={group}", kernel, arguments, needed
 
 # --- what becomes of it ---
+
+
+def warp_size(arch: str) -> int:
+    """64 on AMD's CDNA, 32 on its RDNA and NVIDIA's."""
+    return 64 if arch.startswith("gfx9") else 32
 
 
 class Driver:
@@ -228,7 +275,7 @@ class Driver:
 
     def get_current_target(self) -> Any:
         if self.arch.startswith("gfx"):
-            return triton.backends.compiler.GPUTarget("hip", self.arch, 64)
+            return triton.backends.compiler.GPUTarget("hip", self.arch, warp_size(self.arch))
         capability = int(self.arch.removeprefix("sm_"))
         return triton.backends.compiler.GPUTarget("cuda", capability, 32)
 
@@ -252,12 +299,21 @@ def registers_and_spills(compiled: Any) -> tuple[int, int]:
     if "amdgcn" in compiled.asm:
         usage = compiled.asm["amdgcn"]
         return find_number("vgpr_count", usage), find_number("private_segment_fixed_size", usage)
-    tool = Path(triton.backends.__path__[0]) / "nvidia/bin/cuobjdump"
+    usage = read_cubin(compiled, "cuobjdump", "-res-usage")
+    return find_number("REG", usage), find_number("STACK", usage)
+
+
+def disassemble(compiled: Any) -> str:
+    return read_cubin(compiled, "nvdisasm", "-c")
+
+
+def read_cubin(compiled: Any, tool: str, option: str) -> str:
+    """What one of the tools that come with Triton says of a kernel's machine code."""
+    path = Path(triton.backends.__path__[0]) / "nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [tool, "-res-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return find_number("REG", usage), find_number("STACK", usage)
+        command = [path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def find_number(name: str, text: str) -> int:
@@ -275,10 +331,14 @@ def load_size(line: str) -> int:
     if load:
         return int(load[1] or 1) * int(load[2]) // 8
     # global_load_dwordx4, buffer_load_ushort
-    load = re.search(r"(?:global|buffer)_load_(dword|\w)(?:x(\d))?", line)
+    load = re.search(r"(?:global|buffer)_load_[us]?(dword|short|byte)(?:x(\d))?", line)
     if load:
-        size = {"dword": 4, "u": 2, "s": 2}[load[1]]
+        size = {"dword": 4, "short": 2, "byte": 1}[load[1]]
         return size * int(load[2] or 1)
+    # the same on gfx11 and later: global_load_b128, buffer_load_d16_u16
+    load = re.search(r"(?:global|buffer)_load_(?:d16_)?(?:hi_)?[bui](\d+)", line)
+    if load:
+        return int(load[1]) // 8
     return 0
 
 
@@ -303,6 +363,36 @@ def loads_in_loop(asm: str) -> Counter[int]:
             if loop == found:
                 loads[size] += 1
     return loads
+
+
+def count_instructions(sass: str) -> Code:
+    """What disassembled machine code does: its loop is the shortest that loads from global memory,
+    asynchronously if any does."""
+    instructions = []
+    labels = {}  # where each points
+    for line in sass.splitlines():
+        label = re.match(r"\s*\.(L_x_\d+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif instruction:
+            instructions.append(instruction[1])
+
+    # a loop ends with a branch back to where it starts
+    loops = []
+    for end, instruction in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*`\(\.(L_x_\d+)\)", instruction)
+        if branch and labels[branch[1]] < end:
+            loops.append(instructions[labels[branch[1]]:end + 1])
+    loops.sort(key=len)
+    for load in (r"\bLDGSTS\b", r"\bLDG\b"):
+        loading = [loop for loop in loops if any(re.search(load, x) for x in loop)]
+        if loading:
+            break
+    loop = loading[0]
+    wide = [x for x in loop if re.search(load, x) and re.search(r"\.128\b", x)]
+    before = next(i for i, x in enumerate(instructions) if re.search(load, x))
+    return Code(before, len(loop), len(wide))
 
 # --- the command line ---
 

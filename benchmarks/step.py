@@ -46,7 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from generate import Engine, compile_model
 from model import ModelConfig, Transformer
-from quantize import MODES, Linear
+from quantize import MODES, Linear, QuantizedLinear
 
 N_LAYER = 3  # as many as show whether layers are alike
 
@@ -173,6 +173,9 @@ def build(variant: Variant) -> Transformer:
         quantize(model, variant.weights)
     with FAKE:
         model.to_empty(device="cuda")
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack()
         kv_dtype = torch.int8 if variant.kv == "int8" else None
         model.setup_caches(variant.batch, variant.room, kv_dtype, variant.attention)
         model.rope_upto(variant.room)  # else the first step makes it

@@ -50,6 +50,56 @@ def test_decode_benchmark_runs(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 for row in rows)
     assert json.loads(results.read_text())[0]["rows"] == rows
 
+# --- benchmarks/batching.py ---
+
+
+def test_batching_benchmark_runs(tmp_path: Path) -> None:
+    """All contestants make the same tokens, and ours wastes the fewest row-steps."""
+    shape = tmp_path / "tiny.json"
+    shape.write_text(json.dumps(CONFIG))
+    done = python(
+        "benchmarks/batching.py",
+        "--shape", shape,
+        "--prompts", "9",
+        "--shortest", "2",
+        "--longest", "30",
+        "--batch_size", "3",
+        "--device", "cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows.keys() == {"continuous", "fixed", "transformers"}
+    assert len({row["new_tokens"] for row in rows.values()}) == 1
+    shares = [rows[name]["useful_share"] for name in ("transformers", "fixed", "continuous")]
+    assert shares == sorted(shares) and shares[-1] > 0.9
+    assert rows["continuous"]["steps"] < rows["fixed"]["steps"]
+
+# --- benchmarks/speculate.py ---
+
+
+def test_speculate_benchmark_runs() -> None:
+    """With one draft and prompt lookup; plain decoding says the same."""
+    done = python(
+        "benchmarks/speculate.py",
+        "--speculate_k", "2",
+        "--draft_quantize", "int8",
+        "--dtype", "float32",
+        "--max_new_tokens", "6",
+        "--rounds", "1",
+        "--device", "cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    ways = ["plain", "lookup 2", "int8 draft 2"]
+    rows = result["rows"]
+    assert [(row["text"], row["how"]) for row in rows] == [
+        *(("edit", how) for how in ways), *(("story", how) for how in ways)
+    ]
+    assert all(row["runs_with_the_same_text"] == 1 for row in rows)
+    for shares in result["agreement"].values():
+        best = shares["agreement_of_rejection_sampling"]
+        assert 0.8 < shares["agreement_of_common_noise"] < best + 0.05
+
 # --- benchmarks/attention.py ---
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import cli.stats
 from checks.common import hf_folder, run_cli
 from cli.stats import Memory, Stats, copy_bandwidth, summarize
-from generate import Engine, StepFailed
+from generate import Drawn, Engine, Request, StepFailed
 from model import KVCache, choose_attention, load_model
 
 GPU_1 = torch.device("cuda", 1)
@@ -79,9 +79,6 @@ class FakeStream:
     def elapsed_time(self, other: FakeStream) -> float:
         return 1.0
 
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        pass
-
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
@@ -129,12 +126,33 @@ def test_a_capture_takes_a_stream_of_its_own_gpu(engine: Engine, gpu: FakeGPU) -
     assert stream.device == 1
 
 
+def test_all_trials_of_a_step_write_at_the_same_place(
+    engine: Engine, gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row may have room for one step only."""
+    engine.device = torch.device("cpu")
+    engine.insert(0, [Request([1, 2, 3], 5)])
+    engine.device = GPU_1
+    advance = engine.advance
+    places = []
+
+    def noted(k: int) -> Drawn:
+        places.append(engine.input_pos.tolist())
+        return advance(k)
+
+    monkeypatch.setattr(engine, "advance", noted)
+    engine.prepare()
+    assert places == [[3, 0]] * 3
+    assert engine.input_pos.tolist() == [3, 0]
+    assert engine.active.tolist() == [1, 0]
+
+
 def test_peak_memory_is_of_the_engines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {torch.device("cuda", 0): 10**9, GPU_1: 3 * 10**9}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.get)
     monkeypatch.setattr(cli.stats, "copy_bandwidth", lambda device, nbytes: 1e10)
-    memory = Memory(GPU_1, weight_bytes=1, cache_bytes=1, cache_tokens=1, rows=1)
-    stats = Stats(first_token_s=[1.0], new_tokens=1)
+    memory = Memory(GPU_1, weight_bytes=1, cache_bytes=1, cache_tokens=1)
+    stats = Stats(first_token_s=[1.0], new_tokens=1, wall_s=1.0)
     assert summarize(stats, memory)["peak_memory_gb"] == 3
 
 
@@ -163,7 +181,7 @@ def test_copies_are_waited_for_where_they_run(
 def raised_in(module: str, error: Exception) -> Callable[[], None]:
     """A function of that module which raises error."""
     names = {"__name__": module, "error": error}
-    exec("def fail():\n    raise error", names)
+    exec("def fail(k=0):\n    raise error", names)
     return names["fail"]
 
 
@@ -186,10 +204,10 @@ def test_no_memory_for_a_capture(
     gpu.capture_fails = capture_fails
     advance = engine.advance
 
-    def advance_once_captured() -> None:
+    def advance_once_captured(k: int) -> Drawn:
         if gpu.capture_streams:
             raise OUT_OF_MEMORY
-        advance()
+        return advance(k)
 
     monkeypatch.setattr(engine, "advance", advance_once_captured)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory. Tried to allocate"):
@@ -226,7 +244,7 @@ def test_a_masked_kernel_error_is_the_one_that_is_told(
 ) -> None:
     fail, says = REFUSED[0]
     gpu.capture_fails = True
-    monkeypatch.setattr(engine, "advance", lambda: gpu.capture_streams and fail())
+    monkeypatch.setattr(engine, "advance", lambda k: gpu.capture_streams and fail())
     with pytest.raises(StepFailed, match=says):
         engine.prepare()
 
@@ -248,7 +266,7 @@ def test_the_command_says_it_in_one_sentence(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     fail: Callable[[], None], says: str,
 ) -> None:
-    monkeypatch.setattr(Engine, "advance", lambda engine: fail())
+    monkeypatch.setattr(Engine, "advance", lambda engine, k: fail())
     folder = hf_folder(tmp_path / "model")
     (tmp_path / "shape.json").write_text((folder / "config.json").read_text())
     code, out, err = run_cli(

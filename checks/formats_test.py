@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import gguf
 import pytest
@@ -441,3 +442,58 @@ def test_text_stream_never_breaks_a_character(smollm: tuple[Transformer, Tokeniz
             assert "\ufffd" not in piece
             shown += piece
         assert shown + stream.push([], final=True) == text
+
+
+class Letters:
+    """A tokenizer of one token a byte."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def first_stop(text: str, stops: tuple[str, ...]) -> str | None:
+    """The text in front of the stop string that is complete first; None: there is none."""
+    for end in range(len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            return text[:end - len(max(ended, key=len))]
+    return None
+
+
+@pytest.mark.parametrize("stops", [
+    ("b",), ("ab",), ("aab", "ba"), ("abc", "b"), ("bc", "abc"), ("aaab",), ("\u00e9",),
+    ("a\u00e9", "cc"), ("caab", "aabc", "abcb"), ("abacabad",), ("z", "\n\n"),
+])
+def test_a_stream_stops_however_it_is_cut(stops: tuple[str, ...]) -> None:
+    """The text ends in front of the first stop string, whatever the pieces that ids come in."""
+    random = Random(0)
+    for _ in range(300):
+        text = "".join(random.choices("aabc\u00e9\n", k=random.randrange(14)))
+        cut = first_stop(text, stops)
+        want = text if cut is None else cut
+        ids = list(text.encode())
+        stream = TextStream(Letters(), list(b"ab"), stops)
+        shown = ""
+        while ids:
+            n = random.randint(1, 4)
+            piece, ids = ids[:n], ids[n:]
+            shown += stream.push(piece)
+            assert want.startswith(shown)
+        shown += stream.push([], final=True)
+        assert shown == want
+        assert stream.stopped == (cut is not None)
+
+
+def test_a_stream_holds_back_no_more_than_it_must() -> None:
+    stream = TextStream(Letters(), stop=("###", "\n\nUser:"))
+    pieces = ["a", "#", "#b", "\n", "c", "\n\nUse", "less", "\n\nUs", "er: x"]
+    shown = [stream.push(list(piece.encode())) for piece in pieces]
+    assert shown == ["a", "", "##b", "", "\nc", "", "\n\nUseless", "", ""]
+    assert stream.stopped and stream.push([65], final=True) == ""
+
+
+def test_what_was_held_back_comes_at_the_end() -> None:
+    stream = TextStream(Letters(), stop=("###",))
+    assert stream.push(list(b"x##")) == "x"
+    assert stream.push([], final=True) == "##"
+    assert not stream.stopped

@@ -1,4 +1,5 @@
 """Quantized GGUF files: every type gives its own integers, and the model is that of the file."""
+import copy
 import ctypes
 import re
 import subprocess
@@ -21,7 +22,7 @@ from formats.blocks import KINDS, Blocks
 from formats.checkpoint import default_model, read_gguf
 from formats.tokenizer import Tokenizer
 from generate import generate
-from kernels import int4_linear_reference
+from kernels import int4_linear_reference, packed_int4_linear
 from model import Transformer, load_model
 from quantize import (
     GroupedInt8Linear, Int4Linear, Linear, QuantizedEmbedding, cpu_layout, cpu_pack, cpu_unpack,
@@ -126,11 +127,21 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     expected = F.linear(x.float(), w)
     assert (y - expected).norm() < 6e-3 * expected.norm()
 
+    # also as a GPU's has them
+    on_gpu = copy.deepcopy(layer)
+    on_gpu.pack_for_gpu()
+    y = packed_int4_linear(pairs, on_gpu.weight, on_gpu.scales)
+    assert (y - expected).norm() < 6e-3 * expected.norm()
+    for name, tensor in on_gpu.stored().items():
+        assert torch.equal(tensor, getattr(layer, name))
+    index = torch.tensor([[N - 1, 0]])
+    embedding = QuantizedEmbedding(on_gpu, torch.float32)
+    assert torch.equal(embedding(index), torch.cat(list(layer.dense(torch.float32)))[index])
+
     # and so does a CPU's operator
     layer.pack()
     dense = torch.cat(list(layer.dense(torch.float32)))
     assert (dense - w).abs().max() < 0.04 * scale.max()  # of a step: what a zero is rounded by
-    index = torch.tensor([[N - 1, 0]])
     embedding = QuantizedEmbedding(layer, torch.float32)
     assert torch.equal(embedding(index), dense[index])
     for rows in (1, 3, 128, 129):

@@ -113,32 +113,42 @@ def run_torch(call: Call) -> Result:
     return flash_decode(**call, return_lse=True)
 
 
-def run_triton(call: Call, n_programs: int | None = None, **blocks: int) -> Result:
+def run_triton(
+    call: Call, n_programs: int | None = None, one_launch: bool = True, **blocks: int
+) -> Result:
     """The kernel: on the GPU, or interpreted, as on a device that runs n_programs at once.
 
     n_programs and blocks override how the work is cut."""
-    if CUDA and n_programs is None and not blocks:
+    if CUDA and one_launch and n_programs is None and not blocks:
         return run_torch(call)
     _, Hq, T, D = call["q"].shape
     rows = Hq // call["k_cache"].shape[1] * T
     if CUDA:
         gpu = torch.cuda.get_device_properties()
         itemsize = call["k_cache"].element_size()
-        tiles = kernels._blocks(itemsize, D, rows, gpu.shared_memory_per_multiprocessor)
+        tiles = kernels._blocks(
+            itemsize, D, rows, gpu.shared_memory_per_multiprocessor, gpu.warp_size)
     else:
         tiles = dict(
             BLOCK_M=max(16, min(32, triton.next_power_of_2(rows))),
             BLOCK_N=32,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
-            MIN_TILES=2,
         )
     return kernels._flash_decode_triton(
-        *in_order(call), blocks=tiles | blocks, n_programs=n_programs or 16)
+        *in_order(call), blocks=tiles | blocks, n_programs=n_programs or 16, one_launch=one_launch)
 
 
+def run_apart(call: Call, **cut: int) -> Result:
+    """The kernels as AMD needs them: one that appends, one that attends, one that sums."""
+    return run_triton(call, one_launch=False, **cut)
+
+
+RUNS = {"torch": run_torch, "triton": run_triton, "apart": run_apart}
+every = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 both = pytest.mark.parametrize("run", [run_torch, run_triton], ids=["torch", "triton"])
 
 COUNTERS = torch.zeros(4096, dtype=I32)
+REAL_COUNTERS = kernels._counters
 PLAIN_CAST = InterpreterBuilder.cast_impl
 
 
@@ -172,6 +182,7 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_through_float32)
         monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_through_float32)
         monkeypatch.setattr(kernels, "_counters", lambda device, n: COUNTERS)
+        monkeypatch.setattr(kernels, "MIN_CHUNK", 32)  # a tile: short rows are cut too
     yield
     left_at_zero = not COUNTERS.any()
     COUNTERS.zero_()
@@ -286,27 +297,26 @@ def test_quantize_kv() -> None:
 EDGES = [0, 1, 2, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 159, 160, 191, 192, 193]
 
 
-@both
+@every
 @pytest.mark.parametrize("append", [False, True], ids=["read", "append"])
 @INT8
 def test_lengths_around_tiles_and_chunks(run: Run, append: bool, int8: bool) -> None:
     check(run, make(EDGES, Hkv=1, G=3, D=24, append=append, int8=int8))
 
 
-@both
+@every
 @pytest.mark.parametrize("T", [1, 2, 5, 16])
 def test_appended_tokens_across_tiles_and_chunks(run: Run, T: int) -> None:
     def run_every_tile_a_chunk(call: Call) -> Result:
-        return run_triton(call, n_programs=64, MIN_TILES=1)
+        return run(call, n_programs=64)
 
-    if run is run_triton:
-        run = run_every_tile_a_chunk
+    check_run = run if run is run_torch else run_every_tile_a_chunk
     lens = [0, 1, 30, 31, 62, 63, 64, 65, 120, 126, 127, 128]
-    check(run, make(lens, Hkv=1, G=1, T=T, S=160))
-    check(run, make(lens, Hkv=1, G=1, T=T, S=160, append=True))
+    check(check_run, make(lens, Hkv=1, G=1, T=T, S=160))
+    check(check_run, make(lens, Hkv=1, G=1, T=T, S=160, append=True))
 
 
-@both
+@every
 @DTYPES
 @INT8
 def test_dtypes(run: Run, dtype: torch.dtype, int8: bool) -> None:
@@ -316,7 +326,7 @@ def test_dtypes(run: Run, dtype: torch.dtype, int8: bool) -> None:
 HEADS = [(4, 1), (2, 3), (1, 4), (1, 5), (1, 6), (2, 7), (1, 8), (1, 17), (1, 40)]
 
 
-@both
+@every
 @pytest.mark.parametrize("Hkv, G", HEADS)
 def test_head_groups(run: Run, Hkv: int, G: int) -> None:
     check(run, make([70, 3], Hkv=Hkv, G=G, append=True))
@@ -347,7 +357,7 @@ OPTIONS = [
 ]
 
 
-@both
+@every
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(run: Run, options: Call) -> None:
     check(run, make([0, 1, 40, 190], Hkv=1, G=2, T=1, append=True, **options))
@@ -355,7 +365,7 @@ def test_options(run: Run, options: Call) -> None:
     check(run, make([0, 64, 190], Hkv=1, G=2, T=3, append=True, int8=True, **options))
 
 
-@both
+@every
 def test_nothing_to_see(run: Run) -> None:
     out, lse = check(run, make([0, 0], T=2))
     assert not out.any()
@@ -412,7 +422,7 @@ def test_fuzz(run: Run) -> None:
         if interpreted:
             cut["n_programs"] = rng.choice([4, 16, 64])
             cut["BLOCK_N"] = rng.choice([32, 64])
-            cut["MIN_TILES"] = rng.choice([1, 2])
+            cut["one_launch"] = rng.random() < 0.7
         try:
             check(lambda call: run(call, **cut), make(**case))
         except Exception as e:
@@ -430,7 +440,7 @@ def amid_others(x: Tensor, S: int) -> Tensor:
     return view
 
 
-@both
+@every
 @INT8
 def test_same_bits_whatever_the_capacity(run: Run, int8: bool) -> None:
     call = make([150, 33], append=True, int8=int8)
@@ -451,7 +461,7 @@ def part_of_wider(x: Tensor, dead: float) -> Tensor:
     return wider[..., 3:27].copy_(x)
 
 
-@both
+@every
 def test_any_strides(run: Run) -> None:
     call = make([70, 9], Hkv=2, G=3, T=2, D=24, append=True)
     turned = copy_of(call)
@@ -466,7 +476,7 @@ def test_any_strides(run: Run) -> None:
     check(run, call)
 
 
-@both
+@every
 def test_a_row_does_not_feel_its_neighbours(run: Run) -> None:
     call = make([150, 0, 33, 7], append=True)
     together, together_lse = run(copy_of(call))
@@ -507,12 +517,93 @@ def test_the_same_twice() -> None:
 @pytest.mark.parametrize("lens", [[300], [300, 0, 20]], ids=str)
 def test_split_over_any_number_of_programs(lens: list[int], n_programs: int) -> None:
     def run(call: Call) -> Result:
-        return run_triton(call, n_programs=n_programs, MIN_TILES=1)
+        return run_triton(call, n_programs=n_programs)
 
     check(run, make(lens, Hkv=1, append=True, sinks=True))
 
 
-def test_a_full_row_writes_nothing_outside_its_cache() -> None:
+def test_one_launch_and_launches_apart_give_the_same_bits() -> None:
+    for int8 in (False, True):
+        call = make([190, 0, 33], T=3, append=True, int8=int8, dtype=BF16, sinks=True)
+        together = copy_of(call)
+        apart = copy_of(call)
+        for ours, theirs in zip(run_triton(together), run_apart(apart)):
+            assert torch.equal(ours, theirs)
+        for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+            if call[name] is not None:
+                live = together[name].float().nan_to_num(-7)
+                assert torch.equal(live, apart[name].float().nan_to_num(-7))
+
+
+@every
+def test_no_rows_give_empty_results(run: Run) -> None:
+    call = make([4], T=2, append=True)
+    for name in ("q", "k_cache", "v_cache", "cache_seqlens", "k", "v"):
+        call[name] = call[name][:0]
+    out, lse = run(call)
+    assert out.shape == (0, 4, 2, 16)
+    assert lse.shape == (0, 4, 2)
+    assert lse.dtype == F32
+
+
+@triton.jit
+def chunks_kernel(
+    chunks_ptr, seqlens_ptr, B, S, n_split, n_fill, min_tiles,
+    PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    lens, first, tiles, chunks = kernels._cut_rows(
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, 0, 1, 0, PAIRS, BLOCK_B, BLOCK_N)
+    row, pair, _, _, _, start, end = kernels._my_chunk(
+        lens, first, tiles, chunks, PAIRS, BLOCK_N)
+    chunk_ptr = chunks_ptr + tl.program_id(0) * 4
+    tl.store(chunk_ptr, row)
+    tl.store(chunk_ptr + 1, pair)
+    tl.store(chunk_ptr + 2, start)
+    tl.store(chunk_ptr + 3, end)
+
+
+def chunks_of(lens: list[int], pairs: int, n_programs: int) -> list[tuple[int, ...]]:
+    """Row, pair, start and end of every chunk of rows that have so many tokens, and pairs each."""
+    B = len(lens)
+    split = kernels._split(B * pairs, n_programs, BLOCK_N=64)
+    grid = split["n_split"] + B * pairs
+    chunks = torch.zeros(grid, 4, dtype=I32, device=DEVICE)
+    seqlens = torch.tensor(lens, dtype=I32, device=DEVICE)
+    chunks_kernel[(grid,)](
+        chunks, seqlens, B, 2 ** 20, **split,
+        PAIRS=pairs, BLOCK_B=triton.next_power_of_2(B), BLOCK_N=64)
+    return [tuple(chunk) for chunk in chunks.tolist() if chunk[0] < B]
+
+
+@pytest.mark.parametrize("lens", [[0], [1], [1000], [5, 3000, 0, 64, 65], [300] * 9], ids=str)
+def test_chunks_cover_every_token_once(lens: list[int]) -> None:
+    chunks = chunks_of(lens, pairs=2, n_programs=10)
+    for row, n in enumerate(lens):
+        for pair in range(2):
+            mine = [chunk[2:] for chunk in chunks if chunk[:2] == (row, pair)]
+            edges = [0, *(end for _, end in mine)]
+            assert [start for start, _ in mine] == edges[:-1]
+            assert edges[-1] == -(-n // 64) * 64
+
+
+@pytest.mark.parametrize("B, n, of_a_row", [
+    (1, 512, 8),  # a tile of 64 tokens for each of 8 SMs
+    (1, 1024, 8),
+    (1, 2048, 8),  # 256 tokens are worth a program of their own
+    (1, 2304, 9),
+    (1, 65536, 15),  # as many as run at once
+    (12, 512, 1),  # the rows fill the GPU
+    (12, 1024, 2),
+])
+def test_chunks_fill_the_gpu_and_no_more(
+    B: int, n: int, of_a_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MIN_CHUNK", 256)
+    assert len(chunks_of([n] * B, pairs=1, n_programs=16)) == B * of_a_row
+
+
+@pytest.mark.parametrize("one_launch", [True, False])
+def test_a_full_row_writes_nothing_outside_its_cache(one_launch: bool) -> None:
     room = torch.full((4, 1, 32, 16), 5.0, device=DEVICE)
     call = make([32, 31], Hkv=1, T=3, append=True, S=40)
     call["k_cache"] = room[1:3]
@@ -520,13 +611,13 @@ def test_a_full_row_writes_nothing_outside_its_cache() -> None:
     with pytest.raises(ValueError, match="32 cached . 3 new tokens do not fit into a cache of 32"):
         kernels._flash_decode_torch(*in_order(call))
     # the kernel cannot know the lengths on the host: it drops what does not fit
-    out, _ = run_triton(call)
+    out, _ = run_triton(call, one_launch=one_launch)
     assert out.isfinite().all()
     assert room[0].eq(5).all()
     assert room[3].eq(5).all()
 
 
-@both
+@every
 @pytest.mark.skipif(CUDA, reason="would need the memory")
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_strides_beyond_32_bits(run: Run, dim: int, tmp_path: Path) -> None:
@@ -550,6 +641,67 @@ def test_strides_beyond_32_bits(run: Run, dim: int, tmp_path: Path) -> None:
             call[name] = apart(name, 2 ** 31)
     out, _ = run(call)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+# --- counters ---
+
+
+class Stream:
+    """A stand-in for a device and its current stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda_stream = 1
+        self.capturing = False
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        for name in ("_unused", "_of_streams"):
+            monkeypatch.setattr(kernels, name, {})
+        monkeypatch.setattr(kernels, "_slabs", [])
+
+    def counters(self, n: int) -> Tensor:
+        return REAL_COUNTERS(torch.device("cpu"), n)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    begin = max(a.data_ptr(), b.data_ptr())
+    return begin < min(a.data_ptr() + a.nbytes, b.data_ptr() + b.nbytes)
+
+
+def test_only_launches_of_one_stream_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(monkeypatch)
+    first = stream.counters(40)
+    assert stream.counters(40).data_ptr() == first.data_ptr()
+    assert len(first) >= 40
+    stream.cuda_stream = 2
+    other = stream.counters(40)
+    stream.capturing = True
+    captured = [stream.counters(n) for n in (8, 8, 70)]
+    for a, b in itertools.combinations([first, other, *captured], 2):
+        assert not share_memory(a, b)
+    for counters in captured:  # part of what was zeroed before: no launch of its own
+        assert any(share_memory(counters, slab) for slab in kernels._slabs)
+        assert not counters.any()
+        assert counters.data_ptr() % 16 == 0
+
+
+def test_captured_counters_outlast_their_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SLAB", 128)
+    stream = Stream(monkeypatch)
+    # before anything was launched, and where a slab has too little left, graphs zero their own
+    stream.capturing = True
+    assert len(stream.counters(8)) == 32
+    assert not kernels._slabs
+    stream.capturing = False
+    stream.counters(8)
+    stream.capturing = True
+    captured = [stream.counters(100) for _ in range(3)]
+    assert share_memory(captured[0], kernels._slabs[0])
+    assert not share_memory(captured[2], kernels._slabs[0])
+    # the next launch outside makes another, and keeps the one that a graph points into
+    stream.capturing = False
+    stream.counters(8)
+    assert len(kernels._slabs) == 2
+    assert share_memory(captured[0], kernels._slabs[0])
 
 # --- the operator ---
 
@@ -625,8 +777,10 @@ def test_quantized_linear_is_registered_properly() -> None:
     w = torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
     torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE), None))
     w = torch.randint(0, 256, (8, 32), dtype=U8, device=DEVICE)
-    scales = torch.rand(8, 2, device=DEVICE)
+    scales = torch.rand(8, 2, device=DEVICE).bfloat16()
     torch.library.opcheck(operator, (x, w, scales, scales))
+    operator = torch.ops.gpt_flash.packed_int4_linear.default
+    torch.library.opcheck(operator, (x, *kernels.pack_int4(w, scales, scales)))
 
 
 def test_compiled_it_updates_the_cache_in_place() -> None:
@@ -659,36 +813,167 @@ def test_compiled_it_updates_the_cache_in_place() -> None:
 # --- int8 and int4 weights ---
 
 
-Linear = Callable[..., Tensor]
+Weights = tuple[Tensor, ...]
 
 
-def check_linear(linear: Linear, reference: Linear, x: Tensor, *weights: Tensor) -> None:
-    """Both the kernel and the public function against the reference."""
-    weights = tuple(w.to(DEVICE) for w in weights)
-    expected = reference(x, *weights)
+def run_linear_kernel(x: Tensor, *weights: Tensor) -> Tensor:
+    """The kernel: on the GPU, or interpreted. Outputs that it forgets are NaN."""
     kernel, grid, arguments = kernels._linear_arguments(x, *weights)
+    arguments["y_ptr"].fill_(math.nan)
     kernel[grid](**arguments)
-    tolerance = {F32: 1e-5, F16: 2e-3, BF16: 1e-2}[x.dtype] * expected.abs().max().item()
-    for y in (arguments["y_ptr"], linear(x, *weights)):
-        assert y.shape == (*x.shape[:-1], len(weights[0]))
-        assert y.dtype == x.dtype
-        torch.testing.assert_close(y, expected, rtol=0, atol=tolerance)
+    return arguments["y_ptr"]
 
 
-@DTYPES
-@pytest.mark.parametrize("N, K, rows", [(24, 96, 1), (5, 1152, 3), (130, 2048, 1), (16, 256, 16)])
-def test_linear(dtype: torch.dtype, N: int, K: int, rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 1, K, generator=generator).to(DEVICE, dtype)
-    w = torch.randint(-127, 128, (N, K), generator=generator, dtype=I8)
+def vectors(rows: int, K: int, outliers: bool = False) -> Tensor:
+    """Random ones [rows, 1, K] in float32; with outliers some are 1000 times larger."""
+    generator = torch.Generator().manual_seed(rows * K)
+    x = torch.randn(rows, 1, K, generator=generator)
+    if outliers:
+        large = torch.rand(rows, 1, K, generator=generator) < 0.004
+        x[large] *= 1000
+    return x.to(DEVICE)
+
+
+def int8_weights(N: int, K: int) -> Weights:
+    generator = torch.Generator().manual_seed(N * K)
+    w = torch.randint(-128, 128, (N, K), generator=generator, dtype=I8)
     scales = torch.rand(N, generator=generator)
-    check_linear(kernels.int8_linear, kernels.int8_linear_reference, x, w, scales)
-    for group in (32, 64, 128):
-        if K % group == 0:
-            w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=U8)
-            scales = torch.rand(N, K // group, generator=generator)
-            zeros = torch.randn(N, K // group, generator=generator)
-            check_linear(kernels.int4_linear, kernels.int4_linear_reference, x, w, scales, zeros)
+    return w.to(DEVICE), scales.to(DEVICE)
+
+
+def int4_weights(N: int, K: int, group: int) -> Weights:
+    generator = torch.Generator().manual_seed(N * K + group)
+    w = torch.randint(0, 256, (N, K // 2), generator=generator, dtype=U8)
+    scales = torch.rand(N, K // group, generator=generator).bfloat16()
+    zeros = torch.randn(N, K // group, generator=generator).bfloat16()
+    return w.to(DEVICE), scales.to(DEVICE), zeros.to(DEVICE)
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    return ((y.double() - expected).norm() / expected.double().norm()).item()
+
+
+def check_linear(y: Tensor, expected: Tensor) -> None:
+    """y against the reference of float32 vectors; it may be rounded to its dtype besides, and the
+    interpreter cuts what it stores as bfloat16."""
+    assert y.shape == expected.shape
+    rounding = {F32: 0, F16: 2.0**-11, BF16: 2.0**-7}[y.dtype]
+    assert relative_error(y, expected) < 1e-4 + rounding
+
+
+SHAPES = pytest.mark.parametrize("N, K, rows, dtype", [
+    (24, 96, 1, F32),
+    (40, 2048, 1, BF16),
+    (5, 1152, 2, BF16),
+    (70, 352, 3, F16),
+    (33, 32, 5, BF16),
+    (40, 1024, 8, F32),
+    (1, 576, 13, F16),
+    (65, 512, 16, BF16),
+], ids=str)
+
+
+@SHAPES
+def test_int8_linear(N: int, K: int, rows: int, dtype: torch.dtype) -> None:
+    x = vectors(rows, K).to(dtype)
+    weights = int8_weights(N, K)
+    expected = kernels.int8_linear_reference(x.float(), *weights)
+    for y in (run_linear_kernel(x, *weights), kernels.int8_linear(x, *weights)):
+        assert y.dtype == dtype
+        check_linear(y, expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@SHAPES
+def test_int4_linear(N: int, K: int, rows: int, group: int, dtype: torch.dtype) -> None:
+    K = -(-K // group) * group
+    x = vectors(rows, K).to(dtype)
+    weights = int4_weights(N, K, group)
+    packed = kernels.pack_int4(*weights)
+    expected = kernels.int4_linear_reference(x.float(), *weights)
+    for y in (
+        run_linear_kernel(x, *packed),
+        kernels.int4_linear(x, *weights),
+        kernels.packed_int4_linear(x, *packed),
+    ):
+        assert y.dtype == dtype
+        check_linear(y, expected)
+
+
+@pytest.mark.parametrize("rows, K, outliers", [(1, 1024, False), (4, 1000, True), (8, 704, True)])
+def test_linear_kernels_err_less_than_bfloat16_rounds(rows: int, K: int, outliers: bool) -> None:
+    """By 7 times at least, also where a few inputs are 1000 times larger than the rest."""
+    x = vectors(rows, K, outliers)
+    weights = int8_weights(64, K)
+    expected = kernels.int8_linear_reference(x, *weights)
+    rounding = relative_error(expected.bfloat16(), expected)
+    assert relative_error(run_linear_kernel(x, *weights), expected) < rounding / 7
+
+    x = x[..., :K // 32 * 32]
+    weights = int4_weights(64, x.shape[-1], 32)
+    expected = kernels.int4_linear_reference(x, *weights)
+    rounding = relative_error(expected.bfloat16(), expected)
+    packed = kernels.pack_int4(*weights)
+    assert relative_error(run_linear_kernel(x, *packed), expected) < rounding / 7
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so_and_in_its_row(bad: float) -> None:
+    for weights in (int8_weights(24, 512), kernels.pack_int4(*int4_weights(24, 512, 32))):
+        x = vectors(3, 512)
+        alone = run_linear_kernel(x, *weights)
+        x[1, 0, 300] = bad
+        y = run_linear_kernel(x, *weights)
+        assert not y[1].isfinite().any()
+        assert torch.equal(y[::2], alone[::2])
+
+
+def test_largest_and_smallest_vectors() -> None:
+    weights = int8_weights(16, 512)
+    for size in (1e-25, 1e30):
+        x = vectors(2, 512) * size
+        expected = kernels.int8_linear_reference(x, *weights)
+        check_linear(run_linear_kernel(x, *weights), expected)
+    assert not run_linear_kernel(x * 0, *weights).any()
+
+
+def test_a_vector_gives_the_same_bits_in_any_company() -> None:
+    for weights in (int8_weights(40, 1024), kernels.pack_int4(*int4_weights(40, 1024, 64))):
+        x = vectors(4, 1024)
+        together = run_linear_kernel(x, *weights)
+        for row in range(4):
+            assert torch.equal(run_linear_kernel(x[row:row + 1], *weights), together[row:row + 1])
+
+
+def test_no_vectors_give_no_outputs() -> None:
+    int4 = int4_weights(24, 96, 32)
+    for dtype in (F32, BF16):
+        x = torch.empty(2, 0, 96, dtype=dtype, device=DEVICE)
+        for y in (
+            kernels.int8_linear(x, *int8_weights(24, 96)),
+            kernels.int4_linear(x, *int4),
+            kernels.packed_int4_linear(x, *kernels.pack_int4(*int4)),
+        ):
+            assert y.shape == (2, 0, 24)
+            assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("K, group", [(32, 32), (96, 32), (256, 32), (192, 64), (384, 128)])
+def test_packed_weights_come_back(K: int, group: int) -> None:
+    w, scales, zeros = int4_weights(7, K, group)
+    packed, lines = kernels.pack_int4(w, scales, zeros)
+    assert packed.shape == (7, (K + 63) // 64, 32)
+    # input 0 in the low nibble of the first byte, in two's complement, and 32 in the high one
+    values = (w.int().cpu() & 15) - 8
+    first = packed[:, 0, 0].int().cpu()
+    assert torch.equal((first << 28) >> 28, values[:, 0])
+    if K > 32:
+        assert torch.equal(first >> 4, values[:, 16])
+
+    nibbles, their_scales, their_zeros = kernels.unpack_int4(packed, lines, K)
+    assert torch.equal(nibbles[:, ::2] | nibbles[:, 1::2] << 4, w)
+    assert torch.equal(their_scales, scales)
+    assert torch.equal(their_zeros, zeros)
 
 
 def test_linear_layouts_are_what_they_are_said_to_be() -> None:
@@ -701,10 +986,22 @@ def test_linear_layouts_are_what_they_are_said_to_be() -> None:
     assert y.flatten().tolist() == [7, -7, -8, 0] + [0] * 28
     y = kernels.int4_linear(x, w, one * 2, one)
     assert y.flatten()[:4].tolist() == [15, -13, -15, 1]
+
+
+def test_linear_arguments_are_checked() -> None:
+    x = vectors(1, 64)
+    w, scales, zeros = int4_weights(3, 64, 32)
+    packed, lines = kernels.pack_int4(w, scales, zeros)
     with pytest.raises(ValueError, match="int8_linear: needs x"):
-        kernels.int8_linear(x, w.to(I8), one[0])
+        kernels.int8_linear(x, packed.flatten(1), scales)
     with pytest.raises(ValueError, match="int4_linear: needs x"):
-        kernels.int4_linear(x, w[:, :8], one, zero)
+        kernels.int4_linear(x, w[:, :8], scales, zeros)
+    with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
+        kernels.packed_int4_linear(x[..., :32], packed, lines[:, :, :0])
+    with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
+        kernels.packed_int4_linear(x, packed[:2], lines)
+    with pytest.raises(ValueError, match="must be torch.bfloat16, got torch.float32"):
+        kernels.pack_int4(w, scales.float(), zeros)
 
 # --- without Triton ---
 
@@ -750,6 +1047,27 @@ def test_cuda_graph_follows_the_lengths() -> None:
         torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(lse, expected_lse, rtol=2e-2, atol=2e-2)
     assert torch.equal(call["k_cache"], theirs["k_cache"])
+
+
+@ON_A_GPU
+def test_two_graphs_can_replay_on_two_streams() -> None:
+    call = make([30000], Hkv=2, G=4, D=128, dtype=BF16)
+    expected, _ = run_torch(call)
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [run_torch(call)[0] for _ in range(20)]
+        graphs.append((graph, torch.cuda.Stream(), outs))
+    for _ in range(20):
+        for graph, stream, _ in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for _, _, outs in graphs:
+        for out in outs:
+            assert torch.equal(out, expected)
 
 
 @ON_A_GPU

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate
+import kernels
 import quantize
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
 from formats.checkpoint import default_model
@@ -129,6 +130,21 @@ def test_extreme_weights(mode: str) -> None:
     assert torch.allclose(dense[1], torch.tensor(5.0), rtol=5e-3)
     assert torch.allclose(dense[2], torch.tensor(1e-6), rtol=5e-3)
     assert layer(torch.ones(1, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("K, group_size", [(96, 32), (128, 64), (256, 128)])
+def test_int4_packed_for_a_gpu_is_the_same_layer(K: int, group_size: int) -> None:
+    """What is saved, and what many and few rows are multiplied with."""
+    layer = quantize_linear(random_linear(70, K), "int4", group_size)
+    stored = {name: tensor.clone() for name, tensor in layer.stored().items()}
+    weight = whole(layer)
+    x = torch.randn(3, K)
+    expected = kernels.int4_linear(x, *layer.stored().values())
+    layer.pack_for_gpu()
+    for name, tensor in layer.stored().items():
+        assert torch.equal(tensor, stored[name])
+    assert torch.equal(whole(layer), weight)
+    assert torch.equal(kernels.packed_int4_linear(x, layer.weight, layer.scales), expected)
 
 
 def test_int4_beats_plain_ranges() -> None:

@@ -12,6 +12,44 @@ from formats.checkpoint import first_line
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+def number(
+    kind: type[int] | type[float], low: float, high: float = float("inf"), above: bool = False
+) -> Callable[[str], Any]:
+    """An argparse type, which takes numbers too: from low (above: just over it) to high."""
+    bounds = f"{'above' if above else 'at least'} {low}"
+    if high < float("inf"):
+        bounds += f" and at most {high}"
+
+    def parse(text: str | int | float) -> int | float:
+        value = kind(text)
+        too_low = above and value == low
+        if too_low or not low <= value <= high:  # NaN fails the second
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    # argparse names the type where kind(text) fails
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+# what a request may set for itself, by flag or in a line of --prompts, and what it may be
+SETTINGS = {
+    "max_new_tokens": number(int, 1),
+    "temperature": number(float, 0, 1000),
+    "top_k": number(int, 1, 2**31 - 1),
+    "top_p": number(float, 0, 1, above=True),
+    "min_p": number(float, 0, 1),
+    "seed": number(int, 0, 2**63 - 1),
+}
+
+
+def stop_text(text: str) -> str:
+    """An argparse type: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text would end every answer at once")
+    return text
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a command line (None: this process's), checked, with their defaults filled in.
 
@@ -67,32 +105,41 @@ def add_text(group: argparse._ArgumentGroup) -> None:
     add("--prompt", metavar="TEXT",
         help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
     add("--prompts", metavar="FILE",
-        help="one prompt a line, continued in batches of --batch_size")
+        help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
+        "begins with {: objects of prompt (text) or messages (a conversation) and, instead of the "
+        "flags, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop (a list). A bad line "
+        "is reported and skipped; exit code 2 if no prompt could be answered")
+    add("--output", metavar="FILE",
+        help="with --prompts: append a JSON line for each answer as it comes; started again, go on "
+        "behind those that FILE has; default: answers are printed")
     add("--interactive", action="store_true",
         help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
     add("--chat", action="store_true",
         help="put each prompt into the model's chat template")
     add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1,
-        help="answers, from 1; default: 1")
-    add("--max_new_tokens", metavar="N", type=number(int, 1), default=200,
+        help="answers to each prompt, from 1; default: 1")
+    add("--max_new_tokens", metavar="N", type=SETTINGS["max_new_tokens"], default=200,
         help="most new tokens, from 1; default: 200")
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1,
         help="rows at once, 1 to 4096; default: 1")
+    add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
+        help="end an answer in front of this text; may be given several times; default: none")
 
 
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     """How the next token is drawn."""
     add = group.add_argument
-    add("--temperature", metavar="T", type=number(float, 0), default=0.0,
-        help="from 0, which is greedy; default: 0")
-    add("--top_k", metavar="K", type=number(int, 1),
+    add("--temperature", metavar="T", type=SETTINGS["temperature"], default=0.0,
+        help="0 to 1000, 0 is greedy; default: 0")
+    add("--top_k", metavar="K", type=SETTINGS["top_k"],
         help="sample from the K likeliest tokens, from 1; default: all")
-    add("--top_p", metavar="P", type=number(float, 0, 1, above=True),
+    add("--top_p", metavar="P", type=SETTINGS["top_p"],
         help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
-    add("--min_p", metavar="P", type=number(float, 0, 1),
+    add("--min_p", metavar="P", type=SETTINGS["min_p"],
         help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
-    add("--seed", metavar="N", type=number(int, 0, 2**63 - 1),
-        help="the same seed, the same text; default: a new one")
+    add("--seed", metavar="N", type=SETTINGS["seed"],
+        help="of the first answer, the next one has the next; the same seed, the same text; "
+        "default: new ones")
 
 
 def add_speed(group: argparse._ArgumentGroup) -> None:
@@ -115,6 +162,14 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
         help="write what --quantize makes to this new folder and end; default: nothing written")
     add("--kv_dtype", choices=["auto", "int8"], default="auto",
         help="of the KV cache; auto, the default: --dtype")
+    add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
+        help="check K proposed tokens a step, 0 to 15: those of --draft_checkpoint_path, or what "
+        "followed in prompt and answer before; the text stays the same; default: 0")
+    add("--draft_checkpoint_path", metavar="PATH",
+        help="with --speculate_k: a smaller model with the same tokenizer that proposes; default: "
+        "none, but prompt and answer themselves")
+    add("--draft_quantize", choices=["int8", "int4"],
+        help="quantize the draft's weights while loading; default: as the file has them")
     add("--attention", choices=["auto", "flash", "math"], default="auto",
         help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -129,7 +184,8 @@ def add_measuring(group: argparse._ArgumentGroup) -> None:
     add("--benchmark", action="store_true",
         help="measure --prompt N random tokens (128) and --max_new_tokens steps")
     add("--json", action="store_true",
-        help="print texts and statistics as one JSON line")
+        help="print texts and statistics as one JSON line; with --prompts, a line for each answer "
+        "as it comes")
     add("--profile", metavar="FILE",
         help="write a Chrome trace of 16 decode steps and say what they consist of")
 
@@ -140,6 +196,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     sources = [args.prompt is not None, args.prompts is not None, args.interactive]
     if sources.count(True) > 1:
         parser.error("--prompt, --prompts and --interactive exclude each other")
+    if args.output is not None and (args.prompts is None or args.profile):
+        parser.error("--output goes with --prompts and without --profile")
     if args.interactive:
         measured = args.json or args.benchmark or args.profile
         if measured or args.num_samples > 1 or args.batch_size > 1:
@@ -160,7 +218,15 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
                 "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
             )
 
-    # a benchmark's prompt is a number of tokens
+    # a draft proposes to somebody
+    if args.draft_checkpoint_path is not None and not args.speculate_k:
+        parser.error("--draft_checkpoint_path goes with --speculate_k")
+    if args.draft_quantize is not None and args.draft_checkpoint_path is None:
+        parser.error("--draft_quantize goes with --draft_checkpoint_path")
+
+    # a benchmark makes no text of tokens, and its prompt is a number of them
+    if args.stop and (args.benchmark or args.profile):
+        parser.error("--stop goes without --benchmark and --profile")
     if args.benchmark:
         words = args.prompt and not args.prompt.isdecimal()
         if args.prompts is not None or words:
@@ -172,26 +238,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(
-    kind: type[int] | type[float], low: float, high: float = float("inf"), above: bool = False
-) -> Callable[[str], Any]:
-    """An argparse type: a number from low (above: just over it) to high."""
-    bounds = f"{'above' if above else 'at least'} {low}"
-    if high < float("inf"):
-        bounds += f" and at most {high}"
-
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        too_low = above and value == low
-        if too_low or not low <= value <= high:  # NaN fails the second
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return value
-
-    # argparse names the type where kind(text) fails
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
 
 
 def say(text: str, end: str = "\n") -> None:

@@ -16,14 +16,40 @@ PROFILED = 16  # decode steps in a trace
 
 
 @dataclass
+class Speculation:
+    """What proposals brought."""
+    checked: int = 0  # row-steps that checked some
+    accepted: list[int] = field(default_factory=list)  # by position: of how many they were right
+    checking_s: list[float] = field(default_factory=list)  # per step that checked some
+    plain_s: list[float] = field(default_factory=list)  # per step that checked none
+
+    def add(self, k: int, agreed: list[int], seconds: float) -> None:
+        """A step that checked k proposals a row; agreed: how many were right in each."""
+        if k == 0:
+            self.plain_s.append(seconds)
+            return
+        self.checking_s.append(seconds)
+        self.checked += len(agreed)
+        self.accepted += [0] * (k - len(self.accepted))
+        for right in agreed:
+            for position in range(right):
+                self.accepted[position] += 1
+
+
+@dataclass
 class Stats:
     """What a run took: seconds and tokens."""
     load_s: float = 0.0
     compile_s: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)  # per batch: prefill, first sample
+    first_token_s: list[float] = field(default_factory=list)  # per prefill of prompts
     steps_s: list[float] = field(default_factory=list)  # per decode step
+    wall_s: float = 0.0  # from a run's first prompt to its last token
+    decode_tokens: int = 0  # that requests got from decode steps
+    row_steps: int = 0  # rows that decode steps worked on
+    useful_row_steps: int = 0  # those whose request got something
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass
@@ -33,7 +59,6 @@ class Memory:
     weight_bytes: int  # that a step reads
     cache_bytes: int  # of the whole KV cache
     cache_tokens: int  # that it holds: max_batch_size * max_seq_len
-    rows: int  # max_batch_size
 
 
 def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
@@ -52,9 +77,14 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     step_s = statistics.median(steps)
     tenth = len(steps) // 10
 
-    # a step reads all weights and the tokens cached, here on average over a batch's steps
-    live_tokens = (stats.prompt_tokens + stats.new_tokens / 2) / len(stats.first_token_s)
-    read = memory.weight_bytes + live_tokens * memory.cache_bytes / memory.cache_tokens
+    # a step reads all weights and the tokens cached
+    read = memory.weight_bytes + live_tokens(stats) * memory.cache_bytes / memory.cache_tokens
+    if stats.steps_s:
+        tokens_per_s = stats.decode_tokens / sum(stats.steps_s)
+        useful_share = stats.useful_row_steps / stats.row_steps
+    else:
+        tokens_per_s = stats.new_tokens / sum(stats.first_token_s)
+        useful_share = 1.0
     summary = {
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
@@ -64,7 +94,10 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         "ms_per_step": 1e3 * step_s,
         "ms_per_step_p10": 1e3 * steps[tenth],
         "ms_per_step_p90": 1e3 * steps[-1 - tenth],
-        "tokens_per_s": memory.rows / step_s,
+        "tokens_per_s": tokens_per_s,
+        "wall_s": stats.wall_s,
+        "wall_tokens_per_s": stats.new_tokens / stats.wall_s,
+        "useful_row_steps": useful_share,
         "bytes_per_step": round(read),
         "bandwidth_gb_s": bandwidth / 1e9,
         "bandwidth_share": read / step_s / bandwidth,
@@ -72,7 +105,18 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         "peak_memory_gb": peak / 1e9,
     }
     say_summary(summary)
+    if stats.speculation.checked:
+        summary["speculation"] = say_speculation(stats.speculation)
     return summary
+
+
+def live_tokens(stats: Stats) -> float:
+    """How many tokens of its requests a step finds in the cache, on average."""
+    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
+    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
+    if stats.steps_s:
+        return length * stats.useful_row_steps / len(stats.steps_s)
+    return length * n_requests / len(stats.first_token_s)
 
 
 def say_summary(summary: dict[str, float]) -> None:
@@ -83,13 +127,40 @@ def say_summary(summary: dict[str, float]) -> None:
     prompt = "{prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
     say(f"{ready}; {prompt}".format(**summary))
     say(
-        "{new_tokens} new tokens at {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, "
-        "median), reading {read_gb:.3f} GB a step: {bandwidth_share:.0%} of the "
-        "{bandwidth_gb_s:.0f} GB/s this machine copies at"
+        "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; decoding "
+        "alone {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, median; "
+        "{useful_row_steps:.0%} of its rows had work), reading {read_gb:.3f} GB a step: "
+        "{bandwidth_share:.0%} of the {bandwidth_gb_s:.0f} GB/s this machine copies at"
         .format(**summary, read_gb=summary["bytes_per_step"] / 1e9)
     )
     cache_mb = summary["kv_cache_bytes"] / 1e6
     say(f"KV cache {cache_mb:.1f} MB, peak memory {summary['peak_memory_gb']:.2f} GB")
+
+
+def say_speculation(found: Speculation) -> dict[str, float | list[float]]:
+    """What proposals brought, as a sentence -> the same as numbers."""
+    shares = [right / found.checked for right in found.accepted]
+    tokens = 1 + sum(shares)
+    checking_s = statistics.median(found.checking_s)
+    summary = {
+        "accepted_by_position": shares,
+        "checking_steps": len(found.checking_s),
+        "tokens_per_checking_step": tokens,
+        "ms_per_checking_step": 1e3 * checking_s,
+    }
+    text = (
+        f"proposals accepted by position: {' '.join(f'{share:.0%}' for share in shares)}; "
+        f"{tokens:.2f} tokens a step in {len(found.checking_s)} steps of {1e3 * checking_s:.2f} ms"
+    )
+    if found.plain_s:
+        plain_s = statistics.median(found.plain_s)
+        summary["ms_per_plain_step"] = 1e3 * plain_s
+        summary["times_plain"] = tokens * plain_s / checking_s
+        text += (
+            f", {summary['times_plain']:.2f}x the tokens/s of plain ones of {1e3 * plain_s:.2f} ms"
+        )
+    say(text)
+    return summary
 
 
 def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:

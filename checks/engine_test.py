@@ -1,0 +1,371 @@
+"""The engine: rows that are refilled while others run, random numbers of a request's own."""
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from checks.common import PROMPTS
+from formats.tokenizer import Tokenizer
+from generate import CHUNK, Engine, Request, Sampling, generate, key_of, noise, sample
+from model import Transformer, load_model
+
+Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
+
+
+def loaded(checkpoint: Checkpoint, name: str = "llama") -> Transformer:
+    return load_model(checkpoint(name)[0], dtype=torch.float32)
+
+
+def random_prompt(n: int) -> list[int]:
+    """Tokens of the random checkpoints' vocabulary, the same for each n."""
+    return torch.randint(3, 131, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+
+
+def alone(model: Transformer, requests: Iterable[Request]) -> list[list[int]]:
+    """What each request gets in an engine of one row, with nobody before or beside it."""
+    out = []
+    for request in requests:
+        model.setup_caches(1, 96)
+        out += collect(Engine(model), [request])
+    return out
+
+
+def collect(engine: Engine, requests: Iterable[Request]) -> list[list[int]]:
+    """What an engine yields for each request."""
+    out = {}
+    for number, tokens in engine.run(requests):
+        out.setdefault(number, []).extend(tokens)
+    return [out[number] for number in sorted(out)]
+
+
+def engine_of(model: Transformer, rows: int, lag: int = 0) -> Engine:
+    """lag: steps that the host reads behind, as it does behind a GPU."""
+    model.setup_caches(rows, 96)
+    engine = Engine(model)
+    engine.lag = lag
+    return engine
+
+# --- random numbers ---
+
+
+def noise_of(seeds: Iterable[int], positions: Iterable[int], n_tokens: int) -> Tensor:
+    """Exponential noise [seeds, positions, n_tokens]."""
+    seeds = list(seeds)
+    positions = list(positions)
+    key = torch.tensor([key_of(seed) for seed in seeds for _ in positions], dtype=torch.int32)
+    position = torch.tensor(positions * len(seeds), dtype=torch.int32)
+    drawn = noise(key, position, torch.arange(n_tokens)[None])
+    return drawn.view(len(seeds), len(positions), n_tokens)
+
+
+def chi_squared(counts: Tensor, shares: Tensor) -> float:
+    """How likely counts are to be as far from shares of their sum, or farther, if drawn so."""
+    expected = shares.double() * counts.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(len(counts) - 1.0, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom / 2, statistic / 2))
+
+
+AXES = [(range(300), range(3), 200), (range(3), range(300), 200), ([7], [5], 180000)]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=["seeds", "positions", "tokens"])
+def test_noise_is_exponential(axes: tuple) -> None:
+    drawn = noise_of(*axes).flatten()
+    assert drawn.min() > 0 and drawn.isfinite().all()
+    uniform = (-drawn).exp()
+    counts = torch.histc(uniform, bins=64, min=0, max=1)
+    assert chi_squared(counts, torch.full((64,), 1 / 64)) > 1e-4
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["seed", "position", "token"])
+def test_neighbouring_streams_share_nothing(axis: int) -> None:
+    """Noise is uncorrelated with that of the next seed, position or token, and nearly nowhere
+    equal to it, nor to it shifted by some tokens."""
+    drawn = noise_of(range(40), range(40), 64)
+    n = drawn.shape[axis]
+    one = drawn.narrow(axis, 0, n - 1)
+    other = drawn.narrow(axis, 1, n - 1)
+    for shift in (0, 2, 3):
+        shifted = other.roll(shift, 2)
+        correlation = torch.corrcoef(torch.stack([one.flatten(), shifted.flatten()]))[0, 1]
+        assert correlation.abs() < 4 / one.numel() ** 0.5
+        assert (one == shifted).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("settings, shares", [
+    (dict(), [0.4, 0.3, 0.2, 0.1]),
+    (dict(top_p=0.65), [4 / 7, 3 / 7, 0, 0]),
+    (dict(top_k=3), [4 / 9, 3 / 9, 2 / 9, 0]),
+    (dict(min_p=0.4), [4 / 9, 3 / 9, 2 / 9, 0]),
+], ids=str)
+@pytest.mark.parametrize("over", ["seeds", "positions"])
+def test_draws_follow_the_probabilities(settings: dict, shares: list[float], over: str) -> None:
+    n = 20000
+    seeds = range(n) if over == "seeds" else [1] * n
+    positions = torch.full((n,), 9) if over == "seeds" else torch.arange(n)
+    requests = [Request([1], 1, temperature=1.0, seed=seed, **settings) for seed in seeds]
+    sampling = Sampling.of(requests, 4, torch.device("cpu"))
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().repeat(n, 1)
+    drawn = sample(logits, sampling, "filtered", positions.int())
+    counts = torch.bincount(drawn, minlength=4)
+    wanted = torch.tensor(shares)
+    assert not counts[wanted == 0].any()
+    assert chi_squared(counts[wanted > 0], wanted[wanted > 0]) > 1e-4
+
+
+def test_a_seeded_request_draws_the_same_in_any_company(checkpoint: Checkpoint) -> None:
+    """Rows, neighbours, predecessors and the order of steps are nothing to it."""
+    model = loaded(checkpoint)
+    requests = []
+    for seed, n in enumerate((3, 30, 1, 17, 9, 25)):
+        settings = dict(temperature=1.5, seed=seed)
+        if seed % 2:
+            settings["top_p"] = 0.9
+        requests.append(Request(random_prompt(n), 8 + n, **settings))
+    expected = alone(model, requests)
+    for rows in (1, 2, 4, 8):
+        for lag in (0, 2):
+            assert collect(engine_of(model, rows, lag), requests) == expected
+    backwards = collect(engine_of(model, 3), requests[::-1])
+    assert backwards[::-1] == expected
+
+
+def test_requests_without_a_seed_differ(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    one, other = collect(engine_of(model, 2), [Request([5], 12, temperature=2.0)] * 2)
+    assert one != other
+
+
+def test_prompt_i_draws_with_the_seed_plus_i(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    settings = dict(temperature=1.5, top_p=0.95)
+    together = generate(model, PROMPTS, 10, seed=2**63 - 2, **settings)
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], 10, seed=2**63 - 2 + i, **settings) == [together[i]]
+
+
+@pytest.mark.parametrize("kind", ["plain", "top_k", "filtered"])
+def test_a_tiny_temperature_is_greedy(kind: str) -> None:
+    """Logits over it are no float32."""
+    logits = torch.tensor([[1.0, 90.0, -3.0, 89.0]])
+    request = Request([1], 1, temperature=1e-38, top_k=4)
+    sampling = Sampling.of([request], 4, torch.device("cpu"))
+    for position in range(20):
+        assert sample(logits, sampling, kind, torch.tensor([position])).tolist() == [1]
+
+# --- rows that are refilled ---
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Prompts are read 8 tokens at a time while others run."""
+    monkeypatch.setitem(CHUNK, "cpu", 8)
+    return 8
+
+
+def mixed_requests(chunk: int) -> list[Request]:
+    """Prompts around a chunk's edges, budgets of one and more."""
+    lengths = [chunk, 1, chunk - 1, 3 * chunk, chunk + 1, 2 * chunk + 1, 5, 4 * chunk - 1]
+    budgets = [9, 20, 1, 2, 30, 1, 17, 5]
+    return [Request(random_prompt(n), budget) for n, budget in zip(lengths, budgets)]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_refilled_rows_get_what_they_get_alone(
+    checkpoint: Checkpoint, small_chunks: int, name: str, rows: int, lag: int
+) -> None:
+    model = loaded(checkpoint, name)
+    requests = mixed_requests(small_chunks)
+    expected = alone(model, requests)
+    assert [len(tokens) for tokens in expected] == [each.max_new_tokens for each in requests]
+    engine = engine_of(model, rows, lag)
+    assert collect(engine, requests) == expected
+    assert set(engine.finish_reasons.values()) == {"length"}
+    assert collect(engine, requests[::-1]) == expected[::-1]  # the engine is as new
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_row_that_ends_early_is_refilled(
+    checkpoint: Checkpoint, small_chunks: int, lag: int
+) -> None:
+    """By an end of text or by what the host says, with steps under way that drew more for it."""
+    model = loaded(checkpoint)
+    requests = []
+    expected = []
+    reasons = {}
+    plain = mixed_requests(small_chunks)
+    for number, (each, full) in enumerate(zip(plain, alone(model, plain))):
+        at = (3 * number) % len(full)
+        last = full[at]
+        until_last = full[:full.index(last) + 1]
+        if number % 2:
+            requests.append(dataclasses.replace(each, eos_ids=frozenset({last})))
+            reasons[number] = "eos"
+        else:
+            requests.append(dataclasses.replace(each, ends=functools.partial(is_last, last)))
+            reasons[number] = "stop"
+        expected.append(until_last)
+    engine = engine_of(model, 3, lag)
+    assert collect(engine, requests) == expected
+    assert engine.finish_reasons == reasons
+
+
+def is_last(last: int, tokens: list[int]) -> bool:
+    """Request.ends: once that token comes; each comes in a list of its own."""
+    return tokens == [last]
+
+
+def test_running_rows_wait_for_one_chunk_at_a_time(
+    checkpoint: Checkpoint, small_chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(checkpoint)
+    calls = []
+    for name in ("prefill", "decode"):
+        watch(monkeypatch, calls, name)
+    requests = [(6, 30), (40, 3), (30, 3)]
+    collect(engine_of(model, 2), [Request(random_prompt(n), budget) for n, budget in requests])
+    assert [n for name, n in calls if name == "prefill"] == [6, *[8] * 5, *[8, 8, 8, 6]]
+    for (name, _), (following, _) in itertools.pairwise(calls):
+        assert "decode" in (name, following)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, calls: list, name: str) -> None:
+    """Note the calls of a method of Transformer, and how many tokens of a row each had."""
+    method = getattr(Transformer, name)
+
+    def watched(model: Transformer, tokens: Tensor, *args: object, **options: object) -> Tensor:
+        calls.append((name, tokens.shape[1]))
+        return method(model, tokens, *args, **options)
+
+    monkeypatch.setattr(Transformer, name, watched)
+
+
+def test_short_prompts_are_read_together(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where padding would cost much."""
+    model = loaded(checkpoint)
+    calls = []
+    watch(monkeypatch, calls, "prefill")
+    collect(engine_of(model, 5), [Request(random_prompt(n), 2) for n in (3, 9, 80, 70, 4)])
+    assert calls == [("prefill", 9), ("prefill", 80), ("prefill", 4)]
+
+
+def test_the_context_ends_a_request_and_says_so(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    engine = engine_of(model, 2, lag=2)
+    requests = [Request(random_prompt(n), 20) for n in (90, 95, 76, 77)]
+    got = collect(engine, requests)
+    assert [len(tokens) for tokens in got] == [6, 1, 20, 19]
+    reasons = [engine.finish_reasons[number] for number in range(4)]
+    assert reasons == ["context", "context", "length", "context"]
+    with pytest.raises(ValueError, match="does not fit into 96"):
+        collect(engine, [Request(random_prompt(96), 1)])
+
+
+def test_a_row_that_is_done_keeps_its_text_for_the_next_turn(checkpoint: Checkpoint) -> None:
+    """A conversation in each of two rows, one of which had nothing more to say for long."""
+    model = loaded(checkpoint)
+    first = [random_prompt(7), random_prompt(12)]
+    more = [random_prompt(5), random_prompt(6)]
+    model.setup_caches(2, 96)
+    engine = Engine(model)
+    stop = generate(model, first, 40)[1][2]
+    turn = generate(model, first, 40, engine=engine, eos_ids={stop})
+    assert len(turn[1]) < 4 < len(turn[0])
+    texts = [prompt + new for prompt, new in zip(first, turn)]
+    cached = len(texts[1]) - 1  # in both rows
+    prompts = [text[cached:] + new for text, new in zip(texts, more)]
+    whole = [text + new for text, new in zip(texts, more)]
+    got = generate(model, prompts, 8, cached=cached, engine=engine)
+    assert got == generate(model, whole, 8)
+
+
+def test_requests_have_rows_of_their_own_where_these_suffice(checkpoint: Checkpoint) -> None:
+    """Also where one ends before the next one begins: a caller may continue both."""
+    model = loaded(checkpoint)
+    prompts = [random_prompt(80), random_prompt(5)]
+    engine = engine_of(model, 2)
+    first = collect(engine, [Request(prompt, 1) for prompt in prompts])
+    turn = [Request([ids[-1]], 4, cached=4) for ids in prompts]
+    turn[0] = Request(prompts[0][79:] + first[0], 4, cached=79)
+    texts = [prompts[0] + first[0], prompts[1]]
+    assert collect(engine, turn) == alone(model, [Request(text, 4) for text in texts])
+
+
+@pytest.mark.parametrize("speculate_k", [0, 4])
+def test_a_run_that_was_given_up_leaves_nothing_behind(
+    checkpoint: Checkpoint, speculate_k: int
+) -> None:
+    model = loaded(checkpoint)
+    requests = [Request(random_prompt(n), 30) for n in (60, 3, 9)]
+    expected = alone(model, requests)
+    model.setup_caches(2, 96)
+    engine = Engine(model, speculate_k=speculate_k)
+    for stop_after in (1, 2, 40):
+        run = engine.run(requests)
+        for _ in range(stop_after):
+            next(run)
+        del run
+        assert collect(engine, requests) == expected
+
+
+def test_another_run_ends_the_one_before(checkpoint: Checkpoint) -> None:
+    engine = engine_of(loaded(checkpoint), 1)
+    first = engine.run([Request([5], 9)])
+    next(first)
+    collect(engine, [Request([6], 2)])
+    with pytest.raises(RuntimeError, match="another run"):
+        list(first)
+
+
+def test_a_prefix_in_every_row_outlasts_refills(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    prefix = random_prompt(20)
+    prompts = [random_prompt(n) for n in (3, 8, 2, 5, 9)]
+    want = [generate(model, [prefix + prompt], 6)[0] for prompt in prompts]
+    model.setup_caches(2, 64)
+    engine = Engine(model)
+    generate(model, [prefix] * 2, 1, engine=engine)
+    assert generate(model, prompts, 6, cached=20, engine=engine) == want
+
+
+def test_steps_have_few_rows_without_a_request(checkpoint: Checkpoint) -> None:
+    """Where nothing waits any more, requests move together."""
+    model = loaded(checkpoint)
+    requests = [Request(random_prompt(n), 40 - 3 * n) for n in range(1, 12)]
+    expected = alone(model, requests)
+    engine = engine_of(model, 4)
+    assert collect(engine, requests) == expected
+    stats = engine.stats
+    assert stats.useful_row_steps == stats.decode_tokens == sum(map(len, expected)) - 11
+    assert stats.useful_row_steps > 0.9 * stats.row_steps
+    assert len(stats.steps_s) > stats.row_steps / 4 and stats.wall_s > sum(stats.steps_s)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_stop_strings_end_a_text(smollm: tuple[Transformer, Tokenizer], rows: int) -> None:
+    """With the token that completes one; a string may begin in one token and end in another."""
+    model, tokenizer = smollm
+    texts = ["The capital of France is", "One, two, three,"]
+    prompts = [tokenizer.encode(text) for text in texts]
+    model.setup_caches(rows, 64)
+    engine = Engine(model)
+    settings = dict(engine=engine, tokenizer=tokenizer)
+    free = [tokenizer.decode(ids) for ids in generate(model, prompts, 12, **settings)]
+    assert free[0].startswith(" Paris.") and free[1].startswith(" four, five, six,")
+    ended = generate(model, prompts, 12, stop=["is.", "ve, s"], **settings)
+    texts = [tokenizer.decode(ids) for ids in ended]
+    assert texts[0] == " Paris." and texts[1] == " four, five, six"
+    assert engine.finish_reasons == {0: "stop", 1: "stop"}
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        generate(model, prompts, 12, stop=["x"], engine=engine)

@@ -1,0 +1,224 @@
+"""What to answer: prompts as flags and files give them, plain lines or JSON lines, checked."""
+import json
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from cli.arguments import SETTINGS
+
+# the ids of {"prompt": text} or {"messages": [...]}; ValueError says why there are none
+Encode = Callable[[dict[str, Any]], list[int]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """An answer that is wanted, or what is wrong with the line that asks for it."""
+    index: int  # of its prompt, from 0; blank lines do not count
+    sample: int = 0  # which of the answers to it, from 0
+    title: str = ""  # how the prompt begins
+    prompt: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS, and stop
+    error: str | None = None
+    digest: str = ""  # the same prompt, settings and model have the same one
+
+
+class Line(NamedTuple):
+    """A line of a file of prompts."""
+    number: int  # in the file, from 1
+    content: bytes
+    is_json: bool
+
+
+def standard_input() -> TextIO:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    return sys.stdin
+
+
+def read_text(source: str) -> str:
+    """--prompt's text: as it is, @FILE, or - for standard input. ValueError: it cannot be read."""
+    try:
+        if source == "-":
+            return standard_input().read()
+        if source.startswith("@"):
+            return Path(source[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read the prompt {source}: {e}") from None
+    return source
+
+
+def read_lines(path: str) -> list[Line]:
+    """The lines of a file, - for standard input, that are not blank.
+
+    They are JSON if the file's name ends in .jsonl or the first one begins with a brace.
+    ValueError: there is none, or the file cannot be read."""
+    try:
+        content = standard_input().buffer.read() if path == "-" else Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        raise ValueError(f"cannot read --prompts {path}: {e}") from None
+    content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    lines = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            lines.append((number, line.removesuffix(b"\r")))
+    if not lines:
+        raise ValueError(f"no prompts in {path}")
+    _, first = lines[0]
+    is_json = path.endswith(".jsonl") or first.lstrip().startswith(b"{")
+    return [Line(number, line, is_json) for number, line in lines]
+
+
+def read_jobs(
+    lines: list[Line], encode: Encode, defaults: dict[str, Any], n_samples: int, model: str
+) -> list[Job]:
+    """The answers that lines ask for, n_samples each, in their order.
+
+    defaults: the settings that a line does not give. A default seed is that of the first answer,
+    the next one has the next; a line's own is that of its first sample. A line that asks for
+    nothing sensible gives one job with an error. model: what is to answer; another one's answers
+    have other digests."""
+    jobs = []
+    for index, line in enumerate(lines):
+        try:
+            entry = parse_line(line)
+            settings = {**defaults, **own_settings(entry)}
+            if "seed" not in entry and settings["seed"] is not None:
+                settings["seed"] += index * n_samples
+            title = title_of(entry)
+            jobs += samples(index, title, encode(entry), settings, n_samples, model)
+        except ValueError as e:
+            error = f"line {line.number}: {e}"
+            digest = sha256(line.content).hexdigest()[:16]
+            jobs.append(Job(index, error=error, digest=digest))
+    return jobs
+
+
+def samples(
+    index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int,
+    model: str = "",
+) -> list[Job]:
+    """n_samples answers to one prompt, with seeds in a row where it has one."""
+    jobs = []
+    for sample in range(n_samples):
+        own = dict(settings)
+        if own["seed"] is not None:
+            own["seed"] = (own["seed"] + sample) % 2**63
+        asked = json.dumps([model, prompt, own], sort_keys=True)
+        digest = sha256(asked.encode()).hexdigest()[:16]
+        jobs.append(Job(index, sample, title, prompt, own, digest=digest))
+    return jobs
+
+
+def parse_line(line: Line) -> dict[str, Any]:
+    """{"prompt": text} or what a JSON line holds, keys checked. ValueError says what is wrong."""
+    try:
+        text = line.content.decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: byte 0x{line.content[e.start]:02x}") from None
+    if not line.is_json:
+        return {"prompt": text}
+    try:
+        entry = json.loads(text, object_pairs_hook=without_doubles, parse_int=whole_number)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    known = {"prompt", "messages", "stop", *SETTINGS}
+    for name in entry:
+        if name not in known:
+            raise ValueError(f"unknown key {brief(name)}; known are {', '.join(sorted(known))}")
+    if ("prompt" in entry) == ("messages" in entry):
+        raise ValueError("one of prompt and messages is needed, and not both")
+    if "prompt" in entry:
+        check_text("prompt", entry["prompt"])
+    else:
+        check_messages(entry["messages"])
+    return entry
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; ValueError where a key comes twice."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {brief(double)} comes more than once")
+    return entry
+
+
+def whole_number(digits: str) -> int:
+    """The number that JSON writes so. ValueError: no setting takes one that long."""
+    if len(digits) > 30:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def own_settings(entry: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a line gives. ValueError names one that may not be so."""
+    settings = {}
+    for name, parse in SETTINGS.items():
+        if name in entry:
+            settings[name] = checked_number(name, entry[name], parse)
+    if "stop" in entry:
+        stop = entry["stop"]
+        if not isinstance(stop, list):
+            raise ValueError(f"stop must be a list of texts, not {brief(stop)}")
+        for text in stop:
+            check_text("each text of stop", text)
+            if not text:
+                raise ValueError("stop has an empty text, which would end the answer at once")
+        settings["stop"] = stop
+    return settings
+
+
+def checked_number(name: str, value: Any, parse: Callable[[Any], Any]) -> int | float:
+    """A setting's value in the range of its flag. ValueError: it is not."""
+    kinds = int if parse.__name__ == "whole number" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{name} must be a {parse.__name__}, not {brief(value)}")
+    try:
+        return parse(value)
+    except ArgumentTypeError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
+def check_text(name: str, value: Any) -> None:
+    """ValueError if it is no text, or one that UTF-8 cannot hold."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, not {brief(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{name} has half a character, {value[e.start]!a}") from None
+
+
+def check_messages(messages: Any) -> None:
+    """ValueError if it is not a list of {"role": text, "content": text}."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list with messages, not {brief(messages)}")
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise ValueError(f"a message is an object of role and content, not {brief(message)}")
+        check_text("role", message["role"])
+        check_text("content", message["content"])
+
+
+def title_of(entry: dict[str, Any]) -> str:
+    """How a prompt, or a conversation's last message, begins, in one line."""
+    text = entry["prompt"] if "prompt" in entry else entry["messages"][-1]["content"]
+    return shorten(" ".join(text[:400].split()))
+
+
+def brief(value: Any) -> str:
+    """A value as JSON, cut to some length."""
+    return shorten(json.dumps(value))
+
+
+def shorten(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else f"{text[:width - 3]}..."
