@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node=4 generate.py --checkpoint_path PATH --prompt "The capital is"
 
-A rank has a smaller model: a part of the heads, of the feed-forward and of the vocabulary (local,
-split_head), its parameters cut out of the checkpoint's while they are read (piece). What attention
-and the feed-forward give are then parts of sums: an all-reduce after each makes them whole, an
-all-gather behind the output layer the logits (join). After Megatron-LM, arXiv 1909.08053.
+A rank has a smaller model: a part of the heads, of the feed-forward and of the vocabulary (local),
+its parameters cut out of the checkpoint's while they are read (piece). What attention and the
+feed-forward give are then parts of sums: an all-reduce after each makes them whole, an all-gather
+behind the output layer the logits (join). After Megatron-LM, arXiv 1909.08053.
 
 Every rank runs the same program on the same requests. Logits are gathered, so that all ranks have
 the same bits of them, and random numbers are made from seeds, so that all draw the same tokens;
@@ -21,14 +21,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-
-from quantize import Linear
 
 T = TypeVar("T")
 
@@ -49,6 +47,11 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, group=self.control, group_src=0)
         return box[0]
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of each element over the ranks."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
 
 
 ALONE = Ranks()
@@ -86,14 +89,15 @@ SPLIT = {
 }
 
 
-def split_head(model: nn.Module, ranks: Ranks) -> None:
-    """Give a rank's model an output layer for its part of the vocabulary, the last one padded."""
-    if ranks.size > 1:
-        rows = math.ceil(model.config.vocab_size / ranks.size)
-        model.lm_head = Linear(model.config.dim, rows, bias=False).to(model.lm_head.weight.dtype)
+class Cuttable(Protocol):
+    """A tensor, or what stands for one in a file."""
+
+    shape: tuple[int, ...]
+
+    def narrow(self, dim: int, start: int, length: int) -> Cuttable: ...
 
 
-def piece(whole: Tensor, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
+def piece(whole: Cuttable, shape: tuple[int, ...], ranks: Ranks) -> Cuttable:
     """The part of a checkpoint's tensor that makes a rank's parameter of that shape, a view.
 
     Along a dimension that is smaller than the whole, ranks take the parts in turn. Where there
@@ -107,6 +111,8 @@ def piece(whole: Tensor, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
         first = ranks.rank * n_parts // ranks.size * size
         part = part.narrow(dim, first, min(size, total - first))
         if part.shape[dim] < size:
+            if not isinstance(part, Tensor):
+                raise ValueError(f"{total} rows of a quantized tensor do not divide over {ranks.size} ranks")
             missing = list(part.shape)
             missing[dim] = size - part.shape[dim]
             part = torch.cat([part, part.new_zeros(missing)], dim)
