@@ -21,6 +21,7 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from feedforward import MLP
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
 from quantize import Linear, quantize_linear, quantized_layout
@@ -551,20 +552,6 @@ def fake_prefill_attention(q: Tensor, *_: Any) -> Tensor:
 # --- the rest of the transformer ---
 
 
-class MLP(nn.Module):
-    """The gated feed-forward network; gate and up are one product."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.act = FAMILIES[config.family].act
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)
-        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
-
-
 class Block(nn.Module):
     """One layer, its modules named as in Hugging Face's checkpoints."""
 
@@ -574,7 +561,7 @@ class Block(nn.Module):
         self.input_layernorm = family.norm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = family.norm(config.dim, config.norm_eps)
-        self.mlp = family.mlp(config)
+        self.mlp = family.mlp(config.dim, config.ffn_dim, family.act, config.mlp_bias)
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
@@ -758,7 +745,7 @@ class Family:
     """What a family of models does differently from Llama, as values."""
 
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
-    mlp: type[nn.Module] = MLP  # called with (config)
+    mlp: type[nn.Module] = MLP  # called with (dim, ffn_dim, act, bias)
     block: type[nn.Module] = Block  # called with (config, layer)
     act: Callable[[Tensor], Tensor] = F.silu  # of the feed-forward's gate
     fields: dict[str, Any] = field(default_factory=dict)  # of ModelConfig
