@@ -1,18 +1,27 @@
-"""What follows attention in a layer: the gated feed-forward network."""
-from collections.abc import Callable
+"""What follows attention in a layer: the gated feed-forward network, and mixtures of experts.
 
+In a mixture every token goes to the few experts that a router scores highest for it. Decoding reads
+the bytes of these experts only, so that a model costs what its active weights do: 3 of 30 billion
+in Qwen3-30B-A3B."""
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import torch
 import torch.nn as nn
 from torch import Tensor
 
+import kernels
 from quantize import Linear
+
+Act = Callable[[Tensor], Tensor]
 
 
 class MLP(nn.Module):
     """The gated feed-forward network; gate and up are one product."""
 
-    def __init__(
-        self, dim: int, ffn_dim: int, act: Callable[[Tensor], Tensor], bias: bool = False
-    ):
+    def __init__(self, dim: int, ffn_dim: int, act: Act, bias: bool = False):
         super().__init__()
         self.act = act
         self.gate_up_proj = Linear(dim, 2 * ffn_dim, bias=bias)
@@ -21,3 +30,165 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.act(gate) * up)
+
+# --- mixtures of experts ---
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """What a mixture of experts is."""
+
+    n_expert: int
+    n_active: int  # experts that a token goes to
+    ffn_dim: int  # of an expert
+    layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
+    shared_ffn_dim: int = 0  # of an expert that all tokens go to; 0: there is none
+    normalize: bool = True  # the weights of a token's experts add up to 1
+    bias: bool = False  # of the router and of the experts
+
+
+class MoE(nn.Module):
+    """A mixture of experts, its modules named as in Hugging Face's checkpoints."""
+
+    def __init__(self, dim: int, config: MoEConfig, act: Act):
+        super().__init__()
+        self.config = config
+        # the router and the shared expert's gate are small: they are never quantized
+        self.gate = nn.Linear(dim, config.n_expert, bias=config.bias)
+        self.experts = Experts(dim, config, act)
+        self.shared_expert = None
+        if config.shared_ffn_dim:
+            self.shared_expert = MLP(dim, config.shared_ffn_dim, act)
+            self.shared_expert_gate = nn.Linear(dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.route(x)
+        y = self.experts(x, weights, ids)
+        if self.shared_expert is not None:
+            share = self.shared_expert_gate(x).sigmoid()  # (B, T, 1)
+            y = y + share * self.shared_expert(x)
+        return y
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, dim] -> the weights of each token's experts and their numbers, [B, T, n_active]
+        each."""
+        scores = self.gate(x).float().softmax(-1)  # (B, T, n_expert)
+        weights, ids = scores.topk(self.config.n_active, dim=-1)
+        if self.config.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights.to(x.dtype), ids
+
+
+class Experts(nn.Module):
+    """The experts of a layer: each is a gated feed-forward network."""
+
+    def __init__(self, dim: int, config: MoEConfig, act: Act):
+        super().__init__()
+        self.config = config
+        self.act = act
+        n = config.n_expert
+        self.gate_up_proj = StackedLinear(n, dim, 2 * config.ffn_dim, config.bias)
+        self.down_proj = StackedLinear(n, config.ffn_dim, dim, config.bias)
+        self.register()
+
+    def glu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act(gate) * up
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """x [B, T, dim] and, of each token, its experts' weights and numbers [B, T, n_active] ->
+        [B, T, dim].
+
+        Up to 16 tokens a row, as in decode, never wait for the host on a GPU. More, as in prefill,
+        are grouped by expert, and so is everything on a CPU, where the host has the numbers."""
+        if self.gate_up_proj.stacked and x.shape[1] <= 16:
+            rows = x.flatten(0, 1)
+            ids = ids.flatten(0, 1)
+            hidden = self.glu(self.gate_up_proj(rows, ids))  # (B T, n_active, ffn_dim)
+            y = self.down_proj(hidden, ids)  # (B T, n_active, dim)
+            return (y * weights.view(*ids.shape, 1)).sum(1).view_as(x)
+        if torch.compiler.is_compiling():  # which experts there are depends on the tokens
+            return one_by_one(x, weights, ids, self.key)
+        return self.one_by_one(x, weights, ids)
+
+    def one_by_one(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The same, with each chosen expert's tokens together."""
+        rows = x.reshape(-1, x.shape[-1])  # (B T, dim)
+        n_active = ids.shape[-1]
+        weights = weights.reshape(-1, 1)
+        ids = ids.flatten()
+        pairs = ids.argsort()  # of token and expert, by expert
+        counts = ids.bincount(minlength=self.config.n_expert).tolist()
+        y = torch.zeros_like(rows)
+        for expert, mine in enumerate(pairs.split(counts)):
+            if len(mine) == 0:
+                continue
+            token = mine // n_active
+            hidden = self.glu(self.gate_up_proj[expert](rows[token]))
+            out = self.down_proj[expert](hidden)  # (tokens of this expert, dim)
+            y.index_add_(0, token, out * weights[mine])
+        return y.view_as(x)
+
+    def share(self, rows: int) -> float:
+        """The share of the experts that a step of so many tokens reads, if each token's are as good
+        as drawn at random: 1 - (1 - n_active / n_expert) ** rows."""
+        return 1 - (1 - self.config.n_active / self.config.n_expert) ** rows
+
+    def register(self) -> None:
+        """Take a number by which the operator one_by_one finds these experts. It is a tensor, so
+        that one compiled graph serves all layers."""
+        number = next(NUMBERS)
+        self.key = torch.tensor(number, device="cpu")
+        EXPERTS[number] = self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.register()  # a copy is not what it was copied from
+
+
+NUMBERS = itertools.count()
+EXPERTS: WeakValueDictionary[int, Experts] = WeakValueDictionary()
+
+
+@torch.library.custom_op("gpt_flash::experts_one_by_one", mutates_args=())
+def one_by_one(x: Tensor, weights: Tensor, ids: Tensor, key: Tensor) -> Tensor:
+    """Experts.one_by_one, in a compiled graph."""
+    return EXPERTS[int(key)].one_by_one(x, weights, ids)
+
+
+@one_by_one.register_fake
+def one_by_one_fake(x: Tensor, weights: Tensor, ids: Tensor, key: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+class StackedLinear(nn.ModuleList):
+    """The same projection of all experts: a layer each, quantized, saved and loaded like any other.
+
+    On a GPU their tensors lie in one stack [n_expert, ...] each, from which a kernel takes what the
+    tokens chose. On a CPU they lie alone, each as its operator wants it."""
+    stacked = False
+
+    def __init__(self, n: int, in_features: int, out_features: int, bias: bool):
+        super().__init__(Linear(in_features, out_features, bias=bias) for _ in range(n))
+
+    def stack(self) -> None:
+        """Bring the tensors of the layers into stacks, where a kernel reads them."""
+        if self[0].weight.device.type != "cuda":
+            return
+        first = [*self[0].named_parameters(), *self[0].named_buffers()]
+        for name, _ in first:
+            stack = torch.stack([getattr(layer, name) for layer in self])
+            for layer, tensor in zip(self, stack, strict=True):
+                if isinstance(getattr(layer, name), nn.Parameter):
+                    tensor = nn.Parameter(tensor, requires_grad=False)
+                setattr(layer, name, tensor)
+            self.register_buffer(name, stack, persistent=False)
+        self.stacked = True
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [R, K], a vector of each token, or [R, n_active, K], one for each of its experts ->
+        [R, n_active, N]: the products with the experts ids [R, n_active]."""
+        y = kernels.experts_linear(x, ids, self.weight, getattr(self, "scales", None))
+        if self[0].bias is not None:
+            y = y + self.bias[ids]
+        return y

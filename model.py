@@ -21,7 +21,7 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from feedforward import MLP
+from feedforward import MLP, Experts, MoE, MoEConfig
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
 from quantize import Linear, quantize_linear, quantized_layout
@@ -53,6 +53,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False  # the output layer is the embedding
+    moe: MoEConfig | None = None  # None: no layer is a mixture of experts
 
     @classmethod
     def from_hf(cls, hf: dict) -> ModelConfig:
@@ -60,8 +61,8 @@ class ModelConfig:
 
         ValueError names what is missing or unsupported."""
         family = family_of(hf)
-        hf = unfold_rope_settings(hf)
-        refuse_unsupported(hf)
+        hf = FAMILIES[family].defaults | unfold_rope_settings(hf)
+        refuse_unsupported(hf, FAMILIES[family])
         n_head = positive(hf, "num_attention_heads")
         dim = positive(hf, "hidden_size")
         bias = bool(hf.get("attention_bias"))
@@ -83,6 +84,7 @@ class ModelConfig:
             o_bias=bias,
             mlp_bias=bool(hf.get("mlp_bias")),
             tied=bool(hf.get("tie_word_embeddings")),
+            moe=mixture_of_experts(hf, FAMILIES[family]),
         )
         config = cls(**(settings | FAMILIES[family].fields))
         config.check()
@@ -103,8 +105,6 @@ class ModelConfig:
 FIXED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
-    "num_experts": 0,
-    "num_local_experts": 0,
     "quantization_config": {},
     "mscale_all_dim": 0,
     "truncate": True,
@@ -140,8 +140,12 @@ def unfold_rope_settings(hf: dict) -> dict:
     return hf
 
 
-def refuse_unsupported(hf: dict) -> None:
-    for key, supported in FIXED.items():
+NO_EXPERTS = {"num_experts": 0, "num_local_experts": 0}  # what other families have to say
+
+
+def refuse_unsupported(hf: dict, family: Family) -> None:
+    fixed = FIXED if family.moe else FIXED | NO_EXPERTS
+    for key, supported in fixed.items():
         if hf.get(key) not in (None, supported):
             raise ValueError(f"unsupported {key} {hf[key]!r}: only {supported!r} is supported")
 
@@ -157,6 +161,31 @@ def layer_windows(hf: dict, family: Family) -> tuple[int | None, ...]:
         n_full = hf.get("max_window_layers") or 0
         kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer])
+
+
+def mixture_of_experts(hf: dict, family: Family) -> MoEConfig | None:
+    """The mixture of experts of a configuration, None if no layer has one."""
+    experts = "num_experts" if "num_experts" in hf else "num_local_experts"
+    if family.moe is None or hf.get(experts) == 0:
+        return None
+    n_layer = positive(hf, "num_hidden_layers")
+    step = positive(hf, "decoder_sparse_step", 1)
+    dense = hf.get("mlp_only_layers") or []
+    sparse = [i not in dense and (i + 1) % step == 0 for i in range(n_layer)]
+    shared_ffn_dim = 0
+    if "shared_expert_intermediate_size" in hf:
+        shared_ffn_dim = positive(hf, "shared_expert_intermediate_size")
+    config = MoEConfig(
+        n_expert=positive(hf, experts),
+        n_active=positive(hf, "num_experts_per_tok"),
+        ffn_dim=positive(hf, family.expert_ffn_dim),
+        layers=tuple(sparse),
+        shared_ffn_dim=shared_ffn_dim,
+        normalize=bool(hf.get("norm_topk_prob", True)),
+    )
+    if config.n_active > config.n_expert:
+        raise ValueError(f"a token cannot go to {config.n_active} of {config.n_expert} experts")
+    return config
 
 
 def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:
@@ -561,7 +590,10 @@ class Block(nn.Module):
         self.input_layernorm = family.norm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = family.norm(config.dim, config.norm_eps)
-        self.mlp = family.mlp(config.dim, config.ffn_dim, family.act, config.mlp_bias)
+        if config.moe is not None and config.moe.layers[layer]:
+            self.mlp = family.moe(config.dim, config.moe, family.act)
+        else:
+            self.mlp = family.mlp(config.dim, config.ffn_dim, family.act, config.mlp_bias)
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
@@ -722,9 +754,14 @@ class Transformer(nn.Module):
         keys = cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]  # (layer, Hkv, n, D)
         cache.k_mean.copy_(keys.mean(2, keepdim=True))
 
-    def weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding, whose rows are few."""
-        return tensor_bytes(self) - tensor_bytes(self.embed_tokens)
+    def weight_bytes(self, rows: int = 1) -> int:
+        """Bytes of weights that a decode step of so many tokens reads: all but the embedding, whose
+        rows are few, and, of experts, as many as Experts.share expects the tokens to choose."""
+        nbytes = tensor_bytes(self) - tensor_bytes(self.embed_tokens)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                nbytes -= tensor_bytes(module) * (1 - module.share(rows))
+        return round(nbytes)
 
 
 def refuse_overflow(cache: KVCache, cached: int, new: int) -> None:
@@ -746,10 +783,13 @@ class Family:
 
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
     mlp: type[nn.Module] = MLP  # called with (dim, ffn_dim, act, bias)
+    moe: type[nn.Module] | None = None  # called with (dim, MoEConfig, act); None: no experts
+    expert_ffn_dim: str = "moe_intermediate_size"  # the setting that has an expert's ffn_dim
     block: type[nn.Module] = Block  # called with (config, layer)
     act: Callable[[Tensor], Tensor] = F.silu  # of the feed-forward's gate
     fields: dict[str, Any] = field(default_factory=dict)  # of ModelConfig
     window_by_default: bool = False  # sliding_window counts without use_sliding_window
+    defaults: dict[str, Any] = field(default_factory=dict)  # of settings that a file leaves out
 
 
 # A new family of the same build is one line here, by its config.json's model_type.
@@ -758,6 +798,9 @@ FAMILIES = {
     "mistral": Family(window_by_default=True),
     "qwen2": Family(fields={"qkv_bias": True}),
     "qwen3": Family(fields={"qk_norm": True}),
+    "mixtral": Family(moe=MoE, expert_ffn_dim="intermediate_size", window_by_default=True),
+    "qwen2_moe": Family(moe=MoE, fields={"qkv_bias": True}, defaults={"norm_topk_prob": False}),
+    "qwen3_moe": Family(moe=MoE, fields={"qk_norm": True}, defaults={"norm_topk_prob": False}),
 }
 
 # --- loading: our parameters from a checkpoint's tensors ---
@@ -797,6 +840,9 @@ def load_model(
             model.set_submodule(prefix, module)
         if hasattr(module, "pack"):
             module.pack()
+    for module in model.modules():
+        if hasattr(module, "stack"):
+            module.stack()
     return model.eval()
 
 
@@ -831,8 +877,9 @@ def sources(
     kv_size = config.n_kv_head * config.head_dim
     joined = {
         "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
-        "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim},
+        "gate_up_proj": {"gate_proj": shape[0] // 2, "up_proj": shape[0] // 2},
     }
+    name = re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)  # ours have the number last
     if not name.startswith("lm_head"):
         name = f"model.{name}"
     *path, module, kind = name.split(".")

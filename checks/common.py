@@ -63,6 +63,13 @@ CHECKPOINTS = {
     "qwen2-window": (
         "Qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(SEVEN, head_dim=24)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, sliding_window=9, **SEVEN)),
+    "qwen2-moe": ("Qwen2Moe", dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, mlp_only_layers=[0],
+        shared_expert_intermediate_size=40)),
+    "qwen3-moe": ("Qwen3Moe", dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
+        decoder_sparse_step=2, **SEVEN)),
 }
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -29,6 +29,9 @@ class Checkpoint:
 
     def stored_name(self, name: str) -> str:
         """Hugging Face's name of a tensor -> its name in the file."""
+        for stored_name in (name, *other_names(name)):
+            if stored_name in self.tensors:
+                return stored_name
         return name
 
     def check_names(self, wanted: Iterable[str]) -> None:
@@ -45,9 +48,43 @@ class Checkpoint:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file; it lies in mapped memory.
         ValueError if it has another shape."""
-        tensor = self.tensors[self.stored_name(name)]
-        check_shape(self.stored_name(name), tensor, shape)
+        stored_name = self.stored_name(name)
+        tensor = self.tensors[stored_name]
+        expert = EXPERT.search(name)
+        if expert and tensor.dim() == 3:
+            n_expert = self.config.get("num_experts") or self.config.get("num_local_experts")
+            check_shape(stored_name, tensor, (n_expert, *tensor.shape[1:]))
+            tensor = one_expert(tensor, int(expert["number"]), expert["part"])
+        check_shape(stored_name, tensor, shape)
         return tensor
+
+
+# names of the tensors of a mixture of experts; in our model a layer has an expert's number
+EXPERT = re.compile(r"experts\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.")
+MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def other_names(name: str) -> Iterator[str]:
+    """What else files call a tensor of a mixture of experts: Mixtral's name, and that of the stack
+    in which transformers 5 has all experts."""
+    mixtral = name
+    for part, theirs in MIXTRAL.items():
+        mixtral = mixtral.replace(part, theirs)
+    yield mixtral
+    expert = EXPERT.search(name)
+    if expert:
+        part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
+        yield f"{name[:expert.start()]}experts.{part}"
+
+
+def one_expert(stack: Tensor, number: int, part: str) -> Tensor:
+    """A projection of an expert out of a stack of all: [N, K] of [n_expert, N, K], or, for gate and
+    up, of [n_expert, 2 N, K]."""
+    tensor = stack[number]
+    if part == "down":
+        return tensor
+    gate, up = tensor.chunk(2)
+    return gate if part == "gate" else up
 
 
 class GGUFCheckpoint(Checkpoint):
