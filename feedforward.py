@@ -4,28 +4,30 @@ In a mixture every token goes to the few experts that a router scores highest fo
 the bytes of these experts only, so that a model costs what its active weights do: 3 of 30 billion
 in Qwen3-30B-A3B."""
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from config import ModelConfig
 from quantize import Linear
 
-Act = Callable[[Tensor], Tensor]
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
-    """The gated feed-forward network; gate and up are one product."""
+    """The gated feed-forward network; gate and up are one product. ffn_dim: None for config's."""
 
-    def __init__(self, dim: int, ffn_dim: int, act: Act, bias: bool = False):
+    def __init__(self, config: ModelConfig, ffn_dim: int | None = None):
         super().__init__()
-        self.act = act
-        self.gate_up_proj = Linear(dim, 2 * ffn_dim, bias=bias)
-        self.down_proj = Linear(ffn_dim, dim, bias=bias)
+        self.act = ACTIVATIONS[config.act]
+        ffn_dim = ffn_dim or config.ffn_dim
+        self.gate_up_proj = Linear(config.dim, 2 * ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
@@ -34,32 +36,21 @@ class MLP(nn.Module):
 # --- mixtures of experts ---
 
 
-@dataclass(frozen=True)
-class MoEConfig:
-    """What a mixture of experts is."""
-
-    n_expert: int
-    n_active: int  # experts that a token goes to
-    ffn_dim: int  # of an expert
-    layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
-    shared_ffn_dim: int = 0  # of an expert that all tokens go to; 0: there is none
-    normalize: bool = True  # the weights of a token's experts add up to 1
-    bias: bool = False  # of the router and of the experts
-
-
 class MoE(nn.Module):
     """A mixture of experts, its modules named as in Hugging Face's checkpoints."""
 
-    def __init__(self, dim: int, config: MoEConfig, act: Act):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        moe = config.moe
+        self.n_active = moe.n_active
+        self.normalize = moe.normalize
         # the router and the shared expert's gate are small: they are never quantized
-        self.gate = nn.Linear(dim, config.n_expert, bias=config.bias)
-        self.experts = Experts(dim, config, act)
+        self.gate = nn.Linear(config.dim, moe.n_expert, bias=moe.bias)
+        self.experts = Experts(config)
         self.shared_expert = None
-        if config.shared_ffn_dim:
-            self.shared_expert = MLP(dim, config.shared_ffn_dim, act)
-            self.shared_expert_gate = nn.Linear(dim, 1, bias=False)
+        if moe.shared_ffn_dim:
+            self.shared_expert = MLP(config, moe.shared_ffn_dim)
+            self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
@@ -73,8 +64,8 @@ class MoE(nn.Module):
         """x [B, T, dim] -> the weights of each token's experts and their numbers, [B, T, n_active]
         each."""
         scores = self.gate(x).float().softmax(-1)  # (B, T, n_expert)
-        weights, ids = scores.topk(self.config.n_active, dim=-1)
-        if self.config.normalize:
+        weights, ids = scores.topk(self.n_active, dim=-1)
+        if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(x.dtype), ids
 
@@ -82,13 +73,14 @@ class MoE(nn.Module):
 class Experts(nn.Module):
     """The experts of a layer: each is a gated feed-forward network."""
 
-    def __init__(self, dim: int, config: MoEConfig, act: Act):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
-        self.act = act
-        n = config.n_expert
-        self.gate_up_proj = StackedLinear(n, dim, 2 * config.ffn_dim, config.bias)
-        self.down_proj = StackedLinear(n, config.ffn_dim, dim, config.bias)
+        moe = config.moe
+        self.n_expert = moe.n_expert
+        self.n_active = moe.n_active
+        self.act = ACTIVATIONS[config.act]
+        self.gate_up_proj = StackedLinear(moe.n_expert, config.dim, 2 * moe.ffn_dim, moe.bias)
+        self.down_proj = StackedLinear(moe.n_expert, moe.ffn_dim, config.dim, moe.bias)
         self.register()
 
     def glu(self, gate_up: Tensor) -> Tensor:
@@ -114,16 +106,15 @@ class Experts(nn.Module):
     def one_by_one(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """The same, with each chosen expert's tokens together."""
         rows = x.reshape(-1, x.shape[-1])  # (B T, dim)
-        n_active = ids.shape[-1]
         weights = weights.reshape(-1, 1)
         ids = ids.flatten()
         pairs = ids.argsort()  # of token and expert, by expert
-        counts = ids.bincount(minlength=self.config.n_expert).tolist()
+        counts = ids.bincount(minlength=self.n_expert).tolist()
         y = torch.zeros_like(rows)
         for expert, mine in enumerate(pairs.split(counts)):
             if len(mine) == 0:
                 continue
-            token = mine // n_active
+            token = mine // self.n_active
             hidden = self.glu(self.gate_up_proj[expert](rows[token]))
             out = self.down_proj[expert](hidden)  # (tokens of this expert, dim)
             y.index_add_(0, token, out * weights[mine])
@@ -132,7 +123,7 @@ class Experts(nn.Module):
     def share(self, rows: int) -> float:
         """The share of the experts that a step of so many tokens reads, if each token's are as good
         as drawn at random: 1 - (1 - n_active / n_expert) ** rows."""
-        return 1 - (1 - self.config.n_active / self.config.n_expert) ** rows
+        return 1 - (1 - self.n_active / self.n_expert) ** rows
 
     def register(self) -> None:
         """Take a number by which the operator one_by_one finds these experts. It is a tensor, so

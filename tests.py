@@ -951,8 +951,9 @@ def test_ctrl_c_ends_cleanly() -> None:
 MAY_IMPORT = {
     "generate": {"speculate", "model", "quantize", "kernels", "cli", "formats"},
     "speculate": {"model", "quantize", "kernels", "formats"},
-    "model": {"feedforward", "quantize", "kernels", "formats"},
-    "feedforward": {"quantize", "kernels"},
+    "model": {"config", "feedforward", "quantize", "kernels", "formats"},
+    "feedforward": {"config", "quantize", "kernels"},
+    "config": set(),
     "quantize": {"kernels"},
     "kernels": set(),
     "cli": {"cli", "formats"},
