@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,11 @@ def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32 of rope_table."""
+    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, d] float32 of rope_table, where
+    only the first d values turn."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat([apply_rope(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
     turned = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
@@ -434,7 +438,11 @@ def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
 # --- the rest of the transformer ---
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class MLP(nn.Module):
@@ -467,6 +475,56 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class SandwichBlock(Block):
+    """Gemma 2's: norms before and after."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        norm = FAMILIES[config.family].norm
+        self.pre_feedforward_layernorm = norm(config.dim, config.norm_eps)
+        self.post_feedforward_layernorm = norm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
+
+
+class PostNormBlock(Block):
+    """OLMo 2's: norms after, none before."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.post_feedforward_layernorm = self.input_layernorm
+        del self.input_layernorm
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, positions, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class ScaledBlock(Block):
+    """Granite's: what is added to x is scaled."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.residual_scale = config.residual_scale
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + y * self.residual_scale
+        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
+
+
+class GemmaNorm(nn.RMSNorm):
+    """Its weights are distances from 1, and it multiplies in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
     """What is compiled once for all layers. The block is called as a module, so that its hooks
     fire and a subclass has its way."""
@@ -489,7 +547,8 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        self.rope: dict[Rope, Tensor] = {}  # rope_table of each, made when a cache needs it
+        # rope_table of each, for short and for long texts, made when a cache needs it
+        self.rope: dict[tuple[Rope, bool], Tensor] = {}
         self.slopes: Tensor | None = None
         # compile_model puts compiled ones here
         self.decode_block: Callable = run_block
@@ -596,10 +655,11 @@ class Transformer(nn.Module):
         """Each rope_table of at least that many positions, made once for the largest cache."""
         tables = []
         for rope in distinct(self.config.ropes):
-            table = self.rope.get(rope)
+            key = (rope, rope.is_long(max_seq_len))
+            table = self.rope.get(key)
             if table is None or table.device != self.device or len(table) < max_seq_len:
                 table = rope_table(rope, max_seq_len, self.device)
-                self.rope[rope] = table
+                self.rope[key] = table
             tables.append(table)
         return tables
 
@@ -681,6 +741,8 @@ class Family:
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
     mlp: type[nn.Module] = MLP  # called with (config)
     block: type[nn.Module] = Block  # called with (config, layer)
+    # joined products that checkpoints have as one tensor too, and its name there
+    stored_joined: dict[str, str] = field(default_factory=dict)
 
 
 # By the model_type of config.json; config.SETTINGS says how that is read.
@@ -689,6 +751,15 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "gemma": Family(norm=GemmaNorm),
+    "gemma2": Family(norm=GemmaNorm, block=SandwichBlock),
+    "gemma3_text": Family(norm=GemmaNorm, block=SandwichBlock),
+    "phi3": Family(stored_joined={"qkv_proj": "qkv_proj", "gate_up_proj": "gate_up_proj"}),
+    "olmo2": Family(block=PostNormBlock),
+    "olmo3": Family(block=PostNormBlock),
+    "smollm3": Family(),
+    "granite": Family(block=ScaledBlock),
+    "baichuan": Family(stored_joined={"qkv_proj": "W_pack"}),
 }
 
 # --- loading: our parameters from a checkpoint's tensors ---
@@ -767,6 +838,9 @@ def sources(
     if not name.startswith("lm_head"):
         name = f"model.{name}"
     *path, module, kind = name.split(".")
+    stored = FAMILIES[config.family].stored_joined
+    if module in stored:
+        return {".".join([*path, stored[module], kind]): shape}
     if module not in joined:
         return {name: shape}
     parts = {}
@@ -788,7 +862,10 @@ def fill(
         elif checkpoint.tensors is None:
             tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
         else:
-            tensor = read_joined(checkpoint, parts).to(device, meta.dtype, copy=True)
+            tensor = read_joined(checkpoint, parts)
+            if prefix == "lm_head" and model.config.normalized_head and isinstance(module, Linear):
+                tensor = F.normalize(tensor.float(), dim=-1)
+            tensor = tensor.to(device, meta.dtype, copy=True)
         if isinstance(meta, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(module, name, tensor)
