@@ -50,14 +50,15 @@ class ModelConfig:
         ValueError names what is missing or unsupported."""
         family = family_of(hf)
         hf = SETTINGS[family].defaults | hf
-        refuse_unsupported(hf, FIXED)
+        kinds = layer_kinds(hf)
+        for kind in dict.fromkeys(kinds):
+            refuse_unsupported(rope_settings(hf, kind), family)
         fields = {}
         for name, value in SETTINGS[family].fields.items():
             fields[name] = value(hf) if callable(value) else value
         n_head = positive(hf, "num_attention_heads")
         dim = positive(hf, "hidden_size")
         bias = bool(hf.get("attention_bias"))
-        kinds = layer_kinds(hf)
         settings = dict(
             family=family,
             vocab_size=positive(hf, "vocab_size"),
@@ -116,12 +117,14 @@ def root_of_dim(hf: dict) -> float:
 
 
 GEMMA = dict(
-    hidden_activation="gelu_pytorch_tanh",
+    hidden_act="gelu_pytorch_tanh",
+    num_key_value_heads=16,
     head_dim=256,
     max_position_embeddings=8192,
     tie_word_embeddings=True,
 )
 GEMMA2 = GEMMA | dict(
+    hidden_activation="gelu_pytorch_tanh",
     num_key_value_heads=4,
     use_sliding_window=True,
     sliding_window=4096,
@@ -157,6 +160,7 @@ PHI3 = dict(
     rms_norm_eps=1e-5,
     max_position_embeddings=4096,
     original_max_position_embeddings=4096,
+    partial_rotary_factor=1.0,
     use_sliding_window=True,
 )
 MISTRAL = dict(
@@ -165,12 +169,18 @@ MISTRAL = dict(
     use_sliding_window=True,
     sliding_window=4096,
 )
+QWEN2 = dict(
+    num_key_value_heads=32,
+    max_position_embeddings=32768,
+    sliding_window=4096,
+    max_window_layers=28,
+)
 # By model_type. What a family is built of stands in model.FAMILIES, under the same name.
 SETTINGS = {
     "llama": Settings(),
     "mistral": Settings(MISTRAL),
-    "qwen2": Settings(fields={"qkv_bias": True}),
-    "qwen3": Settings(fields={"qk_norm": "head"}),
+    "qwen2": Settings(QWEN2, {"qkv_bias": True}),
+    "qwen3": Settings(QWEN2 | {"head_dim": 128}, {"qk_norm": "head"}),
     "gemma": Settings(GEMMA, {"embedding_scale": root_of_dim}),
     "gemma2": Settings(GEMMA2, {"embedding_scale": root_of_dim}),
     "gemma3_text": Settings(GEMMA3, {"embedding_scale": root_of_dim, "qk_norm": "head"}),
@@ -188,14 +198,17 @@ SETTINGS = {
 }
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
-# Settings that would go wrong if ignored, with the value that is supported.
+# Settings that would go wrong if ignored, with the value that is supported; any value is in a
+# family that has it among its defaults.
 FIXED = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1,
+    "mscale_all_dim": 0,
     "num_experts": 0,
     "num_local_experts": 0,
     "quantization_config": {},
     "use_bidirectional_attention": False,
 }
-FIXED_ROPE = {"mscale_all_dim": 0}
 
 
 def family_of(hf: dict) -> str:
@@ -212,9 +225,10 @@ def family_of(hf: dict) -> str:
     return family
 
 
-def refuse_unsupported(hf: dict, fixed: dict[str, Any]) -> None:
-    for key, supported in fixed.items():
-        if hf.get(key) not in (None, supported):
+def refuse_unsupported(hf: dict, family: str) -> None:
+    for key, supported in FIXED.items():
+        free = key in SETTINGS[family].defaults
+        if hf.get(key) not in (None, supported) and not free:
             raise ValueError(f"unsupported {key} {hf[key]!r}: only {supported!r} is supported")
 
 
@@ -358,7 +372,6 @@ def rope_settings(hf: dict, kind: str) -> dict:
 
 def make_rope(hf: dict) -> Rope:
     """The rotary embedding of settings that rope_settings unfolded."""
-    refuse_unsupported(hf, FIXED_ROPE)
     head_dim = positive(hf, "head_dim", hf["hidden_size"] // hf["num_attention_heads"])
     share = positive(hf, "partial_rotary_factor", 1.0, float)
     dim = int(head_dim * share)

@@ -387,15 +387,16 @@ def math_attention(
                 q, keys, values, seen, scale=scale, enable_gqa=True
             )
 
+    # in place where possible: scores are the largest tensors of a prefill
     folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
     scores = (folded @ keys.mT).view(B, Hq, T, S).float()
-    scores = scores * (D ** -0.5 if scale is None else scale)
+    scores *= D ** -0.5 if scale is None else scale
     if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+        scores.div_(softcap).tanh_().mul_(softcap)
     if alibi_slopes is not None:
         distance = index[:, None, :, None] - torch.arange(S, device=index.device)  # (B, 1, T, S)
-        scores = scores - alibi_slopes[:, None, None] * distance
-    scores = scores.masked_fill(~seen, -math.inf)
+        scores -= alibi_slopes[:, None, None] * distance
+    scores.masked_fill_(~seen, -math.inf)
     if sinks is not None:  # each is the score of one more key, which has no value
         sink = sinks[:, None, None].expand(B, Hq, T, 1)
         scores = torch.cat([scores, sink], dim=-1)  # (B, Hq, T, S + 1)
