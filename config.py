@@ -426,7 +426,7 @@ def longrope_frequencies(
     """rope_frequencies of longrope: a divisor of each frequency, from one list for texts that fit
     the original context and from another for longer ones.
 
-    Keys in a cache have turned for good, so the room for the text decides, not its length so far."""
+    Keys in a cache have turned for good: the room for the text decides, not its length so far."""
     original = rope.original_context()
     name = "long_factor" if rope.is_long(max_seq_len) else "short_factor"
     factors = rope.hf.get(name)
