@@ -16,7 +16,11 @@ import kernels
 from config import ModelConfig
 from quantize import Linear
 
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class MLP(nn.Module):
@@ -46,11 +50,14 @@ class MoE(nn.Module):
         self.normalize = moe.normalize
         # the router and the shared expert's gate are small: they are never quantized
         self.gate = nn.Linear(config.dim, moe.n_expert, bias=moe.bias)
-        self.experts = Experts(config)
+        self.experts = self.make_experts(config)
         self.shared_expert = None
         if moe.shared_ffn_dim:
             self.shared_expert = MLP(config, moe.shared_ffn_dim)
             self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False)
+
+    def make_experts(self, config: ModelConfig) -> "Experts":
+        return Experts(config)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
@@ -135,6 +142,29 @@ class Experts(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.register()  # a copy is not what it was copied from
+
+
+class ClampedExperts(Experts):
+    """gpt-oss's: up in -limit ... limit, 1 more, times gate, at most limit, times the sigmoid of
+    alpha * gate."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.alpha = config.moe.glu_alpha
+        self.limit = config.moe.glu_limit
+
+    def glu(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate = gate.clamp(max=self.limit)
+        up = up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * (gate * self.alpha).sigmoid()
+
+
+class ClampedMoE(MoE):
+    """gpt-oss's mixture of experts."""
+
+    def make_experts(self, config: ModelConfig) -> Experts:
+        return ClampedExperts(config)
 
 
 NUMBERS = itertools.count()

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from config import ModelConfig, Rope, alibi_slopes, distinct, rope_frequencies
-from feedforward import MLP, Experts, MoE
+from feedforward import MLP, ClampedMoE, Experts, MoE
 from formats.blocks import Blocks
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
@@ -50,7 +50,11 @@ def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32 of rope_table."""
+    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, d] float32 of rope_table, where
+    only the first d values turn."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat([apply_rope(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
     turned = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
@@ -387,15 +391,16 @@ def math_attention(
                 q, keys, values, seen, scale=scale, enable_gqa=True
             )
 
+    # in place where possible: scores are the largest tensors of a prefill
     folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
     scores = (folded @ keys.mT).view(B, Hq, T, S).float()
-    scores = scores * (D ** -0.5 if scale is None else scale)
+    scores *= D ** -0.5 if scale is None else scale
     if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+        scores.div_(softcap).tanh_().mul_(softcap)
     if alibi_slopes is not None:
         distance = index[:, None, :, None] - torch.arange(S, device=index.device)  # (B, 1, T, S)
-        scores = scores - alibi_slopes[:, None, None] * distance
-    scores = scores.masked_fill(~seen, -math.inf)
+        scores -= alibi_slopes[:, None, None] * distance
+    scores.masked_fill_(~seen, -math.inf)
     if sinks is not None:  # each is the score of one more key, which has no value
         sink = sinks[:, None, None].expand(B, Hq, T, 1)
         scores = torch.cat([scores, sink], dim=-1)  # (B, Hq, T, S + 1)
@@ -457,6 +462,56 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class SandwichBlock(Block):
+    """Gemma 2's: norms before and after."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        norm = FAMILIES[config.family].norm
+        self.pre_feedforward_layernorm = norm(config.dim, config.norm_eps)
+        self.post_feedforward_layernorm = norm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
+
+
+class PostNormBlock(Block):
+    """OLMo 2's: norms after, none before."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.post_feedforward_layernorm = self.input_layernorm
+        del self.input_layernorm
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, positions, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class ScaledBlock(Block):
+    """Granite's: what is added to x is scaled."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.residual_scale = config.residual_scale
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + y * self.residual_scale
+        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
+
+
+class GemmaNorm(nn.RMSNorm):
+    """Its weights are distances from 1, and it multiplies in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
     """What is compiled once for all layers. The block is called as a module, so that its hooks
     fire and a subclass has its way."""
@@ -481,7 +536,8 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        self.rope: dict[Rope, Tensor] = {}  # rope_table of each, made when a cache needs it
+        # rope_table of each, for short and for long texts, made when a cache needs it
+        self.rope: dict[tuple[Rope, bool], Tensor] = {}
         self.slopes: Tensor | None = None
         # compile_model puts compiled ones here
         self.decode_block: Callable = run_block
@@ -593,10 +649,11 @@ class Transformer(nn.Module):
         """Each rope_table of at least that many positions, made once for the largest cache."""
         tables = []
         for rope in distinct(self.config.ropes):
-            table = self.rope.get(rope)
+            key = (rope, rope.is_long(max_seq_len))
+            table = self.rope.get(key)
             if table is None or table.device != self.device or len(table) < max_seq_len:
                 table = rope_table(rope, max_seq_len, self.device)
-                self.rope[rope] = table
+                self.rope[key] = table
             tables.append(table)
         return tables
 
@@ -684,6 +741,8 @@ class Family:
     mlp: type[nn.Module] = MLP  # called with (config)
     moe: type[nn.Module] | None = None  # in its place in layers with experts
     block: type[nn.Module] = Block  # called with (config, layer)
+    # joined products that checkpoints have as one tensor too, and its name there
+    stored_joined: dict[str, str] = field(default_factory=dict)
 
 
 # By the model_type of config.json; config.SETTINGS says how that is read.
@@ -692,9 +751,19 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "gemma": Family(norm=GemmaNorm),
+    "gemma2": Family(norm=GemmaNorm, block=SandwichBlock),
+    "gemma3_text": Family(norm=GemmaNorm, block=SandwichBlock),
+    "phi3": Family(stored_joined={"qkv_proj": "qkv_proj", "gate_up_proj": "gate_up_proj"}),
+    "olmo2": Family(block=PostNormBlock),
+    "olmo3": Family(block=PostNormBlock),
+    "smollm3": Family(),
+    "granite": Family(block=ScaledBlock),
+    "baichuan": Family(stored_joined={"qkv_proj": "W_pack"}),
     "mixtral": Family(moe=MoE),
     "qwen2_moe": Family(moe=MoE),
     "qwen3_moe": Family(moe=MoE),
+    "gpt_oss": Family(moe=ClampedMoE),
 }
 
 # --- loading: our parameters from a checkpoint's tensors ---
@@ -794,6 +863,9 @@ def sources(
     if not name.startswith("lm_head"):
         name = f"model.{name}"
     *path, module, kind = name.split(".")
+    stored = FAMILIES[config.family].stored_joined
+    if module in stored:
+        return {".".join([*path, stored[module], kind]): shape}
     if module not in joined:
         return {name: shape}
     parts = {}
@@ -813,6 +885,8 @@ def keep_blocks(
     for name, parts in plan.items():
         prefix, _, kind = name.rpartition(".")
         if kind != "weight" or not isinstance(model.get_submodule(prefix), (Linear, nn.Embedding)):
+            continue
+        if prefix == "lm_head" and model.config.normalized_head:  # its integers would not stay
             continue
         blocks = [checkpoint.blocks(part, shape) for part, shape in parts.items()]
         if None in blocks:  # in floating point
@@ -883,7 +957,10 @@ def fill(
         elif checkpoint.tensors is None:
             tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
         else:
-            tensor = read_joined(checkpoint, parts).to(device, meta.dtype, copy=True)
+            tensor = read_joined(checkpoint, parts)
+            if prefix == "lm_head" and model.config.normalized_head and isinstance(module, Linear):
+                tensor = F.normalize(tensor.float(), dim=-1)
+            tensor = tensor.to(device, meta.dtype, copy=True)
         if isinstance(meta, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(module, name, tensor)
