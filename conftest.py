@@ -1,6 +1,6 @@
 """Fixtures that several test files use."""
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checks  # before Triton is imported: it says whether Triton interprets
@@ -8,6 +8,7 @@ import checks  # before Triton is imported: it says whether Triton interprets
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 from checks.common import CHATML, byte_level_tokenizer, random_hf
 from formats.checkpoint import default_model
@@ -56,6 +57,27 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     return folder
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """torch.compile as in a new process; the graphs it makes are counted from here."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile stops at the graphs, and runs them as they are: their number is the same."""
+    compiled = torch.compile
+
+    def trace_only(fn: Callable, **options: object) -> Callable:
+        options.pop("options", None)
+        return compiled(fn, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace_only)
 
 
 @pytest.fixture(scope="session")

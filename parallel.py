@@ -76,9 +76,21 @@ def local(config: Any, ranks: Ranks) -> Any:
         if whole % n and not shared:
             raise ValueError(f"{whole} {what} do not divide over {n} ranks")
         parts[name] = max(1, whole // n)
+    if config.qk_norm == "all":
+        raise ValueError(f"a norm over all heads, as {config.family} has, is not split over ranks")
+    if config.moe is not None:
+        parts["moe"] = local_experts(config.moe, n)
     if config.vocab_size < n * n:
         raise ValueError(f"a vocabulary of {config.vocab_size} is too small for {n} ranks")
     return replace(config, **parts)
+
+
+def local_experts(moe: Any, n: int) -> Any:
+    """Every rank has a part of each expert, so that all have the same to do whatever is chosen."""
+    for size in (moe.ffn_dim, moe.shared_ffn_dim):
+        if size % n:
+            raise ValueError(f"{size} hidden units of an expert do not divide over {n} ranks")
+    return replace(moe, ffn_dim=moe.ffn_dim // n, shared_ffn_dim=moe.shared_ffn_dim // n)
 
 
 # fields of ModelConfig that are divided among ranks, and what they count

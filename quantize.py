@@ -34,6 +34,9 @@ def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Modu
         if isinstance(module, Linear):
             layer = quantize_linear(module, mode, group_size, name)
             model.set_submodule(name, layer.pack())
+    for module in model.modules():
+        if hasattr(module, "stack"):
+            module.stack()
     model.cache = None
     return model
 

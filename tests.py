@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -584,15 +584,6 @@ def collect(model: Transformer, requests: list[Request], rows: int) -> list[list
 # --- compile ---
 
 
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """torch.compile as in a new process; the graphs it makes are counted from here."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -637,18 +628,6 @@ def test_prefill_compiles_once_behind_any_prefix(
     assert graphs() == compiled
     for a, b in zip(again, eager):
         close(a, b)
-
-
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile stops at the graphs, and runs them as they are: their number is the same."""
-    compiled = torch.compile
-
-    def trace_only(fn: Callable, **options: object) -> Callable:
-        options.pop("options", None)
-        return compiled(fn, backend="eager", **options)
-
-    monkeypatch.setattr(torch, "compile", trace_only)
 
 
 def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
@@ -950,9 +929,15 @@ def test_ctrl_c_ends_cleanly() -> None:
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
-    "generate": {"speculate", "model", "quantize", "kernels", "cli", "formats"},
+    "generate": {"speculate", "model", "parallel", "quantize", "kernels", "cli", "formats"},
     "speculate": {"model", "quantize", "kernels", "formats"},
-    "model": {"quantize", "kernels", "formats"},
+    "model": {
+        "config", "feedforward", "weights", "parallel", "quantize", "kernels", "formats",
+    },
+    "weights": {"parallel", "quantize", "formats"},
+    "parallel": set(),
+    "feedforward": {"config", "quantize", "kernels"},
+    "config": set(),
     "quantize": {"kernels"},
     "kernels": set(),
     "cli": {"cli", "formats"},

@@ -2,6 +2,7 @@
 of a quantized file, and which part of it all a rank of several processes takes."""
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,20 +28,24 @@ ADDED_UP = ("o_proj", "down_proj")
 class Weights:
     """A model on the meta device, and the checkpoint that is to fill it.
 
-    whole: the same model, or what it is a rank's part of. A parameter is made of the checkpoint's
-    tensors one below the other. ValueError where these are not what the model needs."""
+    whole: the same model, or what it is a rank's part of. stored_joined: our joined products that
+    checkpoints of the family have as one tensor too, and its name there. A parameter is made of the
+    checkpoint's tensors one below the other. ValueError where these are not what the model needs.
+    """
 
     def __init__(
-        self, model: nn.Module, whole: nn.Module, checkpoint: Checkpoint, ranks: Ranks
+        self, model: nn.Module, whole: nn.Module, checkpoint: Checkpoint, ranks: Ranks,
+        stored_joined: dict[str, str],
     ) -> None:
         self.model = model
         self.whole = whole
         self.checkpoint = checkpoint
         self.ranks = ranks
+        self.stored_joined = stored_joined
         self.plan: dict[str, dict[str, tuple[int, ...]]] = {}  # our parameter -> {name: shape}
         self.kept: dict[str, list[Blocks]] = {}  # a layer that keeps a file's integers -> these
 
-    def choose_layers(self, quantize: str | None) -> None:
+    def choose_layers(self, quantize: str | None, device: torch.device | str) -> None:
         """Put empty quantized layers where the checkpoint has integers, those of save_quantized or,
         if quantize is "auto", of a GGUF file; plan where the rest comes from."""
         checkpoint = self.checkpoint
@@ -55,7 +61,7 @@ class Weights:
             if ours:  # such a folder has our names
                 self.plan[name] = {name: tuple(x.shape)}
             else:
-                self.plan[name] = sources(name, tuple(x.shape), config)
+                self.plan[name] = self.sources(name, tuple(x.shape))
         if config.tied and isinstance(self.whole.lm_head, Linear):
             del self.plan["lm_head.weight"]
 
@@ -65,9 +71,27 @@ class Weights:
             return
         checkpoint.check_names(name for parts in self.plan.values() for name in parts)
         if quantize == "auto":
-            self.keep_blocks()
+            self.keep_blocks(device)
 
-    def keep_blocks(self) -> None:
+    def sources(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """The Hugging Face tensors of a parameter of the whole model, and their shapes. Our names
+        are theirs but for the joined ones, and the number of an expert, which ours have last."""
+        prefix, _, kind = name.rpartition(".")
+        theirs = re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", prefix)
+        if not theirs.startswith("lm_head"):
+            theirs = f"model.{theirs}"
+        path, _, module = theirs.rpartition(".")
+        if module in self.stored_joined:
+            return {f"{path}.{self.stored_joined[module]}.{kind}": shape}
+        if module not in JOINED:
+            return {f"{theirs}.{kind}": shape}
+        parts = {}
+        rows = joined_rows(prefix, shape[0], self.whole.config)
+        for part, n in zip(JOINED[module], rows, strict=True):
+            parts[f"{path}.{part}.{kind}"] = (n, *shape[1:])
+        return parts
+
+    def keep_blocks(self, device: torch.device | str) -> None:
         """Put empty quantized layers where a GGUF file has integers.
 
         A joined layer takes a form that holds all of its parts. Types that no form holds are said,
@@ -77,6 +101,8 @@ class Weights:
             layer = self.model.get_submodule(prefix)
             if kind != "weight" or not isinstance(layer, (Linear, nn.Embedding)):
                 continue
+            if prefix == "lm_head" and self.model.config.normalized_head:
+                continue  # its integers would not stay
             blocks = [self.checkpoint.blocks(part, shape) for part, shape in parts.items()]
             if None in blocks:  # in floating point
                 continue
@@ -85,14 +111,15 @@ class Weights:
                 say_once(f"{unknown[0]} weights are dequantized: no quantized layer holds them")
                 continue
             if prefix == "embed_tokens":
-                self.keep(f"{prefix}.table", blocks)
-                if self.model.config.tied and self.ranks.size > 1:
-                    self.keep("lm_head", self.pieces("lm_head", blocks, self.model.lm_head.weight))
-            else:
-                self.keep(prefix, self.pieces(prefix, blocks, layer.weight))
+                self.keep(f"{prefix}.table", blocks, device)
+                if not self.model.config.tied or self.ranks.size == 1:
+                    continue
+                prefix = "lm_head"  # on this rank a part of the same
+                layer = self.model.lm_head
+            self.keep(prefix, self.pieces(prefix, blocks, layer.weight), device)
 
-    def keep(self, prefix: str, blocks: list[Blocks]) -> None:
-        put_layer(self.model, prefix, *form_for(blocks))
+    def keep(self, prefix: str, blocks: list[Blocks], device: torch.device | str) -> None:
+        put_layer(self.model, prefix, *form_for(blocks, device))
         self.kept[prefix] = blocks
 
     def load(self, device: torch.device | str, quantize: str | None, group_size: int) -> None:
@@ -137,8 +164,11 @@ class Weights:
             elif self.checkpoint.tensors is None:
                 tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
             else:
-                tensor = self.read(prefix, parts, meta).to(device, meta.dtype, copy=True)
-                if name == "bias" and prefix.endswith(ADDED_UP) and self.ranks.rank > 0:
+                tensor = self.read(prefix, parts, meta)
+                if prefix == "lm_head" and self.model.config.normalized_head:
+                    tensor = F.normalize(tensor.float(), dim=-1)
+                tensor = tensor.to(device, meta.dtype, copy=True)
+                if name == "bias" and layer_kind(prefix) in ADDED_UP and self.ranks.rank > 0:
                     tensor.zero_()  # the sum over ranks is to have it once
             if isinstance(meta, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
@@ -182,20 +212,6 @@ class Weights:
         return self.ranks.largest
 
 
-def sources(name: str, shape: tuple[int, ...], config: Any) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of a parameter, and their shapes. Our names are theirs but for the
-    joined ones."""
-    if not name.startswith("lm_head"):
-        name = f"model.{name}"
-    *path, module, kind = name.split(".")
-    if module not in JOINED:
-        return {name: shape}
-    parts = {}
-    for part, n in zip(JOINED[module], joined_rows(module, shape[0], config), strict=True):
-        parts[".".join([*path, part, kind])] = (n, *shape[1:])
-    return parts
-
-
 # our products, and the layers of Hugging Face that they do at once
 JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -203,9 +219,14 @@ JOINED = {
 }
 
 
+def layer_kind(prefix: str) -> str:
+    """The last part of a layer's name that is no number, as of an expert."""
+    return re.sub(r"(\.\d+)+$", "", prefix).rpartition(".")[2]
+
+
 def joined_rows(prefix: str, n_rows: int, config: Any) -> list[int]:
     """How many of a layer's rows belong to each of the layers that it joins."""
-    module = prefix.rpartition(".")[2]
+    module = layer_kind(prefix)
     if module == "qkv_proj":
         kv_size = config.n_kv_head * config.head_dim
         return [n_rows - 2 * kv_size, kv_size, kv_size]
@@ -223,8 +244,10 @@ def split_rows(tensor: Tensor | Blocks, rows: list[int]) -> list[Tensor | Blocks
     return parts
 
 
-def form_for(parts: list[Blocks]) -> tuple[str, int]:
+def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
     """The smallest quantized layer that holds the integers of all parts: (mode, group_size)."""
+    if torch.device(device).type == "cuda" and {part.type_name for part in parts} == {"MXFP4"}:
+        return "mxfp4", 32  # no operator of a CPU takes it
     bits = max(part.kind.bits for part in parts)
     group_size = min(part.kind.group_size for part in parts)
     if bits <= 4 and group_size == 32:

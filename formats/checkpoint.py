@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,6 +32,9 @@ class Checkpoint:
 
     def stored_name(self, name: str) -> str:
         """Hugging Face's name of a tensor -> its name in the file."""
+        for stored_name in (name, *other_names(name)):
+            if stored_name in self.tensors:
+                return stored_name
         return name
 
     def check_names(self, wanted: Iterable[str]) -> None:
@@ -48,8 +51,15 @@ class Checkpoint:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file; it lies in mapped memory.
         ValueError if it has another shape."""
-        tensor = self.tensors[self.stored_name(name)]
-        check_shape(self.stored_name(name), tensor.shape, shape)
+        stored_name = self.stored_name(name)
+        tensor = self.tensors[stored_name]
+        expert = EXPERT.search(name)
+        if expert and stored_name != name and "block_sparse_moe" not in stored_name:
+            n_expert = self.config.get("num_experts") or self.config.get("num_local_experts")
+            check_shape(stored_name, tensor.shape, (n_expert, *tensor.shape[1:]))
+            of_gpt_oss = self.config["model_type"] == "gpt_oss"
+            tensor = one_expert(tensor[int(expert["number"])], expert["part"], of_gpt_oss)
+        check_shape(stored_name, tensor.shape, shape)
         return tensor
 
     def is_quantized(self) -> bool:
@@ -60,6 +70,41 @@ class Checkpoint:
         """The tensor of that Hugging Face name as the integers that it is stored in; None if it is
         stored in floating point."""
         return None
+
+
+# names of the tensors of a mixture of experts; in our model a layer has an expert's number
+EXPERT = re.compile(r"experts\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.(?P<kind>weight|bias)")
+MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def other_names(name: str) -> Iterator[str]:
+    """What else files call a tensor of a mixture of experts: Mixtral's name, gpt-oss's of the
+    router, and that of the stack in which gpt-oss and transformers 5 have all experts."""
+    mixtral = name
+    for part, theirs in MIXTRAL.items():
+        mixtral = mixtral.replace(part, theirs)
+    yield mixtral
+    yield name.replace(".mlp.gate.", ".mlp.router.")
+    expert = EXPERT.search(name)
+    if expert:
+        part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
+        bias = "_bias" if expert["kind"] == "bias" else ""
+        yield f"{name[:expert.start()]}experts.{part}{bias}"
+
+
+def one_expert(stored: Tensor, part: str, of_gpt_oss: bool) -> Tensor:
+    """An expert's projection out of what a stack has of the expert: [N, K] of down, or [2 N, K] of
+    gate and up, one below the other. gpt-oss has inputs before outputs, and gate and up in
+    turns."""
+    if of_gpt_oss:
+        stored = stored.t()  # biases have one dimension, and stay as they are
+    if part == "down":
+        return stored
+    if of_gpt_oss:
+        gate, up = stored[::2], stored[1::2]
+    else:
+        gate, up = stored.chunk(2)
+    return gate if part == "gate" else up
 
 
 class GGUFCheckpoint(Checkpoint):
