@@ -36,7 +36,7 @@ from cli.stats import Memory, Stats, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
-from parallel import ALONE, Ranks, Team, is_lost_peer
+from parallel import ALONE, Ranks, Team, can_reduce_in_one_shot, is_lost_peer
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 from speculate import Drafter, Gauge, make_drafter
 
@@ -909,6 +909,8 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
         # what makes q, k and v of their product is one launch and not up to three
         options["combo_kernels"] = True
         options["combo_kernels_pointwise_only"] = True
+        if can_reduce_in_one_shot(model.ranks):
+            options["_collective.auto_select"] = True
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
     if on_gpu:

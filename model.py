@@ -797,7 +797,6 @@ def load_model(
     nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
     weights.load(device, quantize, group_size)
-    model.ranks = ranks
     join(model, ranks)
     for module in model.modules():
         if hasattr(module, "stack"):

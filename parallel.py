@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 import torch.nn as nn
 from torch import Tensor
 
@@ -136,6 +137,7 @@ def piece(whole: Cuttable, shape: tuple[int, ...], ranks: Ranks) -> Cuttable:
 def join(model: nn.Module, ranks: Ranks) -> None:
     """Make a rank's model give what the whole one gives, by hooks on the modules whose outputs
     are parts. They are traced into compiled steps and captured with them."""
+    model.ranks = ranks
     if ranks.size == 1:
         return
     name = ranks.group.group_name
@@ -157,6 +159,16 @@ def all_reduce(x: Tensor, group_name: str) -> Tensor:
     """The sum of x over the ranks of a group."""
     total = torch.ops._c10d_functional.all_reduce(x, "sum", group_name)
     return torch.ops._c10d_functional.wait_tensor(total)
+
+
+def can_reduce_in_one_shot(ranks: Ranks) -> bool:
+    """Whether GPUs read each other's memory over NVLink: then Inductor adds small tensors up in one
+    kernel, which reads those of all ranks (PyTorch's symmetric memory), where NCCL takes several
+    turns. Not run yet: no machine with several GPUs was at hand."""
+    if ranks.size == 1 or torch.cuda.get_device_capability() < (9, 0):
+        return False
+    symmetric_memory.enable_symm_mem_for_group(ranks.group.group_name)
+    return True
 
 
 def all_gather(x: Tensor, size: int, group_name: str) -> Tensor:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checks.common import CPU_ENV, HERE, SMALL, close, hf_folder
+from checks.common import CPU_ENV, HERE, SMALL, close, hf_folder, random_hf
 from generate import generate
 from model import ModelConfig, load_model
 from parallel import Ranks, local, piece
@@ -29,7 +29,9 @@ SEVEN = dict(
 SHARED = dict(THREE, num_key_value_heads=2)  # four ranks have two copies of each key/value head
 PLAIN = dict(quantize=None, int8_kv=False, attention="auto", compile=False, options={})
 SAMPLED = dict(temperature=1.0, seed=3)
+FAMILIES = ["gemma2", "phi3", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe"]
 CASES = [
+    *((family, PLAIN) for family in FAMILIES),
     ("three", PLAIN),
     ("three", PLAIN | dict(options=SAMPLED)),
     ("three", PLAIN | dict(attention="math")),
@@ -55,6 +57,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for name, settings in (("three", THREE), ("seven", SEVEN), ("shared", SHARED)):
         made[name] = hf_folder(folder / name, **settings)
+    for name in FAMILIES:
+        made[name] = folder / name
+        heads = dict(num_attention_heads=12, num_key_value_heads=4, hidden_size=96)
+        random_hf(name, **heads).save_pretrained(made[name])
     return made
 
 
