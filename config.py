@@ -98,7 +98,8 @@ class ModelConfig:
         if self.head_dim % 8 or self.head_dim > 256:
             raise ValueError(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
         for rope in distinct(self.ropes):
-            rope_frequencies(rope, self.max_seq_len)
+            for room in (1, self.max_seq_len):  # longrope has settings of its own for each
+                rope_frequencies(rope, room)
 
 # --- families: what their config.json means ---
 
@@ -241,6 +242,7 @@ def activation(hf: dict) -> str:
 
 
 def softmax_scale(hf: dict) -> float | None:
+    """What scores are multiplied by, None for the usual 1 / sqrt(head_dim)."""
     if hf.get("query_pre_attn_scalar") is not None:
         return positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5
     return maybe_positive(hf, "attention_multiplier")

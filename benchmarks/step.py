@@ -76,6 +76,11 @@ VARIANTS = [
     # what lies in memory at odd places
     Variant("SmolLM2-135M", "bf16", "int8", "flash", 1, room=2047),
     Variant("SmolLM2-135M", "bf16", "int8", "math", 1, room=2047),
+    # layers of two kinds, norms before and after, and softcaps or two rotary embeddings
+    Variant("Gemma-2-2B", "bf16", "auto", "flash", 1),
+    Variant("Gemma-2-2B", "bf16", "auto", "math", 1),
+    Variant("Gemma-3-1B", "bf16", "auto", "flash", 1),
+    Variant("Gemma-3-1B", "bf16", "int8", "flash", 1),
 ]
 
 # --- what a step does, as it is counted ---

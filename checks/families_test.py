@@ -440,6 +440,8 @@ def test_a_family_is_read_and_built() -> None:
     ("phi3", dict(partial_rotary_factor=0.35, rope_parameters=None), "0.35: 33 of .* 96 values"),
     ("phi3", dict(rope_parameters=dict(rope_type="longrope")), "short_factor, a list of 48"),
     ("qwen3", dict(layer_types=5), "layer_types = 5"),
+    ("phi3", dict(max_position_embeddings=8192, rope_parameters=dict(
+        rope_type="longrope", long_factor=[1.0] * 48)), "short_factor"),
     ("phi3", dict(rope_parameters=dict(rope_type="longrope", short_factor=["1"] * 48,
                                        long_factor=["1"] * 48)), "list of 48 numbers"),
     ("smollm3", dict(no_rope_layers=[1, 0]), "each of 36 layers"),
