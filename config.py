@@ -395,12 +395,15 @@ def make_rope(hf: dict) -> Rope:
         raise ValueError(
             f"unsupported partial_rotary_factor {share}: {dim} of a head's {head_dim} values"
         )
-    kind = hf.get("rope_type") or hf.get("type") or "default"
+    kind = str(hf.get("rope_type") or hf.get("type") or "default")
     kind = {"none": "default", "su": "longrope"}.get(kind, kind)
     if kind not in ROPE_KINDS:
         supported = ", ".join(ROPE_KINDS)
         raise ValueError(f"unsupported rope type {kind!r}; supported: {supported}")
-    return Rope(positive(hf, "rope_theta", 1e4, float), dim, kind, hf)
+    theta = positive(hf, "rope_theta", 1e4, float)
+    if theta <= 1:
+        raise ValueError(f"the model's configuration has rope_theta = {theta}, not above 1")
+    return Rope(theta, dim, kind, hf)
 
 
 def distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:

@@ -436,6 +436,8 @@ def test_a_family_is_read_and_built() -> None:
     ("qwen3", dict(layer_types=["full_attention"]), "each of 32 layers"),
     ("olmo2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "'dynamic'"),
     ("qwen2", dict(rope_parameters=dict(rope_type="mrope")), "'mrope'"),
+    ("qwen2", dict(rope_parameters=dict(rope_type=["yarn"])), "rope type"),
+    ("qwen2", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=1.0)), "above 1"),
     ("llama", dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
     ("phi3", dict(partial_rotary_factor=0.35, rope_parameters=None), "0.35: 33 of .* 96 values"),
     ("phi3", dict(rope_parameters=dict(rope_type="longrope")), "short_factor, a list of 48"),
