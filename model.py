@@ -452,6 +452,7 @@ class Block(nn.Module):
             self.mlp = family.moe(config)
         else:
             self.mlp = family.mlp(config)
+        self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
@@ -490,14 +491,10 @@ class PostNormBlock(Block):
 class ScaledBlock(Block):
     """Granite's: what is added to x is scaled."""
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.residual_scale = config.residual_scale
-
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + y * self.residual_scale
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
+        scale = self.residual_scale
+        x = x + scale * self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + scale * self.mlp(self.post_attention_layernorm(x))
 
 
 class GemmaNorm(nn.RMSNorm):

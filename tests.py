@@ -72,7 +72,7 @@ def test_equals_transformers(
     check([5, 22, 0], 18)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str) -> None:
     """A ragged batch gives each prompt what it gets alone in transformers."""
     folder, hf = checkpoint(name)
@@ -212,7 +212,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["default", "math"])
-@pytest.mark.parametrize("name, cached", [("llama", 0), ("llama", 30), ("mistral", 0)])
+@pytest.mark.parametrize("name, cached", [
+    ("llama", 0), ("llama", 30), ("mistral", 0), ("gemma2", 0), ("gemma2", 30),
+])
 def test_prefill_never_holds_all_scores(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, cached: int,
     backend: SDPBackend | None,
@@ -249,7 +251,7 @@ def tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("tile", [1, 7, 50])
 def test_tiles_of_queries_change_nothing(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tokens_before_heads: None, name: str,

@@ -297,9 +297,15 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # whose settings and tensors are read here
+
+
 def gguf_config(meta: dict, tensors: dict[str, gguf.ReaderTensor]) -> dict:
     """The metadata and tensors of a GGUF file -> a Hugging Face style configuration."""
     arch = meta.get("general.architecture")
+    if arch not in GGUF_FAMILIES:
+        raise ValueError(f"unsupported architecture {arch!r} in a GGUF file; supported: "
+                         f"{', '.join(GGUF_FAMILIES)}")
     config = {name: meta.get(f"{arch}.{theirs}") for name, theirs in GGUF_SETTINGS.items()}
     config["model_type"] = arch
     config["use_sliding_window"] = True
