@@ -870,6 +870,8 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
         # what makes q, k and v of their product is one launch and not up to three
         options["combo_kernels"] = True
         options["combo_kernels_pointwise_only"] = True
+    else:
+        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols: decode_in_graph
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
     if on_gpu:
