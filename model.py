@@ -333,8 +333,6 @@ class Int8LayerCache(LayerCache):
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
     ) -> Tensor:
-        if fits_into_graph(q, k, options):
-            return self.decode_in_graph(q, k, v, input_pos)
         keys, values = self.kv.unbind(0)
         k_scale, v_scale = self.scale.unbind(0)
         if k is not None:

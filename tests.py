@@ -610,15 +610,13 @@ def test_compiled_decode(checkpoint: Checkpoint, attention: str, dynamo: None) -
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
 def test_a_compiled_row_attends_without_python(
-    checkpoint: Checkpoint, kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch,
-    dynamo: None,
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None
 ) -> None:
     """In one graph for every length, up to the last place of the cache."""
     model = loaded(checkpoint)
     tokens = random_tokens(1, 24)
-    model.setup_caches(1, 24, kv_dtype)
+    model.setup_caches(1, 24)
     eager = [model.decode(tokens[:, i:i + 1], positions(i)) for i in range(24)]
     monkeypatch.setattr("model.flash_decode", None)
     compile_model(model)
