@@ -911,6 +911,8 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
         options["combo_kernels_pointwise_only"] = True
         if can_reduce_in_one_shot(model.ranks):
             options["_collective.auto_select"] = True
+    else:
+        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols: decode_in_graph
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
     if on_gpu:

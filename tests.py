@@ -603,6 +603,21 @@ def test_compiled_decode(checkpoint: Checkpoint, attention: str, dynamo: None) -
     assert graphs() == 1
 
 
+def test_a_compiled_row_attends_without_python(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None
+) -> None:
+    """In one graph for every length, up to the last place of the cache."""
+    model = loaded(checkpoint)
+    tokens = random_tokens(1, 24)
+    model.setup_caches(1, 24)
+    eager = [model.decode(tokens[:, i:i + 1], positions(i)) for i in range(24)]
+    monkeypatch.setattr("model.flash_decode", None)
+    compile_model(model)
+    for i, expected in enumerate(eager):
+        close(model.decode(tokens[:, i:i + 1], positions(i)), expected)
+    assert graphs() == 1
+
+
 def test_compiled_prefill(checkpoint: Checkpoint, dynamo: None) -> None:
     model = loaded(checkpoint, "qwen3")
     eager = [generate(model, [prompt], 6) for prompt in PROMPTS]

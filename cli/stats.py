@@ -70,7 +70,7 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     # after the peak, to which its buffers would add
-    bandwidth = copy_bandwidth(memory.device, 2**30 if cuda else 2**28)
+    bandwidth = copy_bandwidth(memory.device, 2**30 if cuda else 2**27)
 
     # a run of single tokens has no decode steps: prefill stands for them
     steps = sorted(stats.steps_s or stats.first_token_s)
