@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from checks.common import CPU_ENV, HERE, hf_folder, run_cli
+from checks.common import CPU_ENV, HERE, run_cli
 from cli.arguments import SETTINGS
 from cli.batch import InOrder, News, Records, Run, answer_file, answer_live
 from cli.prompts import Job, Line, read_jobs, read_lines, read_text, samples
@@ -465,16 +465,6 @@ def test_a_full_disk_keeps_what_was_written(
 
 
 # --- the command line ---
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """A checkpoint with small random weights, a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    hf_folder(folder, vocab_size=600, max_position_embeddings=256)
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, folder)
-    return folder
-
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture, tiny: Path) -> Callable[..., Outcome]:
