@@ -2,6 +2,8 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 from torch.autograd import DeviceType
 
 import cli.stats
+import generate
+from checks.common import CPU_ENV, HERE
 from cli.arguments import add_measuring, add_sampling, add_speed, add_text, number, parse_args
 from cli.stats import PROFILED, Memory, Stats, copy_bandwidth, profile, say_kernels, summarize
 
@@ -301,3 +305,31 @@ def test_every_flag_says_what_its_default_is() -> None:
         if action.nargs == 0 or action.dest in ("prompts", "profile"):
             continue
         assert "default" in action.help, action.dest
+
+
+# --- threads ---
+
+def openmp_settings(**chosen: str) -> str:
+    """What PyTorch's OpenMP says of its settings when generate.py has loaded it."""
+    env = {name: value for name, value in CPU_ENV.items() if not name.startswith(("OMP_", "GOMP_"))}
+    run = subprocess.run(
+        [sys.executable, str(HERE / "generate.py"), "--threads", "0"], capture_output=True,
+        text=True, env={**env, "OMP_DISPLAY_ENV": "VERBOSE", **chosen})
+    return run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its wheels carry another OpenMP")
+def test_threads_that_wait_sleep_soon_unless_the_user_chose() -> None:
+    """The setting is there before PyTorch's OpenMP loads, which reads it once."""
+    assert "GOMP_SPINCOUNT = '1000'" in openmp_settings()
+    assert "GOMP_SPINCOUNT = '77'" in openmp_settings(GOMP_SPINCOUNT="77")
+    assert "GOMP_SPINCOUNT = '1000'" not in openmp_settings(OMP_WAIT_POLICY="active")
+
+
+def test_threads_are_as_many_as_the_flag_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    for flags in ([], ["--threads", "3"]):
+        with pytest.raises(SystemExit):
+            generate.main([*CPU, *flags, "--prompt", "@/no/such/file"])
+    assert asked == [3]

@@ -123,15 +123,16 @@ def answer_live(
     tokenizer: None makes no text."""
     screen = InOrder()
     answers = {}
-    several = len(jobs) > 1
+    headed = len(jobs) > 1
+    several = any(job.sample for job in jobs)
     for answer, _, piece in run_answers(jobs, run, tokenizer):
         begins = answer.number not in answers
         answers[answer.number] = answer
         ended = answer.finish_reason is not None
-        if several and begins:
+        if headed and begins:
             piece = heading(answer.job, several) + piece
         if ended:
-            piece += "\n\n" if several else "\n"
+            piece += "\n\n" if headed else "\n"
         if not quiet and tokenizer is not None:
             screen.push(answer.number, piece, ended)
     return [answers[number] for number in range(len(jobs))]
