@@ -17,6 +17,7 @@ import generate
 from checks.common import CPU_ENV, HERE
 from cli.arguments import add_measuring, add_sampling, add_speed, add_text, number, parse_args
 from cli.stats import PROFILED, Memory, Stats, copy_bandwidth, profile, say_kernels, summarize
+from formats.checkpoint import default_model
 
 CPU = ["--device", "cpu"]
 
@@ -335,3 +336,24 @@ def test_threads_are_as_many_as_the_flag_says(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(SystemExit):
             generate.main([*CPU, *flags, "--prompt", "@/no/such/file"])
     assert asked == [3]
+
+
+# --- a download ---
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_download_shows_how_far_it_is_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_terminal: bool
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: object) -> None:
+        commands.append(command)
+        raise ValueError("no network")
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: on_terminal, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="no network"):
+        default_model()
+    [command] = commands
+    assert ("--quiet" in command) != on_terminal
