@@ -19,6 +19,7 @@ from checks.common import CPU_ENV, HERE, run_cli
 from cli.arguments import SETTINGS
 from cli.batch import InOrder, News, Records, Run, answer_file, answer_live
 from cli.prompts import Job, Line, read_jobs, read_lines, read_text, samples
+from generate import Engine, Launch
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 DEFAULTS = {**dict.fromkeys(SETTINGS), "max_new_tokens": 9, "temperature": 0.0, "stop": []}
@@ -715,6 +716,41 @@ def test_a_system_message_goes_in_front_of_each_prompt(
     assert json.loads(out)["texts"] == [same]
     monkeypatch.setattr("sys.stdin", io.StringIO("one two"))
     assert cli("--interactive", "--system", "be kind")[1] == same + "\n"
+
+
+def test_an_answer_behind_one_that_ctrl_c_ended_is_that_of_the_whole_conversation(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the engine had under way: a run with a cache of its own answers the same."""
+    saved = tmp_path / "saved.json"
+    steps = []
+    launch = Engine.launch
+
+    def interrupted(engine: Engine, began: float) -> Launch:
+        steps.append(began)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return launch(engine, began)
+
+    monkeypatch.setattr(Engine, "launch", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"one two\nthree\n/save {saved}\n"))
+    cli("--interactive")
+    messages = json.loads(saved.read_text())
+    assert len(messages) == 4 and len(steps) > 5
+    saved.write_text(json.dumps(messages[:2]))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/load {saved}\nthree\n"))
+    assert cli("--interactive")[1] == messages[3]["content"] + "\n"
+
+
+def test_regen_draws_other_numbers_whatever_the_seed(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n/regen\n"))
+        outs.append(cli("--interactive", "--seed", 3, "--temperature", 1, "--max_new_tokens", 5)[1])
+    first, again = outs[0].splitlines()
+    assert outs[0] == outs[1] and first != again
 
 
 def test_a_run_says_how_many_answers_were_cut(cli: Callable[..., Outcome]) -> None:

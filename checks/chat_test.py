@@ -408,7 +408,8 @@ def test_places_that_cannot_be_written_or_read(
     os.mkfifo(pipe)
     places = ["", "/no/such/x", tmp_path, pipe, "/dev/full", "x" * 5000, "a\0b"]
     lines = [f"/{verb} {place}" for place in places for verb in ("save", "load")]
-    talk(monkeypatch, ["/save x", "one", *lines, "two"], [spoken("Hi"), spoken("Ho")])
+    said = ["/save x", "one", *lines, "two"]
+    talk(monkeypatch, said, [spoken("Hi"), spoken("Ho")], system="s")
     out, err = capsys.readouterr()
     assert out == "Hi\nHo\n" and "> there is nothing to save\n" in err
     said = err.split("> ")[3:-2]

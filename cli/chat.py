@@ -219,10 +219,10 @@ class Chat:
         say(f"dropped {n}, {len(self.messages) // 2} left")
 
     def save(self, argument: str) -> None:
-        messages = with_system(self.system, self.messages)
-        if not messages:
+        if not self.messages:
             raise ValueError("there is nothing to save")
         file = named_file(argument)
+        messages = with_system(self.system, self.messages)
         write_conversation(file, messages)
         say(f"{len(messages)} messages are in {file}")
 
