@@ -199,6 +199,24 @@ def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
     assert common_prefix(b, a) == length
 
 
+def test_what_the_cache_has_lost_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where layers keep a sliding window only, which has passed the tokens to go on from."""
+
+    class Forgetful(FakeReply):
+        def __call__(
+            self, ids: list[int], cached: int, show: Show, attempt: int
+        ) -> tuple[list[int], str]:
+            if 0 < cached < len(self.cache):
+                raise ValueError("the window has passed them")
+            return super().__call__(ids, cached, show, attempt)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/regen\ntwo\n"))
+    reply = Forgetful([spoken("Hi"), spoken("Ho"), spoken("x")])
+    Chat(Letters(), reply, 1000).run()
+    assert [cached for _, cached in reply.calls] == [0, 0, len("u:one\0a:Ho")]
+    assert reply.seen[2] == asked("u:one\0a:Ho\0u:two\0a:")
+
+
 # --- Ctrl-C ---
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(
@@ -473,12 +491,13 @@ class Screen:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str) -> str:
         """All that was shown up to this text, since the last time."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 120
         while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} does not come: {self.seen!r}"
+            late = time.monotonic() > end
             self.read()
+            assert text in self.seen or not late, f"{text!r} does not come: {self.seen!r}"
         shown, _, self.seen = self.seen.partition(text)
         return shown + text
 

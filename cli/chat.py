@@ -43,9 +43,10 @@ class Chat:
 
     reply(ids, cached, show, attempt) generates behind the first `cached` tokens of the cache, which
     it leaves as they are: it prefills ids, calls show(row, ids) as tokens come, and returns all of
-    them and why they end. A KeyboardInterrupt ends an answer where it is. room: the tokens that
-    the cache holds. stop: strings that end a reply, and that reply stops at; they are neither
-    printed nor part of the conversation. system: a first message that says how to answer.
+    them and why they end. A KeyboardInterrupt ends an answer where it is; ValueError: those cached
+    are not there any more, and it is asked anew with none. room: the tokens that the cache holds.
+    stop: strings that end a reply, and that reply stops at; they are neither printed nor part of
+    the conversation. system: a first message that says how to answer.
     ValueError where the model has no chat template, or one that does not take a system message."""
 
     def __init__(
@@ -125,7 +126,13 @@ class Chat:
         # at least one token is fed, for its logits
         cached = min(common_prefix(ids, self.held), len(ids) - 1)
         self.held = ids[:cached]  # what follows is overwritten, however this ends
-        answer, reason = self.show_reply(ids, cached)
+        try:
+            answer, reason = self.show_reply(ids, cached)
+        except ValueError:
+            if cached == 0:
+                raise
+            self.held = []
+            answer, reason = self.show_reply(ids, 0)
         if not answer:
             say("the answer had not begun")
             return reason
