@@ -25,14 +25,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+# The OpenMP of PyTorch's wheels for CPUs, libgomp, reads this while it loads: how many turns a
+# thread that waits for the others spins before it sleeps. Its own choice is 300,000, which on a
+# machine with other work to do takes the cores from those that are waited for; with less than a
+# few thousand, steps of small models are slower on a quiet one. What the user has chosen stays.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "4000"
+
 import torch
 from torch import Tensor
 
 from cli.arguments import DTYPES, SETTINGS, parse_args, say
-from cli.batch import News, Records, Run, answer_file, answer_live, help_answer
-from cli.chat import Show, chat
-from cli.prompts import Job, Line, check_text, read_jobs, read_lines, read_text, samples
-from cli.stats import Memory, Stats, profile, summarize
+from cli.batch import News, Records, Run, answer_file, answer_live, help_answer, say_cuts
+from cli.chat import Chat, Show
+from cli.progress import with_bar
+from cli.prompts import (
+    Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples, title_of,
+    with_system,
+)
+from cli.stats import Memory, Stats, check_writable, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
@@ -1040,6 +1051,8 @@ QUESTION = "What is the capital of France?"  # the prompt where none is given
 def main(argv: list[str] | None = None) -> None:
     stderr = mute_all_but_the_first()
     args = parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     team = None
     try:
         if args.save is not None:
@@ -1086,20 +1099,18 @@ def fail(message: str, team: Team | None, stderr: TextIO) -> None:
 
 
 def run(args: Any, team: Team) -> None:
-    """Load, prepare, and do what the flags ask for."""
-    lines = []
-    if args.prompts is not None:
-        lines = team.agree(read_lines(args.prompts) if team.is_first else None)
+    """Read what is asked, load, prepare, and do what the flags ask for."""
+    asked = team.agree(read_asked(args) if team.is_first else None)
     output = nullcontext()
     if args.output is not None and team.is_first:
         output = Records(args.output)
     with output as records:
         stats = Stats()
         tokenizer, model = load_both(args, stats, team.ranks)
-        jobs = wanted(args, lines, tokenizer, model.config)
+        jobs = wanted(args, asked, tokenizer, model.config)
         engine = make_engine(args, model, tokenizer, jobs, team)
         if args.interactive:
-            converse(engine, tokenizer, args, stats)
+            converse(engine, tokenizer, asked.system, args)
         elif args.profile:
             profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
             summarize(stats, memory_of(engine))
@@ -1107,6 +1118,24 @@ def run(args: Any, team: Team) -> None:
             answer_prompts(engine, tokenizer, jobs, records, args, stats, team)
         else:
             answer_prompt(engine, tokenizer, jobs, args, stats)
+
+
+def read_asked(args: Any) -> Asked:
+    """What the flags ask about. ValueError: a file of theirs cannot be read, or be written."""
+    if args.profile is not None:
+        check_writable(args.profile)
+    if args.draft_checkpoint_path is not None:
+        resolve(args.draft_checkpoint_path)
+    lines = []
+    if args.prompts is not None:
+        lines = read_lines(args.prompts)
+    text = None
+    if args.prompt is not None and not args.prompt.isdecimal():
+        text = read_text(args.prompt)
+    system = None
+    if args.system is not None:
+        system = read_system(args.system)
+    return Asked(lines, text, system)
 
 
 def load_both(
@@ -1167,33 +1196,39 @@ def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int 
 
 
 def wanted(
-    args: Any, lines: list[Line], tokenizer: Tokenizer | None, config: ModelConfig
+    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
 ) -> list[Job]:
-    """The answers that the flags ask for; lines: of --prompts."""
+    """The answers that the flags ask for."""
+    if args.interactive and tokenizer is not None:
+        return []
     defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
         n_samples *= args.batch_size
 
-    if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
-        n_tokens = int(args.prompt)
-        check_room(n_tokens, room)
-        generator = torch.Generator().manual_seed(args.seed or 0)
-        prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
-        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
-        return samples(0, "", prompt, defaults, n_samples)
+    if args.prompt and args.prompt.isdecimal():
+        prompt = random_prompt(args, room, config)
+        if tokenizer is not None and not args.profile:
+            say(
+                f"--prompt {args.prompt} is {args.prompt} random tokens, as in gpt-fast; for this "
+                f"text: printf {args.prompt} | python generate.py --prompt -"
+            )
+        return samples(0, f"{len(prompt)} random tokens", prompt, defaults, n_samples)
 
     if tokenizer is None:
         raise ValueError(
             "a bare config.json has no tokenizer: give --prompt a number of random tokens"
         )
+    if asked.system is not None:
+        check_template(tokenizer, asked.system)
 
     def encode(entry: dict[str, Any]) -> list[int]:
         if "messages" in entry:
             prompt = tokenizer.chat(entry["messages"])
-        elif args.chat or args.interactive:
-            prompt = tokenizer.chat([{"role": "user", "content": entry["prompt"]}])
+        elif args.chat:
+            message = {"role": "user", "content": entry["prompt"]}
+            prompt = tokenizer.chat(with_system(asked.system, [message]))
         else:
             prompt = tokenizer.encode(entry["prompt"])
         check_prompts([prompt], args.max_new_tokens, config.vocab_size)
@@ -1202,15 +1237,21 @@ def wanted(
 
     if args.prompts is not None:
         answering = [args.checkpoint_path, args.dtype, args.quantize, args.kv_dtype]
-        return read_jobs(lines, encode, defaults, args.num_samples, json.dumps(answering))
-    if args.prompt is not None:
-        entry = {"prompt": read_text(args.prompt)}
-        check_text("--prompt", entry["prompt"])
-    elif tokenizer.chat_template:
+        return read_jobs(asked.lines, encode, defaults, args.num_samples, json.dumps(answering))
+    entry = {"prompt": QUESTION if asked.text is None else asked.text}
+    if asked.text is None and tokenizer.chat_template and not args.chat:
         entry = {"messages": [{"role": "user", "content": QUESTION}]}
-    else:
-        entry = {"prompt": QUESTION}
-    return samples(0, "", encode(entry), defaults, n_samples)
+    return samples(0, title_of(entry), encode(entry), defaults, n_samples)
+
+
+def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
+    """As many random tokens as --prompt says. ValueError: there is no room for them."""
+    n_tokens = int(args.prompt)
+    check_room(n_tokens, room)
+    generator = torch.Generator().manual_seed(args.seed or 0)
+    prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
+    check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+    return prompt
 
 
 def make_engine(
@@ -1286,10 +1327,14 @@ def answer_prompt(
             **options(args, tokenizer),
         )
         stats.compile_s = warm.compile_s
+    else:
+        watch_prompts(engine)
     answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
     if args.benchmark and stats.speculation.checked:
         middle = len(jobs[0].prompt) + args.max_new_tokens // 2
         stats.speculation.plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
+    elif not args.benchmark:
+        say_cuts(answers)
     summary = summarize(stats, memory_of(engine))
     if args.json:
         result = {
@@ -1326,17 +1371,28 @@ def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
     return plain.timed_steps(n)
 
 
-def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:
+def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any) -> None:
     """A conversation in the terminal, its cache kept between turns."""
+    watch_prompts(engine)
 
-    def reply(ids: list[int], cached: int, show: Show) -> list[int]:
-        out, = generate(
-            engine.model, [ids], args.max_new_tokens, cached=cached, stream=show, stats=stats,
-            engine=engine, **options(args, tokenizer),
+    def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
+        settings = options(args, tokenizer)
+        if args.seed is not None:
+            settings["seed"] = (args.seed + attempt) % 2**63
+        answer, = generate(
+            engine.model, [ids], args.max_new_tokens, cached=cached, stream=show, engine=engine,
+            **settings,
         )
-        return out
+        return answer, engine.finish_reasons[0]
 
-    chat(tokenizer, reply, engine.context, args.stop)
+    Chat(tokenizer, reply, engine.context, args.stop, system).run()
+
+
+def watch_prompts(engine: Engine) -> None:
+    """Show how far a long prompt is; on a GPU, which is asked for all layers at once, nothing."""
+    if engine.device.type == "cpu":
+        model = engine.model
+        model.prefill_block = with_bar(model.prefill_block, model.layers)
 
 
 def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:

