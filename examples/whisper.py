@@ -134,28 +134,44 @@ class Encoder(nn.TransformerEncoder):
         return super().forward(x + self.embed_positions.weight)
 
 
-class DecoderLayer(nn.TransformerDecoderLayer):
-    def forward(
-        self, x: Tensor, lengths: Tensor, text: Tensor, frames: Tensor, sound: Tensor
-    ) -> Tensor:
-        """x [B, T, C] behind lengths [B] tokens in text, beside frames [B] of sound; both are
-        caches [2, B, H, S, D]."""
-        q, k, v = project(self.self_attn, "qkv", self.norm1(x))
-        y = flash_decode(q, *text, lengths, k, v)  # (B, H, T, D)
-        x = x + self.self_attn.out_proj(y.transpose(1, 2).flatten(2))
-        [q] = project(self.multihead_attn, "q", self.norm2(x))
-        y = flash_decode(q, *sound, frames, causal=False)
-        x = x + self.multihead_attn.out_proj(y.transpose(1, 2).flatten(2))
-        return x + self.linear2(F.gelu(self.linear1(self.norm3(x))))
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of x [B, T, K] and weight [N, K]. On a CPU one product with a few rows keeps one
+    core busy, a batch of products all of them: there N is cut into as many blocks as cores."""
+    n = torch.get_num_threads()
+    if x.is_cuda or len(weight) % n:
+        return F.linear(x, weight, bias)
+    blocks = weight.unflatten(0, (n, -1)).transpose(1, 2)  # (n, K, N / n)
+    y = x.flatten(0, 1) @ blocks  # (n, B * T, N / n)
+    y = y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
+    return y if bias is None else y + bias
 
 
 def project(attention: nn.MultiheadAttention, kinds: str, x: Tensor) -> Tensor:
     """x [B, T, C] -> its queries, keys or values, as kinds says, [n, B, H, T, D]."""
     start = attention.embed_dim * "qkv".index(kinds)
     rows = slice(start, start + attention.embed_dim * len(kinds))
-    y = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    y = product(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
     y = y.unflatten(-1, (len(kinds), attention.num_heads, attention.head_dim))
     return y.permute(2, 0, 3, 1, 4)
+
+
+class DecoderLayer(nn.TransformerDecoderLayer):
+    def forward(
+        self, x: Tensor, lengths: Tensor, text: Tensor, frames: Tensor, sound: Tensor
+    ) -> Tensor:
+        """x [B, T, C] behind lengths [B] tokens in text, beside frames [B] of sound; both are
+        caches [2, B, H, S, D]."""
+        def add(x: Tensor, layer: nn.Linear, y: Tensor) -> Tensor:
+            return x + product(y, layer.weight, layer.bias)
+
+        q, k, v = project(self.self_attn, "qkv", self.norm1(x))
+        y = flash_decode(q, *text, lengths, k, v)  # (B, H, T, D)
+        x = add(x, self.self_attn.out_proj, y.transpose(1, 2).flatten(2))
+        [q] = project(self.multihead_attn, "q", self.norm2(x))
+        y = flash_decode(q, *sound, frames, causal=False)
+        x = add(x, self.multihead_attn.out_proj, y.transpose(1, 2).flatten(2))
+        y = F.gelu(product(self.norm3(x), self.linear1.weight, self.linear1.bias))
+        return add(x, self.linear2, y)
 
 
 class Decoder(nn.TransformerDecoder):
@@ -168,18 +184,15 @@ class Decoder(nn.TransformerDecoder):
         self.embed_positions = nn.Embedding(config["max_target_positions"], dim)
 
     def arrange(self) -> None:
-        """Lay weights out for products with one row. On a CPU those are twice as fast with tall
-        matrices by columns, and keep one core busy, but a batch of them keeps all: the output
-        layer, the table of tokens, becomes n blocks [n, C, V / n]."""
-        n = 1
-        table = self.embed_tokens.weight.t()  # (C, V)
-        if table.is_cpu:
-            n = torch.get_num_threads()
-            table = F.pad(table, (0, -table.shape[1] % n)).contiguous()
-            for name, weight in self.layers.named_parameters():
-                if name.endswith(("in_proj_weight", "linear1.weight")):
+        """Make the output layer of the table of tokens. On a CPU tall matrices are stored by
+        columns, which is twice as fast with one row, and the table is filled up to whole blocks."""
+        self.head = self.embed_tokens.weight  # (V, C)
+        if self.head.is_cpu:
+            missing = -len(self.head) % torch.get_num_threads()
+            self.head = nn.Parameter(F.pad(self.head, (0, 0, 0, missing)))
+            for name, weight in self.named_parameters():
+                if name.endswith(("in_proj_weight", "linear1.weight", "head")):
                     weight.data = weight.t().contiguous().t()
-        self.head = table.unflatten(1, (n, -1)).transpose(0, 1)
 
     def listen(self, heard: Tensor, sound: Tensor) -> None:
         """Fill the cross-attention's cache, sound [n_layer, 2, B, H, WINDOW / 2, D]."""
@@ -195,8 +208,7 @@ class Decoder(nn.TransformerDecoder):
         x = self.embed_tokens(tokens) + self.embed_positions(positions)  # (B, T, C)
         for layer, grows, full in zip(self.layers, text, sound):
             x = layer(x, lengths, grows, frames, full)
-        logits = self.norm(x).flatten(0, 1) @ self.head  # (n, B * T, V / n)
-        logits = logits.transpose(0, 1).flatten(1).unflatten(0, tokens.shape)
+        logits = product(self.norm(x), self.head)
         return logits[..., :self.embed_tokens.num_embeddings].float()
 
 
