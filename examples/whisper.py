@@ -21,12 +21,12 @@ import math
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import soundfile
 import soxr
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import flash_decode
@@ -47,8 +47,6 @@ WINDOW = 3000  # frames that the encoder hears at once
 FIRST_STAMPS = 51  # a window's first timestamp is at most 1 second into it; they are 0.02 apart
 SILENCE = 1e-4  # the loudest sample of what is not worth hearing
 
-torch.backends.mha.set_fastpath_enabled(False)  # on a GPU its GELU is an approximation
-
 
 @contextmanager
 def trying_to(do: str) -> Iterator[None]:
@@ -57,8 +55,6 @@ def trying_to(do: str) -> Iterator[None]:
         yield
     except Exception as e:
         reason = " ".join(str(e).split())
-        if isinstance(e, KeyError):
-            reason = f"it has no {reason}"
         raise ValueError(f"cannot {do}: {reason[:300]}") from None
 
 # --- sound ---
@@ -111,173 +107,134 @@ def log_mel(samples: Tensor, n_mels: int) -> Tensor:
     mel = energies.clamp_min(1e-10).log10()
     return ((mel.clamp_min(mel.max() - 8) + 4) / 4)[None]
 
-# --- the model: PyTorch's layers, the decoder's reading caches ---
+# --- the model ---
 
 
-class Encoder(nn.TransformerEncoder):
-    def __init__(self, config: dict):
-        dim = config["d_model"]
-        layer = nn.TransformerEncoderLayer(
-            dim, config["encoder_attention_heads"], config["encoder_ffn_dim"],
-            activation=F.gelu, batch_first=True, norm_first=True,
-        )
-        norm = nn.LayerNorm(dim)
-        super().__init__(layer, config["encoder_layers"], norm, enable_nested_tensor=False)
-        self.conv1 = nn.Conv1d(config["num_mel_bins"], dim, 3, padding=1)
-        self.conv2 = nn.Conv1d(dim, dim, 3, padding=1, stride=2)
-        self.embed_positions = nn.Embedding(config["max_source_positions"], dim)
+class Named(dict):
+    """Settings, tokens or tensors by their names in the folder; tensors are what layers are."""
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """mel [B, n_mels, WINDOW] -> what was heard [B, WINDOW / 2, C]."""
-        x = F.gelu(self.conv1(mel))
-        x = F.gelu(self.conv2(x)).transpose(1, 2)
-        return super().forward(x + self.embed_positions.weight)
+    def __missing__(self, name: str) -> NoReturn:
+        raise ValueError(f"this is not a whole Whisper folder: it has no {name!r}")
 
+    def part(self, start: str) -> Named:
+        """What has names that begin so, by the rest of its names."""
+        mine = [name for name in self if name.startswith(start)]
+        return Named({name.removeprefix(start): self[name] for name in mine})
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of x [B, T, K] and weight [N, K]. On a CPU one product with a few rows keeps one
-    core busy, a batch of products all of them: there N is cut into as many blocks as cores."""
-    n = torch.get_num_threads()
-    if x.is_cuda or len(weight) % n:
-        return F.linear(x, weight, bias)
-    blocks = weight.unflatten(0, (n, -1)).transpose(1, 2)  # (n, K, N / n)
-    y = x.flatten(0, 1) @ blocks  # (n, B * T, N / n)
-    y = y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
-    return y if bias is None else y + bias
+    def layers(self, n: int) -> list[Named]:
+        return [self.part(f"layers.{i}.") for i in range(n)]
 
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self[f"{name}.weight"], self[f"{name}.bias"])
 
-def project(attention: nn.MultiheadAttention, kinds: str, x: Tensor) -> Tensor:
-    """x [B, T, C] -> its queries, keys or values, as kinds says, [n, B, H, T, D]."""
-    start = attention.embed_dim * "qkv".index(kinds)
-    rows = slice(start, start + attention.embed_dim * len(kinds))
-    y = product(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-    y = y.unflatten(-1, (len(kinds), attention.num_heads, attention.head_dim))
-    return y.permute(2, 0, 3, 1, 4)
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x [B, T, K] -> [B, T, N]. On a CPU one product with a few rows keeps one core busy, a
+        batch of products all of them: there N is cut into as many blocks as there are cores."""
+        weight = self[f"{name}.weight"]
+        bias = self.get(f"{name}.bias")  # keys have none
+        n = torch.get_num_threads()
+        if x.is_cuda or x.shape[1] > 16 or len(weight) % n:
+            return F.linear(x, weight, bias)
+        blocks = weight.unflatten(0, (n, -1)).transpose(1, 2)  # (n, K, N / n)
+        y = x.flatten(0, 1) @ blocks  # (n, B * T, N / n)
+        y = y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
+        return y if bias is None else y + bias
 
+    def project(self, name: str, kinds: str, x: Tensor, n_head: int) -> list[Tensor]:
+        """x [B, T, C] -> an attention's queries, keys, values, as kinds says, [B, H, T, D] each."""
+        projected = [self.linear(f"{name}.{kind}_proj", x) for kind in kinds]
+        return [y.unflatten(-1, (n_head, -1)).transpose(1, 2) for y in projected]
 
-class DecoderLayer(nn.TransformerDecoderLayer):
-    def forward(
-        self, x: Tensor, lengths: Tensor, text: Tensor, frames: Tensor, sound: Tensor
+    def attend(
+        self, name: str, kinds: str, x: Tensor, n_head: int, attention: Callable[..., Tensor]
     ) -> Tensor:
-        """x [B, T, C] behind lengths [B] tokens in text, beside frames [B] of sound; both are
-        caches [2, B, H, S, D]."""
-        def add(x: Tensor, layer: nn.Linear, y: Tensor) -> Tensor:
-            return x + product(y, layer.weight, layer.bias)
+        """x [B, T, C] plus an attention of its projections."""
+        projected = self.project(name, kinds, self.norm(f"{name}_layer_norm", x), n_head)
+        y = attention(*projected).transpose(1, 2).flatten(2)  # (B, T, C)
+        return x + self.linear(f"{name}.out_proj", y)
 
-        q, k, v = project(self.self_attn, "qkv", self.norm1(x))
-        y = flash_decode(q, *text, lengths, k, v)  # (B, H, T, D)
-        x = add(x, self.self_attn.out_proj, y.transpose(1, 2).flatten(2))
-        [q] = project(self.multihead_attn, "q", self.norm2(x))
-        y = flash_decode(q, *sound, frames, causal=False)
-        x = add(x, self.multihead_attn.out_proj, y.transpose(1, 2).flatten(2))
-        y = F.gelu(product(self.norm3(x), self.linear1.weight, self.linear1.bias))
-        return add(x, self.linear2, y)
+    def feed_forward(self, x: Tensor) -> Tensor:
+        y = self.linear("fc1", self.norm("final_layer_norm", x))
+        return x + self.linear("fc2", F.gelu(y))
 
 
-class Decoder(nn.TransformerDecoder):
-    def __init__(self, config: dict):
-        dim = config["d_model"]
-        n_head = config["decoder_attention_heads"]
-        layer = DecoderLayer(dim, n_head, config["decoder_ffn_dim"])
-        super().__init__(layer, config["decoder_layers"], nn.LayerNorm(dim))
-        self.embed_tokens = nn.Embedding(config["vocab_size"], dim)
-        self.embed_positions = nn.Embedding(config["max_target_positions"], dim)
-
-    def arrange(self) -> None:
-        """Make the output layer of the table of tokens. On a CPU tall matrices are stored by
-        columns, which is twice as fast with one row, and the table is filled up to whole blocks."""
-        self.head = self.embed_tokens.weight  # (V, C)
-        if self.head.is_cpu:
-            missing = -len(self.head) % torch.get_num_threads()
-            self.head = nn.Parameter(F.pad(self.head, (0, 0, 0, missing)))
-            for name, weight in self.named_parameters():
-                if name.endswith(("in_proj_weight", "linear1.weight", "head")):
-                    weight.data = weight.t().contiguous().t()
-
-    def listen(self, heard: Tensor, sound: Tensor) -> None:
-        """Fill the cross-attention's cache, sound [n_layer, 2, B, H, WINDOW / 2, D]."""
-        for layer, kv in zip(self.layers, sound):
-            kv[:] = project(layer.multihead_attn, "kv", heard)
-
-    def forward(self, tokens: Tensor, lengths: Tensor, text: Tensor, sound: Tensor) -> Tensor:
-        """tokens [B, T] behind lengths [B] int32 cached ones -> logits [B, T, V] float32.
-
-        text, sound [n_layer, 2, B, H, S, D]: the cache that grows, the one that listen fills."""
-        frames = torch.full_like(lengths, sound.shape[4])
-        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.embed_tokens(tokens) + self.embed_positions(positions)  # (B, T, C)
-        for layer, grows, full in zip(self.layers, text, sound):
-            x = layer(x, lengths, grows, frames, full)
-        logits = product(self.norm(x), self.head)
-        return logits[..., :self.embed_tokens.num_embeddings].float()
-
-
-# names of Hugging Face -> of PyTorch; final_layer_norm is norm2 in an encoder, norm3 in a decoder
-NAMES = {
-    "self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2", "layer_norm": "norm",
-    "encoder_attn": "multihead_attn", "fc1": "linear1", "fc2": "linear2",
-}
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """A folder's tensors by the names that PyTorch's layers have."""
-    tensors = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with trying_to(f"read {path}"):
-            read = load_file(path)
-        for name, tensor in read.items():
-            final = "norm2" if ".encoder." in name else "norm3"
-            names = {"model": None, "final_layer_norm": final, **NAMES}
-            parts = [names.get(part, part) for part in name.split(".")]
-            tensors[".".join(filter(None, parts))] = tensor
-    tensors.pop("proj_out.weight", None)  # the table of tokens again
-
-    # queries, keys and values are one product; keys have no bias
-    for name in [name for name in tensors if name.endswith("q_proj.weight")]:
-        start = name.removesuffix("q_proj.weight")
-        weights = [tensors.pop(f"{start}{kind}_proj.weight") for kind in "qkv"]
-        tensors[f"{start}in_proj_weight"] = torch.cat(weights)
-        q, v = [tensors.pop(f"{start}{kind}_proj.bias") for kind in "qv"]
-        tensors[f"{start}in_proj_bias"] = torch.cat((q, torch.zeros_like(q), v))
-    return tensors
-
-
-class Whisper(nn.Module):
-    """A folder's tokens, encoder and decoder."""
+class Whisper:
+    """A folder's tokens, and its encoder and decoder as functions of its tensors."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
-        super().__init__()
-        self.config = {}
+        self.config = Named()
         for path in (folder / "config.json", *folder.glob("generation_config.json")):
             with trying_to(f"read {path}"):
                 self.config |= json.loads(path.read_text(encoding="utf-8"))
         if self.config.get("model_type") != "whisper":
-            raise ValueError(f"its model_type is {self.config.get('model_type')!r}, not 'whisper'")
-        with torch.device("meta"):
-            self.encoder = Encoder(self.config)
-            self.decoder = Decoder(self.config)
-        self.load_state_dict(read_tensors(folder), assign=True)
-        self.to(device, dtype).eval().requires_grad_(False)
-        self.decoder.arrange()
+            raise ValueError(f"{folder} is not a Whisper: {self.config.get('model_type')!r}")
+        tensors = Named()
+        for path in sorted(folder.glob("model*.safetensors")):
+            with trying_to(f"read {path}"):
+                for name, tensor in load_file(path).items():
+                    tensors[name.removeprefix("model.")] = tensor.to(device, dtype)
+        self.encoder = tensors.part("encoder.")
+        self.decoder = tensors.part("decoder.")
+        # the output layer is the table of tokens, here up to whole blocks of it; a CPU multiplies
+        # a tall matrix twice as fast by columns
+        table = self.decoder["embed_tokens.weight"]  # (V, C)
+        table = F.pad(table, (0, 0, 0, -len(table) % torch.get_num_threads()))
+        self.decoder["proj_out.weight"] = table.t().contiguous().t()
+        self.encoder_layers = self.encoder.layers(self.config["encoder_layers"])
+        self.decoder_layers = self.decoder.layers(self.config["decoder_layers"])
+        self.n_head = self.config["decoder_attention_heads"]
         self.max_tokens = self.config["max_target_positions"] // 2  # of a window, as in the paper
 
         path = folder / "tokenizer.json"
         with trying_to(f"read {path}"):
             self.tokenizer = Tokenizer.from_file(str(path))
-        ids = self.tokenizer.get_vocab()
-        self.start = ids["<|startoftranscript|>"]
-        self.end = ids["<|endoftext|>"]
-        self.tasks = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-        self.first_stamp = ids["<|notimestamps|>"] + 1  # timestamps are the last tokens
+        self.ids = Named(self.tokenizer.get_vocab())
+        self.start = self.ids["<|startoftranscript|>"]
+        self.end = self.ids["<|endoftext|>"]
+        self.first_stamp = self.ids["<|notimestamps|>"] + 1  # timestamps are the last tokens
         if self.first_stamp >= self.config["vocab_size"]:
-            raise ValueError("its tokenizer is of another model")
+            raise ValueError(f"{folder} has a tokenizer of another model")
         self.languages = {}  # codes -> tokens; empty in a model that knows only English
         if self.config.get("is_multilingual", self.config["vocab_size"] > 51864):
-            for token in range(self.start + 1, self.tasks["translate"]):
+            for token in range(self.start + 1, self.ids["<|translate|>"]):
                 self.languages[self.tokenizer.id_to_token(token).strip("<|>")] = token
 
     def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode([token for token in tokens if token < self.end])
+
+    def encode(self, mel: Tensor) -> Tensor:
+        """mel [B, n_mels, WINDOW] -> what was heard [B, WINDOW / 2, C]."""
+        w = self.encoder
+        n_head = self.config["encoder_attention_heads"]
+        x = F.gelu(F.conv1d(mel, w["conv1.weight"], w["conv1.bias"], padding=1))
+        x = F.gelu(F.conv1d(x, w["conv2.weight"], w["conv2.bias"], stride=2, padding=1))
+        x = x.transpose(1, 2) + w["embed_positions.weight"]
+        for layer in self.encoder_layers:
+            x = layer.attend("self_attn", "qkv", x, n_head, F.scaled_dot_product_attention)
+            x = layer.feed_forward(x)
+        return w.norm("layer_norm", x)
+
+    def listen(self, heard: Tensor, sound: Tensor) -> None:
+        """Fill the cross-attention's cache, sound [n_layer, 2, B, H, WINDOW / 2, D]."""
+        for layer, kv in zip(self.decoder_layers, sound):
+            kv[0], kv[1] = layer.project("encoder_attn", "kv", heard, self.n_head)
+
+    def decode(self, tokens: Tensor, lengths: Tensor, text: Tensor, sound: Tensor) -> Tensor:
+        """tokens [B, T] behind lengths [B] int32 cached ones -> logits [B, T, V] float32.
+
+        text, sound [n_layer, 2, B, H, S, D]: the cache that grows, the one that listen fills."""
+        w = self.decoder
+        frames = torch.full_like(lengths, sound.shape[4])
+        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        x = w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions]  # (B, T, C)
+        for layer, grows, full in zip(self.decoder_layers, text, sound):
+            x = layer.attend("self_attn", "qkv", x, self.n_head,
+                             lambda q, k, v: flash_decode(q, *grows, lengths, k, v))
+            x = layer.attend("encoder_attn", "q", x, self.n_head,
+                             lambda q: flash_decode(q, *full, frames, causal=False))
+            x = layer.feed_forward(x)
+        logits = w.linear("proj_out", w.norm("layer_norm", x))
+        return logits[..., :self.config["vocab_size"]].float()
 
 # --- decoding ---
 
@@ -296,9 +253,10 @@ class Rows:
         self.batch_size = batch_size
         self.stamps = stamps
         config = model.config
-        n_head = config["decoder_attention_heads"]
-        shape = config["decoder_layers"], n_head, config["d_model"] // n_head, batch_size
-        kind = dict(dtype=model.decoder.head.dtype, device=model.decoder.head.device)
+        head_dim = config["d_model"] // model.n_head
+        shape = config["decoder_layers"], model.n_head, head_dim, batch_size
+        table = model.decoder["embed_tokens.weight"]
+        kind = dict(dtype=table.dtype, device=table.device)
         self.text = KVCache(*shape, room or config["max_target_positions"], **kind).kv
         self.sound = KVCache(*shape, config["max_source_positions"], **kind).kv
         with torch.device(kind["device"]):
@@ -344,8 +302,8 @@ class Rows:
     def hear(self, row: int, samples: Tensor) -> None:
         """Fill a row's sound with a window of samples [n]."""
         mel = log_mel(samples, self.model.config["num_mel_bins"])
-        heard = self.model.encoder(mel.to(self.sound))
-        self.model.decoder.listen(heard, self.sound[:, :, row:row + 1])
+        heard = self.model.encode(mel.to(self.sound))
+        self.model.listen(heard, self.sound[:, :, row:row + 1])
 
     def prompt(self, row: int, ids: list[int], temperature: float) -> Tensor:
         """Begin a row with 1 to 16 tokens and draw the next -> their probabilities [T, V]."""
@@ -372,8 +330,9 @@ class Rows:
 
     def feed(self, rows: slice, tokens: Tensor) -> Tensor:
         """Give rows tokens [B, T] and draw what comes next -> logits [B, T, V]."""
-        text, sound = self.text[:, :, rows], self.sound[:, :, rows]
-        logits = self.model.decoder(tokens, self.lengths[rows], text, sound)
+        text = self.text[:, :, rows]
+        sound = self.sound[:, :, rows]
+        logits = self.model.decode(tokens, self.lengths[rows], text, sound)
         self.lengths[rows] += tokens.shape[1]
         self.lengths.clamp_(max=self.model.config["max_target_positions"] - 1)  # of idle rows
         logprobs = self.obey(logits[:, -1], rows)
@@ -438,8 +397,8 @@ def transcribe(rows: Rows, samples: Tensor, prompt: list[int]) -> Iterator[Segme
     for shown in windows:
         while shown.start < shown.end:
             # a free row takes what waits
-            for row in set(range(rows.batch_size)) - set(running):
-                if waiting:
+            for row in range(rows.batch_size):
+                if waiting and row not in running:
                     running[row] = waiting.popleft()
 
             # what is new, or to be said anew, is heard and prompted
@@ -479,7 +438,7 @@ def settle(window: Window, model: Whisper, score: float) -> None:
         if len(window.attempts) < 6:
             return
         _, tokens = max(window.attempts)
-        window.attempts = []
+    window.attempts = []
 
     # a timestamp behind text ends a segment, another one begins the next
     said = []
@@ -488,15 +447,14 @@ def settle(window: Window, model: Whisper, score: float) -> None:
     for token in tokens:
         if token < model.end:
             said.append(token)
-        if token < model.first_stamp:
-            continue
-        frame = min(window.start + 2 * (token - model.first_stamp), window.end)
-        begun = not said
-        if said:
-            window.segments.append(Segment(begin / 100, frame / 100, model.text(said)))
-            settled = frame
-            said = []
-        begin = frame
+        if token >= model.first_stamp:
+            frame = min(window.start + 2 * (token - model.first_stamp), window.end)
+            begun = not said
+            if said:
+                window.segments.append(Segment(begin / 100, frame / 100, model.text(said)))
+                settled = frame
+                said = []
+            begin = frame
 
     # a segment that has no end, or is yet to come, is heard again behind the last that has one
     if begun and settled > window.start:
@@ -524,7 +482,7 @@ def choose_prompt(
         language = max(known, key=lambda code: probs[known[code]].item())
     if language not in known:
         raise ValueError(f"--language {language}: this Whisper knows {', '.join(known)}")
-    return language, [model.start, known[language], model.tasks[task], *plain]
+    return language, [model.start, known[language], model.ids[f"<|{task}|>"], *plain]
 
 # --- the command line ---
 
@@ -551,11 +509,9 @@ def clock(seconds: float) -> str:
 
 def run(args: argparse.Namespace) -> None:
     samples = read_audio(args.audio)
-    device, dtype = torch.device("cpu"), torch.float32
-    if torch.cuda.is_available():
-        device, dtype = torch.device("cuda"), torch.float16
-    with trying_to(f"load a Whisper from {args.checkpoint_path}"):
-        model = Whisper(Path(args.checkpoint_path), device, dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = Whisper(Path(args.checkpoint_path), device, dtype)
     rows = Rows(model, args.batch_size, stamps=args.layout != "text")
     language, prompt = choose_prompt(rows, samples, args.language, args.task)
     segments = transcribe(rows, samples, prompt)
@@ -586,8 +542,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)  # what a fallback draws is the same in every run
         with torch.inference_mode():
             run(args)
-    except ValueError as e:
-        parser.error(str(e))
+    except (ValueError, RuntimeError) as e:  # such as tensors that do not fit, too little memory
+        parser.error(" ".join(str(e).split())[:300])
 
 
 if __name__ == "__main__":
