@@ -499,6 +499,7 @@ def test_cuts_lie_in_the_pauses() -> None:
 
 def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
     """whisper.py's main -> exit code, stdout, stderr."""
+    capsys.readouterr()  # what transformers printed while it saved a model
     code = 0
     try:
         whisper.main([str(argument) for argument in arguments])
@@ -703,7 +704,7 @@ def test_a_wrong_folder_is_one_sentence(
     tensors = load_file(narrow / "model.safetensors")
     name = "model.decoder.layers.1.fc2.weight"
     save_file({**tensors, name: tensors[name][:, :-4].contiguous()}, narrow / "model.safetensors")
-    fails(capsys, "mat1 and mat2", "--checkpoint_path", narrow, SPEECH)
+    fails(capsys, f"cannot run {narrow}: ", "--checkpoint_path", narrow, SPEECH)
     (tmp_path / "tokenizer.json" / "tokenizer.json").write_text("{}")
     fails(capsys, "cannot read", "--checkpoint_path", tmp_path / "tokenizer.json", SPEECH)
 

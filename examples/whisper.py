@@ -542,8 +542,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)  # what a fallback draws is the same in every run
         with torch.inference_mode():
             run(args)
-    except (ValueError, RuntimeError) as e:  # such as tensors that do not fit, too little memory
-        parser.error(" ".join(str(e).split())[:300])
+    except ValueError as e:
+        parser.error(str(e))
+    except RuntimeError as e:  # such as tensors whose shapes do not fit, or too little memory
+        reason = " ".join(str(e).split())
+        parser.error(f"cannot run {args.checkpoint_path}: {reason[:300]}")
 
 
 if __name__ == "__main__":
