@@ -9,7 +9,8 @@ decoder's self-attention appends to a cache that grows, its cross-attention read
 filled once a window (causal=False), and on CUDA a step is one graph.
 
 A recording is cut where it is quietest, every 20 to 30 seconds, and --batch_size parts decode
-together, each row at a length of its own, which changes no text (but what a fallback draws).
+together, each row at a length of its own, which changes no text (but what a fallback draws). Bare
+text is printed a line a part.
 With timestamps, a segment that a part leaves unfinished is heard again in a window of its own.
 Rules and fallback are those of arXiv 2212.04356, section 4.5, without beams, and without the
 text before a window, which rows of a batch cannot know."""
