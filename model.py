@@ -795,7 +795,7 @@ def load_model(
         print(f"WARNING: {path} {warning}", file=sys.stderr)
     else:
         checkpoint.check_names(name for parts in plan.values() for name in parts)
-    kept = keep_blocks(model, plan, checkpoint) if keep else {}
+    kept = keep_blocks(model, plan, checkpoint, device) if keep else {}
 
     tensors = [*model.parameters(), *model.buffers()]
     stored = sum(x.nbytes for x in tensors)
@@ -875,7 +875,7 @@ def sources(
 
 
 def keep_blocks(
-    model: Transformer, plan: Plan, checkpoint: Checkpoint
+    model: Transformer, plan: Plan, checkpoint: Checkpoint, device: torch.device | str
 ) -> dict[str, list[Blocks]]:
     """Put empty quantized layers where a file has integers -> {the layer's name: what fills it}.
 
@@ -897,13 +897,15 @@ def keep_blocks(
             continue
         if prefix == "embed_tokens":
             prefix = "embed_tokens.table"
-        put_layer(model, prefix, *form_for(blocks))
+        put_layer(model, prefix, *form_for(blocks, device))
         kept[prefix] = blocks
     return kept
 
 
-def form_for(parts: list[Blocks]) -> tuple[str, int]:
+def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
     """The smallest quantized layer that holds the integers of all parts: (mode, group_size)."""
+    if torch.device(device).type == "cuda" and {part.type_name for part in parts} == {"MXFP4"}:
+        return "mxfp4", 32  # no operator of a CPU takes it
     bits = max(part.kind.bits for part in parts)
     group_size = min(part.kind.group_size for part in parts)
     if bits <= 4 and group_size == 32:
