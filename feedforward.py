@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from config import ModelConfig
-from quantize import Linear
+from quantize import GroupedInt8Linear, Linear
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -187,6 +187,7 @@ class StackedLinear(nn.ModuleList):
 
     On a GPU their tensors lie in one stack [n_expert, ...] each, from which a kernel takes what the
     tokens chose. On a CPU they lie alone, each as its operator wants it."""
+    devices = ("cuda",)
     stacked = False
 
     def __init__(self, n: int, in_features: int, out_features: int, bias: bool):
@@ -194,7 +195,7 @@ class StackedLinear(nn.ModuleList):
 
     def stack(self) -> None:
         """Bring the tensors of the layers into stacks, where a kernel reads them."""
-        if self[0].weight.device.type != "cuda":
+        if self[0].weight.device.type not in self.devices:
             return
         first = [*self[0].named_parameters(), *self[0].named_buffers()]
         for name, _ in first:
@@ -209,6 +210,8 @@ class StackedLinear(nn.ModuleList):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [R, K], a vector of each token, or [R, n_active, K], one for each of its experts ->
         [R, n_active, N]: the products with the experts ids [R, n_active]."""
+        if isinstance(self[0], GroupedInt8Linear):
+            x = self[0].for_nibbles(x)
         y = kernels.experts_linear(x, ids, self.weight, getattr(self, "scales", None))
         if self[0].bias is not None:
             y = y + self.bias[ids]

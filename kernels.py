@@ -961,7 +961,7 @@ def experts_linear_reference(
 
 
 def packed_mxfp4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    nibbles = _split_planes(packed, x.shape[-1])
+    nibbles = split_planes(packed, x.shape[-1])
     return F.linear(x.float(), mxfp4_values(nibbles, scales)).to(x.dtype)
 
 
@@ -1009,7 +1009,7 @@ def pack_planes(w: Tensor) -> Tensor:
     return (low | high << 4).view(torch.int8)
 
 
-def _split_planes(packed: Tensor, K: int) -> Tensor:
+def split_planes(packed: Tensor, K: int) -> Tensor:
     """What pack_planes has packed: nibbles [N, K] uint8, a byte each."""
     bits = packed.view(torch.uint8)
     nibbles = torch.stack((bits & 15, bits >> 4), 2)  # (N, blocks, 2, 32)
@@ -1020,7 +1020,7 @@ def unpack_int4(packed: Tensor, lines: Tensor, K: int) -> tuple[Tensor, Tensor, 
     """What pack_int4 has packed of K inputs: nibbles [N, K] uint8, a byte each, and scales and
     zeros [N, K / group] bfloat16."""
     N = len(packed)
-    nibbles = _split_planes(packed, K) ^ 8
+    nibbles = split_planes(packed, K) ^ 8
 
     lines = lines.permute(1, 2, 0).flatten()
     pairs = lines.view(torch.bfloat16).view(N, -1, 2)  # (N, groups, 2)

@@ -363,8 +363,63 @@ class GroupedInt8Linear(Int4Linear):
         return affine(pack_nibbles(nibbles), 136, scales, 17 * zeros.float(), dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        pairs = torch.stack((x, 16 * x), -1)  # (rows, K, 2), for the low and the high nibbles
-        return super().product(pairs.flatten(1))
+        return super().product(self.for_nibbles(x))
+
+    def for_nibbles(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., 2K], what the low and the high nibbles of a weight are multiplied
+        by."""
+        return torch.stack((x, 16 * x), -1).flatten(-2)
+
+
+class MXFP4Linear(QuantizedLinear):
+    """gpt-oss's experts as its files have them: E2M1 numbers, times a power of two for every 32.
+
+    weight [N, K/2] uint8 (the low nibble is the even input), scales [N, K/32] uint8, see
+    kernels.mxfp4_values. On a GPU weight is what kernels.pack_planes returns. On a CPU there is no
+    operator for it; there GroupedInt8Linear holds the same numbers exactly."""
+    mode = "mxfp4"
+
+    def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
+        super().__init__(linear)
+        N, K = linear.out_features, linear.in_features
+        if K % group_size or group_size != 32:
+            raise ValueError(f"a layer of {K} inputs in groups of {group_size} is not MXFP4")
+        self.group_size = group_size
+        device = linear.weight.device
+        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(N, K // 32, dtype=torch.uint8, device=device))
+
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """From (q - 16) * scale, where q - 16 is twice an E2M1 number and scale half the power."""
+        twice = 2 * torch.tensor(kernels.E2M1[:8])
+        values = q.int() - 16
+        nibbles = torch.bucketize(values.abs(), twice) + 8 * (values < 0)
+        self.weight[rows] = pack_nibbles(nibbles.to(torch.uint8))
+        _, exponent = torch.frexp(scale)  # of mantissas from 0.5 on
+        self.scales[rows] = (exponent + 127).to(torch.uint8)
+
+    def pack(self) -> "MXFP4Linear":
+        if self.weight.device.type == "cuda" and not self.packed:
+            self.pack_for_gpu()
+        return self
+
+    def pack_for_gpu(self) -> None:
+        self.weight = kernels.pack_planes(self.weight)
+        self.packed = True
+
+    def stored(self) -> dict[str, Tensor]:
+        weight = self.weight
+        if self.packed:
+            weight = pack_nibbles(kernels.split_planes(weight, self.in_features))
+        return {"weight": weight, "scales": self.scales}
+
+    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        nibbles = unpack_nibbles(self.stored()["weight"])
+        for rows in self.slices():
+            yield kernels.mxfp4_values(nibbles[rows], self.scales[rows]).to(dtype)
+
+    def few_rows(self, device: str) -> int:
+        return 0  # the kernel is for stacks
 
 
 class QuantizedEmbedding(nn.Module):
@@ -383,7 +438,7 @@ class QuantizedEmbedding(nn.Module):
 # what can be made of a model's own weights
 MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 # what a saved model can consist of
-LAYERS = {**MODES, "int8_grouped": GroupedInt8Linear}
+LAYERS = {**MODES, "int8_grouped": GroupedInt8Linear, "mxfp4": MXFP4Linear}
 
 
 def round_to_line(

@@ -117,6 +117,8 @@ CHECKPOINTS = {
         rope_parameters=dict(
             rope_type="yarn", factor=4.0, original_max_position_embeddings=24, truncate=False,
             rope_theta=150000.0, beta_fast=32.0, beta_slow=1.0))),
+    "gpt-oss-mxfp4": ("GptOss", dict(
+        num_local_experts=4, num_experts_per_tok=2, hidden_size=64, intermediate_size=96)),
     "gpt-oss-seven": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2, **SEVEN)),
     "mixtral": ("Mixtral", dict(num_local_experts=4, sliding_window=9, **SEVEN)),
     "qwen2-moe": ("Qwen2Moe", dict(

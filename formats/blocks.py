@@ -85,6 +85,22 @@ def q6_k(blocks: Tensor) -> Affine:
     return Affine(q.flatten(1), scale, -32 * scale)
 
 
+def mxfp4(blocks: Tensor) -> Affine:
+    """A byte e, then 32 nibbles: E2M1 numbers times 2 ** (e - 127). Twice an E2M1 number is an
+    integer."""
+    return twice_e2m1(planes(blocks[:, 1:]), blocks[:, :1])
+
+
+def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
+    """nibbles [n, K] and exponents [n, K / 32] of MXFP4."""
+    scale = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 128)
+    return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
+
+
+TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+TWICE_E2M1_AND_16 = (TWICE_E2M1 + 16).to(torch.uint8)
+
+
 def half(blocks: Tensor, start: int) -> Tensor:
     """The float16 at a byte of each block, [n, 1] float32."""
     return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
@@ -135,6 +151,7 @@ KINDS = {
     GGML.Q4_K: Kind(4, 32, q4_k),
     GGML.Q5_K: Kind(5, 32, q5_k),
     GGML.Q6_K: Kind(6, 16, q6_k),
+    GGML.MXFP4: Kind(5, 32, mxfp4),
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
@@ -214,3 +231,30 @@ class Blocks:
         data = np.fromfile(self.path, np.uint8, int(n * row_bytes), offset=offset)
         data = data.reshape(n, row_bytes)
         return data if self.order is None else data[order - first]
+
+
+@dataclass
+class MXFP4Blocks:
+    """The same of a matrix whose nibbles and exponents are two tensors, as gpt-oss's files have
+    them."""
+
+    packed: Tensor  # [N, K / 32, 16] uint8; byte c has input 2c in its low nibble, 2c + 1 above
+    exponents: Tensor  # [N, K / 32] uint8
+
+    type_name = "MXFP4"
+    kind = KINDS[GGML.MXFP4]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, groups, _ = self.packed.shape
+        return N, 32 * groups
+
+    def slices(self, n: int) -> Iterator[slice]:
+        """All rows, n at a time."""
+        for start in range(0, len(self.packed), n):
+            yield slice(start, min(start + n, len(self.packed)))
+
+    def affine(self, rows: slice) -> Affine:
+        packed = self.packed[rows]
+        nibbles = torch.stack((packed & 15, packed >> 4), -1)  # (rows, K / 32, 16, 2)
+        return twice_e2m1(nibbles.flatten(1), self.exponents[rows])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.blocks import FLOATS, Blocks
+from formats.blocks import FLOATS, Blocks, MXFP4Blocks
+from formats.experts import EXPERT, one_expert, other_names
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight")
@@ -55,10 +56,12 @@ class Checkpoint:
         tensor = self.tensors[stored_name]
         expert = EXPERT.search(name)
         if expert and stored_name != name and "block_sparse_moe" not in stored_name:
-            n_expert = self.config.get("num_experts") or self.config.get("num_local_experts")
-            check_shape(stored_name, tensor.shape, (n_expert, *tensor.shape[1:]))
+            check_stack(stored_name, tensor, self.config)
+            tensor = tensor[int(expert["number"])]
             of_gpt_oss = self.config["model_type"] == "gpt_oss"
-            tensor = one_expert(tensor[int(expert["number"])], expert["part"], of_gpt_oss)
+            if of_gpt_oss:
+                tensor = tensor.t()  # of weights, [K, N]
+            tensor = one_expert(tensor, expert["part"], by_turns=of_gpt_oss)
         check_shape(stored_name, tensor.shape, shape)
         return tensor
 
@@ -72,39 +75,47 @@ class Checkpoint:
         return None
 
 
-# names of the tensors of a mixture of experts; in our model a layer has an expert's number
-EXPERT = re.compile(r"experts\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.(?P<kind>weight|bias)")
-MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+class MXFP4Checkpoint(Checkpoint):
+    """gpt-oss's files, whose experts are MXFP4: each weight is *_blocks and *_scales."""
+
+    def stored_name(self, name: str) -> str:
+        stored_name = super().stored_name(name)
+        blocks = [f"{other}_blocks" for other in other_names(name)]
+        return next((other for other in blocks if other in self.tensors), stored_name)
+
+    def check_names(self, wanted: Iterable[str]) -> None:
+        wanted = set(wanted)
+        blocks = {self.stored_name(name) for name in wanted}
+        scales = {scales_of(name) for name in blocks if name.endswith("_blocks")}
+        super().check_names(wanted | scales)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As Checkpoint's; of MXFP4 what it stands for, in float32."""
+        blocks = self.blocks(name, shape)
+        if blocks is None:
+            return super().read(name, shape)
+        q, scale, zero = blocks.affine(slice(0, shape[0]))
+        groups = q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]  # (N, K / 32, 32)
+        return groups.flatten(1)
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> MXFP4Blocks | None:
+        stored_name = self.stored_name(name)
+        if not stored_name.endswith("_blocks"):
+            return None
+        expert = EXPERT.search(name)
+        parts = []
+        for part in (stored_name, scales_of(stored_name)):
+            check_stack(part, self.tensors[part], self.config)
+            stored = self.tensors[part][int(expert["number"])]
+            parts.append(one_expert(stored, expert["part"], by_turns=True))
+        blocks = MXFP4Blocks(*parts)
+        check_shape(stored_name, blocks.shape, shape)
+        return blocks
 
 
-def other_names(name: str) -> Iterator[str]:
-    """What else files call a tensor of a mixture of experts: Mixtral's name, gpt-oss's of the
-    router, and that of the stack in which gpt-oss and transformers 5 have all experts."""
-    mixtral = name
-    for part, theirs in MIXTRAL.items():
-        mixtral = mixtral.replace(part, theirs)
-    yield mixtral
-    yield name.replace(".mlp.gate.", ".mlp.router.")
-    expert = EXPERT.search(name)
-    if expert:
-        part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
-        bias = "_bias" if expert["kind"] == "bias" else ""
-        yield f"{name[:expert.start()]}experts.{part}{bias}"
-
-
-def one_expert(stored: Tensor, part: str, of_gpt_oss: bool) -> Tensor:
-    """An expert's projection out of what a stack has of the expert: [N, K] of down, or [2 N, K] of
-    gate and up, one below the other. gpt-oss has inputs before outputs, and gate and up in
-    turns."""
-    if of_gpt_oss:
-        stored = stored.t()  # biases have one dimension, and stay as they are
-    if part == "down":
-        return stored
-    if of_gpt_oss:
-        gate, up = stored[::2], stored[1::2]
-    else:
-        gate, up = stored.chunk(2)
-    return gate if part == "gate" else up
+def scales_of(blocks: str) -> str:
+    """The name of the scales of *_blocks."""
+    return blocks.removesuffix("blocks") + "scales"
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -166,6 +177,12 @@ def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> N
         raise ValueError(f"tensor {name} has shape {tuple(stored)}, expected {tuple(shape)}")
 
 
+def check_stack(name: str, stack: Tensor, config: dict) -> None:
+    """ValueError unless a stack has as many experts as the configuration says."""
+    n_expert = config.get("num_experts") or config.get("num_local_experts")
+    check_shape(name, stack.shape, (n_expert, *stack.shape[1:]))
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """A Hugging Face folder, a .gguf file or a bare config.json -> its configuration and tensors.
 
@@ -183,7 +200,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = {}
     for file in files:
         tensors |= read_weights(file)
-    return Checkpoint(path, read_json(path / "config.json"), tensors)
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
+        del config["quantization_config"]
+        return MXFP4Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, tensors)
 
 
 # --- files ---
