@@ -21,7 +21,9 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from formats.checkpoint import Checkpoint, open_checkpoint, resolve
+from formats.checkpoint import (
+    FLOATS, Checkpoint, first_line, nonsense_refused, open_checkpoint, resolve,
+)
 from kernels import flash_decode, quantize_kv, triton
 from quantize import Linear, quantize_linear, quantized_layout
 
@@ -344,6 +346,10 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
         attention: str = "auto",
     ):
+        if min(max_batch_size, max_seq_len) < 1:
+            raise ValueError(f"a KV cache of {max_batch_size} x {max_seq_len} tokens holds none")
+        if dtype != torch.int8 and not getattr(dtype, "is_floating_point", False):
+            raise ValueError(f"a KV cache has a floating-point dtype or torch.int8, not {dtype}")
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.dtype = dtype
@@ -366,6 +372,7 @@ class KVCache:
             self.scale = torch.zeros(*heads, aligned, device=device)[..., :max_seq_len]
             self.k_mean = torch.zeros(n_layer, n_kv_head, 1, head_dim, device=device)
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
+        self.held = [0] * max_batch_size  # tokens of each row, as far as the host knows
 
     def layers(self, rows: slice) -> list[LayerCache]:
         """Each layer's cache of those rows, made once: the storage never moves."""
@@ -379,6 +386,7 @@ class KVCache:
         for tensor in (self.kv, self.scale):
             if tensor is not None:
                 tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
+        self.held[target] = length
 
     def make_layers(self, rows: slice) -> Iterator[LayerCache]:
         flash = self.attention == "flash"
@@ -623,10 +631,15 @@ class Transformer(nn.Module):
         tokens decode, more prefill. ValueError if they do not fit, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
+        B, T = tokens.shape
+        cache = self.check_cache(B, cache)
+        held = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
         if tokens.device.type == "cpu":
-            cache = self.check_cache(len(tokens), cache)
-            refuse_overflow(cache, int(input_pos.max()), tokens.shape[1])
-        return self.decode(tokens, input_pos, cache)
+            refuse_overflow(cache, int(input_pos.max()), T)
+            held = (input_pos + T).tolist()
+        logits = self.decode(tokens, input_pos, cache)
+        cache.held[:B] = held
+        return logits
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -659,6 +672,7 @@ class Transformer(nn.Module):
         refuse_overflow(cache, start, T)
         positions = self.positions(input_pos, T, cache)._replace(start=start)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
+        cache.held[rows] = [start + T] * B
         if last is not None:
             row = torch.arange(B, device=x.device)
             x = x[row, last][:, None]  # (B, 1, dim)
@@ -741,7 +755,7 @@ class Transformer(nn.Module):
 
 
 def refuse_overflow(cache: KVCache, cached: int, new: int) -> None:
-    if cached + new > cache.max_seq_len:
+    if cached < 0 or cached + new > cache.max_seq_len:
         raise ValueError(
             f"{cached} cached and {new} new tokens exceed the cache of {cache.max_seq_len}"
         )
@@ -786,9 +800,11 @@ def load_model(
 
     quantize: None, "int8" or "int4" (in groups of group_size), layer by layer while loading, so
     that a model that fits only when quantized can be loaded. ValueError says what is wrong."""
+    check_target(device, dtype)
     path = resolve(path)
     checkpoint = open_checkpoint(path)
-    config = ModelConfig.from_hf(checkpoint.config)
+    with nonsense_refused(path):
+        config = ModelConfig.from_hf(checkpoint.config)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     plan = tensor_plan(model, checkpoint, quantize)
@@ -811,6 +827,17 @@ def load_model(
         if hasattr(module, "pack"):
             module.pack()
     return model.eval()
+
+
+def check_target(device: torch.device | str, dtype: torch.dtype) -> None:
+    """ValueError if there is no such device, or if weights have no such dtype."""
+    try:
+        torch.empty(1, device=device).tolist()
+    except Exception as e:  # of many kinds, from PyTorch and from what it would import
+        raise ValueError(f"no model can be on device {device}: {first_line(e)}") from None
+    if dtype not in FLOATS:
+        names = ", ".join(map(str, FLOATS))
+        raise ValueError(f"no model can have the dtype {dtype}; there are {names}")
 
 
 Plan = dict[str, dict[str, tuple[int, ...]]]  # our parameter -> {the checkpoint's name: shape}
@@ -871,9 +898,25 @@ def fill(
             tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
         else:
             tensor = read_joined(checkpoint, parts).to(device, meta.dtype, copy=True)
+            if tensor.dim() == 1 or isinstance(module, nn.Embedding):
+                require_finite(f"{prefix}.{name}", tensor)
         if isinstance(meta, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(module, name, tensor)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """ValueError if a tensor has NaN or infinity, which show in its sum. Norms, biases and the
+    embedding are looked at: what spoils a file seldom spares all of these, and more would take
+    longer than a few per cent of loading."""
+    if not tensor.is_floating_point():
+        return
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not total.isfinite():
+        raise ValueError(
+            f"tensor {name} has numbers that are not finite in {tensor.dtype}: the file is "
+            "damaged, or needs a dtype of a larger range"
+        )
 
 
 def read_joined(checkpoint: Checkpoint, parts: dict[str, tuple[int, ...]]) -> Tensor:

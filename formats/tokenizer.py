@@ -231,8 +231,7 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
         if not (folder / name).exists():
             continue
         config = read_json(folder / name)
-        eos_ids = config.get("eos_token_id")
-        tokenizer.eos_ids |= set(eos_ids) if isinstance(eos_ids, list) else {eos_ids}
+        tokenizer.eos_ids |= token_ids(config.get("eos_token_id"), folder / name)
         settings |= config
     eos = settings.get("eos_token")
     if isinstance(eos, dict):
@@ -247,6 +246,16 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
+
+
+def token_ids(value: object, file: Path) -> set[int]:
+    """The ids that eos_token_id has: one, a list of them, or none. ValueError: anything else."""
+    ids = value if isinstance(value, list) else [value]
+    ids = [i for i in ids if i is not None]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise ValueError(f"{file.name} has eos_token_id {value!r}, which is no token")
+    return set(ids)
 
 
 # --- the vocabulary inside a GGUF file ---
