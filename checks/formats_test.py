@@ -9,6 +9,7 @@ from random import Random
 import gguf
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -442,6 +443,25 @@ def test_text_stream_never_breaks_a_character(smollm: tuple[Transformer, Tokeniz
             assert "\ufffd" not in piece
             shown += piece
         assert shown + stream.push([], final=True) == text
+
+
+def test_a_stream_of_bytes_stays_whole_characters() -> None:
+    """A decoder that shows no byte of a run in which one character is half, as Llama 2's does, and
+    more characters without tokens of their own than the stream keeps as context."""
+    names = ["<unk>", "\u2581a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0),
+    ])
+    tokenizer = Tokenizer(backend, len(names), {}, None, set(), None)
+    text = "\u0f40\U0001f642\u00e9" * 5
+    ids = [1, *(2 + byte for byte in text.encode()), 1]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push([i]) for i in ids]
+    assert "".join(pieces) == f"a{text} a"
+    assert [piece for piece in pieces if piece] == ["a", *text, " a"]
 
 
 class Letters:

@@ -132,7 +132,7 @@ class TextStream:
         self, tokenizer: Tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        self.ids = list(context)[-8:]
+        self.ids = self.tail(list(context))
         self.shown = tokenizer.decode(self.ids)
         self.stop = stop
         self.stopped = False
@@ -167,9 +167,18 @@ class TextStream:
             return ""
         new = text[len(self.shown):]
         if new:
-            self.ids = self.ids[-8:]  # enough context for a word's leading space
+            self.ids = self.tail(self.ids)
             self.shown = self.tokenizer.decode(self.ids)
         return new
+
+    def tail(self, ids: list[int]) -> list[int]:
+        """The last ids, enough for a word's leading space: eight, or up to three more where these
+        begin inside a character, since some decoders give up all bytes of a run that has half a
+        character (ByteFallback of tokenizers)."""
+        for n in range(8, 12):
+            if not self.tokenizer.decode(ids[-n:]).startswith("\ufffd"):
+                return ids[-n:]
+        return ids[-8:]
 
 
 def overlap(text: str, stop: str) -> int:
