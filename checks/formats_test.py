@@ -1,6 +1,7 @@
 """Checkpoints and tokenizers: every form gives the same model or ids, broken ones a sentence."""
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from checks.common import (
     AWKWARD, CONFIG, LLAMA3_ROPE, byte_level_tokenizer, close, write_gguf)
 from formats.tokenizer import (
-    PRE_TOKENIZERS, TextStream, Tokenizer, load_tokenizer, save_tokenizer)
+    PRE_TOKENIZERS, TextStream, Tokenizer, any_of, load_tokenizer, save_tokenizer)
 from model import ModelConfig, Transformer, load_model, rope_frequencies
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]
@@ -362,6 +363,25 @@ def test_sentencepiece(checkpoint: MakeCheckpoint, tmp_path: Path, space_prefix:
             assert tokenizer.decode(tokenizer.encode(text)) == reference.decode(want)
     assert load_tokenizer(path).eos_ids == {2}
     assert_saved_the_same(path, tmp_path / "saved")
+
+
+def test_a_folder_says_that_texts_have_no_start(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, True)
+    assert load_tokenizer(tmp_path).bos_id is not None
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert load_tokenizer(tmp_path).bos_id is None
+
+
+def test_the_longest_special_token_counts() -> None:
+    assert re.match(any_of(["<a>", "<a><b>", "<a"]), "<a><b>")[0] == "<a><b>"
+
+
+def test_tokens_beyond_the_vocabulary_have_no_text(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """A model may have more, for a size that divides well."""
+    train_sentencepiece(tmp_path, True)
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tokenizer_folder)):
+        ids = tokenizer.encode("a word", bos=False)
+        assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6]) == "a word"
 
 
 def assert_saved_the_same(source: Path, folder: Path) -> None:

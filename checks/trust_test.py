@@ -4,6 +4,7 @@ Each mistake gets one sentence and exit code 2, or a ValueError with the same se
 traceback, a text that is wrong without a word, or a file left behind."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,8 @@ from formats.settings import check_settings
 from formats.tokenizer import load_tokenizer
 from formats.workspace import workspace
 from generate import Engine, Request, generate
-from model import Transformer, load_model
+from model import Transformer, load_model, require_memory
+from quantize import quantize_model, save_quantized
 
 PROMPT = list(range(10, 30))
 Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
@@ -117,6 +119,16 @@ def test_tokens_that_the_model_was_fed_are_cached(model: Transformer) -> None:
     model(torch.tensor([PROMPT[:17]]), torch.zeros(1, dtype=torch.int32))
     model(torch.tensor([PROMPT[17:19]]), torch.tensor([17], dtype=torch.int32))
     assert generate(model, [PROMPT[19:]], 8, cached=19) == want
+
+
+def test_chunks_of_a_prompt_are_all_cached(model: Transformer) -> None:
+    model.setup_caches(1, 64)
+    tokens = torch.tensor([PROMPT])
+    for start in (0, 10):
+        model.prefill(tokens[:, start:start + 10], torch.tensor([start], dtype=torch.int32))
+    got = generate(model, [[50]], 4, cached=20)
+    model.cache = None
+    assert got == generate(model, [PROMPT + [50]], 4)
 
 
 def test_a_text_ends_with_the_models_context(model: Transformer) -> None:
@@ -263,6 +275,7 @@ def test_weights_that_are_not_finite_are_refused(copied: Path, name: str, value:
     (dict(max_window_layers=-3), "max_window_layers = -3: it must be a whole number from 0"),
     (dict(max_window_layers=1.5), "max_window_layers = 1.5: it must be a whole number"),
     (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000: it must be at most 2048"),
+    (dict(rope_theta=-10**30), "rope_theta = -10+: it must be at most"),
     (dict(vocab_size=10**30), r"vocab_size = 10+: it must be at most"),
     (dict(rope_theta=10**400), r"rope_theta = 10+\.\.\.: it must be at most"),
     (dict(rope_theta=float("inf")), "rope_theta = Infinity: it must be a finite number"),
@@ -281,6 +294,31 @@ def test_settings_that_make_no_sense_are_refused(
     change_config(copied, **changes)
     with pytest.raises(ValueError, match=message):
         load_model(copied)
+
+
+def test_a_window_from_a_layer_on_needs_no_list_of_layers(tmp_path: Path) -> None:
+    """As files have it that are older than layer_types."""
+    made = hf_folder(
+        tmp_path / "model", model_type="qwen2", num_hidden_layers=3, sliding_window=4,
+        use_sliding_window=True, max_window_layers=1,
+    )
+    assert load_model(made).config.windows == (None, 4, 4)
+
+
+def test_half_as_much_again_as_is_free_is_too_much() -> None:
+    available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    free = 1024 * int(available[1])
+    with pytest.raises(ValueError, match="it needs .* GB but cpu has .* GB free; try less"):
+        require_memory(1.5 * free, "cpu", "it", "try less")
+    require_memory(0.5 * free, "cpu", "it", "try less")
+
+
+def test_saved_weights_can_be_read_by_whom_the_configuration_can(
+    model: Transformer, tmp_path: Path
+) -> None:
+    save_quantized(quantize_model(model, "int8"), tmp_path / "saved")
+    files = [tmp_path / "saved" / name for name in ("model.safetensors", "config.json")]
+    assert files[0].stat().st_mode == files[1].stat().st_mode
 
 
 def test_settings_of_real_models_are_accepted() -> None:
@@ -584,8 +622,10 @@ def test_what_a_killed_run_left_goes_and_what_another_uses_stays(tmp_path: Path)
     others.mkdir()
     for folder in (left, others):
         os.utime(folder, (0, 0))
+    new = tmp_path / ".gpt-flash-x-abcdefgh"  # of a run that has not locked it yet
+    new.mkdir()
     with workspace(tmp_path, "x") as mine:
-        assert not left.exists() and others.exists()
+        assert not left.exists() and others.exists() and new.exists()
         os.utime(mine, (0, 0))
         with workspace(tmp_path, "x"):
             assert mine.exists()

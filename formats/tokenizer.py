@@ -50,9 +50,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens left out."""
+        """The text of ids, control tokens left out, and those of a model that has more tokens than
+        its tokenizer."""
         control = set(self.special.values())
-        return self.backend.decode([i for i in ids if i not in control])
+        shown = [i for i in ids if i not in control]
+        if isinstance(self.backend, SentencePieceProcessor):  # which ends the program at others
+            shown = [i for i in shown if i < self.vocab_size]
+        return self.backend.decode(shown)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own
