@@ -36,6 +36,7 @@ from model import load_model
 
 LIMIT_S = 60  # that a run may take; most take a tenth of a second
 MEMORY = 8 * 2**30  # addresses that a run may have
+SENT = {signal.SIGTERM, signal.SIGINT}
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**40, 1.5, 1e308, float("nan"), float("inf"), "", "x",
     "\ud800", "\0", [], [[]], [None], ["x"], [0] * 1000, {}, {"x": {}},
@@ -174,9 +175,11 @@ class Soak:
         """generate.py with these flags -> exit code, negative for a signal and None for a hang,
         and stderr."""
         log = self.folder / "stderr"
+        signal.pthread_sigmask(signal.SIG_BLOCK, SENT)  # until the program has begun
         process = os.fork()
         if process == 0:
             become_a_run([str(flag) for flag in flags], out, log, most_bytes)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
         began = time.monotonic()
         while True:
             ended, status = os.waitpid(process, os.WNOHANG)
@@ -214,6 +217,7 @@ def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) 
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error and not a signal
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
         program.become_a_program()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
         program.main(flags)
         code = 0
     except SystemExit as e:
