@@ -7,6 +7,11 @@ all on the device. Engine.run turns requests into tokens; generate() and the com
 it."""
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
+
 import hashlib
 import json
 import math
@@ -14,16 +19,19 @@ import os
 import random
 import struct
 import sys
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 # The OpenMP of PyTorch's wheels for CPUs, libgomp, reads this while it loads: how many turns a
 # thread that waits for the others spins before it sleeps. Its own choice is 300,000, which on a
@@ -33,21 +41,22 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "4000"
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from cli.arguments import DTYPES, SETTINGS, parse_args, say
+from cli.arguments import DTYPES, SETTINGS, cut, number, parse_args, say
 from cli.batch import News, Records, Run, answer_file, answer_live, help_answer, say_cuts
 from cli.chat import Chat, Show
 from cli.progress import with_bar
 from cli.prompts import (
-    Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples, title_of,
-    with_system,
+    Asked, Job, check_template, checked_number, read_jobs, read_lines, read_system, read_text,
+    samples, title_of, with_system,
 )
 from cli.stats import Memory, Stats, check_writable, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
-from parallel import ALONE, Ranks, Team, can_reduce_in_one_shot, is_lost_peer
+from parallel import ALONE, Ranks, Team, can_reduce_in_one_shot, mute_all_but_the_first
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 from speculate import Drafter, Gauge, make_drafter
 
@@ -57,6 +66,7 @@ PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' 
 CHUNK = {"cpu": 128, "gpu": 512}
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
 LEAST_TEMPERATURE = 1e-5  # what is below is greedy: logits over it would leave float32
+FROM_ZERO = number(int, 0)  # a check of a whole number
 CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
 
 
@@ -75,6 +85,14 @@ class Request:
     seed: int | None = None  # the same, the same text; None: a new one when the request starts
     # called on the host with each new token, in a list of its own; True: it was the last
     ends: Callable[[list[int]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError names a setting that no row can have."""
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None or name in ("max_new_tokens", "temperature"):
+                checked_number(name, value, SETTINGS[name])
+        checked_number("cached", self.cached, FROM_ZERO)
 
 
 # --- sampling ---
@@ -350,8 +368,8 @@ class Engine:
     cache at a time.
 
     speculate_k: steps may check that many proposals, of a draft model or of prompt lookup: see
-    speculate.py. context: most tokens of a row, by default all that the cache has room for; steps
-    that check proposals need room for k more."""
+    speculate.py. context: most tokens of a row, by default all that the cache has room for and the
+    model was made for; steps that check proposals need room for k more."""
 
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
@@ -359,7 +377,7 @@ class Engine:
     ):
         self.model = model
         self.cache = model.check_cache(1, cache)
-        self.context = context or self.cache.max_seq_len
+        self.context = context or min(self.cache.max_seq_len, model.config.max_seq_len)
         if self.context > self.cache.max_seq_len:
             raise ValueError(
                 f"a context of {context} does not fit into a cache of {self.cache.max_seq_len}"
@@ -375,7 +393,7 @@ class Engine:
         self.token = torch.zeros(B, 1, dtype=torch.int64, device=self.device)
         self.input_pos = torch.zeros(B, dtype=torch.int32, device=self.device)
         self.active = torch.zeros(B, dtype=torch.int32, device=self.device)  # 1: a step moves it on
-        idle = [Request(prompt=[], max_new_tokens=0)] * B
+        idle = [Request(prompt=[], max_new_tokens=1)] * B
         self.sampling = Sampling.of(idle, model.config.vocab_size, self.device)
         self.kind = "greedy"
         self.running: dict[int, Running] = {}  # rows whose next tokens somebody wants
@@ -789,6 +807,8 @@ class Engine:
             if running.done:
                 continue
             taken = self.take(running, tokens[row][:agreed[row] + 1])
+            if not self.refills or self.running.get(running.row) is running:
+                self.cache.held[running.row] = running.prompt_end + running.read - 1
             self.stats.new_tokens += len(taken)
             if launch.is_step:
                 self.stats.useful_row_steps += 1
@@ -946,45 +966,79 @@ def generate(
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
     A prompt's text ends with the first of eos_ids (included), the token that completes one of the
-    stop strings (their tokenizer goes with them), after max_new_tokens, or where the cache is full.
-    temperature 0 is greedy; filter_probs says what the filters do. cached: tokens of each row that
-    are in the cache already, in front of the prompts. stream(number, ids) is called as tokens come.
-    seed: the same seed, the same text; prompt i draws with seed + i. stats: a Stats to fill.
+    stop strings (their tokenizer goes with them), after max_new_tokens, or where the cache or the
+    model's context is full. temperature 0 is greedy; filter_probs says what the filters do.
+    cached: tokens of each row that are in the cache already, in front of the prompts.
+    stream(number, ids) is called as tokens come. seed: the same seed, the same text; prompt i draws
+    with seed + i. stats: a Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. compile: take the
     steps that compile_model compiled. speculate_k, draft: see Engine; the text is the same. Each
     call without an engine makes its own of these; with one, a series of calls shares its captured
-    steps, and prompts beyond its rows wait their turn.
-    ValueError says what does not fit."""
+    steps, and prompts beyond its rows wait their turn. Threads that call this with one model take
+    turns. ValueError says what does not fit."""
     check_prompts(prompts, max_new_tokens, model.config.vocab_size)
-    longest = max(map(len, prompts))
-    if engine is None:
-        needed = cached + longest + max_new_tokens + speculate_k
-        fit_cache(model, len(prompts), needed, cached)
-        engine = Engine(model, compiled=compile, speculate_k=speculate_k, draft=draft)
-    check_room(longest, engine.context - cached)
+    if seed is not None:
+        checked_number("seed", seed, FROM_ZERO)
+    eos_ids = token_set(eos_ids)
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(
-            prompt, max_new_tokens, temperature, top_k, top_p, min_p, frozenset(eos_ids), cached,
+            prompt, max_new_tokens, temperature, top_k, top_p, min_p, eos_ids, cached,
             seed=None if seed is None else seed + i,
             ends=stops_at(stop, tokenizer, prompt) if stop else None,
         ))
-    stats = stats or Stats()
-    engine.stats = stats
-    engine.keep(cached)
+    longest = max(map(len, prompts))
     out = [[] for _ in prompts]
-    for number, tokens in engine.run(requests):
-        out[number] += tokens
-        if stream:
-            stream(number, tokens)
+    with taking_turns(model):
+        if engine is None:
+            needed = min(cached + longest + max_new_tokens, model.config.max_seq_len)
+            fit_cache(model, len(prompts), needed + speculate_k, cached)
+            engine = Engine(model, compiled=compile, speculate_k=speculate_k, draft=draft)
+        check_held(engine.cache, len(prompts), cached)
+        check_room(longest, engine.context - cached)
+        engine.stats = stats or Stats()
+        engine.keep(cached)
+        for number, tokens in engine.run(requests):
+            out[number] += tokens
+            if stream:
+                stream(number, tokens)
     return out
+
+
+LOCKS: WeakKeyDictionary[Transformer, threading.RLock] = WeakKeyDictionary()
+BUSY: WeakSet[Transformer] = WeakSet()
+
+
+@contextmanager
+def taking_turns(model: Transformer) -> Iterator[None]:
+    """One thread after the other works with a model, which has one cache. ValueError where this
+    thread is at it already, in a stream or ends of its own."""
+    with LOCKS.setdefault(model, threading.RLock()):
+        if model in BUSY:
+            raise ValueError("generate is at work with this model; wait until it has returned")
+        BUSY.add(model)
+        try:
+            yield
+        finally:
+            BUSY.discard(model)
+
+
+def token_set(eos_ids: Iterable[int]) -> frozenset[int]:
+    """ValueError unless these are token ids."""
+    ids = [None] if isinstance(eos_ids, (Integral, str)) else list(eos_ids)
+    if not all(isinstance(i, Integral) for i in ids):
+        raise ValueError(f"eos_ids must be token ids, as tokenizer.eos_ids has, not {eos_ids!r}")
+    return frozenset(ids)
 
 
 def stops_at(
     stop: Sequence[str], tokenizer: Tokenizer | None, prompt: list[int]
 ) -> Callable[[list[int]], bool]:
-    """Request.ends for the text behind a prompt. ValueError if there is no tokenizer."""
+    """Request.ends for the text behind a prompt. ValueError if there is no tokenizer, or if one of
+    the stop strings is none."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
     if tokenizer is None:
         raise ValueError(f"stop strings ({', '.join(map(repr, stop))}) need a tokenizer")
     text = TextStream(tokenizer, prompt, stop)
@@ -997,16 +1051,47 @@ def stops_at(
 
 
 def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
-    """ValueError if there is nothing to do, or a token that the model does not know."""
+    """ValueError if there is nothing to do, what is no list of token ids, or a token that the model
+    does not know."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(
+            "prompts must be a list of prompts, each a list of token ids as tokenizer.encode(text) "
+            f"or tensor.tolist() gives, and not a {type(prompts).__name__}"
+        )
     if not prompts:
         raise ValueError("there is no prompt")
+    for prompt in prompts:
+        check_kind(prompt)
     if not all(prompts):
         raise ValueError("a prompt is empty: it has no token to start from")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    checked_number("max_new_tokens", max_new_tokens, SETTINGS["max_new_tokens"])
     for token in (min(map(min, prompts)), max(map(max, prompts))):
         if not 0 <= token < vocab_size:
             raise ValueError(f"a prompt has token {token}, outside the vocabulary of {vocab_size}")
+
+
+def check_kind(prompt: list[int]) -> None:
+    """ValueError unless this is a list of token ids."""
+    kind = type(prompt)
+    if isinstance(prompt, list):
+        kinds = set(map(type, prompt))
+        others = [other for other in kinds if other is bool or not issubclass(other, Integral)]
+        if not others:
+            return
+        kind = others[0]
+    raise ValueError(
+        "a prompt must be a list of token ids, as tokenizer.encode(text) or tensor.tolist() gives; "
+        f"this has a {kind.__name__}"
+    )
+
+
+def check_held(cache: KVCache, rows: int, cached: int) -> None:
+    """ValueError unless each of the first rows has that many tokens."""
+    held = min(cache.held[:rows])
+    if cached > held:
+        raise ValueError(
+            f"{cached} tokens cannot be cached already: the cache has {held} in one of the rows"
+        )
 
 
 def check_room(longest: int, room: int) -> None:
@@ -1049,52 +1134,59 @@ QUESTION = "What is the capital of France?"  # the prompt where none is given
 
 
 def main(argv: list[str] | None = None) -> None:
-    stderr = mute_all_but_the_first()
-    args = parse_args(argv)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    team = None
+    """The program. It leaves by exit code 2 and one sentence where it cannot do what is asked."""
     try:
-        if args.save is not None:
-            save(args)
-            return
-        team = Team(args.tp, args.device.type)
-        team.share_input()
-        run(args, team)
-        team.leave()
+        do(argv)
     except torch.OutOfMemoryError as e:
-        fail(first_line(e), team, stderr)
+        fail(first_line(e))
     except (ValueError, StepFailed) as e:
-        fail(str(e), team, stderr)
-    except RuntimeError as e:
-        if team is None or not is_lost_peer(e):
-            raise
-        fail(f"another process has gone: {first_line(e)}", team, stderr)
+        fail(str(e))
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
     except BrokenPipeError:  # whoever read stdout has left, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(141)  # as a process that the signal ends
+    except OSError as e:
+        discard_output()
+        fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        fail(
+            "there is not enough memory; lower --max_seq_len or --batch_size, or take a smaller "
+            "model or --quantize"
+        )
 
 
-def mute_all_but_the_first() -> TextIO:
-    """Of several processes that torchrun started, let the first one speak -> the stderr that was,
-    for what only another one knows."""
-    stderr = sys.stderr
-    if int(os.environ.get("RANK", 0)) > 0:
-        sys.stdout = open(os.devnull, "w")
-        sys.stderr = sys.stdout
-    return stderr
+def do(argv: list[str] | None) -> None:
+    mute_all_but_the_first()
+    try:
+        args = parse_args(argv)
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        if args.save is not None:
+            save(args)
+            return
+        with Team(args.tp, args.device.type) as team:
+            run(args, team)
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it is known what to say if that fails
 
 
-def fail(message: str, team: Team | None, stderr: TextIO) -> None:
-    """Say what went wrong, once for all processes, and end."""
-    if team is None or team.is_first_to_fail():
-        sys.stderr = stderr
-    else:
-        sys.stderr = open(os.devnull, "w")
-    say(f"generate.py: error: {message}")
+def discard_output() -> None:
+    """What stdout still holds goes nowhere, so that Python does not try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_out_of_memory(e: Exception) -> bool:
+    """Whether it is Python's memory that is used up, or that of PyTorch on a CPU."""
+    return isinstance(e, MemoryError) or "DefaultCPUAllocator" in str(e)
+
+
+def fail(message: str) -> None:
+    say(f"generate.py: error: {cut(message)}")
     sys.exit(2)
 
 
@@ -1187,6 +1279,11 @@ def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int 
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
             f"{config.vocab_size}"
+        )
+    if tokenizer is not None and max(tokenizer.eos_ids, default=0) >= config.vocab_size:
+        raise ValueError(
+            f"eos_token_id {max(tokenizer.eos_ids)} is none of the model's {config.vocab_size} "
+            "tokens"
         )
     if max_seq_len is not None and max_seq_len > config.max_seq_len:
         raise ValueError(
@@ -1429,12 +1526,12 @@ def memory_of(engine: Engine) -> Memory:
 def save(args: Any) -> None:
     """--save: quantize while loading, and write a folder that loads like any checkpoint."""
     source = resolve(default_model() if args.checkpoint_path is None else args.checkpoint_path)
-    refuse_existing(args.save)
-    began = time.perf_counter()
-    model = load(args, source)
     try:
+        refuse_existing(args.save)
+        began = time.perf_counter()
+        model = load(args, source)
         save_quantized(model, args.save, partial(save_tokenizer, source))
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     n_weights = sum(layer.out_features * layer.in_features for layer in layers)
@@ -1450,5 +1547,21 @@ def save(args: Any) -> None:
     )
 
 
+def become_a_program() -> None:
+    """Signals end this process by exceptions, so that whatever is half-written goes; characters
+    that the terminal cannot show are no reason to end."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end_by_signal)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")
+
+
+def end_by_signal(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # while what is half-written goes
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    become_a_program()
     main()

@@ -21,7 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import ModelConfig, Rope, alibi_slopes, distinct, rope_frequencies
 from feedforward import MLP, ClampedMoE, Experts, MoE
-from formats.checkpoint import Checkpoint, open_checkpoint, resolve
+from formats.checkpoint import (
+    WEIGHT_DTYPES, Checkpoint, first_line, nonsense_refused, open_checkpoint, resolve,
+)
 from kernels import flash_decode, quantize_kv, triton
 from parallel import ALONE, Ranks, join, local, piece
 from quantize import Linear
@@ -179,6 +181,10 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
         attention: str = "auto",
     ):
+        if min(max_batch_size, max_seq_len) < 1:
+            raise ValueError(f"a KV cache of {max_batch_size} x {max_seq_len} tokens holds none")
+        if dtype != torch.int8 and not getattr(dtype, "is_floating_point", False):
+            raise ValueError(f"a KV cache has a floating-point dtype or torch.int8, not {dtype}")
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
         self.dtype = dtype
@@ -201,6 +207,7 @@ class KVCache:
             self.scale = torch.zeros(*heads, aligned, device=device)[..., :max_seq_len]
             self.k_mean = torch.zeros(n_layer, n_kv_head, 1, head_dim, device=device)
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
+        self.held = [0] * max_batch_size  # tokens of each row, as far as the host knows
 
     def layers(self, rows: slice) -> list[LayerCache]:
         """Each layer's cache of those rows, made once: the storage never moves."""
@@ -214,6 +221,7 @@ class KVCache:
         for tensor in (self.kv, self.scale):
             if tensor is not None:
                 tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
+        self.held[target] = length
 
     def make_layers(self, rows: slice) -> Iterator[LayerCache]:
         flash = self.attention == "flash"
@@ -582,10 +590,15 @@ class Transformer(nn.Module):
         tokens decode, more prefill. ValueError if they do not fit, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
+        B, T = tokens.shape
+        cache = self.check_cache(B, cache)
+        held = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
         if tokens.device.type == "cpu":
-            cache = self.check_cache(len(tokens), cache)
-            refuse_overflow(cache, int(input_pos.max()), tokens.shape[1])
-        return self.decode(tokens, input_pos, cache)
+            refuse_overflow(cache, int(input_pos.max()), T)
+            held = (input_pos + T).tolist()
+        logits = self.decode(tokens, input_pos, cache)
+        cache.held[:B] = held
+        return logits
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -618,6 +631,7 @@ class Transformer(nn.Module):
         refuse_overflow(cache, start, T)
         positions = self.positions(input_pos, T, cache, start)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
+        cache.held[rows] = [start + T] * B
         if last is not None:
             row = torch.arange(B, device=x.device)
             x = x[row, last][:, None]  # (B, 1, dim)
@@ -742,7 +756,7 @@ class Transformer(nn.Module):
 
 
 def refuse_overflow(cache: KVCache, cached: int, new: int) -> None:
-    if cached + new > cache.max_seq_len:
+    if cached < 0 or cached + new > cache.max_seq_len:
         raise ValueError(
             f"{cached} cached and {new} new tokens exceed the cache of {cache.max_seq_len}"
         )
@@ -804,9 +818,11 @@ def load_model(
     of a GGUF file stay what they are; None: dequantized. dtype None: float32 where the integers of
     a file stay, else bfloat16. ranks: of several processes, of which each gets its part of the
     model. ValueError says what is wrong."""
+    check_target(device, dtype)
     path = resolve(path)
     checkpoint = open_checkpoint(path)
-    config = ModelConfig.from_hf(checkpoint.config)
+    with nonsense_refused(path):
+        config = ModelConfig.from_hf(checkpoint.config)
     if dtype is None:
         dtype = default_dtype(checkpoint, quantize == "auto")
     with torch.device("meta"):
@@ -824,6 +840,17 @@ def load_model(
         if hasattr(module, "stack"):
             module.stack()
     return model.eval()
+
+
+def check_target(device: torch.device | str, dtype: torch.dtype | None) -> None:
+    """ValueError if there is no such device, or if weights have no such dtype."""
+    try:
+        torch.empty(1, device=device).tolist()
+    except Exception as e:  # of many kinds, from PyTorch and from what it would import
+        raise ValueError(f"no model can be on device {device}: {first_line(e)}") from None
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        names = ", ".join(map(str, WEIGHT_DTYPES))
+        raise ValueError(f"no model can have the dtype {dtype}; there are {names}")
 
 
 def rank_model(whole: Transformer, ranks: Ranks) -> Transformer:

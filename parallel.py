@@ -188,7 +188,9 @@ POLL_S = 0.05  # between looks at what other groups have answered
 
 
 class Team:
-    """All processes of a run: groups of ranks with a model each, which share one queue of work.
+    """All processes of a run: groups of ranks with a model each, which share one queue of work and
+    what the first process reads from standard input. As a context it ends them together: of those
+    that fail, which is all of them where one does, the first says why.
 
     tp: the ranks of a group, by default all processes. ValueError: there are too few, they do not
     come, or do not divide into groups."""
@@ -243,16 +245,24 @@ class Team:
         dist.broadcast_object_list(box, src=0, group=self.everyone)
         return box[0]
 
-    def share_input(self) -> None:
-        """Let all processes read what the first one reads from standard input."""
+    def __enter__(self) -> Team:
         if self.everyone is not None:
             sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(self)), encoding="utf-8")
+        return self
 
-    def leave(self) -> None:
-        """Part when all have come to their end: who leaves earlier breaks the others' ties."""
-        if self.everyone is not None:
-            dist.barrier(self.everyone)
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if self.everyone is None:
+            return
+        if error is None:
+            dist.barrier(self.everyone)  # who leaves earlier breaks the others' ties
             dist.destroy_process_group()
+        elif isinstance(error, Exception):
+            sys.stderr = open(os.devnull, "w")
+            if self.is_first_to_fail():
+                sys.stderr = sys.__stderr__
+            if is_lost_peer(error):
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"another process has gone: {reason}") from error
 
     # --- one queue of work for all groups ---
 
@@ -285,17 +295,20 @@ class Team:
             self.n_received += 1
             yield number, record
 
-    # --- the end of one is the end of all ---
-
     def is_first_to_fail(self) -> bool:
         """Whether no other process has failed before: then the others fail because this one did."""
-        if self.store is None:
-            return True
         mine = str(self.number)
         try:
             return self.store.compare_set("failed", "", mine).decode() == mine
         except RuntimeError:  # torchrun has gone
             return False
+
+
+def mute_all_but_the_first() -> None:
+    """Of several processes that torchrun started, let the first one speak."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = sys.stdout
 
 
 class SharedInput(io.RawIOBase):
@@ -322,6 +335,7 @@ def meet(number: int, n: int) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", number, n, timeout=patience))
     except (RuntimeError, ValueError, KeyError) as e:
+        sys.stderr = sys.__stderr__  # the others cannot know
         reason = str(e).splitlines()[0]
         raise ValueError(f"process {number} of {n} finds no others: {reason}") from None
     store = dist.PrefixStore("gpt-flash", store)

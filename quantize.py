@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kernels
+from formats.workspace import workspace
 
 BF16 = torch.cpu._is_avx512_bf16_supported()
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
@@ -635,8 +635,8 @@ def save_quantized(
         )
     config = {**model.config.hf, "gpt_flash": {"layers": layers}}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as tmp:
-        new = Path(tmp) / folder.name
+    with workspace(folder.parent, folder.name) as tmp:
+        new = tmp / folder.name
         new.mkdir()
         weights = new / "model.safetensors"
         save_file(stored_tensors(model), weights, {"format": "pt"})

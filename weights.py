@@ -143,7 +143,7 @@ class Weights:
         n = torch.get_num_threads()
 
         def fill_next(prefix: str) -> None:
-            repack(self.model.get_submodule(prefix), self.kept[prefix], device)
+            repack(self.model.get_submodule(prefix), prefix, self.kept[prefix], device)
 
         with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
             made = threads.map(fill_next, self.kept)
@@ -168,6 +168,8 @@ class Weights:
                 if prefix == "lm_head" and self.model.config.normalized_head:
                     tensor = F.normalize(tensor.float(), dim=-1)
                 tensor = tensor.to(device, meta.dtype, copy=True)
+                if tensor.dim() == 1 or isinstance(module, nn.Embedding):
+                    require_finite(f"{prefix}.{name}", tensor)
                 if name == "bias" and layer_kind(prefix) in ADDED_UP and self.ranks.rank > 0:
                     tensor.zero_()  # the sum over ranks is to have it once
             if isinstance(meta, nn.Parameter):
@@ -255,7 +257,9 @@ def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]
     return "int8_grouped", group_size
 
 
-def repack(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -> None:
+def repack(
+    layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str
+) -> None:
     """The integers of a file, part below part, some rows at a time."""
     for name, meta in list(layer.named_buffers()):
         setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
@@ -266,4 +270,21 @@ def repack(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -
             ours = slice(first + rows.start, first + rows.stop)
             layer.take(ours, *part.affine(rows), middle)
         first += part.shape[0]
+    for name, tensor in layer.named_buffers():
+        require_finite(f"{prefix}.{name}", tensor)
     layer.pack()
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """ValueError if a tensor has NaN or infinity. What spoils a file seldom spares its norms, its
+    embedding and all scales of its integers, so that no more is looked at. Of the ways to ask, the
+    smallest and largest number were measured fastest: 1.9 ms for 57 MB in bfloat16, where a sum in
+    float32 takes 64."""
+    if not tensor.is_floating_point():
+        return
+    low, high = tensor.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(
+            f"tensor {name} has numbers that are not finite in {tensor.dtype}: the file is "
+            "damaged, or needs a dtype of a larger range"
+        )

@@ -17,7 +17,7 @@ import pytest
 
 from checks.common import CPU_ENV, HERE, run_cli
 from cli.arguments import SETTINGS
-from cli.batch import InOrder, News, Records, Run, answer_file, answer_live
+from cli.batch import Answer, InOrder, News, Records, Run, answer_file, answer_live
 from cli.prompts import Job, Line, read_jobs, read_lines, read_text, samples
 from generate import Engine, Launch
 
@@ -374,6 +374,27 @@ def test_a_run_goes_on_wherever_it_was_cut(
         todo = {record["index"] for record in whole[kept:]} - {1}
         assert {job.index for job in asked} == todo
     assert capsys.readouterr().out == ""
+
+
+def test_each_record_is_on_the_disk_before_the_next_is_begun(
+    tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "out.jsonl"
+    synced = []
+
+    def note(descriptor: int) -> None:
+        synced.append(file.read_bytes().count(b"\n"))
+
+    monkeypatch.setattr(os, "fsync", note)
+    answer_into(file, jobs, shout)
+    assert synced == list(range(1, len(jobs) + 1))
+
+
+def test_waiting_counts_until_a_row_is_free() -> None:
+    answer = Answer(0, Job(0), stream=None)
+    answer.push(News(0, [5], None, started=time.perf_counter() - 2), time.perf_counter() - 5)
+    assert answer.queued_s == pytest.approx(3, abs=0.1)
+    assert answer.first_token_s == pytest.approx(2, abs=0.1)
 
 
 def test_each_record_is_in_the_file_before_the_next_answer_ends(

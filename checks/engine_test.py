@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from checks.common import PROMPTS
 from formats.tokenizer import Tokenizer
-from generate import CHUNK, Engine, Request, Sampling, generate, key_of, noise, sample
+from generate import CHUNK, Engine, Request, Sampling, filter_probs, generate, key_of, noise, sample
 from model import Transformer, load_model
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
@@ -118,6 +118,14 @@ def test_draws_follow_the_probabilities(settings: dict, shares: list[float], ove
     wanted = torch.tensor(shares)
     assert not counts[wanted == 0].any()
     assert chi_squared(counts[wanted > 0], wanted[wanted > 0]) > 1e-4
+
+
+def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
+    request = Request([5], 1, temperature=1.0, top_k=2, top_p=0.5)
+    sampling = Sampling.of([request], 4, torch.device("cpu"))
+    probs, ids = filter_probs(torch.tensor([[0.3, 0.4, 0.1, 0.2]]), sampling, 4)
+    assert ids.tolist() == [[1, 0, 3, 2]]
+    assert probs.count_nonzero() == 1  # 0.4 is more than half of 0.7
 
 
 def test_a_seeded_request_draws_the_same_in_any_company(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints and tokenizers: every form gives the same model or ids, broken ones a sentence."""
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from random import Random
 import gguf
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from checks.common import (
     AWKWARD, CONFIG, LLAMA3_ROPE, byte_level_tokenizer, close, write_gguf)
 from formats.tokenizer import (
-    PRE_TOKENIZERS, TextStream, Tokenizer, load_tokenizer, save_tokenizer)
+    PRE_TOKENIZERS, TextStream, Tokenizer, any_of, load_tokenizer, save_tokenizer)
 from config import ModelConfig, rope_frequencies
 from model import Transformer, load_model
 
@@ -365,6 +367,25 @@ def test_sentencepiece(checkpoint: MakeCheckpoint, tmp_path: Path, space_prefix:
     assert_saved_the_same(path, tmp_path / "saved")
 
 
+def test_a_folder_says_that_texts_have_no_start(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, True)
+    assert load_tokenizer(tmp_path).bos_id is not None
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert load_tokenizer(tmp_path).bos_id is None
+
+
+def test_the_longest_special_token_counts() -> None:
+    assert re.match(any_of(["<a>", "<a><b>", "<a"]), "<a><b>")[0] == "<a><b>"
+
+
+def test_tokens_beyond_the_vocabulary_have_no_text(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """A model may have more, for a size that divides well."""
+    train_sentencepiece(tmp_path, True)
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tokenizer_folder)):
+        ids = tokenizer.encode("a word", bos=False)
+        assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6]) == "a word"
+
+
 def assert_saved_the_same(source: Path, folder: Path) -> None:
     """What save_tokenizer writes is the same tokenizer."""
     folder.mkdir()
@@ -444,6 +465,25 @@ def test_text_stream_never_breaks_a_character(smollm: tuple[Transformer, Tokeniz
             assert "\ufffd" not in piece
             shown += piece
         assert shown + stream.push([], final=True) == text
+
+
+def test_a_stream_of_bytes_stays_whole_characters() -> None:
+    """A decoder that shows no byte of a run in which one character is half, as Llama 2's does, and
+    more characters without tokens of their own than the stream keeps as context."""
+    names = ["<unk>", "\u2581a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    backend.decoder = tokenizers.decoders.Sequence([
+        tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
+        tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0),
+    ])
+    tokenizer = Tokenizer(backend, len(names), {}, None, set(), None)
+    text = "\u0f40\U0001f642\u00e9" * 5
+    ids = [1, *(2 + byte for byte in text.encode()), 1]
+    stream = TextStream(tokenizer)
+    pieces = [stream.push([i]) for i in ids]
+    assert "".join(pieces) == f"a{text} a"
+    assert [piece for piece in pieces if piece] == ["a", *text, " a"]
 
 
 class Letters:

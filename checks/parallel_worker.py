@@ -61,13 +61,12 @@ def compare_integers(model: Transformer, whole: Transformer, ranks: Ranks) -> in
 
 def main() -> None:
     cases, out = sys.argv[1:]
-    team = Team(None, "cpu")
     results = []
-    for case in json.loads(Path(cases).read_text()):
-        results.append(run_case(case, team.ranks))
-    if team.is_first:
-        Path(out).write_text(json.dumps(results))
-    team.leave()
+    with Team(None, "cpu") as team:
+        for case in json.loads(Path(cases).read_text()):
+            results.append(run_case(case, team.ranks))
+        if team.is_first:
+            Path(out).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,8 +74,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     # a device is checked by using it
     try:
-        args.device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        probe = torch.empty(1, device=args.device)
+        probe.tolist()
+        args.device = probe.device
+    except Exception as e:  # of many kinds, from PyTorch and from what it would import
         parser.error(f"--device {args.device}: {first_line(e)}")
 
     # defaults that depend on other flags
@@ -90,7 +93,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.compile = args.device.type == "cuda"
     if args.compile_prefill and not args.compile:
         parser.error("--compile_prefill goes with --compile")
+    say_what_does_nothing(args)
     return args
+
+
+def say_what_does_nothing(args: argparse.Namespace) -> None:
+    """Greedy decoding draws nothing. Lines of --prompts may have temperatures of their own."""
+    if args.temperature > 0 or args.prompts is not None:
+        return
+    names = ["top_k", "top_p", "min_p"]
+    if not (args.prompt and args.prompt.isdecimal()):  # random tokens are drawn by the seed
+        names.append("seed")
+    given = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if given:
+        say(f"note: {', '.join(given)} changes nothing at --temperature 0, which draws no tokens")
 
 
 def default_dtype(path: str | None) -> str | None:
@@ -257,9 +273,17 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {cut(message)}\n")
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on stderr: stdout is for what the model says."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    """Print on stderr: stdout is for what the model says. Nobody has to listen."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def cut(message: str) -> str:
+    """A message with the middle left out if it is long, as a path of thousands of characters is."""
+    if len(message) <= 600:
+        return message
+    return f"{message[:300]} ... {message[-250:]}"

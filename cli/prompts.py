@@ -262,7 +262,7 @@ def title_of(entry: dict[str, Any]) -> str:
 
 def brief(value: Any) -> str:
     """A value as JSON, cut to some length."""
-    return shorten(json.dumps(value))
+    return shorten(json.dumps(value, default=repr))
 
 
 def shorten(text: str, width: int = 60) -> str:

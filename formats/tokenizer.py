@@ -50,9 +50,13 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens left out."""
+        """The text of ids, control tokens left out, and those of a model that has more tokens than
+        its tokenizer."""
         control = set(self.special.values())
-        return self.backend.decode([i for i in ids if i not in control])
+        shown = [i for i in ids if i not in control]
+        if isinstance(self.backend, SentencePieceProcessor):  # which ends the program at others
+            shown = [i for i in shown if i < self.vocab_size]
+        return self.backend.decode(shown)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own
@@ -132,7 +136,7 @@ class TextStream:
         self, tokenizer: Tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        self.ids = list(context)[-8:]
+        self.ids = self.tail(list(context))
         self.shown = tokenizer.decode(self.ids)
         self.stop = stop
         self.stopped = False
@@ -167,9 +171,18 @@ class TextStream:
             return ""
         new = text[len(self.shown):]
         if new:
-            self.ids = self.ids[-8:]  # enough context for a word's leading space
+            self.ids = self.tail(self.ids)
             self.shown = self.tokenizer.decode(self.ids)
         return new
+
+    def tail(self, ids: list[int]) -> list[int]:
+        """The last ids, enough for a word's leading space: eight, or up to three more where these
+        begin inside a character, since some decoders give up all bytes of a run that has half a
+        character (ByteFallback of tokenizers)."""
+        for n in range(8, 12):
+            if not self.tokenizer.decode(ids[-n:]).startswith("\ufffd"):
+                return ids[-n:]
+        return ids[-8:]
 
 
 def overlap(text: str, stop: str) -> int:
@@ -231,8 +244,7 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
         if not (folder / name).exists():
             continue
         config = read_json(folder / name)
-        eos_ids = config.get("eos_token_id")
-        tokenizer.eos_ids |= set(eos_ids) if isinstance(eos_ids, list) else {eos_ids}
+        tokenizer.eos_ids |= token_ids(config.get("eos_token_id"), folder / name)
         settings |= config
     eos = settings.get("eos_token")
     if isinstance(eos, dict):
@@ -247,6 +259,16 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
+
+
+def token_ids(value: object, file: Path) -> set[int]:
+    """The ids that eos_token_id has: one, a list of them, or none. ValueError: anything else."""
+    ids = value if isinstance(value, list) else [value]
+    ids = [i for i in ids if i is not None]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+            raise ValueError(f"{file.name} has eos_token_id {value!r}, which is no token")
+    return set(ids)
 
 
 # --- the vocabulary inside a GGUF file ---
