@@ -57,8 +57,16 @@ ROPE_SETTINGS = {  # of rope_scaling
 # settings that are read in another way, or follow from others
 OTHER_SETTINGS = {
     "vocab_size", "attention.value_length", "attention.sliding_window_pattern",
-    "rope.dimension_count", "rope.dimension_count_swa", "rope.scaling.attn_factor",
-    "rope.scaling.finetuned", "tensor_data_layout",
+    "rope.dimension_count", "rope.scaling.attn_factor", "rope.scaling.finetuned",
+    "tensor_data_layout",
+}
+NEUTRAL = {  # settings that nothing reads, with the value that changes nothing
+    "attention.causal": True,
+    "expert_gating_func": gguf.ExpertGatingFuncType.SOFTMAX,
+    "expert_weights_scale": 1.0,
+    "rope.scale_linear": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
 }
 
 
@@ -104,7 +112,7 @@ def refuse_unknown(prefix: str, settings: dict) -> None:
     """ValueError if a file has a setting that nothing here reads: it would change the model."""
     known = {*SETTINGS.values(), *ROPE_SETTINGS.values(), *OTHER_SETTINGS}
     for key, value in settings.items():
-        if key not in known and value:
+        if key not in known and value and value != NEUTRAL.get(key):
             shown = repr(value)[:60]
             raise ValueError(f"unsupported setting {prefix}{key} = {shown} in the GGUF file")
 
