@@ -19,6 +19,7 @@ import generate
 from formats.tokenizer import PRE_TOKENIZERS
 
 HERE = Path(__file__).resolve().parent.parent  # where generate.py is
+LLAMA_CPP = "llama-cpp-python==0.3.36"  # a reference; its sources have vocabularies
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
 # for processes that are to run as a user's do

@@ -2,11 +2,6 @@
 
 They come with the sources of llama-cpp-python, which are fetched once; what llama.cpp itself gives
 is asked of that package where it is installed."""
-import ctypes
-import os
-import subprocess
-import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -15,13 +10,11 @@ from types import ModuleType
 import gguf
 import pytest
 
-from checks.common import AWKWARD
+from checks.common import AWKWARD, LLAMA_CPP
 from formats import tokenizer as tokenizer_module
 from formats.checkpoint import read_gguf
 from formats.tokenizer import PRE_TOKENIZERS, load_tokenizer
 
-PACKAGE = "llama-cpp-python==0.3.36"
-CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 VOCABULARIES = ["gpt-2", "llama-bpe", "qwen2", "qwen35", "refact", "starcoder", "mpt", "command-r",
                 "deepseek-coder", "llama-spm", "phi-3", "baichuan"]
 PIECES = [  # what awkward texts are put together from
@@ -49,37 +42,8 @@ def awkward_texts(n: int) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def llama_cpp_files() -> Path:
-    """The folder models/ of llama.cpp: vocabularies, texts with their ids, chat templates."""
-    folder = CACHES / "gpt-flash" / "llama.cpp"
-    if not (folder / "models").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",
-               "--timeout", "60", "--no-binary", "llama-cpp-python"]
-        done = subprocess.run([*pip, "--dest", folder, PACKAGE], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot fetch the sources of {PACKAGE}: {done.stderr[-200:]}")
-        [archive] = folder.glob("*.tar.gz")
-        unpack_models(archive, folder)
-    return folder / "models"
-
-
-def unpack_models(archive: Path, folder: Path) -> None:
-    """The files of vendor/llama.cpp/models in a source distribution -> folder/models."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            _, _, name = member.name.partition("vendor/llama.cpp/")
-            if name.startswith("models/") and member.isfile():
-                member.name = name
-                tar.extract(member, folder, filter="data")
-    archive.unlink()
-
-
-@pytest.fixture(scope="session")
 def llama_cpp() -> ModuleType:
-    module = pytest.importorskip("llama_cpp", reason=f"needs pip install {PACKAGE}")
-    module.llama_log_set(silent := module.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
-    module.silent = silent  # or it would be freed
+    module = pytest.importorskip("llama_cpp", reason=f"needs pip install {LLAMA_CPP}")
     return module
 
 

@@ -2,20 +2,18 @@
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
 from formats.checkpoint import first_line, read_gguf, read_json, resolve
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
+from formats.templates import render_template
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -39,6 +37,9 @@ class Tokenizer:
     bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
     eos_ids: set[int]
     chat_template: str | None
+    # as a template writes them: encode may begin with none, and a text may end in several ways
+    bos_token: str = ""
+    eos_token: str = ""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text. Special tokens written in it are plain text."""
@@ -89,9 +90,9 @@ class Tokenizer:
     def render(self, messages: list[dict[str, str]]) -> str:
         """The chat template's text for messages."""
         try:
-            template = TEMPLATES.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=True,
-                                   **self.special_text)
+            return render_template(
+                self.chat_template, messages=messages, add_generation_prompt=True, tools=None,
+                documents=None, **self.special_text)
         except Exception as e:  # a template is a program of the checkpoint's author
             raise ValueError("the model's chat template failed or refuses the messages: "
                              f"{first_line(e)}") from None
@@ -100,25 +101,17 @@ class Tokenizer:
     def special_text(self) -> dict[str, str]:
         """What a chat template may ask for."""
         names = {i: token for token, i in self.special.items()}
-        eos = [names[i] for i in self.eos_ids if i in names]
-        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos[0] if eos else ""}
+        ends = [names[i] for i in sorted(self.eos_ids) if i in names]
+        return {
+            "bos_token": self.bos_token or names.get(self.bos_id, ""),
+            "eos_token": self.eos_token or "".join(ends[:1]),
+        }
 
 
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return "|".join(re.escape(token) for token in longest_first) or "(?!)"
-
-
-def refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-TEMPLATES = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
-TEMPLATES.globals["raise_exception"] = refuse
-TEMPLATES.globals["strftime_now"] = time.strftime
 
 
 class TextStream:
@@ -235,10 +228,9 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
         eos_ids = config.get("eos_token_id")
         tokenizer.eos_ids |= set(eos_ids) if isinstance(eos_ids, list) else {eos_ids}
         settings |= config
-    eos = settings.get("eos_token")
-    if isinstance(eos, dict):
-        eos = eos["content"]
-    tokenizer.eos_ids.add(tokenizer.special.get(eos))
+    tokenizer.bos_token = token_text(settings.get("bos_token"))
+    tokenizer.eos_token = token_text(settings.get("eos_token"))
+    tokenizer.eos_ids.add(tokenizer.special.get(tokenizer.eos_token))
     tokenizer.eos_ids.discard(None)
     if settings.get("add_bos_token") is False:
         tokenizer.bos_id = None
@@ -248,6 +240,13 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
     if (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
+
+
+def token_text(token: str | dict | None) -> str:
+    """A special token of tokenizer_config.json, which is a text or an object with one."""
+    if isinstance(token, dict):
+        token = token["content"]
+    return token or ""
 
 
 # --- the vocabulary inside a GGUF file ---
@@ -286,7 +285,12 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     ends |= {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
     ends.discard(None)
     template = meta.get("tokenizer.chat_template")
-    return Tokenizer(backend, len(tokens), special, bos_id, ends, template)
+    names = {name: "" for name in ("bos", "eos")}
+    for name in names:
+        i = meta.get(f"{name}_token_id")
+        if i is not None and i < len(tokens):
+            names[name] = tokens[i]
+    return Tokenizer(backend, len(tokens), special, bos_id, ends, template, *names.values())
 
 
 def byte_level_bpe(
