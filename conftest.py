@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,10 +91,11 @@ def llama_cpp_files() -> Path:
 
 def unpack_models(archive: Path, folder: Path) -> None:
     """The files of vendor/llama.cpp/models in a source distribution -> folder/models."""
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=folder) as unpacked:
         for member in tar:
             _, _, name = member.name.partition("vendor/llama.cpp/")
             if name.startswith("models/") and member.isfile():
                 member.name = name
-                tar.extract(member, folder, filter="data")
+                tar.extract(member, unpacked, filter="data")
+        os.replace(Path(unpacked) / "models", folder / "models")  # at once, or not at all
     archive.unlink()

@@ -69,7 +69,7 @@ class Checkpoint:
 
 
 # the number of an expert in the name of its tensor; GGUF files have those of a layer in one stack
-EXPERT = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
+EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
 
 
 @dataclass
@@ -83,7 +83,7 @@ class GGUFCheckpoint(Checkpoint):
         return names_of(self.architecture, self.config["num_hidden_layers"])
 
     def stored_name(self, name: str) -> str:
-        name = EXPERT.sub("", name)
+        name = EXPERT_NUMBER.sub("", name)
         stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if stored not in self.tensors and f"{stored}.weight" in self.tensors:
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
@@ -98,7 +98,7 @@ class GGUFCheckpoint(Checkpoint):
         """The tensor of that Hugging Face name as it lies in the file, an expert's out of its
         stack."""
         tensor = self.tensors[self.stored_name(name)]
-        expert = EXPERT.search(name)
+        expert = EXPERT_NUMBER.search(name)
         if expert is None:
             return tensor
         number = int(expert[1])
