@@ -53,7 +53,8 @@ def test_a_familys_template(llama_cpp_files: Path, name: str, conversation: str)
 @pytest.mark.parametrize("template", [
     "{% macro say(m, end='') %}{{ m.role }}: {{ m.content | trim }}{{ end }}{% endmacro %}"
     "{% for m in messages %}{{ say(m, end=eos_token) }}{% endfor %}",
-    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m | tojson }}"
+    "{% endfor %}",
     "{{ messages | tojson(indent=2) }}{{ {'\u00fc': '<'} | tojson(ensure_ascii=True) }}",
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}ok",

@@ -285,12 +285,14 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     ends |= {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
     ends.discard(None)
     template = meta.get("tokenizer.chat_template")
-    names = {name: "" for name in ("bos", "eos")}
-    for name in names:
-        i = meta.get(f"{name}_token_id")
-        if i is not None and i < len(tokens):
-            names[name] = tokens[i]
-    return Tokenizer(backend, len(tokens), special, bos_id, ends, template, *names.values())
+    return Tokenizer(backend, len(tokens), special, bos_id, ends, template,
+                     bos_token=token_named("bos", meta), eos_token=token_named("eos", meta))
+
+
+def token_named(name: str, meta: dict) -> str:
+    """The text of the token at the start ("bos") or the end ("eos") of texts; "": there is none."""
+    i = meta.get(f"{name}_token_id", -1)
+    return meta["tokens"][i] if 0 <= i < len(meta["tokens"]) else ""
 
 
 def byte_level_bpe(
