@@ -1,6 +1,11 @@
 """Fixtures that several test files use."""
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +16,7 @@ import torch
 import transformers
 from torch._dynamo.utils import counters
 
-from checks.common import CHATML, byte_level_tokenizer, hf_folder, random_hf
+from checks.common import CHATML, LLAMA_CPP, byte_level_tokenizer, hf_folder, random_hf
 from formats.checkpoint import default_model
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_model
@@ -98,3 +103,32 @@ def gpl(smollm: tuple[Transformer, Tokenizer]) -> list[int]:
         pytest.skip(f"no text to read: {GPL}")
     _, tokenizer = smollm
     return tokenizer.encode(GPL.read_text(encoding="utf-8"))[:1537]
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_files() -> Path:
+    """The folder models/ of llama.cpp: vocabularies, texts with their ids, chat templates."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "gpt-flash" / "llama.cpp"
+    if not (folder / "models").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",
+               "--timeout", "60", "--no-binary", "llama-cpp-python"]
+        done = subprocess.run([*pip, "--dest", folder, LLAMA_CPP], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot fetch the sources of {LLAMA_CPP}: {done.stderr[-200:]}")
+        [archive] = folder.glob("*.tar.gz")
+        unpack_models(archive, folder)
+    return folder / "models"
+
+
+def unpack_models(archive: Path, folder: Path) -> None:
+    """The files of vendor/llama.cpp/models in a source distribution -> folder/models."""
+    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=folder) as unpacked:
+        for member in tar:
+            _, _, name = member.name.partition("vendor/llama.cpp/")
+            if name.startswith("models/") and member.isfile():
+                member.name = name
+                tar.extract(member, unpacked, filter="data")
+        os.replace(Path(unpacked) / "models", folder / "models")  # at once, or not at all
+    archive.unlink()

@@ -1406,8 +1406,8 @@ def runner(
         draw = None
         if team is not None and team.n_groups > 1:
             draw = team.queue(len(requests))
-        for number, tokens in engine.run(requests, draw):
-            yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
+        for i, tokens in engine.run(requests, draw):
+            yield News(i, tokens, engine.finish_reasons.get(i), engine.started[i])
 
     return run_jobs
 

@@ -2,7 +2,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -19,6 +19,7 @@ import generate
 from formats.tokenizer import PRE_TOKENIZERS
 
 HERE = Path(__file__).resolve().parent.parent  # where generate.py is
+LLAMA_CPP = "llama-cpp-python==0.3.36"  # a reference; its sources have vocabularies
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
 # for processes that are to run as a user's do
@@ -161,31 +162,29 @@ def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
     assert (a.cpu() - b.cpu()).abs().max() < tol * max(1.0, largest)
 
 
+INTERLEAVED = ("llama", "smollm3", "granite", "baichuan")  # architectures of GGUF files
+
+
 def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
                arch: str = "llama", extra: Sequence[tuple] = (),
                kind_of: Callable[[str], GGML] = lambda name: GGML.F32) -> Path:
-    """A GGUF file as llama.cpp's converter writes it: for arch llama, q and k with interleaved
-    halves. extra: further (method of gguf.GGUFWriter, *its arguments). kind_of: a matrix's name in
-    the file -> its type; quantized ones are random."""
+    """A GGUF file as llama.cpp's converter writes it. extra: further (method of gguf.GGUFWriter,
+    *its arguments). kind_of: a matrix's name in the file -> its type; quantized ones are random."""
     writer = gguf.GGUFWriter(path, arch)
+    rope = config.rope_parameters
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    gguf_arch = getattr(gguf.MODEL_ARCH, arch.upper())
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+    [gguf_arch] = [number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     names = gguf.get_tensor_name_map(gguf_arch, config.num_hidden_layers)
-    heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
-    for name, tensor in state.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        module = name.split(".")[-2]
-        if arch == "llama" and module in heads:
-            tensor = interleave(tensor, heads[module])
+    for name, tensor in as_converted(state, config, arch):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         kind = kind_of(theirs) if tensor.dim() == 2 else GGML.F32
         if kind == GGML.F32:
@@ -199,6 +198,51 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def as_converted(
+    state: dict[str, Tensor], config: transformers.PreTrainedConfig, arch: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of transformers as llama.cpp's converter changes them, but for their names."""
+    heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
+    for name, tensor in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module = name.split(".")[-2]
+        if arch in INTERLEAVED and module in heads:
+            tensor = interleave(tensor, heads[module])
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        if name.endswith("sinks"):
+            name = f"{name}.weight"
+        if module == "experts":
+            yield from stacks(name, tensor, arch)
+        else:
+            yield name, tensor
+
+
+def stacks(name: str, tensor: Tensor, arch: str) -> Iterator[tuple[str, Tensor]]:
+    """A layer's experts [E, ...] with gate and up apart: gpt-oss has them in turns and its matrices
+    transposed."""
+    kind = "bias" if name.endswith("_bias") else "weight"
+    name = name.removesuffix("_bias")
+    if arch == "gpt-oss" and kind == "weight":
+        tensor = tensor.transpose(1, 2)  # (E, N, K)
+    if name.endswith("down_proj"):
+        yield f"{name}.{kind}", tensor
+        return
+    gate, up = tensor.chunk(2, dim=1)
+    if arch == "gpt-oss":
+        gate = tensor[:, 0::2]
+        up = tensor[:, 1::2]
+    yield f"{name.replace('gate_up', 'gate')}.{kind}", gate
+    yield f"{name.replace('gate_up', 'up')}.{kind}", up
+
+
+def interleave(tensor: Tensor, n_head: int) -> Tensor:
+    """Rows (H * D, ...) of heads whose halves rotate together -> the halves' rows in turn."""
+    halves = tensor.view(n_head, 2, -1, *tensor.shape[1:])  # (H, 2, D/2, ...)
+    return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 # where the blocks of a type have their halves, and how large, for weights of about 0.05
@@ -225,12 +269,6 @@ def random_blocks(shape: tuple[int, int], kind: GGML) -> np.ndarray:
         scales = size * random.uniform(0.9, 1.1, (len(data), 1))
         data[:, start:start + 2] = scales.astype(np.float16).view(np.uint8)
     return data.reshape(N, -1)
-
-
-def interleave(tensor: Tensor, n_head: int) -> Tensor:
-    """Rows (H * D, ...) of heads whose halves rotate together -> the halves' rows in turn."""
-    halves = tensor.view(n_head, 2, -1, *tensor.shape[1:])  # (H, 2, D/2, ...)
-    return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 # --- random checkpoints that need no transformers ---

@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from formats.architectures import ARCHITECTURES, JOINED, hf_config, names_of
 from formats.blocks import FLOATS, Blocks, MXFP4Blocks
 from formats.experts import EXPERT, one_expert, other_names
 from formats.settings import check_settings
 from formats.workspace import workspace
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
-HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight")
+HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight",
+            "rope_factors_short.weight", "lm_head.weight")
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,10 +44,14 @@ class Checkpoint:
                 return stored_name
         return name
 
+    def alone(self, name: str) -> list[str]:
+        """The names of the tensors that lie in the file in place of one, joined in that order."""
+        return [name]
+
     def check_names(self, wanted: Iterable[str]) -> None:
         """wanted: Hugging Face's names of the tensors that a model reads. ValueError names a tensor
         that is missing, or surplus and not known to be harmless."""
-        wanted = {self.stored_name(name) for name in wanted}
+        wanted = {self.stored_name(part) for name in wanted for part in self.alone(name)}
         missing = wanted - self.tensors.keys()
         surplus = {name for name in self.tensors.keys() - wanted if not name.endswith(HARMLESS)}
         for names, problem in ((missing, "no tensor"), (surplus, "an unexpected tensor")):
@@ -128,27 +134,71 @@ def scales_of(blocks: str) -> str:
     return blocks.removesuffix("blocks") + "scales"
 
 
+# the number of an expert in the name of its tensor; GGUF files have those of a layer in one stack
+EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
+
+
+@dataclass
 class GGUFCheckpoint(Checkpoint):
-    """A .gguf file: its own names, quantized tensors, and for Llama rows in another order."""
+    """A .gguf file: its own names, quantized tensors, and for some architectures rows in another
+    order."""
+    architecture: str  # a key of ARCHITECTURES
 
     @cached_property
     def names(self) -> gguf.TensorNameMap:
-        # this architecture has every name that a supported family uses
-        return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, self.config["num_hidden_layers"])
+        return names_of(self.architecture, self.config["num_hidden_layers"])
 
     def stored_name(self, name: str) -> str:
-        return self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        name = EXPERT_NUMBER.sub("", name)
+        stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if stored not in self.tensors and f"{stored}.weight" in self.tensors:
+            return f"{stored}.weight"  # the sinks of attention, parameters without a module
+        return stored
+
+    def alone(self, name: str) -> list[str]:
+        module = name.split(".")[-2:-1]
+        parts = JOINED.get(*module, ()) if module else ()
+        return [name.replace(*module, part) for part in parts] or [name]
+
+    def stored(self, name: str) -> gguf.ReaderTensor:
+        """The tensor of that Hugging Face name as it lies in the file, an expert's out of its
+        stack."""
+        tensor = self.tensors[self.stored_name(name)]
+        expert = EXPERT_NUMBER.search(name)
+        if expert is None:
+            return tensor
+        number = int(expert[1])
+        n_expert = len(tensor.data)
+        if number >= n_expert:
+            raise ValueError(f"tensor {tensor.name} has {n_expert} experts, not {number + 1}")
+        nbytes = tensor.data[0].nbytes
+        return tensor._replace(
+            shape=tensor.shape[:-1],
+            data=tensor.data[number],
+            data_offset=tensor.data_offset + number * nbytes,
+            n_elements=tensor.n_elements // n_expert,
+            n_bytes=nbytes,
+        )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
         ValueError if it has another shape or cannot be read."""
-        stored_name = self.stored_name(name)
-        stored = self.tensors[stored_name]
+        parts = self.alone(name)
+        size = shape[0] // len(parts)
+        tensors = [self.read_alone(part, (size, *shape[1:])) for part in parts]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def read_alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The same of a tensor that the file does not have in parts."""
+        stored = self.stored(name)
         try:
             tensor = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
         except Exception as e:  # a quantization that gguf does not know
-            raise ValueError(f"cannot read tensor {stored_name}: {first_line(e)}") from None
-        check_shape(stored_name, tensor.shape, shape)
+            raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
+        check_shape(stored.name, tensor.shape, shape)
+        shift = ARCHITECTURES[self.architecture].norm_shift
+        if name.endswith("norm.weight") and shift:
+            tensor = tensor - shift
         order = self.row_order(name, shape[0])
         return tensor if order is None else tensor[order]
 
@@ -156,12 +206,13 @@ class GGUFCheckpoint(Checkpoint):
         return any(stored.tensor_type not in FLOATS for stored in self.tensors.values())
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks | None:
-        stored_name = self.stored_name(name)
-        stored = self.tensors[stored_name]
+        if self.alone(name) != [name]:
+            return None
+        stored = self.stored(name)
         if stored.tensor_type in FLOATS:
             return None
         blocks = Blocks(self.path, stored, self.row_order(name, shape[0]))
-        check_shape(stored_name, blocks.shape, shape)
+        check_shape(stored.name, blocks.shape, shape)
         return blocks
 
     def row_order(self, name: str, N: int) -> Tensor | None:
@@ -175,10 +226,10 @@ class GGUFCheckpoint(Checkpoint):
 
     def interleaved_heads(self, name: str) -> int:
         """How many heads of a tensor have interleaved halves: those of Llama's q and k, else 0."""
-        if self.config["model_type"] != "llama":
+        if not ARCHITECTURES[self.architecture].interleaved:
             return 0
         n_head = self.config["num_attention_heads"]
-        n_kv_head = self.config["num_key_value_heads"] or n_head
+        n_kv_head = self.config.get("num_key_value_heads") or n_head
         return {"q_proj": n_head, "k_proj": n_kv_head}.get(name.split(".")[-2], 0)
 
 
@@ -213,8 +264,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if path.suffix == ".gguf":
         meta, tensors = read_gguf(path)
         with nonsense_refused(path):
-            config = gguf_config(meta, tensors)
-        return GGUFCheckpoint(path, config, tensors)
+            config = hf_config(meta, tensors)
+        return GGUFCheckpoint(path, config, tensors, meta.get("general.architecture"))
     files = weight_files(path, "model*.safetensors") or weight_files(path, "pytorch_model*.bin")
     if not files:
         raise ValueError(f"{path} is not a model: expected a .gguf file, a config.json, or a "
@@ -333,25 +384,6 @@ def weight_files(folder: Path, pattern: str) -> list[Path]:
 
 # --- GGUF ---
 
-# Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
-GGUF_SETTINGS = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "num_experts": "expert_count",
-    "sliding_window": "attention.sliding_window",
-    "rope_type": "rope.scaling.type",
-    "factor": "rope.scaling.factor",
-    "original_max_position_embeddings": "rope.scaling.original_context_length",
-}
-
-
 class Reader(gguf.GGUFReader):
     """Slices a plain array: slices of numpy's memmap, of which a vocabulary takes 250,000, are
     three times as slow."""
@@ -379,34 +411,6 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
         raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's "
                          "gguf-split --merge")
     return meta, {tensor.name: tensor for tensor in reader.tensors}
-
-
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # whose settings and tensors are read here
-
-
-def gguf_config(meta: dict, tensors: dict[str, gguf.ReaderTensor]) -> dict:
-    """The metadata and tensors of a GGUF file -> a Hugging Face style configuration."""
-    arch = meta.get("general.architecture")
-    if arch not in GGUF_FAMILIES:
-        raise ValueError(f"unsupported architecture {arch!r} in a GGUF file; supported: "
-                         f"{', '.join(GGUF_FAMILIES)}")
-    config = {name: meta.get(f"{arch}.{theirs}") for name, theirs in GGUF_SETTINGS.items()}
-    config["model_type"] = arch
-    config["use_sliding_window"] = True
-    rotary_dim = meta.get(f"{arch}.rope.dimension_count")
-    config["head_dim"] = config["head_dim"] or rotary_dim
-    if rotary_dim:
-        config["partial_rotary_factor"] = rotary_dim / config["head_dim"]
-    # the rest is told by which tensors there are
-    config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_output.bias" in tensors
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    if "token_embd.weight" in tensors:
-        config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
-    if "rope_freqs.weight" in tensors:  # llama3's scaling, as a divisor of each frequency
-        config["rope_type"] = "linear"
-        config["factors"] = tensors["rope_freqs.weight"].data.tolist()
-    return config
 
 
 # --- the default model ---

@@ -2,19 +2,18 @@
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import AddedToken, decoders
 
 from formats.checkpoint import first_line, read_gguf, read_json, resolve
+from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
+from formats.templates import render_template
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -38,6 +37,9 @@ class Tokenizer:
     bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
     eos_ids: set[int]
     chat_template: str | None
+    # as a template writes them: encode may begin with none, and a text may end in several ways
+    bos_token: str = ""
+    eos_token: str = ""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text. Special tokens written in it are plain text."""
@@ -92,9 +94,9 @@ class Tokenizer:
     def render(self, messages: list[dict[str, str]]) -> str:
         """The chat template's text for messages."""
         try:
-            template = TEMPLATES.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=True,
-                                   **self.special_text)
+            return render_template(
+                self.chat_template, messages=messages, add_generation_prompt=True, tools=None,
+                documents=None, **self.special_text)
         except Exception as e:  # a template is a program of the checkpoint's author
             raise ValueError("the model's chat template failed or refuses the messages: "
                              f"{first_line(e)}") from None
@@ -103,25 +105,17 @@ class Tokenizer:
     def special_text(self) -> dict[str, str]:
         """What a chat template may ask for."""
         names = {i: token for token, i in self.special.items()}
-        eos = [names[i] for i in self.eos_ids if i in names]
-        return {"bos_token": names.get(self.bos_id, ""), "eos_token": eos[0] if eos else ""}
+        ends = [names[i] for i in sorted(self.eos_ids) if i in names]
+        return {
+            "bos_token": self.bos_token or names.get(self.bos_id, ""),
+            "eos_token": self.eos_token or "".join(ends[:1]),
+        }
 
 
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return "|".join(re.escape(token) for token in longest_first) or "(?!)"
-
-
-def refuse(message: str) -> None:
-    raise ValueError(message)
-
-
-TEMPLATES = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-TEMPLATES.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
-TEMPLATES.globals["raise_exception"] = refuse
-TEMPLATES.globals["strftime_now"] = time.strftime
 
 
 class TextStream:
@@ -246,10 +240,9 @@ def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
         config = read_json(folder / name)
         tokenizer.eos_ids |= token_ids(config.get("eos_token_id"), folder / name)
         settings |= config
-    eos = settings.get("eos_token")
-    if isinstance(eos, dict):
-        eos = eos["content"]
-    tokenizer.eos_ids.add(tokenizer.special.get(eos))
+    tokenizer.bos_token = token_text(settings.get("bos_token"))
+    tokenizer.eos_token = token_text(settings.get("eos_token"))
+    tokenizer.eos_ids.add(tokenizer.special.get(tokenizer.eos_token))
     tokenizer.eos_ids.discard(None)
     if settings.get("add_bos_token") is False:
         tokenizer.bos_id = None
@@ -271,42 +264,18 @@ def token_ids(value: object, file: Path) -> set[int]:
     return set(ids)
 
 
+def token_text(token: str | dict | None) -> str:
+    """A special token of tokenizer_config.json, which is a text or an object with one."""
+    if isinstance(token, dict):
+        token = token["content"]
+    return token or ""
+
+
 # --- the vocabulary inside a GGUF file ---
 
-def split_like_gpt4(digits: str) -> pre_tokenizers.PreTokenizer:
-    """GPT-4's way of splitting text, but for how many digits stay together."""
-    alternatives = [
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{%s}" % digits,
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-    pattern = tokenizers.Regex("|".join(alternatives))
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pattern, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-
-
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
-LLAMA3 = split_like_gpt4("1,3")
-QWEN2 = split_like_gpt4("1")
-SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
-# how text is split before BPE, by the name GGUF files give it (tokenizer.ggml.pre)
-PRE_TOKENIZERS = {
-    "gpt-2": GPT2,
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "llama-v3": LLAMA3,
-    "qwen2": QWEN2,
-    "deepseek-r1-qwen": QWEN2,
-    "smollm": SMOLLM,
-}
+# tokens that end what a model says, whatever else a file says of them
 END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>",
-               "<end_of_turn>", "<|eom_id|>"}
+               "<end_of_turn>", "<|eom_id|>", "<|return|>", "<|call|>", "</s>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
 
 
@@ -319,30 +288,43 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in PRE_TOKENIZERS:
         raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
                          f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
-    types = meta.get("token_type") or [1] * len(tokens)
+    types = list(meta.get("token_type") or [1] * len(tokens))
+    ends = {i for i, token in enumerate(tokens) if token in END_OF_TURN}
+    for i in ends:
+        types[i] = CONTROL  # some files have them as plain text
     if kind == "gpt2":
-        backend = byte_level_bpe(tokens, meta["merges"], types, PRE_TOKENIZERS[pre])
-        takes_bos = PRE_TOKENIZERS[pre] is LLAMA3
+        backend = byte_level_bpe(tokens, meta["merges"], types, pre)
+        takes_bos = pre in WHOLE_WORDS
     else:
+        unknown = meta.get("unknown_token_id", 0)
         space_prefix = meta.get("add_space_prefix", True)
-        backend = sentencepiece_bpe(tokens, meta["scores"], types, space_prefix)
+        backend = sentencepiece_bpe(tokens, meta["scores"], types, unknown, space_prefix)
         takes_bos = True
     bos_id = meta.get("bos_token_id") if meta.get("add_bos_token", takes_bos) else None
     special = {tokens[i]: i for i, token_type in enumerate(types) if token_type == CONTROL}
-    eos_ids = {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
-    eos_ids |= {i for token, i in special.items() if token in END_OF_TURN}
-    eos_ids.discard(None)
+    if {"<|return|>", "<|call|>"} <= special.keys():
+        ends.discard(special.get("<|end|>"))  # of a message, behind which gpt-oss goes on
+    ends |= {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
+    ends.discard(None)
     template = meta.get("tokenizer.chat_template")
-    return Tokenizer(backend, len(tokens), special, bos_id, eos_ids, template)
+    return Tokenizer(backend, len(tokens), special, bos_id, ends, template,
+                     bos_token=token_named("bos", meta), eos_token=token_named("eos", meta))
 
 
-def byte_level_bpe(tokens: list[str], merges: list[str], types: list[int],
-                   pre_tokenizer: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+def token_named(name: str, meta: dict) -> str:
+    """The text of the token at the start ("bos") or the end ("eos") of texts; "": there is none."""
+    i = meta.get(f"{name}_token_id", -1)
+    return meta["tokens"][i] if 0 <= i < len(meta["tokens"]) else ""
+
+
+def byte_level_bpe(
+    tokens: list[str], merges: list[str], types: list[int], pre: str
+) -> tokenizers.Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    bpe = tokenizers.models.BPE(vocab, pairs, ignore_merges=pre_tokenizer is LLAMA3)
+    bpe = tokenizers.models.BPE(vocab, pairs, ignore_merges=pre in WHOLE_WORDS)
     backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizer
+    backend.pre_tokenizer = PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
     backend.encode_special_tokens = True  # as plain text
     added = []
@@ -353,15 +335,23 @@ def byte_level_bpe(tokens: list[str], merges: list[str], types: list[int],
     return backend
 
 
-def sentencepiece_bpe(tokens: list[str], scores: list[float], types: list[int],
-                      space_prefix: bool) -> SentencePieceProcessor:
-    """A SentencePieceProcessor from a vocabulary, by way of the file that it would be read from."""
+def sentencepiece_bpe(
+    tokens: list[str], scores: list[float], types: list[int], unknown: int, space_prefix: bool
+) -> SentencePieceProcessor:
+    """A SentencePieceProcessor from a vocabulary, by way of the file that it would be read from.
+    unknown: the id of the one token for what is unknown, which such a file has to have."""
+    Piece = ModelProto.SentencePiece
     proto = ModelProto()
-    for token, score, token_type in zip(tokens, scores, types):
-        kind = token_type or ModelProto.SentencePiece.NORMAL  # 0: undefined
-        proto.pieces.add(piece=token, score=score, type=kind)
+    for i, (token, score, token_type) in enumerate(zip(tokens, scores, types, strict=True)):
+        kind = token_type or Piece.NORMAL  # 0: undefined
+        if i == unknown:
+            kind = Piece.UNKNOWN
+        elif kind == Piece.UNKNOWN:  # padding, in files of Phi-3
+            kind = Piece.UNUSED
+        proto.pieces.add(piece=token or f"[EMPTY_{i}]", score=score, type=kind)
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = True
+    proto.trainer_spec.unk_piece = tokens[unknown]
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = space_prefix
     proto.normalizer_spec.remove_extra_whitespaces = False

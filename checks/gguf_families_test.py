@@ -1,0 +1,289 @@
+"""GGUF files of every family: written as llama.cpp's converter writes them, they are Hugging Face's
+configuration and tensors again."""
+import copy
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType as GGML
+from torch import Tensor
+
+from checks.common import BASE, close, hf_logits, interleave, random_blocks, write_gguf
+from formats.checkpoint import open_checkpoint
+from model import FAMILIES, load_model
+
+
+class Case(NamedTuple):
+    """A small model of a family, and what its GGUF file says beyond what all say."""
+
+    arch: str
+    transformers: str  # the class, without ForCausalLM
+    settings: dict
+    extra: list[tuple]  # (method of gguf.GGUFWriter, *its arguments)
+    same: list[str]  # settings of config.json that have to be there, beyond those of all
+    tol: float = 1e-4  # of llama.cpp's logits
+
+
+HALF = 8  # of a head of 16
+SHORT = [1.0 + i / 8 for i in range(HALF)]
+LONG = [2.0 + i / 2 for i in range(HALF)]
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=SHORT, long_factor=LONG)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+MOE = [("add_expert_count", 4), ("add_expert_used_count", 2)]
+OF_EXPERTS = ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"]
+WINDOW = ("add_sliding_window", 8)
+OF_WINDOWS = ["sliding_window", "layer_types"]
+OF_GRANITE = ["embedding_multiplier", "attention_multiplier", "residual_multiplier",
+              "logits_scaling"]
+CASES = {
+    "mixtral": Case("llama", "Mixtral", dict(num_local_experts=4), MOE,
+                    ["num_local_experts", "num_experts_per_tok"]),
+    "qwen2_moe": Case(
+        "qwen2moe", "Qwen2Moe", dict(shared_expert_intermediate_size=40, **EXPERTS),
+        [*MOE, ("add_expert_feed_forward_length", 32),
+         ("add_expert_shared_feed_forward_length", 40)],
+        [*OF_EXPERTS, "num_experts", "shared_expert_intermediate_size"]),
+    "qwen3_moe": Case("qwen3moe", "Qwen3Moe", dict(norm_topk_prob=True, **EXPERTS),
+                      [*MOE, ("add_expert_feed_forward_length", 32)], OF_EXPERTS),
+    "gpt_oss": Case(
+        "gpt-oss", "GptOss",
+        dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+        [*MOE, WINDOW, ("add_expert_feed_forward_length", 72),
+         ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
+         ("add_rope_scaling_factor", 32.0), ("add_rope_scaling_orig_ctx_len", 4096),
+         ("add_rope_scaling_yarn_beta_fast", 32.0), ("add_rope_scaling_yarn_beta_slow", 1.0)],
+        [*OF_WINDOWS, "num_local_experts", "num_experts_per_tok", "attention_bias"],
+        tol=2e-2),  # llama.cpp rounds the ends of yarn's ramp
+    "gemma": Case("gemma", "Gemma", dict(num_key_value_heads=1), [], [], tol=1e-3),
+    "gemma2": Case(
+        "gemma2", "Gemma2", dict(sliding_window=8, query_pre_attn_scalar=16),
+        [WINDOW, ("add_attn_logit_softcapping", 50.0), ("add_final_logit_softcapping", 30.0)],
+        [*OF_WINDOWS, "attn_logit_softcapping", "final_logit_softcapping",
+         "query_pre_attn_scalar", "hidden_activation"], tol=1e-3),
+    "gemma3_text": Case(
+        "gemma3", "Gemma3",
+        dict(sliding_window=8, query_pre_attn_scalar=16, num_hidden_layers=7),
+        [WINDOW, ("add_rope_freq_base_swa", 1e4)],
+        [*OF_WINDOWS, "query_pre_attn_scalar", "hidden_activation"], tol=1e-3),
+    "phi3": Case(
+        "phi3", "Phi3",
+        dict(rope_parameters=LONGROPE, original_max_position_embeddings=512,
+             max_position_embeddings=1024),
+        [("add_sliding_window", 0), ("add_rope_scaling_orig_ctx_len", 512),
+         ("add_rope_dimension_count", 2 * HALF),
+         ("add_rope_scaling_attn_factors", math.sqrt(1 + math.log(2) / math.log(512))),
+         ("add_tensor", "rope_factors_short.weight", np.float32(SHORT)),
+         ("add_tensor", "rope_factors_long.weight", np.float32(LONG))],
+        ["sliding_window", "original_max_position_embeddings"]),
+    "olmo2": Case("olmo2", "Olmo2", {}, [], []),
+    "olmo3": Case("olmo2", "Olmo3", dict(sliding_window=8, num_hidden_layers=4),
+                  [WINDOW, ("add_sliding_window_pattern", [True, True, True, False])], OF_WINDOWS),
+    "smollm3": Case("smollm3", "SmolLM3", dict(num_hidden_layers=4, no_rope_layer_interval=4),
+                    [("add_rope_dimension_count", 16)], ["no_rope_layer_interval"]),
+    "granite": Case(
+        "granite", "Granite",
+        dict(embedding_multiplier=12.0, attention_multiplier=0.015625, residual_multiplier=0.25,
+             logits_scaling=8.0),
+        [("add_attention_scale", 0.015625), ("add_embedding_scale", 12.0),
+         ("add_residual_scale", 0.25), ("add_logit_scale", 8.0)], OF_GRANITE),
+}
+ALWAYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+          "tie_word_embeddings"]
+N_VOCAB = BASE["vocab_size"]
+VOCABULARY = [  # SentencePiece's, for llama.cpp
+    ("add_tokenizer_model", "llama"),
+    ("add_token_list", ["<unk>", "<s>", "</s>", "<0x0A>", *map(str, range(N_VOCAB - 4))]),
+    ("add_token_scores", [0.0] * N_VOCAB),
+    ("add_token_types", [2, 3, 3, 6, *[1] * (N_VOCAB - 4)]),
+]
+
+
+class Written(NamedTuple):
+    hf: transformers.PreTrainedModel
+    path: Path
+
+
+@pytest.fixture(scope="module", params=CASES)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    case = CASES[request.param]
+    sizes = dict(BASE, hidden_size=96, pad_token_id=0)  # phi3 has no head_dim but dim / n_head
+    config_class = getattr(transformers, f"{case.transformers}Config", None)
+    if case.transformers == "Gemma3":
+        config_class = transformers.Gemma3TextConfig
+    config = config_class(**copy.deepcopy({**sizes, **case.settings}))
+    torch.manual_seed(0)
+    hf = getattr(transformers, f"{case.transformers}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    path = tmp_path_factory.mktemp("family") / f"{request.param}.gguf"
+    write_gguf(path, config, hf.state_dict(), case.arch, [*case.extra, *VOCABULARY])
+    return Written(hf, path)
+
+
+def case_of(written: Written) -> Case:
+    return CASES[written.path.stem]
+
+
+def test_the_configuration_is_hugging_faces(written: Written) -> None:
+    hf = written.hf.config.to_dict()
+    ours = open_checkpoint(written.path).config
+    for name in [*ALWAYS, *case_of(written).same]:
+        if name in hf:
+            assert ours[name] == hf[name], name
+    assert ours["rms_norm_eps"] == pytest.approx(hf["rms_norm_eps"])
+
+
+def test_the_rotary_embedding_is_hugging_faces(written: Written) -> None:
+    hf = written.hf.config.rope_parameters
+    ours = open_checkpoint(written.path).config
+    if "sliding_attention" in hf and "rope_local_base_freq" in ours:
+        assert ours["rope_local_base_freq"] == hf["sliding_attention"]["rope_theta"]
+    hf = hf.get("full_attention", hf)
+    assert ours["rope_theta"] == hf["rope_theta"]
+    scaling = ours["rope_scaling"]
+    assert scaling.get("rope_type", "default") == hf["rope_type"]
+    for name in ("factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor"):
+        assert scaling.get(name) == hf.get(name), name
+
+
+def expert_tensors(name: str, stack: Tensor, arch: str) -> Iterator[tuple[str, Tensor]]:
+    """transformers' stacks of all experts -> each expert's tensors by their usual names."""
+    prefix, part = name.split("experts.")
+    kind = "bias" if part.endswith("_bias") else "weight"
+    for number, tensor in enumerate(stack):
+        if arch == "gpt-oss" and kind == "weight":
+            tensor = tensor.T
+        if part.startswith("down"):
+            yield f"{prefix}experts.{number}.down_proj.{kind}", tensor
+            continue
+        halves = (tensor[0::2], tensor[1::2]) if arch == "gpt-oss" else tensor.chunk(2)
+        for half, of_it in zip(("gate", "up"), halves, strict=True):
+            yield f"{prefix}experts.{number}.{half}_proj.{kind}", of_it
+
+
+def test_every_tensor_is_hugging_faces(written: Written) -> None:
+    checkpoint = open_checkpoint(written.path)
+    wanted = {}
+    for name, tensor in written.hf.state_dict().items():
+        if re.search(r"experts\.\w+$", name):
+            wanted |= dict(expert_tensors(name, tensor, case_of(written).arch))
+        elif name != "lm_head.weight" or not written.hf.config.tie_word_embeddings:
+            wanted[name] = tensor
+    checkpoint.check_names(wanted)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(checkpoint.read(name, tuple(tensor.shape)), tensor)
+
+
+def test_the_model_is_hugging_faces(written: Written) -> None:
+    family = written.path.stem
+    if family not in FAMILIES:
+        pytest.skip(f"no model of {family} yet")
+    tokens = torch.arange(3, 27)[None]
+    model = load_model(written.path, dtype=torch.float32)
+    model.setup_caches(1, 32)
+    close(model(tokens, torch.zeros(1, dtype=torch.int32)), hf_logits(written.hf, tokens))
+
+
+def baichuan_file(path: Path, n_layer: int) -> tuple[Path, Tensor]:
+    """A GGUF file of a Baichuan of that many layers -> it, and W_pack of the first one."""
+    q, k, v = torch.randn(3, 64, 64).unbind()
+    writer = gguf.GGUFWriter(path, "baichuan")
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(64)
+    writer.add_context_length(4096)
+    writer.add_head_count(4)
+    writer.add_tensor_data_layout("Meta AI original pth")
+    writer.add_rope_dimension_count(16)
+    for name, tensor in (("q", interleave(q, 4)), ("k", interleave(k, 4)), ("v", v)):
+        writer.add_tensor(f"blk.0.attn_{name}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, torch.cat((q, k, v))
+
+
+@pytest.mark.parametrize("n_layer, context", [
+    (32, "max_position_embeddings"),
+    (40, "model_max_length"),  # as the 13B models call it, which have no rotary embedding
+])
+def test_baichuan_is_joined_again(tmp_path: Path, n_layer: int, context: str) -> None:
+    path, joined = baichuan_file(tmp_path / "m.gguf", n_layer)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["model_type"] == "baichuan"
+    assert checkpoint.config[context] == 4096
+    assert ("max_position_embeddings" in checkpoint.config) == (n_layer == 32)
+    name = "model.layers.0.self_attn.W_pack.weight"
+    checkpoint.check_names([name])
+    assert torch.equal(checkpoint.read(name, (192, 64)), joined)
+
+
+def test_an_experts_blocks_are_its_own(tmp_path: Path) -> None:
+    """An expert of a quantized stack is read without the others."""
+    raw = random_blocks((4 * 64, 32), GGML.Q8_0).reshape(4, 64, -1)
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.ffn_up_exps.weight", raw, raw_dtype=GGML.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(path)
+    for number in range(4):
+        name = f"model.layers.0.mlp.experts.{number}.up_proj.weight"
+        want = gguf.dequantize(raw[number], GGML.Q8_0)
+        assert np.array_equal(checkpoint.read(name, (64, 32)), want)
+        q, scale, zero = checkpoint.blocks(name, (64, 32)).affine(slice(5, 60))
+        assert np.allclose(q * scale + zero, want[5:60], atol=1e-6)
+    with pytest.raises(ValueError, match="4 experts, not 5"):
+        checkpoint.read("model.layers.0.mlp.experts.4.up_proj.weight", (64, 32))
+
+
+@pytest.mark.parametrize("arch, setting, message", [
+    ("mamba", (), "architecture 'mamba'; supported: llama"),
+    ("llama", ("add_clamp_kqv", 8.0), "llama.attention.clamp_kqv = 8.0"),
+    ("qwen2", ("add_rope_dimension_sections", [4, 2, 2, 0]), "qwen2.rope.dimension_sections"),
+    ("llama", ("add_rope_scaling_yarn_attn_factor", 2.0), "yarn_attn_factor = 2.0"),
+])
+def test_what_is_unknown_is_refused_by_name(
+    tmp_path: Path, arch: str, setting: tuple, message: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    if setting:
+        getattr(writer, setting[0])(*setting[1:])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_llama_cpp_reads_it_as_we_do(written: Written) -> None:
+    """What the tests write is what llama.cpp understands by these files."""
+    pytest.importorskip("llama_cpp", reason="needs pip install llama-cpp-python==0.3.36")
+    tokens = list(range(3, 27))
+    logits = llama_cpp_logits(written.path, tokens)
+    close(logits, hf_logits(written.hf, torch.tensor([tokens]))[0], case_of(written).tol)
+
+
+def llama_cpp_logits(path: Path, tokens: list[int]) -> Tensor:
+    """llama.cpp's logits of every token, with a cache in float32."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(
+        str(path), n_ctx=64, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False,
+        type_k=0, type_v=0, flash_attn=False)
+    model.eval(tokens)
+    logits = torch.tensor(model.scores[:len(tokens)])
+    model.close()
+    return logits
