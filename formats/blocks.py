@@ -254,6 +254,20 @@ class MXFP4Blocks:
         for start in range(0, len(self.packed), n):
             yield slice(start, min(start + n, len(self.packed)))
 
+    def narrow(self, dim: int, start: int, length: int) -> MXFP4Blocks:
+        """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
+        if dim == 1:
+            if start % 32 or length % 32:
+                raise ValueError(
+                    f"{length} inputs, a part of {self.shape[1]}, do not divide into MXFP4's "
+                    "groups of 32: take fewer ranks"
+                )
+            start //= 32
+            length //= 32
+        return MXFP4Blocks(
+            self.packed.narrow(dim, start, length), self.exponents.narrow(dim, start, length)
+        )
+
     def affine(self, rows: slice) -> Affine:
         packed = self.packed[rows]
         nibbles = torch.stack((packed & 15, packed >> 4), -1)  # (rows, K / 32, 16, 2)
