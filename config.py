@@ -69,7 +69,7 @@ class ModelConfig:
             head_dim=positive(hf, "head_dim", dim // n_head),
             dim=dim,
             ffn_dim=positive(hf, "intermediate_size"),
-            max_seq_len=positive(hf, "max_position_embeddings", 2048),
+            max_seq_len=positive(hf, "max_position_embeddings", hf.get("model_max_length", 2048)),
             norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
             windows=layer_windows(hf, kinds),
             ropes=(None,) * len(kinds) if fields.get("alibi") else layer_ropes(hf, kinds),
@@ -99,7 +99,8 @@ class ModelConfig:
         if self.head_dim % 8 or self.head_dim > 256:
             raise ValueError(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
         for rope in distinct(self.ropes):
-            rope_frequencies(rope, self.max_seq_len)
+            for room in (1, self.max_seq_len):  # longrope has settings of its own for each
+                rope_frequencies(rope, room)
 
 
 
@@ -317,6 +318,7 @@ def activation(hf: dict) -> str:
 
 
 def softmax_scale(hf: dict) -> float | None:
+    """What scores are multiplied by, None for the usual 1 / sqrt(head_dim)."""
     if hf.get("query_pre_attn_scalar") is not None:
         return positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5
     return maybe_positive(hf, "attention_multiplier")
@@ -325,18 +327,20 @@ def softmax_scale(hf: dict) -> float | None:
 def layer_kinds(hf: dict) -> list[str]:
     """What each layer sees: "full_attention", or "sliding_attention" as far as its window."""
     n_layer = positive(hf, "num_hidden_layers")
-    kinds = hf.get("layer_types")
-    if kinds:
-        other = set(kinds) - {"full_attention", "sliding_attention"}
-        if other or len(kinds) < n_layer:
+    if hf.get("layer_types"):
+        kinds = for_each_layer(hf, "layer_types")
+        if any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
             raise ValueError(
-                f"unsupported layer_types {kinds!r}: one of full_attention and sliding_attention "
-                f"is supported for each of {n_layer} layers"
+                f"unsupported layer_types {kinds!r}: only full_attention and sliding_attention "
+                "are supported"
             )
-        return kinds[:n_layer]
+        return kinds
     # how a file without layer_types tells which layers see all: the last of every few, or those
     # with rope, or the first ones
-    full = [layer < (hf.get("max_window_layers") or 0) for layer in range(n_layer)]
+    full = [False] * n_layer
+    if hf.get("max_window_layers"):
+        n_full = positive(hf, "max_window_layers")
+        full = [layer < n_full for layer in range(n_layer)]
     if hf.get("sliding_window_pattern"):
         period = positive(hf, "sliding_window_pattern")
         full = [layer % period == period - 1 for layer in range(n_layer)]
@@ -394,12 +398,27 @@ def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:
     value = hf.get(key)
     if value is None:
         value = default
-    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not is_number or not value > 0:
+    if not is_number(value, kind) or not value > 0:
         raise ValueError(
             f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}"
         )
     return kind(value)
+
+
+def is_number(value: Any, kind: type = float) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
+
+
+def for_each_layer(hf: dict, key: str) -> list:
+    """A setting that has an entry for each layer; ValueError if it has not."""
+    n_layer = positive(hf, "num_hidden_layers")
+    entries = hf[key]
+    if not isinstance(entries, list) or len(entries) < n_layer:
+        raise ValueError(
+            f"the model's configuration has {key} = {entries!r}, not an entry for each of "
+            f"{n_layer} layers"
+        )
+    return entries[:n_layer]
 
 
 def maybe_positive(hf: dict, key: str) -> float | None:
@@ -447,11 +466,8 @@ def layer_ropes(hf: dict, kinds: list[str]) -> tuple[Rope | None, ...]:
 def layers_with_rope(hf: dict) -> list[bool]:
     """Which layers have a rotary embedding; the others know no positions."""
     n_layer = positive(hf, "num_hidden_layers")
-    flags = hf.get("no_rope_layers")  # 1 where there is one, in spite of its name
-    if flags:
-        if len(flags) < n_layer:
-            raise ValueError(f"no_rope_layers {flags!r} has no entry for each of {n_layer} layers")
-        return [bool(flag) for flag in flags[:n_layer]]
+    if hf.get("no_rope_layers"):  # 1 where there is one, in spite of its name
+        return [bool(flag) for flag in for_each_layer(hf, "no_rope_layers")]
     if hf.get("no_rope_layer_interval"):
         period = positive(hf, "no_rope_layer_interval")
         return [layer % period != period - 1 for layer in range(n_layer)]
@@ -491,12 +507,15 @@ def make_rope(hf: dict) -> Rope:
         raise ValueError(
             f"unsupported partial_rotary_factor {share}: {dim} of a head's {head_dim} values"
         )
-    kind = hf.get("rope_type") or hf.get("type") or "default"
+    kind = str(hf.get("rope_type") or hf.get("type") or "default")
     kind = {"none": "default", "su": "longrope"}.get(kind, kind)
     if kind not in ROPE_KINDS:
         supported = ", ".join(ROPE_KINDS)
         raise ValueError(f"unsupported rope type {kind!r}; supported: {supported}")
-    return Rope(positive(hf, "rope_theta", 1e4, float), dim, kind, hf)
+    theta = positive(hf, "rope_theta", 1e4, float)
+    if theta <= 1:
+        raise ValueError(f"the model's configuration has rope_theta = {theta}, not above 1")
+    return Rope(theta, dim, kind, hf)
 
 
 def distinct(ropes: tuple[Rope | None, ...]) -> list[Rope]:
@@ -542,8 +561,11 @@ def longrope_frequencies(
     original = rope.original_context()
     name = "long_factor" if rope.is_long(max_seq_len) else "short_factor"
     factors = rope.hf.get(name)
-    if not isinstance(factors, list) or len(factors) != len(inv_freq):
-        raise ValueError(f"longrope needs {name}, a list of {len(inv_freq)} numbers")
+    n = len(inv_freq)
+    if not isinstance(factors, list) or len(factors) != n or not all(map(is_number, factors)):
+        raise ValueError(f"longrope needs {name}, a list of {n} numbers, not {factors!r}")
+    if original < 2:
+        raise ValueError(f"unsupported original_max_position_embeddings {original} of longrope")
     longer = positive(rope.hf, "max_position_embeddings") / original
     factor = positive(rope.hf, "factor", longer, float)
     growth = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))

@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch._dynamo.utils import counters
 
-from checks.common import CHATML, byte_level_tokenizer, random_hf
+from checks.common import CHATML, byte_level_tokenizer, hf_folder, random_hf
 from formats.checkpoint import default_model
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_model
@@ -78,6 +79,16 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(fn, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", trace_only)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A checkpoint with small random weights, a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    hf_folder(folder, vocab_size=600, max_position_embeddings=256)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from config import ModelConfig, Rope, alibi_slopes, distinct, rope_frequencies
 from feedforward import MLP, ClampedMoE, Experts, MoE
-from formats.blocks import Blocks
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
-from quantize import (
-    MODES, Int4Linear, Linear, put_layer, quantize_linear, quantized_layout, rows_at_once, say_once,
-)
+from parallel import ALONE, Ranks, join, local, piece
+from quantize import Linear
+from weights import Weights
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
 
@@ -98,8 +94,23 @@ class LayerCache:
         """Append k, v [B, Hkv, T, D] at input_pos [B] and attend with q [B, Hq, T, D].
 
         kernels.flash_decode says what the options are, and what a call without k and v is."""
+        if fits_into_graph(q, k, options):
+            return self.decode_in_graph(q, k, v, input_pos)
         keys, values = self.kv.unbind(0)
         return flash_decode(q, keys, values, input_pos, k, v, **options)
+
+    def decode_in_graph(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+        """The same for one token of one row, by operators that the compiler knows: it calls them
+        without any Python, where flash_decode's takes as long as the attention."""
+        n = input_pos.item()  # a symbol in the graph
+        torch._check(n >= 0)
+        torch._check(n < self.kv.shape[3])
+        self.write(k, v, input_pos.long()[:, None])
+        keys, values = self.read(n + 1, q.dtype)  # (1, Hkv, n + 1, D) each
+        # a KV head's query heads ride along as query rows, so that no key is repeated
+        folded = q.reshape(1, k.shape[1], -1, q.shape[3])  # (1, Hkv, Hq / Hkv, D)
+        y, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values)
+        return y.reshape(q.shape)
 
 
 class Int8LayerCache(LayerCache):
@@ -138,6 +149,16 @@ class Int8LayerCache(LayerCache):
 
     def centred(self, k: Tensor) -> Tensor:
         return (k - self.k_mean).to(k.dtype)
+
+
+def fits_into_graph(q: Tensor, k: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether a step that is being compiled takes decode_in_graph: on a CPU one token of one row,
+    so that there is one length, and no options. compile_model sets the switch that makes a length
+    a symbol; without it every length would be compiled for itself."""
+    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
+        return False
+    one_token = len(q) == 1 and q.shape[2] == 1 and k is not None
+    return q.is_cpu and one_token and all(value is None for value in options.values())
 
 
 def row_numbers(index: Tensor) -> Tensor:
@@ -456,6 +477,7 @@ class Block(nn.Module):
             self.mlp = family.moe(config)
         else:
             self.mlp = family.mlp(config)
+        self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
@@ -494,14 +516,10 @@ class PostNormBlock(Block):
 class ScaledBlock(Block):
     """Granite's: what is added to x is scaled."""
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.residual_scale = config.residual_scale
-
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + y * self.residual_scale
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
+        scale = self.residual_scale
+        x = x + scale * self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + scale * self.mlp(self.post_attention_layernorm(x))
 
 
 class GemmaNorm(nn.RMSNorm):
@@ -536,6 +554,7 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
+        self.ranks = ALONE  # the processes that share it
         # rope_table of each, for short and for long texts, made when a cache needs it
         self.rope: dict[tuple[Rope, bool], Tensor] = {}
         self.slopes: Tensor | None = None
@@ -662,7 +681,9 @@ class Transformer(nn.Module):
         if not self.config.alibi:
             return None
         if self.slopes is None or self.slopes.device != self.device:
-            self.slopes = alibi_slopes(self.config.n_head).to(self.device)
+            n_head = self.config.n_head
+            slopes = alibi_slopes(n_head * self.ranks.size)  # of all ranks' heads
+            self.slopes = piece(slopes, (n_head,), self.ranks).to(self.device)
         return self.slopes
 
     def check_cache(self, batch_size: int, cache: KVCache | None) -> KVCache:
@@ -766,13 +787,14 @@ FAMILIES = {
     "gpt_oss": Family(moe=ClampedMoE),
 }
 
-# --- loading: our parameters from a checkpoint's tensors ---
+# --- loading ---
 
 
 @torch.no_grad()
 def load_model(
     path: str | Path, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.bfloat16, quantize: str | None = None, group_size: int = 32,
+    ranks: Ranks = ALONE,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights.
@@ -780,41 +802,41 @@ def load_model(
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading, so that a
     model that fits only when quantized can be loaded; "auto": as the file is, so that the integers
     of a GGUF file stay what they are; None: dequantized. dtype None: float32 where the integers of
-    a file stay, else bfloat16. ValueError says what is wrong."""
+    a file stay, else bfloat16. ranks: of several processes, of which each gets its part of the
+    model. ValueError says what is wrong."""
     path = resolve(path)
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.config)
-    keep = quantize == "auto"
     if dtype is None:
-        dtype = default_dtype(checkpoint, keep)
+        dtype = default_dtype(checkpoint, quantize == "auto")
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    plan = tensor_plan(model, checkpoint, quantize)
-    if checkpoint.tensors is None:
-        warning = "is a bare configuration: the weights are RANDOM, for benchmarks only"
-        print(f"WARNING: {path} {warning}", file=sys.stderr)
-    else:
-        checkpoint.check_names(name for parts in plan.values() for name in parts)
-    kept = keep_blocks(model, plan, checkpoint, device) if keep else {}
-
-    tensors = [*model.parameters(), *model.buffers()]
-    stored = sum(x.nbytes for x in tensors)
+        whole = Transformer(config).to(dtype)
+        model = rank_model(whole, ranks)
+    stored_joined = FAMILIES[config.family].stored_joined
+    weights = Weights(model, whole, checkpoint, ranks, stored_joined)
+    weights.choose_layers(quantize, device)
+    stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
-
-    fill_from_blocks(model, kept, device)
-    modules = list(model.named_modules())
-    for prefix, module in tqdm(modules, "loading", unit=" layers", disable=None, leave=False):
-        fill(module, prefix, model, plan, checkpoint, device)
-        if isinstance(module, Linear) and quantize and not keep:
-            module = quantize_linear(module, quantize, group_size, prefix)
-            model.set_submodule(prefix, module)
-        if hasattr(module, "pack"):
-            module.pack()
+    weights.load(device, quantize, group_size)
+    join(model, ranks)
     for module in model.modules():
         if hasattr(module, "stack"):
             module.stack()
     return model.eval()
+
+
+def rank_model(whole: Transformer, ranks: Ranks) -> Transformer:
+    """A rank's part of a model without weights."""
+    if ranks.size == 1:
+        return whole
+    dtype = whole.dtype
+    config = whole.config
+    model = Transformer(local(config, ranks)).to(dtype)
+    # of the vocabulary, the last rank's part is padded
+    rows = math.ceil(config.vocab_size / ranks.size)
+    model.lm_head = Linear(config.dim, rows, bias=False).to(dtype)
+    return model
 
 
 def default_dtype(checkpoint: Checkpoint, keep: bool) -> torch.dtype:
@@ -824,152 +846,3 @@ def default_dtype(checkpoint: Checkpoint, keep: bool) -> torch.dtype:
     if keep and checkpoint.is_quantized():
         return torch.float32
     return torch.bfloat16
-
-
-Plan = dict[str, dict[str, tuple[int, ...]]]  # our parameter -> {the checkpoint's name: shape}
-
-
-def tensor_plan(model: Transformer, checkpoint: Checkpoint, quantize: str | None) -> Plan:
-    """The tensors that make each parameter, one below the other.
-
-    The layers that a folder of save_quantized has are put into the model first."""
-    ours = checkpoint.tensors is not None and quantized_layout(model, checkpoint.config)
-    if ours and quantize in MODES:
-        raise ValueError(
-            f"{checkpoint.path} is quantized already; leave out --quantize {quantize}"
-        )
-    plan = {}
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        if ours:  # such a folder has our names
-            plan[name] = {name: tuple(x.shape)}
-        else:
-            plan[name] = sources(name, tuple(x.shape), model.config)
-    if model.config.tied and isinstance(model.lm_head, Linear):
-        del plan["lm_head.weight"]
-    return plan
-
-
-def sources(
-    name: str, shape: tuple[int, ...], config: ModelConfig
-) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of a parameter. Our names are theirs but for the joined ones."""
-    q_size = config.n_head * config.head_dim
-    kv_size = config.n_kv_head * config.head_dim
-    joined = {
-        "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
-        "gate_up_proj": {"gate_proj": shape[0] // 2, "up_proj": shape[0] // 2},
-    }
-    name = re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)  # ours have the number last
-    if not name.startswith("lm_head"):
-        name = f"model.{name}"
-    *path, module, kind = name.split(".")
-    stored = FAMILIES[config.family].stored_joined
-    if module in stored:
-        return {".".join([*path, stored[module], kind]): shape}
-    if module not in joined:
-        return {name: shape}
-    parts = {}
-    for part, size in joined[module].items():
-        parts[".".join([*path, part, kind])] = (size, *shape[1:])
-    return parts
-
-
-def keep_blocks(
-    model: Transformer, plan: Plan, checkpoint: Checkpoint, device: torch.device | str
-) -> dict[str, list[Blocks]]:
-    """Put empty quantized layers where a file has integers -> {the layer's name: what fills it}.
-
-    A joined layer takes a form that holds all of its parts. Types that no form holds are said, and
-    dequantized."""
-    kept = {}
-    for name, parts in plan.items():
-        prefix, _, kind = name.rpartition(".")
-        if kind != "weight" or not isinstance(model.get_submodule(prefix), (Linear, nn.Embedding)):
-            continue
-        if prefix == "lm_head" and model.config.normalized_head:  # its integers would not stay
-            continue
-        blocks = [checkpoint.blocks(part, shape) for part, shape in parts.items()]
-        if None in blocks:  # in floating point
-            continue
-        unknown = [part.type_name for part in blocks if part.kind is None]
-        if unknown:
-            say_once(f"{unknown[0]} weights are dequantized: no quantized layer holds them")
-            continue
-        if prefix == "embed_tokens":
-            prefix = "embed_tokens.table"
-        put_layer(model, prefix, *form_for(blocks, device))
-        kept[prefix] = blocks
-    return kept
-
-
-def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
-    """The smallest quantized layer that holds the integers of all parts: (mode, group_size)."""
-    if torch.device(device).type == "cuda" and {part.type_name for part in parts} == {"MXFP4"}:
-        return "mxfp4", 32  # no operator of a CPU takes it
-    bits = max(part.kind.bits for part in parts)
-    group_size = min(part.kind.group_size for part in parts)
-    if bits <= 4 and group_size == 32:
-        return "int4", 32
-    return "int8_grouped", group_size
-
-
-def fill_from_blocks(
-    model: Transformer, kept: dict[str, list[Blocks]], device: torch.device | str
-) -> None:
-    """Give quantized layers the integers of a file, each thread a layer of its own: the steps are
-    so small that an operator's threads would mostly wait for each other."""
-    n = torch.get_num_threads()
-
-    def fill_next(prefix: str) -> None:
-        repack(model.get_submodule(prefix), kept[prefix], device)
-
-    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        made = threads.map(fill_next, kept)
-        for _ in tqdm(made, "loading", len(kept), unit=" layers", disable=None, leave=False):
-            pass
-    torch.set_num_threads(n)  # the default of threads to come
-
-
-def repack(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -> None:
-    """The integers of a file, part below part, some rows at a time."""
-    for name, meta in list(layer.named_buffers()):
-        setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
-    first = 0
-    for part in parts:
-        middle = 2 ** (part.kind.bits - 1)
-        for rows in part.slices(rows_at_once(layer.in_features)):
-            ours = slice(first + rows.start, first + rows.stop)
-            layer.take(ours, *part.affine(rows), middle)
-        first += part.shape[0]
-    layer.pack()
-
-
-def fill(
-    module: nn.Module, prefix: str, model: Transformer, plan: Plan, checkpoint: Checkpoint,
-    device: torch.device | str,
-) -> None:
-    """Give a module its own parameters and buffers, in place of those on meta."""
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for name, meta in own:
-        if not meta.is_meta:
-            continue
-        parts = plan.get(f"{prefix}.{name}")
-        if parts is None:  # a tied output layer
-            tensor = model.embed_tokens.weight
-        elif checkpoint.tensors is None:
-            tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
-        else:
-            tensor = read_joined(checkpoint, parts)
-            if prefix == "lm_head" and model.config.normalized_head and isinstance(module, Linear):
-                tensor = F.normalize(tensor.float(), dim=-1)
-            tensor = tensor.to(device, meta.dtype, copy=True)
-        if isinstance(meta, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(module, name, tensor)
-
-
-def read_joined(checkpoint: Checkpoint, parts: dict[str, tuple[int, ...]]) -> Tensor:
-    tensors = [checkpoint.read(name, shape) for name, shape in parts.items()]
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.cat(tensors)

@@ -131,11 +131,11 @@ CHECKPOINTS = {
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
 
-def random_hf(name: str) -> transformers.PreTrainedModel:
-    """A random transformers model with the settings of CHECKPOINTS[name]; biases and norms too are
-    random."""
+def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
+    """A random transformers model with the settings of CHECKPOINTS[name], but for the changes;
+    biases and norms too are random."""
     family, settings = CHECKPOINTS[name]
-    settings = copy.deepcopy({**BASE, **settings})  # transformers writes into its arguments
+    settings = copy.deepcopy({**BASE, **settings, **changes})  # transformers writes into its arguments
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
     hf = transformers.AutoModelForCausalLM.from_config(config).eval()

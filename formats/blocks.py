@@ -2,8 +2,10 @@
 
 Every type here is affine: a weight is q * scale + zero, with one scale and zero for each group of
 inputs. The layouts are those of llama.cpp's ggml-common.h."""
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,11 +166,30 @@ class Blocks:
     path: Path
     stored: gguf.ReaderTensor
     order: Tensor | None  # [N] the file's row of each row, None: as they lie
+    # which part of it this is, None: all
+    rows: range | None = None
+    columns: range | None = None
+
+    def __post_init__(self) -> None:
+        K, N = self.stored.shape.tolist()
+        self.rows = self.rows or range(N)
+        self.columns = self.columns or range(K)
 
     @property
     def shape(self) -> tuple[int, int]:
-        K, N = self.stored.shape.tolist()
-        return N, K
+        return len(self.rows), len(self.columns)
+
+    def narrow(self, dim: int, start: int, length: int) -> Blocks:
+        """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
+        if dim == 0:
+            return replace(self, rows=self.rows[start:start + length])
+        group_size = self.kind.group_size
+        if start % group_size or length % group_size:
+            raise ValueError(
+                f"{length} inputs, a part of {len(self.columns)}, do not divide into the groups of "
+                f"{group_size} of {self.stored.name}: take fewer ranks"
+            )
+        return replace(self, columns=self.columns[start:start + length])
 
     @property
     def type_name(self) -> str:
@@ -187,17 +208,22 @@ class Blocks:
 
     def affine(self, rows: slice) -> Affine:
         """Some rows, of a tensor that has a kind."""
-        data = torch.from_numpy(self.read(rows))  # (rows, bytes of a row)
+        data = torch.from_numpy(self.read(self.rows[rows]))  # (rows, bytes of a row)
         _, block_bytes = gguf.GGML_QUANT_SIZES[self.stored.tensor_type]
-        parts = self.kind.unpack(data.view(-1, block_bytes))
-        return Affine(*(part.view(len(data), -1) for part in parts))
+        parts = []
+        for part in self.kind.unpack(data.view(-1, block_bytes)):
+            part = part.view(len(data), -1)  # (rows, inputs), or (rows, groups)
+            inputs = self.stored.shape[0] // part.shape[1]  # to each of its values
+            columns = self.columns
+            parts.append(part[:, columns.start // inputs:columns.stop // inputs])
+        return Affine(*parts)
 
-    def read(self, rows: slice) -> np.ndarray:
+    def read(self, rows: range) -> np.ndarray:
         """The bytes of some rows, [rows, bytes of a row]."""
         _, row_bytes = self.stored.data.shape
-        order = np.arange(rows.start, rows.stop)
+        order = np.array(rows)
         if self.order is not None:
-            order = self.order[rows].numpy()
+            order = self.order.numpy()[order]
         # the rows that they lie among: where heads are interleaved, a few more
         first = order.min()
         n = order.max() + 1 - first

