@@ -367,8 +367,8 @@ def every_other_layer(hf: dict) -> list[str]:
 
 
 def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig | None:
-    """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting that
-    has the experts'."""
+    """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting
+    that has the experts'."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
     if hf[key] == 0:
         return None

@@ -1514,9 +1514,10 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
 def memory_of(engine: Engine) -> Memory:
     cache = engine.cache
     model, *drafts = engine.models()
-    weight_bytes = model.weight_bytes()
+    rows = cache.max_batch_size
+    weight_bytes = model.weight_bytes(rows * (engine.k + 1))
     for draft in drafts:  # a step asks it k times
-        weight_bytes += engine.k * draft.weight_bytes()
+        weight_bytes += engine.k * draft.weight_bytes(rows)
     return Memory(
         device=engine.device, weight_bytes=weight_bytes, cache_bytes=cache.nbytes,
         cache_tokens=cache.max_batch_size * cache.max_seq_len,

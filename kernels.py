@@ -966,8 +966,8 @@ def packed_mxfp4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor) -> 
 
 
 def mxfp4_values(nibbles: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 weights, nibbles [..., K] and scales [..., K / 32], both uint8 -> float32 [..., K]: E2M1
-    numbers times 2 ** (scale - 127) for every 32 (the OCP's Microscaling Formats, 1.0)."""
+    """MXFP4 weights, nibbles [..., K] and scales [..., K / 32], both uint8 -> float32 [..., K]:
+    E2M1 numbers times 2 ** (scale - 127) for every 32 (the OCP's Microscaling Formats, 1.0)."""
     values = torch.tensor(E2M1, device=nibbles.device)[nibbles.int()]
     values = values.unflatten(-1, (-1, 32))  # (..., K / 32, 32)
     return torch.ldexp(values, scales[..., None].int() - 127).flatten(-2)
@@ -1072,9 +1072,9 @@ def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
 def experts_linear(
     x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None,
 ) -> Tensor:
-    """Products with the weights that each token chose of a stack: x [R, K], or [R, n_active, K] with
-    a vector for each choice, and ids [R, n_active], integers that differ within a token, ->
-    [R, n_active, N]. What w and scales may be, float32 sums as in the products of one weight:
+    """Products with the weights that each token chose of a stack: x [R, K], or [R, n_active, K]
+    with a vector for each choice, and ids [R, n_active], integers that differ within a token,
+    -> [R, n_active, N]. What w and scales may be, float32 sums as in the products of one weight:
 
     floating point  w [E, N, K]
     int8            w [E, N, K] and scales [E, N]
@@ -1086,8 +1086,8 @@ def experts_linear(
     R, n_active = ids.shape
     if x.shape[:-1] not in ((R,), (R, n_active)) or not _fit_experts(x.shape[-1], w, scales):
         shapes = [None if t is None else list(t.shape) for t in (x, ids, w, scales)]
-        raise ValueError("experts_linear: needs x [R, K] or [R, n_active, K], ids [R, n_active], and "
-                         f"a stack of weights with their scales, got {shapes}")
+        raise ValueError("experts_linear: needs x [R, K] or [R, n_active, K], ids [R, n_active], "
+                         f"and a stack of weights with their scales, got {shapes}")
     return torch.ops.gpt_flash.experts_linear(x, ids, w, scales)
 
 
@@ -1147,8 +1147,8 @@ def _store_outputs(y_ptr, y, n, row, live, N):
 @jit
 def _choices(ids_ptr, pair, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr,
              BLOCK_M: tl.constexpr):
-    """Of a pair of token and expert: the expert, and where each token of its block, BLOCK_M of them,
-    has the same one: the numbers of these pairs, -1 for a token that has not."""
+    """Of a pair of token and expert: the expert, and where each token of its block, BLOCK_M of
+    them, has the same one: the numbers of these pairs, -1 for a token that has not."""
     token = pair // (BLOCK_M * N_ACTIVE) * BLOCK_M + tl.arange(0, BLOCK_M)
     choice = tl.arange(0, ACTIVE)
     pairs = token[:, None] * N_ACTIVE + choice[None, :]
@@ -1299,6 +1299,31 @@ def _line(lines):
 
 
 @jit
+def _lines(lines_ptr, n, block, live, N, K: tl.constexpr, GROUP: tl.constexpr,
+           MXFP4: tl.constexpr):
+    """Scales and zeros of the low nibbles of blocks (BLOCKS, BLOCK_N), and those of the high ones;
+    MXFP4 has no zeros: what stands for them is not used."""
+    ALL_BLOCKS: tl.constexpr = (K + 63) // 64
+    if MXFP4:
+        line_ptrs = lines_ptr + n * (K // 32) + 2 * block
+        scale_low = _power_of_two(tl.load(line_ptrs, live, other=0))
+        live = live & (2 * block + 1 < K // 32)
+        scale_high = _power_of_two(tl.load(line_ptrs + 1, live, other=0))
+        zero_low = scale_low
+        zero_high = scale_high
+    elif GROUP == 32:
+        line_ptrs = lines_ptr + n * ALL_BLOCKS + block
+        scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
+        scale_high, zero_high = _line(tl.load(line_ptrs + N * ALL_BLOCKS, live, other=0))
+    else:
+        scale_low, zero_low = _line(
+            tl.load(lines_ptr + n * (K // GROUP) + block * 64 // GROUP, live, other=0))
+        scale_high = scale_low
+        zero_high = zero_low
+    return scale_low, zero_low, scale_high, zero_high
+
+
+@jit
 def _int4_linear_kernel(
     x_ptr, ids_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
     N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
@@ -1334,26 +1359,9 @@ def _int4_linear_kernel(
         live = (block < ALL_BLOCKS)[:, None] & (n < N)[None, :]  # (BLOCKS, BLOCK_N)
         w_ptrs = w_rows + block[:, None, None] * 32 + byte
         w = tl.load(w_ptrs, live[:, :, None], other=0, eviction_policy="evict_first")
-        if MXFP4:
-            w_low, w_high = _e2m1(w)
-            line_ptrs = lines_ptr + n[None, :] * (K // 32) + 2 * block[:, None]
-            scale_low = _power_of_two(tl.load(line_ptrs, live, other=0))
-            live = live & (2 * block[:, None] + 1 < K // 32)
-            scale_high = _power_of_two(tl.load(line_ptrs + 1, live, other=0))
-        else:
-            w_low, w_high = _nibbles(w)
-        if MXFP4:
-            pass
-        elif GROUP == 32:
-            line_ptrs = lines_ptr + n[None, :] * ALL_BLOCKS + block[:, None]
-            scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
-            scale_high, zero_high = _line(tl.load(line_ptrs + N * ALL_BLOCKS, live, other=0))
-        else:
-            group = block * 64 // GROUP
-            line_ptrs = lines_ptr + n[None, :] * (K // GROUP) + group[:, None]
-            scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
-            scale_high = scale_low
-            zero_high = zero_low
+        w_low, w_high = _e2m1(w) if MXFP4 else _nibbles(w)
+        scale_low, zero_low, scale_high, zero_high = _lines(
+            lines_ptr, n[None, :], block[:, None], live, N, K, GROUP, MXFP4)
         if not MXFP4:
             acc += zero_low * tl.sum(x_low, 2)[:, None, :]
             acc += zero_high * tl.sum(x_high, 2)[:, None, :]

@@ -48,6 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from feedforward import StackedLinear
 from generate import Engine, compile_model
 from model import ModelConfig, Transformer, rank_model, tensor_bytes
 from parallel import ALONE, Ranks, join
@@ -80,6 +81,10 @@ VARIANTS = [
         ("TinyLlama-1.1B", "Llama-3-8B"), ("bf16", "int8", "int4"), ("auto", "int8"),
         ("flash", "math"), (1, 8),
     )),
+    # mixtures of experts
+    Variant("Qwen3-30B-A3B", "bf16", "auto", "flash", 1),
+    Variant("Qwen3-30B-A3B", "int4", "auto", "flash", 1),
+    Variant("gpt-oss-20b", "bf16", "auto", "flash", 1),
     # what lies in memory at odd places
     Variant("SmolLM2-135M", "bf16", "int8", "flash", 1, room=2047),
     Variant("SmolLM2-135M", "bf16", "int8", "math", 1, room=2047),
@@ -196,6 +201,9 @@ def build(variant: Variant) -> Transformer:
         for module in model.modules():
             if isinstance(module, QuantizedLinear):
                 module.pack()
+        for module in model.modules():
+            if isinstance(module, StackedLinear):
+                module.stack()
         kv_dtype = torch.int8 if variant.kv == "int8" else None
         model.setup_caches(variant.batch, variant.room, kv_dtype, variant.attention)
         model.rope_upto(variant.room)  # else the first step makes it
