@@ -1,4 +1,4 @@
-"""The model: configuration, a static KV cache, a Llama-family transformer, loading checkpoints.
+"""The model: a static KV cache, a transformer of Llama's kind, loading checkpoints.
 
 A step of decode goes through Transformer.decode, Block.forward, Attention.forward and attend, and
 ends in the cache: LayerCache.flash_decode appends the new keys and values and attends to what is
@@ -9,7 +9,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,217 +22,21 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from config import ModelConfig, Rope, alibi_slopes, distinct, rope_frequencies
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
 from quantize import Linear, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
 
-# --- configuration ---
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model is. The names are those of the papers; from_hf reads Hugging Face's."""
-
-    family: str  # a key of FAMILIES
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    dim: int
-    ffn_dim: int
-    max_seq_len: int  # the context that the model was trained for
-    norm_eps: float
-    rope_theta: float
-    windows: tuple[int | None, ...]  # per layer: tokens a query sees, itself included; None: all
-    hf: dict = field(repr=False)  # what this was made from, rope's settings unfolded into it
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    tied: bool = False  # the output layer is the embedding
-
-    @classmethod
-    def from_hf(cls, hf: dict) -> ModelConfig:
-        """A Hugging Face config.json as a dict -> ModelConfig.
-
-        ValueError names what is missing or unsupported."""
-        family = family_of(hf)
-        hf = unfold_rope_settings(hf)
-        refuse_unsupported(hf)
-        n_head = positive(hf, "num_attention_heads")
-        dim = positive(hf, "hidden_size")
-        bias = bool(hf.get("attention_bias"))
-        settings = dict(
-            family=family,
-            vocab_size=positive(hf, "vocab_size"),
-            n_layer=positive(hf, "num_hidden_layers"),
-            n_head=n_head,
-            n_kv_head=positive(hf, "num_key_value_heads", n_head),
-            head_dim=positive(hf, "head_dim", dim // n_head),
-            dim=dim,
-            ffn_dim=positive(hf, "intermediate_size"),
-            max_seq_len=positive(hf, "max_position_embeddings", 2048),
-            norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
-            rope_theta=positive(hf, "rope_theta", 1e4, float),
-            windows=layer_windows(hf, FAMILIES[family]),
-            hf=hf,
-            qkv_bias=bias,
-            o_bias=bias,
-            mlp_bias=bool(hf.get("mlp_bias")),
-            tied=bool(hf.get("tie_word_embeddings")),
-        )
-        config = cls(**(settings | FAMILIES[family].fields))
-        config.check()
-        return config
-
-    def check(self) -> None:
-        """ValueError if heads do not divide, or rope is of a kind that is not known."""
-        if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"{self.n_head} query heads do not divide into {self.n_kv_head} key/value heads"
-            )
-        if self.head_dim % 8 or self.head_dim > 256:
-            raise ValueError(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
-        rope_frequencies(self)
-
-
-# Settings that would go wrong if ignored, with the value that is supported.
-FIXED = {
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1,
-    "num_experts": 0,
-    "num_local_experts": 0,
-    "quantization_config": {},
-    "mscale_all_dim": 0,
-    "truncate": True,
-}
-
-
-def family_of(hf: dict) -> str:
-    """The key of FAMILIES that a configuration belongs to; ValueError if there is none."""
-    family = hf.get("model_type")
-    architectures = hf.get("architectures") or []
-    causal = all(str(name).endswith("ForCausalLM") for name in architectures)
-    if family not in FAMILIES or not causal:
-        architecture = (architectures or [family])[0]
-        raise ValueError(
-            f"unsupported architecture {architecture!r} (model_type {family!r}); "
-            f"supported model types: {', '.join(FAMILIES)}"
-        )
-    return family
-
-
-def unfold_rope_settings(hf: dict) -> dict:
-    """A copy with the entries of rope_scaling and rope_parameters beside all others.
-
-    transformers 5 writes the latter, with rope_theta in it; older files have rope_scaling."""
-    hf = dict(hf)
-    for key in ("rope_scaling", "rope_parameters"):
-        settings = hf.get(key) or {}
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"the model's configuration has {key} = {settings!r}; it must be an object"
-            )
-        hf.update(settings)
-    return hf
-
-
-def refuse_unsupported(hf: dict) -> None:
-    for key, supported in FIXED.items():
-        if hf.get(key) not in (None, supported):
-            raise ValueError(f"unsupported {key} {hf[key]!r}: only {supported!r} is supported")
-
-
-def layer_windows(hf: dict, family: Family) -> tuple[int | None, ...]:
-    """How many tokens a query of each layer sees, None for all of them."""
-    n_layer = positive(hf, "num_hidden_layers")
-    if not hf.get("sliding_window") or not hf.get("use_sliding_window", family.window_by_default):
-        return (None,) * n_layer
-    window = positive(hf, "sliding_window")
-    kinds = hf.get("layer_types")
-    if not kinds:
-        n_full = hf.get("max_window_layers") or 0
-        kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:n_layer])
-
-
-def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:
-    """A setting as a number above 0 of that kind; ValueError if it is anything else."""
-    value = hf.get(key)
-    if value is None:
-        value = default
-    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not is_number or not value > 0:
-        raise ValueError(
-            f"the model's configuration has {key} = {value!r}, not a positive {kind.__name__}"
-        )
-    return kind(value)
-
 # --- rotary position embedding ---
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """-> inv_freq [D/2] float32, and the factor on cos and sin, for every rope type supported.
-
-    Each type keeps a part of a frequency as it is and divides the rest by a factor, or by one
-    factor per frequency. After transformers' modeling_rope_utils: linear (position
-    interpolation), llama3, yarn (arXiv 2309.00071)."""
-    hf = config.hf
-    half = config.head_dim // 2
-    exponents = torch.arange(half, dtype=torch.float64) / half
-    inv_freq = config.rope_theta ** -exponents  # (D/2)
-    kind = hf.get("rope_type") or hf.get("type") or "default"
-    if kind in ("default", "none"):
-        return inv_freq.float(), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        supported = "default, linear, llama3, yarn"
-        raise ValueError(f"unsupported rope type {kind!r}; supported: {supported}")
-
-    original = positive(hf, "original_max_position_embeddings", config.max_seq_len)
-    factors = hf.get("factors") or positive(hf, "factor", kind=float)
-    factor = torch.tensor(factors, dtype=torch.float64)
-    keep = torch.zeros(())
-    attention_factor = 1.0
-    if kind == "llama3":
-        keep = llama3_share(hf, inv_freq, original)
-    elif kind == "yarn":
-        keep = yarn_share(hf, config, original)
-        longer = 0.1 * math.log(max(factor, 1)) + 1
-        attention_factor = positive(hf, "attention_factor", longer, float)
-    return (inv_freq * (keep + (1 - keep) / factor)).float(), attention_factor
-
-
-def llama3_share(hf: dict, inv_freq: Tensor, original: int) -> Tensor:
-    """How much of each frequency llama3 keeps, [D/2]: by its turns over the original context."""
-    low = positive(hf, "low_freq_factor", kind=float)
-    high = positive(hf, "high_freq_factor", kind=float)
-    turns = original * inv_freq / (2 * math.pi)
-    return ((turns - low) / (high - low)).clamp(0, 1)
-
-
-def yarn_share(hf: dict, config: ModelConfig, original: int) -> Tensor:
-    """How much of each frequency yarn keeps, [D/2]: a ramp between the dimensions that turn
-    beta_fast and beta_slow times over the original context."""
-    half = config.head_dim // 2
-
-    def dimension(beta: float) -> float:
-        return half * math.log(original / (2 * math.pi * beta), config.rope_theta)
-
-    low = max(math.floor(dimension(positive(hf, "beta_fast", 32, float))), 0)
-    high = math.ceil(dimension(positive(hf, "beta_slow", 1, float)))
-    high = min(high, config.head_dim - 1)
-    ramp = (torch.arange(half) - low) / max(high - low, 0.001)
-    return 1 - ramp.clamp(0, 1)
-
-
-def rope_table(config: ModelConfig, max_seq_len: int, device: torch.device) -> Tensor:
+def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
     """cos and sin of every position in the half-rotated layout, [S, 2, 1, D] float32.
 
     The first half of sin is negated, so that apply_rope needs no negation."""
-    inv_freq, factor = rope_frequencies(config)
+    inv_freq, factor = rope_frequencies(rope, max_seq_len)
     positions = torch.arange(max_seq_len, device=device)[:, None].float()
     angles = positions * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
     cos = angles.cos() * factor
@@ -253,9 +58,10 @@ class Positions(NamedTuple):
 
     input_pos: Tensor  # [B] int32: tokens of each row that are cached already
     index: Tensor  # [B, T] int64: the position of each new token
-    cos: Tensor  # [B, T, 1, D] float32
-    sin: Tensor  # [B, T, 1, D] float32
     start: int | None  # prefill: the largest input_pos; decode: None, as no length is on the host
+    alibi_slopes: Tensor | None  # [Hq] float32, or None
+    cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
+    sin: Tensor | None = None  # the same of its sine
 
 
 class LayerCache:
@@ -431,14 +237,20 @@ class Attention(nn.Module):
         self.n_kv_head = config.n_kv_head
         self.head_dim = config.head_dim
         self.window = config.windows[layer]
+        self.softmax_scale = config.softmax_scale
+        self.softcap = config.softcap
         n_heads = self.n_head + 2 * self.n_kv_head
         self.qkv_proj = Linear(config.dim, n_heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(self.n_head * self.head_dim, config.dim, bias=config.o_bias)
+        self.sinks = nn.Parameter(torch.empty(self.n_head)) if config.sinks else None
         self.q_norm, self.k_norm = None, None
-        if config.qk_norm:
+        if config.qk_norm == "head":
             norm = FAMILIES[config.family].norm
             self.q_norm = norm(self.head_dim, config.norm_eps)
             self.k_norm = norm(self.head_dim, config.norm_eps)
+        elif config.qk_norm == "all":
+            self.q_norm = AllHeadsNorm(self.n_head * self.head_dim, config.norm_eps)
+            self.k_norm = AllHeadsNorm(self.n_kv_head * self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
@@ -448,7 +260,8 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = qk.split(heads, dim=2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        qk = apply_rope(qk, positions.cos, positions.sin)
+        if positions.cos is not None:
+            qk = apply_rope(qk, positions.cos, positions.sin)
         q, k = qk.transpose(1, 2).split(heads, dim=1)  # (B, Hq, T, D), (B, Hkv, T, D)
         y = self.attend(q, k, v.transpose(1, 2), positions, cache)  # (B, Hq, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -460,15 +273,14 @@ class Attention(nn.Module):
         that is before them."""
         T = q.shape[2]
         start = positions.start
+        options = self.options(positions)
         if start is None and cache.flash:  # decode; cost follows the live length
-            return cache.flash_decode(q, k, v, positions.input_pos, window=self.window)
+            return cache.flash_decode(q, k, v, positions.input_pos, **options)
 
         cache.write(k, v, positions.index)
         if start is None:  # decode by math reads the whole cache
             keys, values = cache.read(cache.kv.shape[3], q.dtype)
-            mask = visible(positions.index, keys.shape[2], self.window)
-            with sdpa_kernel(SDPBackend.MATH):
-                return F.scaled_dot_product_attention(q, keys, values, mask, enable_gqa=True)
+            return math_attention(q, keys, values, positions.index, **options)
 
         keys, values = k, v  # a prompt from its beginning needs nothing of the cache
         if start > 0:
@@ -476,20 +288,39 @@ class Attention(nn.Module):
         attention = prefill_attention
         if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
             attention = torch.ops.gpt_flash.prefill_attention
-        return attention(q, keys, values, positions.index, self.window)
+        return attention(q, keys, values, positions.index, **options)
+
+    def options(self, positions: Positions) -> dict[str, Any]:
+        """How scores become weights: what flash_decode and prefill_attention take by name."""
+        return {
+            "scale": self.softmax_scale,
+            "window": self.window,
+            "softcap": self.softcap,
+            "alibi_slopes": positions.alibi_slopes,
+            "sinks": None if self.sinks is None else self.sinks.float(),
+        }
 
 
-# --- attention of prefill ---
+class AllHeadsNorm(nn.RMSNorm):
+    """Of all heads of a token together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2)).view_as(x)  # (B, T, H, D)
+
+# --- attention in PyTorch ---
 
 QUERY_TILE = 512  # queries that attend together: their keys end with the last of them
 MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 
 def prefill_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, window: int | None
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None = None,
+    window: int | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
-    [B, Hkv, S, D] -> [B, Hq, T, D]. The furthest query stands at S-1.
+    [B, Hkv, S, D] -> [B, Hq, T, D]. The furthest query stands at S-1. kernels.flash_decode says
+    what the options are.
 
     The scores of all queries are never in memory, whatever backend PyTorch takes. Its flash
     kernels need no mask for a prompt from its beginning. Everything else has a mask, which they
@@ -498,10 +329,13 @@ def prefill_attention(
     heads ride along as queries of their KV head, in tiles of at most MAX_SCORES scores, but of a
     query a row at least, whose scores are smaller than the cache."""
     B, Hq, T, D = q.shape
-    Hkv, S = keys.shape[1:3]
+    S = keys.shape[2]
     from_beginning = S == T and (window is None or T <= window)
-    if from_beginning and flash_takes(q, keys, values):
-        y = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+    plain = softcap is None and alibi_slopes is None and sinks is None
+    if from_beginning and plain and flash_takes(q, keys, values):
+        y = F.scaled_dot_product_attention(
+            q, keys, values, is_causal=True, scale=scale, enable_gqa=True
+        )
         return y.transpose(1, 2).contiguous().transpose(1, 2)
 
     tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * S)))
@@ -509,12 +343,60 @@ def prefill_attention(
     for first in range(0, T, tile):
         last = min(first + tile, T)
         end = S - T + last
-        folded = q[:, :, first:last].reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * tile, D)
-        mask = visible(index[:, first:last], end, window).repeat(1, 1, Hq // Hkv, 1)
-        part = F.scaled_dot_product_attention(folded, keys[:, :, :end], values[:, :, :end], mask)
-        part = part.reshape(B, Hq, -1, D)  # no view on a GPU, where tokens lie before heads
+        some = (q[:, :, first:last], keys[:, :, :end], values[:, :, :end], index[:, first:last])
+        if plain:
+            part = folded_attention(*some, scale=scale, window=window)
+        else:
+            part = math_attention(
+                *some, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+                sinks=sinks,
+            )
         y[:, first:last] = part.transpose(1, 2)  # (B, tile, Hq, D)
     return y.transpose(1, 2)
+
+
+def folded_attention(
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """prefill_attention of a tile: query heads ride along as queries of their KV head."""
+    B, Hq, T, D = q.shape
+    Hkv, S = keys.shape[1:3]
+    folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
+    mask = visible(index, S, window).repeat(1, 1, Hq // Hkv, 1)
+    y = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
+    return y.reshape(B, Hq, T, D)  # no view on a GPU, where tokens lie before heads
+
+
+def math_attention(
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None,
+    window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+) -> Tensor:
+    """prefill_attention in plain operators, which make all scores; also where the furthest query
+    stands before S-1."""
+    B, Hq, T, D = q.shape
+    Hkv, S = keys.shape[1:3]
+    seen = visible(index, S, window)  # (B, 1, T, S)
+    if softcap is None and alibi_slopes is None and sinks is None:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(
+                q, keys, values, seen, scale=scale, enable_gqa=True
+            )
+
+    folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
+    scores = (folded @ keys.mT).view(B, Hq, T, S).float()
+    scores = scores * (D ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if alibi_slopes is not None:
+        distance = index[:, None, :, None] - torch.arange(S, device=index.device)  # (B, 1, T, S)
+        scores = scores - alibi_slopes[:, None, None] * distance
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:  # each is the score of one more key, which has no value
+        sink = sinks[:, None, None].expand(B, Hq, T, 1)
+        scores = torch.cat([scores, sink], dim=-1)  # (B, Hq, T, S + 1)
+    weights = scores.softmax(-1)[..., :S].to(values.dtype)
+    return (weights.reshape(B, Hkv, -1, S) @ values).view(B, Hq, T, D)
 
 
 def flash_takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -538,17 +420,21 @@ def visible(index: Tensor, end: int, window: int | None) -> Tensor:
 # one operator in a compiled prefill; its result lies in memory as [B, T, Hq, D]
 torch.library.define(
     "gpt_flash::prefill_attention",
-    "(Tensor q, Tensor keys, Tensor values, Tensor index, int? window) -> Tensor",
+    "(Tensor q, Tensor keys, Tensor values, Tensor index, *, float? scale, int? window, "
+    "float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
 )
 torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
 
 
 @torch.library.register_fake("gpt_flash::prefill_attention")
-def fake_prefill_attention(q: Tensor, *_: Any) -> Tensor:
+def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
     B, Hq, T, D = q.shape
     return q.new_empty(B, T, Hq, D).transpose(1, 2)
 
 # --- the rest of the transformer ---
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
@@ -556,7 +442,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.act = FAMILIES[config.family].act
+        self.act = ACTIVATIONS[config.act]
         self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
@@ -603,7 +489,8 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        self.rope: Tensor | None = None
+        self.rope: dict[Rope, Tensor] = {}  # rope_table of each, made when a cache needs it
+        self.slopes: Tensor | None = None
         # compile_model puts compiled ones here
         self.decode_block: Callable = run_block
         self.prefill_block: Callable = run_block
@@ -657,7 +544,7 @@ class Transformer(nn.Module):
         if start is None:
             start = int(input_pos.max())
         refuse_overflow(cache, start, T)
-        positions = self.positions(input_pos, T, cache)._replace(start=start)
+        positions = self.positions(input_pos, T, cache, start)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         if last is not None:
             row = torch.arange(B, device=x.device)
@@ -665,31 +552,64 @@ class Transformer(nn.Module):
         return self.head(x)
 
     def run_layers(
-        self, block_forward: Callable, tokens: Tensor, positions: Positions,
+        self, block_forward: Callable, tokens: Tensor, positions: list[Positions],
         layers: list[LayerCache],
     ) -> Tensor:
+        """positions and layers: of each layer. -> what the last one gives, [B, T, dim]."""
         x = self.embed_tokens(tokens)  # (B, T, dim)
-        for block, cache in zip(self.layers, layers, strict=True):
-            x = block_forward(block, x, positions, cache)
+        if self.config.embedding_scale != 1:
+            # rounded as the embedding is: families with a scale were trained so
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        for block, where, cache in zip(self.layers, positions, layers, strict=True):
+            x = block_forward(block, x, where, cache)
         return x
 
     def head(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.norm(x))
+        """x [B, T, dim] -> logits [B, T, vocab_size]."""
+        logits = self.lm_head(self.norm(x))
+        if self.config.logits_scale != 1:
+            logits = logits * self.config.logits_scale
+        softcap = self.config.logits_softcap
+        if softcap is not None:
+            logits = (logits / softcap).tanh() * softcap
+        return logits
 
-    def positions(self, input_pos: Tensor, T: int, cache: KVCache) -> Positions:
-        """Where T tokens stand behind input_pos, for decode."""
+    def positions(
+        self, input_pos: Tensor, T: int, cache: KVCache, start: int | None = None
+    ) -> list[Positions]:
+        """For each layer, where T tokens stand behind input_pos; start: None for decode."""
         index = input_pos.long()[:, None]  # (B, 1)
         if T > 1:
             index = index + torch.arange(T, device=index.device)  # (B, T)
-        cos, sin = self.rope_upto(cache.max_seq_len)[index].unbind(2)  # (B, T, 1, D) each
-        return Positions(input_pos, index, cos, sin, start=None)
+        positions = Positions(input_pos, index, start, self.alibi_slopes())
+        return self.turned(positions, index, cache.max_seq_len)
 
-    def rope_upto(self, max_seq_len: int) -> Tensor:
-        """rope_table of at least that many positions, made once for the largest cache."""
-        made = self.rope is not None and self.rope.device == self.device
-        if not made or len(self.rope) < max_seq_len:
-            self.rope = rope_table(self.config, max_seq_len, self.device)
-        return self.rope
+    def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
+        """For each layer, positions with its rotary embedding of the tokens at index [B, T]."""
+        of_rope = {None: positions}
+        for rope, table in zip(distinct(self.config.ropes), self.rope_upto(max_seq_len)):
+            cos, sin = table[index].unbind(2)  # (B, T, 1, D) each
+            of_rope[rope] = positions._replace(cos=cos, sin=sin)
+        return [of_rope[rope] for rope in self.config.ropes]
+
+    def rope_upto(self, max_seq_len: int) -> list[Tensor]:
+        """Each rope_table of at least that many positions, made once for the largest cache."""
+        tables = []
+        for rope in distinct(self.config.ropes):
+            table = self.rope.get(rope)
+            if table is None or table.device != self.device or len(table) < max_seq_len:
+                table = rope_table(rope, max_seq_len, self.device)
+                self.rope[rope] = table
+            tables.append(table)
+        return tables
+
+    def alibi_slopes(self) -> Tensor | None:
+        """[Hq] float32 where scores fall with distance, made once."""
+        if not self.config.alibi:
+            return None
+        if self.slopes is None or self.slopes.device != self.device:
+            self.slopes = alibi_slopes(self.config.n_head).to(self.device)
+        return self.slopes
 
     def check_cache(self, batch_size: int, cache: KVCache | None) -> KVCache:
         cache = self.cache if cache is None else cache
@@ -711,7 +631,8 @@ class Transformer(nn.Module):
             dtype=kv_dtype or self.embed_tokens.weight.dtype, device=self.device,
             attention=attention,
         )
-        if cache.dtype == torch.int8:
+        # a softcap or sinks would notice that all scores of a query are shifted
+        if cache.dtype == torch.int8 and config.softcap is None and not config.sinks:
             self.calibrate_k_mean(cache)
         self.cache = cache
         return cache
@@ -728,8 +649,8 @@ class Transformer(nn.Module):
         tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator)
         input_pos = torch.zeros(1, dtype=torch.int32, device=self.device)
         spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(self.device)
-        cos, sin = self.rope_upto(cache.max_seq_len)[spread][None].unbind(2)
-        positions = self.positions(input_pos, n, cache)._replace(cos=cos, sin=sin, start=0)
+        [positions, *_] = self.positions(input_pos, n, cache, start=0)
+        positions = self.turned(positions, spread[None], cache.max_seq_len)
         layers = cache.layers(slice(0, 1))
         self.run_layers(self.prefill_block, tokens.to(self.device), positions, layers)
         keys = cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]  # (layer, Hkv, n, D)
@@ -755,22 +676,19 @@ def tensor_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family of models does differently from Llama, as values."""
+    """What a family of models is built of, where that is not what a Llama is built of."""
 
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
     mlp: type[nn.Module] = MLP  # called with (config)
     block: type[nn.Module] = Block  # called with (config, layer)
-    act: Callable[[Tensor], Tensor] = F.silu  # of the feed-forward's gate
-    fields: dict[str, Any] = field(default_factory=dict)  # of ModelConfig
-    window_by_default: bool = False  # sliding_window counts without use_sliding_window
 
 
-# A new family of the same build is one line here, by its config.json's model_type.
+# By the model_type of config.json; config.SETTINGS says how that is read.
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(window_by_default=True),
-    "qwen2": Family(fields={"qkv_bias": True}),
-    "qwen3": Family(fields={"qk_norm": True}),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
 }
 
 # --- loading: our parameters from a checkpoint's tensors ---

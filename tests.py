@@ -951,7 +951,8 @@ def test_ctrl_c_ends_cleanly() -> None:
 MAY_IMPORT = {
     "generate": {"speculate", "model", "quantize", "kernels", "cli", "formats"},
     "speculate": {"model", "quantize", "kernels", "formats"},
-    "model": {"quantize", "kernels", "formats"},
+    "model": {"config", "quantize", "kernels", "formats"},
+    "config": set(),
     "quantize": {"kernels"},
     "kernels": set(),
     "cli": {"cli", "formats"},

@@ -18,7 +18,8 @@ from checks.common import (
     AWKWARD, CONFIG, LLAMA3_ROPE, byte_level_tokenizer, close, write_gguf)
 from formats.tokenizer import (
     PRE_TOKENIZERS, TextStream, Tokenizer, load_tokenizer, save_tokenizer)
-from model import ModelConfig, Transformer, load_model, rope_frequencies
+from config import ModelConfig, rope_frequencies
+from model import Transformer, load_model
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]
 Tensors = dict[str, Tensor]
@@ -111,8 +112,9 @@ def test_old_style_rope_settings() -> None:
     scaling["type"] = scaling.pop("rope_type")
     old = dict(CONFIG, rope_theta=500000.0, rope_scaling=scaling)
     old, new = ModelConfig.from_hf(old), ModelConfig.from_hf(new)
-    assert torch.equal(rope_frequencies(old)[0], rope_frequencies(new)[0])
-    assert old.rope_theta == 500000.0
+    frequencies = [rope_frequencies(config.ropes[0], 96)[0] for config in (old, new)]
+    assert torch.equal(*frequencies)
+    assert old.ropes[0].theta == 500000.0
 
 
 def test_random_weights_are_announced(
