@@ -67,22 +67,49 @@ class Positions(NamedTuple):
 class LayerCache:
     """The keys and values of one layer for some rows: views into a KVCache.
 
-    kv [2, B, Hkv, S, D]. Both come out of one tensor, since torch.compile would copy two inputs
-    that share memory. A subclass with another format has the same three methods."""
+    kv [2, B, Hkv, S, D], position p at place p. Both come out of one tensor, since torch.compile
+    would copy two inputs that share memory. A subclass has another format (pack, unpack and
+    flash_decode), or other places (update and flash_decode)."""
 
     def __init__(self, kv: Tensor, flash: bool):
         self.kv = kv
+        self.tensors = [kv]  # what pack makes and unpack takes: [2, B, Hkv, S, ...] each
         self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
 
-    def write(self, k: Tensor, v: Tensor, index: Tensor) -> None:
-        """Put k, v [B, Hkv, T, D] to the positions index [B, T] of their rows."""
-        new = torch.stack((k, v))  # (2, B, Hkv, T, D)
-        self.kv[:, row_numbers(index), :, index] = new.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """k, v [B, Hkv, T, D] in the cache's format: [2, B, Hkv, T, ...] each."""
+        return [torch.stack((k, v))]
+
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, T, D] of what pack made."""
+        keys, values = tensors[0].unbind(0)
+        return keys, values
+
+    def write(self, k: Tensor, v: Tensor, place: Tensor) -> None:
+        """Put k, v [B, Hkv, T, D] to the places [B, T] of their rows."""
+        row = row_numbers(place)
+        for held, new in zip(self.tensors, self.pack(k, v)):
+            held[:, row, :, place] = new.movedim((1, 3), (0, 1))  # (B, T, 2, Hkv, ...)
 
     def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values of every row, [B, Hkv, end, D] each."""
-        keys, values = self.kv[:, :, :, :end].unbind(0)
-        return keys, values
+        """The keys and values at the first `end` places of every row, [B, Hkv, end, D] each."""
+        return self.unpack([held[:, :, :, :end] for held in self.tensors], dtype)
+
+    def update(
+        self, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the new tokens' k, v [B, Hkv, T, D] into the cache -> the keys and values that they
+        attend to, [B, Hkv, S, D] each, and at which positions these stand, [B or 1, S]; positions
+        that no new token sees may be among them."""
+        self.write(k, v, positions.index)
+        if positions.start == 0:  # a prompt from its beginning needs nothing of the cache
+            return k, v, positions.index
+        if positions.start is None:  # decode does not know the lengths: it reads everything
+            end = self.kv.shape[3]
+        else:
+            end = positions.start + k.shape[2]
+        keys, values = self.read(end, k.dtype)
+        return keys, values, torch.arange(end, device=k.device)[None]
 
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
@@ -103,18 +130,15 @@ class Int8LayerCache(LayerCache):
     def __init__(self, kv: Tensor, scale: Tensor, k_mean: Tensor, flash: bool):
         super().__init__(kv, flash)
         self.scale = scale
+        self.tensors = [kv, scale]
         self.k_mean = k_mean
 
-    def write(self, k: Tensor, v: Tensor, index: Tensor) -> None:
-        new = torch.stack((self.centred(k), v))  # (2, B, Hkv, T, D)
-        values, scale = quantize_kv(new)
-        row = row_numbers(index)
-        self.kv[:, row, :, index] = values.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
-        self.scale[:, row, :, index] = scale.permute(1, 3, 0, 2)  # (B, T, 2, Hkv)
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        return list(quantize_kv(torch.stack((self.centred(k), v))))
 
-    def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kv = self.kv[:, :, :, :end] * self.scale[:, :, :, :end, None]
-        keys, values = kv.to(dtype).unbind(0)
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        values, scale = tensors
+        keys, values = (values * scale[..., None]).to(dtype).unbind(0)
         return keys, values
 
     def flash_decode(
@@ -271,24 +295,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Put k, v [B, Hkv, T, D] into the cache; q [B, Hq, T, D] attends to them and to all
         that is before them."""
-        T = q.shape[2]
-        start = positions.start
         options = self.options(positions)
-        if start is None and cache.flash:  # decode; cost follows the live length
+        is_decode = positions.start is None
+        if is_decode and cache.flash:  # cost follows the live length
             return cache.flash_decode(q, k, v, positions.input_pos, **options)
 
-        cache.write(k, v, positions.index)
-        if start is None:  # decode by math reads the whole cache
-            keys, values = cache.read(cache.kv.shape[3], q.dtype)
-            return math_attention(q, keys, values, positions.index, **options)
-
-        keys, values = k, v  # a prompt from its beginning needs nothing of the cache
-        if start > 0:
-            keys, values = cache.read(start + T, q.dtype)
+        keys, values, key_pos = cache.update(k, v, positions)
+        if is_decode:
+            return math_attention(q, keys, values, positions.index, key_pos, **options)
         attention = prefill_attention
         if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
             attention = torch.ops.gpt_flash.prefill_attention
-        return attention(q, keys, values, positions.index, **options)
+        return attention(q, keys, values, positions.index, key_pos, **options)
 
     def options(self, positions: Positions) -> dict[str, Any]:
         """How scores become weights: what flash_decode and prefill_attention take by name."""
@@ -314,13 +332,14 @@ MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 
 def prefill_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None = None,
-    window: int | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
-    [B, Hkv, S, D] -> [B, Hq, T, D]. The furthest query stands at S-1. kernels.flash_decode says
-    what the options are.
+    [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
+    as far from the last one as it is from the last query. kernels.flash_decode says what the
+    options are.
 
     The scores of all queries are never in memory, whatever backend PyTorch takes. Its flash
     kernels need no mask for a prompt from its beginning. Everything else has a mask, which they
@@ -343,7 +362,10 @@ def prefill_attention(
     for first in range(0, T, tile):
         last = min(first + tile, T)
         end = S - T + last
-        some = (q[:, :, first:last], keys[:, :, :end], values[:, :, :end], index[:, first:last])
+        some = (
+            q[:, :, first:last], keys[:, :, :end], values[:, :, :end], index[:, first:last],
+            key_pos[:, :end],
+        )
         if plain:
             part = folded_attention(*some, scale=scale, window=window)
         else:
@@ -356,27 +378,27 @@ def prefill_attention(
 
 
 def folded_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None,
-    window: int | None,
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None, window: int | None,
 ) -> Tensor:
     """prefill_attention of a tile: query heads ride along as queries of their KV head."""
     B, Hq, T, D = q.shape
-    Hkv, S = keys.shape[1:3]
+    Hkv = keys.shape[1]
     folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
-    mask = visible(index, S, window).repeat(1, 1, Hq // Hkv, 1)
+    mask = visible(index, key_pos, window).repeat(1, 1, Hq // Hkv, 1)
     y = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
     return y.reshape(B, Hq, T, D)  # no view on a GPU, where tokens lie before heads
 
 
 def math_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None,
-    window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """prefill_attention in plain operators, which make all scores; also where the furthest query
-    stands before S-1."""
+    """prefill_attention in plain operators, which make all scores, for keys in any order."""
     B, Hq, T, D = q.shape
     Hkv, S = keys.shape[1:3]
-    seen = visible(index, S, window)  # (B, 1, T, S)
+    seen = visible(index, key_pos, window)  # (B, 1, T, S)
     if softcap is None and alibi_slopes is None and sinks is None:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(
@@ -389,7 +411,7 @@ def math_attention(
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     if alibi_slopes is not None:
-        distance = index[:, None, :, None] - torch.arange(S, device=index.device)  # (B, 1, T, S)
+        distance = index[:, None, :, None] - key_pos[:, None, None]  # (B, 1, T, S)
         scores = scores - alibi_slopes[:, None, None] * distance
     scores = scores.masked_fill(~seen, -math.inf)
     if sinks is not None:  # each is the score of one more key, which has no value
@@ -407,10 +429,11 @@ def flash_takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     return torch.backends.cuda.can_use_flash_attention(parameters)
 
 
-def visible(index: Tensor, end: int, window: int | None) -> Tensor:
-    """Which of `end` keys the queries at positions index [B, T] see: [B, 1, T, end] bool."""
+def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
+    """Which keys, at positions key_pos [B or 1, S], the queries at positions index [B, T] see:
+    [B, 1, T, S] bool."""
     query_pos = index[:, None, :, None]
-    key_pos = torch.arange(end, device=index.device)
+    key_pos = key_pos[:, None, None]
     seen = key_pos <= query_pos
     if window is not None:
         seen = seen & (key_pos > query_pos - window)
@@ -420,8 +443,8 @@ def visible(index: Tensor, end: int, window: int | None) -> Tensor:
 # one operator in a compiled prefill; its result lies in memory as [B, T, Hq, D]
 torch.library.define(
     "gpt_flash::prefill_attention",
-    "(Tensor q, Tensor keys, Tensor values, Tensor index, *, float? scale, int? window, "
-    "float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    "(Tensor q, Tensor keys, Tensor values, Tensor index, Tensor key_pos, *, float? scale, "
+    "int? window, float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
 )
 torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
 
