@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ class Positions(NamedTuple):
     alibi_slopes: Tensor | None  # [Hq] float32, or None
     cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
     sin: Tensor | None = None  # the same of its sine
+    last: Tensor | None = None  # [B] int64: of each row's last token; None: no row has padding
 
 
 class LayerCache:
@@ -156,23 +157,119 @@ class Int8LayerCache(LayerCache):
         return (k - self.k_mean).to(k.dtype)
 
 
+class RingLayerCache(LayerCache):
+    """The last S tokens of each row, position p at place p % S: enough for a layer with a window.
+
+    While T tokens are written, the first of them still sees window - 1 before it, so S is at
+    least window + T - 1. With MAX_DECODE_TOKENS beyond the window, a row may also go back over as
+    many that were written: what these wrote over, nothing behind them sees. KVCache.intact."""
+
+    def update(
+        self, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index = positions.index
+        S = self.kv.shape[3]
+        if positions.start is None:
+            self.write(k, v, index % S)
+            keys, values = self.read(S, k.dtype)
+            return keys, values, self.held(index[:, -1:])
+
+        keys, values, key_pos = k, v, index
+        if positions.start > 0:  # the ring as it is, and then the new tokens as it will have them
+            before = self.read(S, k.dtype)
+            new = self.unpack(self.pack(k, v), k.dtype)
+            keys, values = (torch.cat(both, 2) for both in zip(before, new))
+            key_pos = torch.cat([self.held(index[:, :1] - 1), index], 1)  # (B, S + T)
+        last = index[:, -1] if positions.last is None else positions.last
+        self.write_last(k, v, index[:, :1], last[:, None])
+        return keys, values, key_pos
+
+    def held(self, last: Tensor) -> Tensor:
+        """Which positions lie at the places of rows whose last token stands at last [B, 1]: [B, S].
+        Where there is none yet, one that no query reaches."""
+        position = self.newest(last)
+        return position.masked_fill(position < 0, torch.iinfo(position.dtype).max)
+
+    def newest(self, last: Tensor) -> Tensor:
+        """The last positions up to last [B, 1] that fall on each place, [B, S]; below 0: none."""
+        place = torch.arange(self.kv.shape[3], device=last.device)
+        return last - (last - place) % len(place)
+
+    def write_last(self, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> None:
+        """Put what counts of k, v [B, Hkv, T, D], at positions first to last [B, 1], into the
+        ring: each place takes the last token that falls on it, or keeps its own."""
+        token = self.newest(last) - first  # (B, S)
+        row = row_numbers(token)
+        for held, new in zip(self.tensors, self.pack(k, v)):
+            held = held.movedim((1, 3), (0, 1))  # (B, S, 2, Hkv, ...)
+            taken = new[:, row, :, token.clamp(min=0)]  # the same
+            is_new = (token >= 0).view(*token.shape, *[1] * (held.dim() - 2))
+            held.copy_(torch.where(is_new, taken, held))
+
+    def flash_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+    ) -> Tensor:
+        return super().flash_decode(q, k, v, input_pos, ring=True, **options)
+
+
+class Int8RingLayerCache(RingLayerCache, Int8LayerCache):
+    """A ring in int8."""
+
+
 def row_numbers(index: Tensor) -> Tensor:
     return torch.arange(len(index), device=index.device)[:, None]  # (B, 1)
 
 
-class KVCache:
-    """Keys and values of all layers in one static, left-aligned allocation.
+class Storage:
+    """One static, left-aligned allocation for layers with S places a row.
 
-    kv [n_layer, 2, B, Hkv, S, D]; of an int8 cache also scale [n_layer, 2, B, Hkv, S] float32,
-    whose heads each start at 16 bytes, and k_mean [n_layer, Hkv, 1, D] float32. attention says how
-    decode attends: "flash", "math" or "auto". nbytes: of what is allocated for every token.
+    kv [n_layer, 2, B, Hkv, S, D]; for int8 also scale [n_layer, 2, B, Hkv, S] float32, whose heads
+    each start at 16 bytes, otherwise None."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str):
+        *heads, S, _ = shape
+        self.token_bytes = storage_bytes(shape, dtype) / (shape[2] * S)  # of a row's token
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.scale = None
+        if dtype == torch.int8:
+            # torch.compile copies an input that does not start at 16 bytes, to and back, each step
+            aligned = 4 * math.ceil(S / 4)
+            self.scale = torch.zeros(*heads, aligned, device=device)[..., :S]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        for tensor in (self.kv, self.scale):
+            if tensor is not None:
+                tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
+
+
+def storage_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of a Storage."""
+    *heads, S, _ = shape
+    nbytes = math.prod(shape) * dtype.itemsize
+    if dtype == torch.int8:
+        nbytes += math.prod(heads) * 4 * math.ceil(S / 4) * torch.float32.itemsize
+    return nbytes
+
+
+class KVCache:
+    """Keys and values of all layers in one or two static allocations.
+
+    kv [n_layer, 2, B, Hkv, S, D], S = max_seq_len; of an int8 cache also scale
+    [n_layer, 2, B, Hkv, S] float32 and k_mean [n_layer, Hkv, 1, D] float32. attention says how
+    decode attends: "flash", "math" or "auto".
+
+    windows: for each layer the tokens that its queries see, or None for all. Layers with a window
+    are not in kv, but in ring.kv with MAX_DECODE_TOKENS places more than the largest window, if
+    that is less than max_seq_len. Rows can then not go back to any earlier token: see intact.
+
+    nbytes: of what is allocated for every token.
     It takes plain numbers, so that a program without a ModelConfig can use it.
     ValueError if the device has not the memory."""
 
     def __init__(
         self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
         dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
-        attention: str = "auto",
+        attention: str = "auto", windows: Sequence[int | None] | None = None,
     ):
         self.max_batch_size = max_batch_size
         self.max_seq_len = max_seq_len
@@ -180,22 +277,40 @@ class KVCache:
         self.attention = choose_attention(attention, torch.device(device), max_seq_len)
         self.may_grow = False  # made to fit one call of generate, which may make a larger one
 
-        heads = (n_layer, 2, max_batch_size, n_kv_head)
-        aligned = 4 * math.ceil(max_seq_len / 4)  # scales of a head that fill whole 16 bytes
-        self.nbytes = math.prod(heads) * max_seq_len * head_dim * dtype.itemsize
-        if dtype == torch.int8:
-            self.nbytes += math.prod(heads) * aligned * torch.float32.itemsize
+        # which layers are rings, and of how many places
+        windows = windows or [None] * n_layer
+        self.windows = tuple(windows)
+        self.window = max([window for window in windows if window is not None], default=max_seq_len)
+        self.ring_len = self.window + MAX_DECODE_TOKENS
+        pays = self.ring_len < max_seq_len
+        self.is_ring = [pays and window is not None for window in windows]
+        n_ring = self.is_ring.count(True)
+
+        row = (2, max_batch_size, n_kv_head)
+        full = (n_layer - n_ring, *row, max_seq_len, head_dim)
+        ring = (n_ring, *row, self.ring_len, head_dim)
+        self.nbytes = storage_bytes(full, dtype) + storage_bytes(ring, dtype)
         require_memory(
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
         )
-        self.kv = torch.zeros(*heads, max_seq_len, head_dim, dtype=dtype, device=device)
-        self.scale, self.k_mean = None, None
+        self.full = Storage(full, dtype, device)
+        self.ring = Storage(ring, dtype, device) if n_ring else None
+        self.k_mean = None
         if dtype == torch.int8:
-            # torch.compile copies an input that does not start at 16 bytes, to and back, each step
-            self.scale = torch.zeros(*heads, aligned, device=device)[..., :max_seq_len]
             self.k_mean = torch.zeros(n_layer, n_kv_head, 1, head_dim, device=device)
+        # [B]: how far each row was written since it was last empty
+        self.written = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
+
+    @property
+    def kv(self) -> Tensor:
+        """Of the layers that are no rings."""
+        return self.full.kv
+
+    @property
+    def scale(self) -> Tensor | None:
+        return self.full.scale
 
     def layers(self, rows: slice) -> list[LayerCache]:
         """Each layer's cache of those rows, made once: the storage never moves."""
@@ -204,19 +319,63 @@ class KVCache:
             self.views[key] = list(self.make_layers(rows))
         return self.views[key]
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Give a row what another one holds in its first `length` positions."""
-        for tensor in (self.kv, self.scale):
-            if tensor is not None:
-                tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
-
     def make_layers(self, rows: slice) -> Iterator[LayerCache]:
         flash = self.attention == "flash"
-        for layer, kv in enumerate(self.kv[:, :, rows]):  # (2, B, Hkv, S, D)
-            if self.scale is None:
-                yield LayerCache(kv, flash)
+        for layer, is_ring in enumerate(self.is_ring):
+            storage = self.ring if is_ring else self.full
+            i = self.is_ring[:layer].count(is_ring)
+            kv = storage.kv[i, :, rows]  # (2, B, Hkv, S, D)
+            if storage.scale is None:
+                kind = RingLayerCache if is_ring else LayerCache
+                yield kind(kv, flash)
             else:
-                yield Int8LayerCache(kv, self.scale[layer, :, rows], self.k_mean[layer], flash)
+                kind = Int8RingLayerCache if is_ring else Int8LayerCache
+                yield kind(kv, storage.scale[i, :, rows], self.k_mean[layer], flash)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give a row what another one holds in its first `length` positions."""
+        self.full.copy_row(source, target, length)
+        if self.ring is not None:
+            self.ring.copy_row(source, target, self.ring_len)
+        self.written[target] = self.written[source]
+
+    def note_written(self, rows: slice, input_pos: Tensor, end: Tensor) -> None:
+        """Rows are given what stands from input_pos [B] to end [B], exclusive."""
+        if self.ring is not None:
+            before = self.written[rows].masked_fill(input_pos == 0, 0)
+            torch.maximum(before, end, out=self.written[rows])
+
+    def goes_round(self, length: int) -> bool:
+        """Whether a row of that length has let go of its first tokens in some layer."""
+        return self.ring is not None and length > self.ring_len
+
+    def refuse_lost(self, rows: slice, cached: Tensor | int) -> None:
+        """ValueError if rows no longer have all that tokens behind their first `cached` ones see,
+        an int or [B]. It waits for the device."""
+        if not self.intact(rows, cached):
+            raise ValueError(
+                f"a row cannot go on behind its first {int(torch.as_tensor(cached).min())} tokens: "
+                "it went further since, and layers with a sliding window have let go of them; read "
+                "the text again from its beginning, or set up the cache with rings=False"
+            )
+
+    def intact(self, rows: slice, cached: Tensor | int) -> bool:
+        """Whether rows still have all that tokens behind their first `cached` ones see. A ring
+        that went round has so while no more than MAX_DECODE_TOKENS were written behind those."""
+        if self.ring is None:
+            return True
+        written = self.written[rows]
+        cached = torch.as_tensor(cached, device=written.device)
+        too_far = written > cached + MAX_DECODE_TOKENS
+        lost = (written > self.ring_len) & too_far & (cached > 0)
+        return not bool(lost.any())
+
+    def bytes_read(self, length: float) -> float:
+        """Bytes of the cache that a step reads for a row of that length."""
+        nbytes = length * self.full.token_bytes
+        if self.ring is not None:
+            nbytes += min(length, self.window) * self.ring.token_bytes
+        return nbytes
 
 
 def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> str:
@@ -536,6 +695,7 @@ class Transformer(nn.Module):
         if tokens.device.type == "cpu":
             cache = self.check_cache(len(tokens), cache)
             refuse_overflow(cache, int(input_pos.max()), tokens.shape[1])
+            cache.refuse_lost(slice(0, len(tokens)), input_pos)
         return self.decode(tokens, input_pos, cache)
 
     @torch.no_grad()
@@ -543,7 +703,9 @@ class Transformer(nn.Module):
         """1 to 16 tokens of each row, as in forward, without a word to the host: lengths stay on
         the device, shapes never change, so a step can be compiled and captured once."""
         cache = self.check_cache(len(tokens), cache)
-        layers = cache.layers(slice(0, len(tokens)))
+        rows = slice(0, len(tokens))
+        layers = cache.layers(rows)
+        cache.note_written(rows, input_pos, input_pos + tokens.shape[1])
         positions = self.positions(input_pos, tokens.shape[1], cache)
         compiled = tokens.shape[1] in self.compiled_lengths
         block_forward = self.decode_block if compiled else run_block
@@ -559,15 +721,19 @@ class Transformer(nn.Module):
         what they hold; the other rows keep their state.
 
         start: the largest input_pos, if the caller knows it: reading it waits for the device.
-        last [B]: only the logits of that token of each row, [B, 1, vocab_size]."""
+        last [B]: which of the T is each row's last token, what follows is padding, and only its
+        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here, nor logits."""
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         if rows is None:
             rows = slice(0, B)
         if start is None:
             start = int(input_pos.max())
+            cache.refuse_lost(rows, input_pos)
         refuse_overflow(cache, start, T)
-        positions = self.positions(input_pos, T, cache, start)
+        end = input_pos + T if last is None else input_pos + last + 1
+        cache.note_written(rows, input_pos, end)
+        positions = self.positions(input_pos, T, cache, start, last)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         if last is not None:
             row = torch.arange(B, device=x.device)
@@ -598,13 +764,17 @@ class Transformer(nn.Module):
         return logits
 
     def positions(
-        self, input_pos: Tensor, T: int, cache: KVCache, start: int | None = None
+        self, input_pos: Tensor, T: int, cache: KVCache, start: int | None = None,
+        last: Tensor | None = None,
     ) -> list[Positions]:
-        """For each layer, where T tokens stand behind input_pos; start: None for decode."""
+        """For each layer, where T tokens stand behind input_pos; start: None for decode. last: see
+        prefill."""
         index = input_pos.long()[:, None]  # (B, 1)
         if T > 1:
             index = index + torch.arange(T, device=index.device)  # (B, T)
-        positions = Positions(input_pos, index, start, self.alibi_slopes())
+        if last is not None:
+            last = input_pos + last
+        positions = Positions(input_pos, index, start, self.alibi_slopes(), last=last)
         return self.turned(positions, index, cache.max_seq_len)
 
     def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
@@ -638,21 +808,25 @@ class Transformer(nn.Module):
         cache = self.cache if cache is None else cache
         if cache is None or batch_size > cache.max_batch_size:
             raise ValueError(f"call setup_caches for a batch of at least {batch_size} first")
+        if cache.ring is not None and cache.windows != self.config.windows:
+            raise ValueError("the cache was made for other windows than the model's layers have")
         return cache
 
     @torch.no_grad()
     def setup_caches(
         self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
-        attention: str = "auto",
+        attention: str = "auto", rings: bool = True,
     ) -> KVCache:
         """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own dtype,
-        torch.int8 for a quantized cache. attention: "flash", "math" or "auto", decode's path."""
+        torch.int8 for a quantized cache. attention: "flash", "math" or "auto", decode's path.
+        rings: layers with a sliding window keep no more tokens than these and MAX_DECODE_TOKENS,
+        so that a row can go back over as many. False: all tokens, to go back to any."""
         self.cache = None  # the old one goes before the new one comes
         config = self.config
         cache = KVCache(
             config.n_layer, config.n_kv_head, config.head_dim, max_batch_size, max_seq_len,
             dtype=kv_dtype or self.embed_tokens.weight.dtype, device=self.device,
-            attention=attention,
+            attention=attention, windows=config.windows if rings else None,
         )
         # a softcap or sinks would notice that all scores of a query are shifted
         if cache.dtype == torch.int8 and config.softcap is None and not config.sinks:
@@ -667,16 +841,21 @@ class Transformer(nn.Module):
         vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367). The
         tokens are spread over the cache, because keys turn with their position: with 64 of them
         the mean KL on SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
+        config = self.config
         n = min(128, cache.max_seq_len)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator)
+        tokens = torch.randint(config.vocab_size, (1, n), generator=generator)
         input_pos = torch.zeros(1, dtype=torch.int32, device=self.device)
         spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(self.device)
         [positions, *_] = self.positions(input_pos, n, cache, start=0)
         positions = self.turned(positions, spread[None], cache.max_seq_len)
-        layers = cache.layers(slice(0, 1))
+        scratch = KVCache(  # not quantized, and with all n tokens of every layer
+            config.n_layer, config.n_kv_head, config.head_dim, 1, n, device=self.device,
+            dtype=self.embed_tokens.weight.dtype,
+        )
+        layers = scratch.layers(slice(0, 1))
         self.run_layers(self.prefill_block, tokens.to(self.device), positions, layers)
-        keys = cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]  # (layer, Hkv, n, D)
+        keys = scratch.kv[:, 0, 0].float()  # (layer, Hkv, n, D)
         cache.k_mean.copy_(keys.mean(2, keepdim=True))
 
     def weight_bytes(self) -> int:
