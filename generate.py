@@ -555,7 +555,8 @@ class Engine:
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
-        window has passed; RuntimeError if another run of this engine has begun meanwhile. Tokens have to be checked before: see check_prompts."""
+        window has passed; RuntimeError if another run of this engine has begun meanwhile. Tokens
+        have to be checked before: see check_prompts."""
         waiting = deque(Running(i, request, self.budget(request))
                         for i, request in enumerate(requests))
         self.reset(waiting)

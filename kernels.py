@@ -48,10 +48,9 @@ def flash_decode_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
     k: Tensor | None = None, v: Tensor | None = None, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-    scale: float | None = None, causal: bool = True,
-    window: int | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, ring: bool = False,
-    return_lse: bool = False,
+    scale: float | None = None, causal: bool = True, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_decode's definition: the same signature and results, in float32 over the whole cache,
     on any device."""
@@ -67,14 +66,9 @@ def flash_decode_reference(
         _append_reference(v, v_cache, v_scale, places)
         lens = lens + T
 
-    # the position of what lies at each place of the cache
-    position = torch.arange(S, device=q.device)[None]  # (1, S)
-    if ring:  # the last one that falls there
-        last = lens[:, None] - 1
-        position = last - (last - position) % S  # (B, S)
-    live = (position >= 0) & (position < lens[:, None])  # (B, S)
-
     # scores of what is live, every KV head repeated for its query heads
+    position = _positions_reference(lens[:, None], S, ring)
+    live = (position >= 0) & (position < lens[:, None])  # (B, S)
     keys = _read_reference(k_cache, k_scale, live).repeat_interleave(Hq // Hkv, 1)
     values = _read_reference(v_cache, v_scale, live).repeat_interleave(Hq // Hkv, 1)
     scale = D ** -0.5 if scale is None else scale
@@ -83,16 +77,14 @@ def flash_decode_reference(
         scores = softcap * torch.tanh(scores / softcap)
 
     # how far each key lies behind each query; the queries are the last T of the row's positions
-    query_positions = lens[:, None] - T + new_token  # (B, T)
-    distance = query_positions[..., None] - position[:, None]  # (B, T, S)
+    distance = (lens[:, None] - T + new_token)[..., None] - position[:, None]  # (B, T, S)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[:, None, None] * distance.abs()[:, None]
-    seen = live[:, None]  # (B, 1, S)
+    hidden = ~live[:, None, None]  # (B, 1, 1, S)
     if causal:
-        seen = seen & (distance >= 0)
+        hidden = hidden | (distance < 0)[:, None]
     if window is not None:
-        seen = seen & (distance < window)
-    hidden = ~seen[:, None]
+        hidden = hidden | (distance >= window)[:, None]
 
     # softmax, its denominator kept as a logarithm
     scores = scores.masked_fill(hidden, -math.inf)
@@ -102,6 +94,16 @@ def flash_decode_reference(
     weights = (scores - lse[..., None]).exp().masked_fill(hidden, 0)
     out = (weights @ values).to(q.dtype)  # (B, Hq, T, D)
     return (out, lse) if return_lse else out
+
+
+def _positions_reference(lens: Tensor, S: int, ring: bool) -> Tensor:
+    """The positions of what lies at the S places of rows with lens [B, 1] tokens: [1, S], or of a
+    ring [B, S], where they are the last ones that fall there; below 0: nothing does."""
+    place = torch.arange(S, device=lens.device)[None]  # (1, S)
+    if not ring:
+        return place
+    last = lens - 1
+    return last - (last - place) % S
 
 
 def _append_reference(x: Tensor, cache: Tensor, scale: Tensor | None, places: Tensor) -> None:
@@ -125,10 +127,9 @@ def flash_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
     k: Tensor | None = None, v: Tensor | None = None, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-    scale: float | None = None, causal: bool = True,
-    window: int | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, ring: bool = False,
-    return_lse: bool = False,
+    scale: float | None = None, causal: bool = True, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of T new tokens a row to that row's cached tokens, appending the new ones to the
     cache on the way.
@@ -646,6 +647,15 @@ def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M
 
 
 @jit
+def _load_queries(q_ptr, b, h, t, mask, stride_b, stride_h, stride_t,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries [M, BLOCK_D] of row b, heads h and tokens t."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    offs = b * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
+    return tl.load(q_ptr + offs[:, None] + d, mask[:, None] & (d < D), other=0)
+
+
+@jit
 def _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc,
            HQ: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
     """Write the results of a row's queries of heads h and tokens t."""
@@ -682,11 +692,11 @@ def _flash_decode_kernel(
     stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
     HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, VEC: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    lens, first, tiles, chunks = _cut_rows(
-        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, RING, PAIRS, BLOCK_B,
-        BLOCK_N)
+    lens, first, tiles, chunks = _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles,
+                                           NEW, T, WINDOW, RING, PAIRS, BLOCK_B, BLOCK_N)
     row, pair, chunk, n_chunks, n, start, end = _my_chunk(
         lens, first, tiles, chunks, PAIRS, BLOCK_N)
     if row >= B:
@@ -695,9 +705,7 @@ def _flash_decode_kernel(
     last = _last_place(seqlens_ptr, row, S, n, NEW, RING)
     b = row.to(tl.int64)  # int64 before any stride multiplies
     kv_head = kv_head.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    q_offs = b * stride_q_b + h.to(tl.int64) * stride_q_h + t.to(tl.int64) * stride_q_t
-    q = tl.load(q_ptr + q_offs[:, None] + d, mask[:, None] & (d < D), other=0)  # (M, D)
+    q = _load_queries(q_ptr, b, h, t, mask, stride_q_b, stride_q_h, stride_q_t, D, BLOCK_D)
     # the caches' strides come divided by VEC, so that the compiler knows to load 16 bytes at once
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
@@ -708,14 +716,12 @@ def _flash_decode_kernel(
     if k_new_ptr is not None and (RING or end > n - T):
         k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
         v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
-        _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-                stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, last, S,
-                T, D, RING, BLOCK_D)
+        _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k_new_t,
+                stride_v_new_t, stride_kn, stride_vn, start, end, last, S, T, D, RING, BLOCK_D)
         tl.debug_barrier()
-    m_i, acc, l_i = _attend(
-        q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, stride_kn, stride_vn,
-        start, end, n, last, S, chunk, h, t, mask, scale, softcap, CAUSAL, WINDOW, RING, T, D,
-        BLOCK_N)
+    m_i, acc, l_i = _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr,
+                            stride_kn, stride_vn, start, end, n, last, S, chunk, h, t, mask, scale,
+                            softcap, CAUSAL, WINDOW, RING, T, D, BLOCK_N)
     if n_chunks == 1:
         _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
     else:
@@ -763,9 +769,8 @@ def _sum_kernel(
     """Sum what the programs of _flash_decode_kernel left of a row and pair."""
     row = tl.program_id(0) // PAIRS
     pair = tl.program_id(0) % PAIRS
-    _, _, _, chunks = _cut_rows(
-        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, RING, PAIRS, BLOCK_B,
-        BLOCK_N)
+    _, _, _, chunks = _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles,
+                                NEW, T, WINDOW, RING, PAIRS, BLOCK_B, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     n_chunks = _of_row(chunks, rows == row)
     if n_chunks > 1:

@@ -385,10 +385,8 @@ def as_ring(call: Call, lens: list[int], S: int) -> Call:
 
 RINGS = [
     dict(T=1, window=33),
-    dict(T=1, window=32, int8=True),
     dict(T=5, window=29, softcap=3.0, alibi_slopes=True, sinks=True),
-    dict(T=5, window=1),
-    dict(T=16, window=18),
+    dict(T=3, window=1),
     dict(T=16, window=18, int8=True),
 ]
 
@@ -398,7 +396,7 @@ RINGS = [
 @pytest.mark.parametrize("options", RINGS, ids=str)
 def test_a_ring_is_as_good_as_a_whole_cache(run: Run, append: bool, options: Call) -> None:
     """With 33 places, rows that have not reached their end, reach it now, and went round often."""
-    lens = [0, 1, 17, 28, 32, 33, 34, 47, 66, 150]
+    lens = [0, 17, 28, 32, 33, 47, 150]
     T = options["T"]
     whole = make(lens, Hkv=1, G=3, append=append, **options)
     ring = as_ring(whole, lens, S=33)
@@ -421,7 +419,7 @@ def test_a_ring_is_as_good_as_a_whole_cache(run: Run, append: bool, options: Cal
 @both
 def test_a_ring_in_tiles_and_chunks(run: Run) -> None:
     """The first and the last tokens of a window fall into any two of its tiles."""
-    lens = list(range(150, 290, 7))
+    lens = [137, 168, 199, 230, 261, 272]
     whole = make(lens, Hkv=1, G=1, T=2, append=True, window=130)
     expected = flash_decode_reference(**copy_of(whole))
     out, _ = check(run, as_ring(whole, lens, S=136))
