@@ -14,6 +14,8 @@ from formats.checkpoint import default_model
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_model
 
+GPL = Path("/usr/share/common-licenses/GPL-3")
+
 
 @pytest.fixture(scope="session")
 def checkpoint(
@@ -54,3 +56,12 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpl(smollm: tuple[Transformer, Tokenizer]) -> list[int]:
+    """The beginning of the GPL-3 as 1537 tokens of the default model."""
+    if not GPL.exists():
+        pytest.skip(f"no text to read: {GPL}")
+    _, tokenizer = smollm
+    return tokenizer.encode(GPL.read_text(encoding="utf-8"))[:1537]

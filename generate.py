@@ -1076,10 +1076,14 @@ def load_both(args: Any, stats: Stats) -> tuple[Tokenizer | None, Transformer]:
 
 
 def load(args: Any, path: str | Path) -> Transformer:
-    return load_model(
-        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize,
+    """The model; args.dtype becomes the one that it has."""
+    model = load_model(
+        path, device=args.device, dtype=DTYPES.get(args.dtype),
+        quantize=None if args.quantize == "none" else args.quantize,
         group_size=args.group_size or 32,
     )
+    args.dtype = str(model.dtype).removeprefix("torch.")
+    return model
 
 
 def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
@@ -1094,7 +1098,7 @@ def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
                 "tokens of other words; give one of the same family"
             )
     return load_model(
-        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize
+        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize or "auto"
     )
 
 
@@ -1322,10 +1326,12 @@ def save(args: Any) -> None:
     before = n_weights * DTYPES[args.dtype].itemsize
     after = sum(x.nbytes for layer in layers for x in layer.stored().values())
     worst = max(layer.error for layer in layers)
+    loss = f"largest relative error of a layer {worst:.2%}"
+    if args.quantize == "auto":
+        loss = "the file's own integers"
     say(
         f"{args.save}: {len(layers)} layers, {before / 1e6:.1f} MB in {args.dtype}, are now "
-        f"{after / 1e6:.1f} MB; largest relative error of a layer {worst:.2%}; "
-        f"{time.perf_counter() - began:.1f} s"
+        f"{after / 1e6:.1f} MB; {loss}; {time.perf_counter() - began:.1f} s"
     )
 
 

@@ -83,14 +83,15 @@ class QuantizedLinear(nn.Module):
     """What quantized layers share. One starts out empty, with the shape and device of a Linear.
 
     quantize(rows, w) fills a slice of rows from float32 and returns the values they stand for now;
-    stored() gives the plain tensors that are saved, dense(dtype) the weight by slices.
+    stored() gives the plain tensors that are saved, dense(dtype) the weight by slices. What may
+    hold integers from a file also has take(rows, ...), and rows(index) for an embedding.
 
     Up to few_rows, the most that were measured faster so, go to product(x), which reads the weight
     as it is kept, with x in bfloat16 (rounding it is a fifth of int8's own error). More rows, as
     in prefill, pay for dequantizing the weight once."""
     mode: str
     group_size: int | None
-    error: float  # relative, of the weight that quantize_linear has quantized
+    error = 0.0  # relative, of the weight that quantize_linear has quantized
     packed = False
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -102,20 +103,20 @@ class QuantizedLinear(nn.Module):
     def pack(self) -> "QuantizedLinear":
         return self
 
-    def slices(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Rows of the tensors together, on a CPU as many as its cache holds: half the time of all
-        at once."""
+    def slices(self) -> Iterator[slice]:
+        """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
         n = self.out_features
         if self.weight.device.type == "cpu":
             n = CHUNK_ROWS
-        return zip(*(x.split(n) for x in tensors))
+        for start in range(0, self.out_features, n):
+            yield slice(start, min(start + n, self.out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= self.few_rows(x.device.type):
             y = self.product(rows.bfloat16())
         else:
-            dtype = many_rows_dtype(x)
+            dtype = many_rows_dtype(x.device)
             rows = rows.to(dtype)
             y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -147,8 +148,8 @@ class Int8Linear(QuantizedLinear):
         return {"weight": self.weight, "scales": self.scales}
 
     def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        for weight, scales in self.slices(self.weight, self.scales.to(dtype)):
-            yield weight.to(dtype) * scales[:, None]
+        for rows in self.slices():
+            yield self.weight[rows].to(dtype) * self.scales[rows].to(dtype)[:, None]
 
     def few_rows(self, device: str) -> int:
         """A CPU's operator reads 16 inputs at a time, without looking."""
@@ -177,6 +178,7 @@ class Int4Linear(QuantizedLinear):
     [K/group_size, N, 2] with the zeros beside them. Packed for a GPU: weight and scales are what
     kernels.pack_int4 returns, the zeros again with the scales."""
     mode = "int4"
+    nibbles = 1  # of a weight
     layout: tuple[int, int] | None = None  # of weight packed for a CPU, see cpu_unpack
 
     def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
@@ -188,10 +190,12 @@ class Int4Linear(QuantizedLinear):
             )
         self.group_size = group_size
         device = linear.weight.device
-        groups = torch.empty(N, K // group_size, dtype=torch.bfloat16, device=device)
-        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", groups)
-        self.register_buffer("zeros", torch.empty_like(groups))
+        packed = (N, K * self.nibbles // 2)
+        groups = (N, K // group_size)
+        # not empty_like, which on meta loads all of sympy: 50 MB and half a second
+        self.register_buffer("weight", torch.empty(packed, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(groups, dtype=torch.bfloat16, device=device))
+        self.register_buffer("zeros", torch.empty(groups, dtype=torch.bfloat16, device=device))
 
     def quantize(self, rows: slice, w: Tensor) -> Tensor:
         """From a group's range, alternate between rounding to nibbles and the least-squares line
@@ -218,6 +222,14 @@ class Int4Linear(QuantizedLinear):
         self.zeros[rows] = best_zero.squeeze(-1)
         return (best_q * best_scale + best_zero).flatten(1)  # (rows, K)
 
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """From q * scale + zero, q [rows, K] uint8, scale and zero [rows, K/group_size] float32:
+        only the rounding of scales and zeros is lost. middle: half of q's range; that is where our
+        zeros are taken, since they are small there, and so is their rounding."""
+        self.weight[rows] = pack_nibbles(q + (8 - middle))
+        self.scales[rows] = scale
+        self.zeros[rows] = zero + middle * scale
+
     def pack(self) -> "Int4Linear":
         """Bring the tensors into the layout of the device's operator, where there is a known
         one."""
@@ -238,51 +250,130 @@ class Int4Linear(QuantizedLinear):
     def pack_for_cpu(self, layout: tuple[int, int]) -> None:
         # rows of zeros up to a multiple of 64
         missing = -self.out_features % 64
-        nibbles, scales, zeros = [F.pad(x, (0, 0, 0, missing)) for x in self.plain()]
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-        pairs = torch.stack((scales, zeros), -1)  # (N, K/group_size, 2)
-        self.scales = pairs.transpose(0, 1).contiguous()
+        weight, scales, zeros = [
+            F.pad(x, (0, 0, 0, missing)) if missing else x
+            for x in (self.weight, self.scales, self.zeros)
+        ]
+        # in place and by slices, so that packing takes no memory beside the layer
+        for part in weight.split(rows_at_once(self.in_features)):
+            part.copy_(cpu_pack(unpack_nibbles(part), *layout))
+        self.weight = weight
+        self.scales = torch.stack((scales.t(), zeros.t()), -1)  # (K/group_size, N, 2)
         self.zeros = None
         self.layout = layout
         self.packed = True
 
-    def plain(self) -> tuple[Tensor, Tensor, Tensor]:
-        """nibbles [N, K] uint8, scales and zeros [N, K/group_size]."""
+    def unpack_for_gpu(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lines = self.scales[:, rows]
+        return kernels.unpack_int4(self.weight[rows], lines, self.nibbles * self.in_features)
+
+    def plain(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Some of the rows, from a multiple of 64 on: nibbles [rows, K] uint8, scales and zeros
+        [rows, K/group_size]."""
         if not self.packed:
-            return unpack_nibbles(self.weight), self.scales, self.zeros
+            return unpack_nibbles(self.weight[rows]), self.scales[rows], self.zeros[rows]
         if self.layout is None:
-            return kernels.unpack_int4(self.weight, self.scales, self.in_features)
-        N = self.out_features
-        nibbles = cpu_unpack(self.weight, *self.layout)[:N]
-        scales, zeros = self.scales[:, :N].transpose(0, 1).unbind(-1)
+            return self.unpack_for_gpu(rows)
+        whole = slice(rows.start, 64 * math.ceil(rows.stop / 64))
+        nibbles = cpu_unpack(self.weight[whole], *self.layout)[:rows.stop - rows.start]
+        scales, zeros = self.scales[:, rows].transpose(0, 1).unbind(-1)
         return nibbles, scales, zeros
 
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows of an index [n] -> [n, K] float32, as an embedding gives them."""
+        if not self.packed:
+            nibbles = unpack_nibbles(self.weight[index])
+            scales, zeros = self.scales[index], self.zeros[index]
+        elif self.layout is None:
+            nibbles, scales, zeros = self.unpack_for_gpu(index)
+        else:
+            nibbles = cpu_unpack_rows(self.weight, index, *self.layout)
+            scales, zeros = self.scales[:, index].transpose(0, 1).unbind(-1)
+        return self.line(nibbles, scales, zeros, torch.float32)
+
     def stored(self) -> dict[str, Tensor]:
-        nibbles, scales, zeros = self.plain()
+        parts = [self.plain(rows) for rows in self.slices()]
+        nibbles, scales, zeros = [torch.cat(part) for part in zip(*parts)]
         return {"weight": pack_nibbles(nibbles), "scales": scales, "zeros": zeros}
 
     def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        for nibbles, scales, zeros in self.slices(*self.plain()):
-            w = nibbles.view(len(nibbles), -1, self.group_size).to(dtype)
-            yield w.sub_(8).mul_(scales[..., None]).add_(zeros[..., None]).flatten(1)
+        for rows in self.slices():
+            yield self.line(*self.plain(rows), dtype)
+
+    def line(
+        self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The weights that some rows of plain() stand for."""
+        return affine(nibbles, 8, scales, zeros, dtype)
 
     def few_rows(self, device: str) -> int:
         if device == "cuda" and self.packed:
             return 16  # what the kernel takes
         if device == "cpu" and self.packed:
-            return 128
+            return 128 // self.nibbles
         return 0
 
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda":
             return kernels.packed_int4_linear(x, self.weight, self.scales)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, self.weight, self.group_size, self.scales
+            x, self.weight, self.group_size * self.nibbles, self.scales
         )
-        return y[:, :self.out_features].contiguous()
+        if y.shape[1] > self.out_features:  # rows that fill 64
+            y = y[:, :self.out_features].contiguous()
+        return y
 
 
+class GroupedInt8Linear(Int4Linear):
+    """8-bit weights in affine groups of 16 or 32, for what is stored with 5 to 8 bits in a file.
+
+    No operator of PyTorch takes int8 in groups. But a byte is two nibbles, and so K such weights
+    are 2K of int4's: byte b = 16 * high + low is high times 16 x plus low times x. With int4's
+    nibble - 8 on both sides, w = (b - 136) * scale + 17 * zero. It is also 1.4 times as fast as
+    the operator for int8 with a scale per channel.
+
+    weight [N, K] uint8; scales, zeros [N, K/group_size] bfloat16; packed as int4 is, with 2K
+    inputs in groups of 2 * group_size."""
+    mode = "int8_grouped"
+    nibbles = 2
+
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """As Int4Linear's; a group of the file may be two of ours."""
+        repeats = self.scales.shape[1] // scale.shape[1]
+        scale = scale.repeat_interleave(repeats, dim=1)
+        zero = zero.repeat_interleave(repeats, dim=1)
+        shift = min(136 - middle, 256 - 2 * middle)  # all of q + shift is a byte
+        self.weight[rows] = q + shift
+        self.scales[rows] = scale
+        self.zeros[rows] = (zero + (136 - shift) * scale) / 17
+
+    def line(
+        self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return affine(pack_nibbles(nibbles), 136, scales, 17 * zeros.float(), dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        pairs = torch.stack((x, 16 * x), -1)  # (rows, K, 2), for the low and the high nibbles
+        return super().product(pairs.flatten(1))
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding whose table is a quantized layer, perhaps that of a tied output layer."""
+
+    def __init__(self, table: Int4Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table = table
+        self.dtype = dtype  # of what it gives
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = self.table.rows(tokens.flatten()).to(self.dtype)
+        return rows.view(*tokens.shape, -1)  # (B, T, dim)
+
+
+# what can be made of a model's own weights
 MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+# what a saved model can consist of
+LAYERS = {**MODES, "int8_grouped": GroupedInt8Linear}
 
 
 def round_to_line(
@@ -307,14 +398,28 @@ def least_squares_line(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
+def affine(
+    q: Tensor, middle: int, scales: Tensor, zeros: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(q - middle) * scales + zeros, for q [rows, K] and scales and zeros [rows, groups]."""
+    # a CPU takes three times as long in bfloat16
+    compute = torch.float32 if q.device.type == "cpu" else dtype
+    w = q.view(*scales.shape, -1).to(compute)  # (rows, groups, group_size)
+    w.sub_(middle).mul_(scales[..., None]).add_(zeros[..., None])
+    return w.flatten(1).to(dtype)
+
+
 def pack_nibbles(nibbles: Tensor) -> Tensor:
-    """[N, K] -> [N, K/2], the even inputs in the low halves of the bytes."""
-    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    """[N, K] -> [N, K/2], the even inputs in the low halves of the bytes. Two bytes at a time,
+    which is six times as fast as taking the even and the odd ones apart."""
+    pairs = nibbles.contiguous().view(torch.int16)  # low | high << 8
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """[N, K/2] -> [N, K]"""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    pairs = packed.to(torch.int16)
+    return (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def cpu_unpack(packed: Tensor, block: int, dim: int) -> Tensor:
@@ -323,9 +428,38 @@ def cpu_unpack(packed: Tensor, block: int, dim: int) -> Tensor:
     (dim -1)."""
     K = 2 * packed.shape[1]
     tiles = packed.view(-1, K, block // 2)
-    halves = torch.stack((tiles & 15, tiles >> 4), dim)
-    columns = halves.flatten(-2)  # (N/block, K, block)
-    return columns.transpose(1, 2).reshape(-1, K)
+    pairs = tiles.transpose(1, 2).contiguous()  # (N/block, block/2, K)
+    halves = (pairs & 15, pairs >> 4)
+    if dim == -2:
+        return torch.cat(halves, 1).view(-1, K)
+    return torch.stack(halves, 2).view(-1, K)
+
+
+def cpu_pack(nibbles: Tensor, block: int, dim: int) -> Tensor:
+    """nibbles [N, K] -> PyTorch's int4 layout for a CPU, as in cpu_unpack: in a fifth of the time
+    of PyTorch's own conversion, and without its int32."""
+    N, K = nibbles.shape
+    if dim == -2:
+        low, high = nibbles.view(-1, 2, block // 2, K).unbind(1)
+    else:
+        low, high = nibbles.view(-1, block // 2, 2, K).unbind(2)
+    tiles = low | high << 4  # (N/block, block/2, K)
+    return tiles.transpose(1, 2).reshape(N, K // 2)
+
+
+def cpu_unpack_rows(packed: Tensor, index: Tensor, block: int, dim: int) -> Tensor:
+    """Single rows [n] of the same layout -> nibbles [n, K]."""
+    K = 2 * packed.shape[1]
+    tiles = packed.view(-1, K, block // 2)
+    row = index % block
+    if dim == -2:
+        byte = row % (block // 2)
+        high = row >= block // 2
+    else:
+        byte = row // 2
+        high = row % 2 == 1
+    columns = tiles[index // block, :, byte]  # (n, K)
+    return torch.where(high[:, None], columns >> 4, columns & 15)
 
 
 @lru_cache
@@ -334,11 +468,18 @@ def cpu_layout() -> tuple[int, int] | None:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(16, (64, 2), generator=generator, dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1)
+    nibbles = probe.to(torch.uint8)
     for block in (64, 32, 16):
         for dim in (-2, -1):
-            if torch.equal(cpu_unpack(packed, block, dim), probe):
+            if torch.equal(cpu_pack(nibbles, block, dim), packed):
                 return block, dim
     return None
+
+
+def rows_at_once(K: int) -> int:
+    """How many rows of K inputs are repacked at a time: what a CPU's cache holds, and a multiple of
+    the 64 rows that are packed together."""
+    return 64 * max(1, 2**13 // K)
 
 
 # --- layers in the model's own precision ---
@@ -378,17 +519,18 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def many_rows_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which many rows multiply fastest: float32 on a CPU without bfloat16
-    instructions, by 3x."""
-    if BF16 or x.device.type != "cpu":
-        return x.dtype
+def many_rows_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which many rows multiply fastest: bfloat16, by 2x, but on a CPU without
+    instructions for it float32, by 3x."""
+    if BF16 or device.type != "cpu":
+        return torch.bfloat16
     return torch.float32
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] @ weight.T + bias with weight [N, K] in oneDNN's own blocked layout."""
-    if x.numel() > 256 * x.shape[-1] and many_rows_dtype(x) != x.dtype:
+    slow = x.dtype == torch.bfloat16 and many_rows_dtype(x.device) != x.dtype
+    if slow and x.numel() > 256 * x.shape[-1]:
         if bias is not None:
             bias = bias.float()
         return F.linear(x.float(), weight.to_dense().float(), bias).to(x.dtype)
@@ -422,7 +564,10 @@ def save_quantized(
         if isinstance(module, QuantizedLinear):
             layers[name] = (module.mode, module.group_size)
     if not layers:
-        raise ValueError("the model has no quantized layers; call quantize_model first")
+        raise ValueError(
+            "the model has no quantized layers; call quantize_model first, or load it with "
+            "quantize int8 or int4"
+        )
     config = {**model.config.hf, "gpt_flash": {"layers": layers}}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as tmp:
@@ -459,13 +604,28 @@ def quantized_layout(model: nn.Module, hf: dict) -> bool:
         return False
     try:
         for name, (mode, group_size) in hf["gpt_flash"]["layers"].items():
-            linear = model.get_submodule(name)
-            model.set_submodule(name, MODES[mode](linear, group_size))
+            put_layer(model, name, mode, group_size)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(
             f"the gpt_flash entry of config.json does not fit the model: {e}"
         ) from None
     return True
+
+
+def put_layer(model: nn.Module, name: str, mode: str, group_size: int | None) -> nn.Module:
+    """Put an empty quantized layer in the place of a Linear -> the layer. The embedding's is its
+    table, embed_tokens.table, which a tied output layer shares."""
+    if name != "embed_tokens.table":
+        layer = LAYERS[mode](model.get_submodule(name), group_size)
+        model.set_submodule(name, layer)
+        return layer
+    weight = model.embed_tokens.weight  # (vocab_size, dim)
+    vocab_size, dim = weight.shape
+    table = LAYERS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
+    model.embed_tokens = QuantizedEmbedding(table, weight.dtype)
+    if model.config.tied:
+        model.lm_head = table
+    return table
 
 
 def refuse_existing(folder: Path) -> None:

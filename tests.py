@@ -791,12 +791,13 @@ def test_prompts_file(
     for line in lines:
         new = generate(model, [tokenizer.encode(line)], 6)[0]
         alone.append(tokenizer.decode(new))
-    code, out, err = cli("--prompts", file, "--batch_size", 2, "--max_new_tokens", 6, "--json")
+    words = ["--quantize", "none", "--batch_size", 2, "--max_new_tokens", 6]
+    code, out, err = cli("--prompts", file, *words, "--json")
     records = sorted(map(json.loads, out.splitlines()), key=lambda record: record["index"])
     assert code == 0 and [record["text"] for record in records] == alone
     assert {record["finish_reason"] for record in records} == {"length"}
     assert "18 new tokens" in err
-    code, out, _ = cli("--prompts", file, "--batch_size", 2, "--max_new_tokens", 6)
+    code, out, _ = cli("--prompts", file, *words)
     shown = [f"[{i}] {line}\n{text}\n\n" for i, (line, text) in enumerate(zip(lines, alone))]
     assert code == 0 and out == "".join(shown)
 

@@ -73,8 +73,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--perplexity", metavar="FILE", required=True, help="the text to read")
     add("--checkpoint_path", metavar="PATH",
         help="as in generate.py; default: its SmolLM2-135M-Instruct")
-    add("--modes", nargs="*", choices=MODES, default=list(MODES),
-        help="quantized weights to compare; default: int8 int4")
+    add("--modes", nargs="*", choices=["auto", *MODES], default=list(MODES),
+        help="quantized weights to compare, auto: as a GGUF file has them; default: int8 int4")
     add("--group_size", type=int, choices=[32, 64, 128], default=32,
         help="inputs to an int4 scale; default: 32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",

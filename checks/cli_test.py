@@ -368,7 +368,9 @@ def test_defaults() -> None:
     assert args.group_size == 32
     assert args.save is None
     assert args.prompt is None
+    assert args.quantize == "auto"
     assert parse_args([*CPU, "--checkpoint_path", "x"]).dtype == "bfloat16"
+    assert parse_args([*CPU, "--checkpoint_path", "x.gguf"]).dtype is None  # the file says it
     assert parse_args([*CPU, "--compile"]).compile is True
 
 

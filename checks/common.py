@@ -2,14 +2,16 @@
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from gguf import GGMLQuantizationType as GGML
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,9 +100,11 @@ def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
 
 
 def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
-               arch: str = "llama", extra: Sequence[tuple] = ()) -> Path:
-    """A float32 GGUF file as llama.cpp's converter writes it: for arch llama, q and k with
-    interleaved halves. extra: further (method of gguf.GGUFWriter, *its arguments)."""
+               arch: str = "llama", extra: Sequence[tuple] = (),
+               kind_of: Callable[[str], GGML] = lambda name: GGML.F32) -> Path:
+    """A GGUF file as llama.cpp's converter writes it: for arch llama, q and k with interleaved
+    halves. extra: further (method of gguf.GGUFWriter, *its arguments). kind_of: a matrix's name in
+    the file -> its type; quantized ones are random."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -121,7 +125,11 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
         if arch == "llama" and module in heads:
             tensor = interleave(tensor, heads[module])
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(theirs, tensor.contiguous().numpy())
+        kind = kind_of(theirs) if tensor.dim() == 2 else GGML.F32
+        if kind == GGML.F32:
+            writer.add_tensor(theirs, tensor.contiguous().numpy())
+        else:
+            writer.add_tensor(theirs, random_blocks(tuple(tensor.shape), kind), raw_dtype=kind)
     for method, *arguments in extra:
         getattr(writer, method)(*arguments)
     writer.write_header_to_file()
@@ -129,6 +137,32 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# where the blocks of a type have their halves, and how large, for weights of about 0.05
+HALVES = {
+    GGML.Q4_0: {0: 0.01},
+    GGML.Q4_1: {0: 0.01, 2: -0.075},
+    GGML.Q5_0: {0: 5e-3},
+    GGML.Q5_1: {0: 5e-3, 2: -0.078},
+    GGML.Q8_0: {0: 7e-4},
+    GGML.Q2_K: {80: 3e-3, 82: 4.5e-3},
+    GGML.Q4_K: {0: 2e-4, 2: 1.5e-3},
+    GGML.Q5_K: {0: 1e-4, 2: 1.5e-3},
+    GGML.Q6_K: {208: 4e-5},
+}
+
+
+def random_blocks(shape: tuple[int, int], kind: GGML) -> np.ndarray:
+    """A random matrix as it is stored in blocks: any bytes are valid but for the halves."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    N, K = shape
+    random = np.random.default_rng(N + K)
+    data = random.integers(0, 256, (N * K // block, nbytes), dtype=np.uint8)
+    for start, size in HALVES[kind].items():
+        scales = size * random.uniform(0.9, 1.1, (len(data), 1))
+        data[:, start:start + 2] = scales.astype(np.float16).view(np.uint8)
+    return data.reshape(N, -1)
 
 
 def interleave(tensor: Tensor, n_head: int) -> Tensor:

@@ -24,7 +24,6 @@ from quantize import (
     save_quantized,
 )
 
-GPL = Path("/usr/share/common-licenses/GPL-3")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -430,15 +429,6 @@ def test_perplexity_is_that_of_one_pass(tmp_path: Path) -> None:
     logits = model(ids[None, :-1], torch.zeros(1, dtype=torch.int32))[0]
     expected = math.exp(F.cross_entropy(logits, ids[1:]))
     assert perplexity(model, ids.tolist()) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def gpl(smollm: tuple[Transformer, Tokenizer]) -> list[int]:
-    """The beginning of the GPL-3 as 1537 tokens of the default model."""
-    if not GPL.exists():
-        pytest.skip(f"no text to read: {GPL}")
-    _, tokenizer = smollm
-    return tokenizer.encode(GPL.read_text(encoding="utf-8"))[:1537]
 
 
 def test_int8_cache_is_near_lossless_on_a_real_model(

@@ -54,7 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a command line (None: this process's), checked, with their defaults filled in.
 
     Leaves by exit code 2 and one line on stderr where a value or a combination is impossible.
-    In the result device is a torch.device, dtype a key of DTYPES, and compile True or False."""
+    In the result device is a torch.device, dtype a key of DTYPES or None, which leaves it to the
+    file, and compile True or False."""
     parser = Parser(
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
@@ -76,13 +77,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.prompt = "128"
     if args.group_size is None:
         args.group_size = 32
+    if args.quantize is None:
+        args.quantize = "auto"
     if args.dtype is None:
-        args.dtype = "float32" if args.checkpoint_path is None else "bfloat16"
+        args.dtype = default_dtype(args.checkpoint_path)
     if args.compile is None:
         args.compile = args.device.type == "cuda"
     if args.compile_prefill and not args.compile:
         parser.error("--compile_prefill goes with --compile")
     return args
+
+
+def default_dtype(path: str | None) -> str | None:
+    if path is None:
+        return "float32"
+    if path.endswith(".gguf"):
+        return None  # by whether its weights are quantized
+    return "bfloat16"
 
 
 def add_text(group: argparse._ArgumentGroup) -> None:
@@ -140,9 +151,11 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
     add("--device", default=default_device,
         help="cpu, cuda, ...; default: cuda")
     add("--dtype", choices=DTYPES,
-        help="of weights and activations; default: bfloat16, float32 for the default model")
-    add("--quantize", choices=["int8", "int4"],
-        help="quantize the weights while loading; default: as they are")
+        help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
+        "for the default model and where the integers of a GGUF file are kept")
+    add("--quantize", choices=["auto", "none", "int8", "int4"],
+        help="auto: weights as the file has them, those of a quantized GGUF as integers; none: "
+        "dequantized; int8, int4: quantized while loading; default: auto")
     add("--group_size", type=int, choices=[32, 64, 128],
         help="inputs to a scale of --quantize int4; default: 32")
     add("--save", metavar="FOLDER", type=Path,
@@ -156,7 +169,7 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
         help="with --speculate_k: a smaller model with the same tokenizer that proposes; default: "
         "none, but prompt and answer themselves")
     add("--draft_quantize", choices=["int8", "int4"],
-        help="quantize the draft's weights while loading; default: as they are")
+        help="quantize the draft's weights while loading; default: as the file has them")
     add("--attention", choices=["auto", "flash", "math"], default="auto",
         help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -194,10 +207,11 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
             )
 
     # quantizing, and saving what it makes
-    if args.group_size is not None and not args.quantize:
+    quantizes = args.quantize in ("int8", "int4")
+    if args.group_size is not None and not quantizes:
         parser.error("--group_size goes with --quantize")
     if args.save is not None:
-        if not args.quantize:
+        if args.quantize in (None, "none"):
             parser.error("--save goes with --quantize")
         if any(sources) or args.benchmark or args.profile:
             parser.error(

@@ -12,9 +12,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from formats.blocks import FLOATS, Blocks
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight")
@@ -46,8 +49,17 @@ class Checkpoint:
         """The tensor of that Hugging Face name in the dtype of the file; it lies in mapped memory.
         ValueError if it has another shape."""
         tensor = self.tensors[self.stored_name(name)]
-        check_shape(self.stored_name(name), tensor, shape)
+        check_shape(self.stored_name(name), tensor.shape, shape)
         return tensor
+
+    def is_quantized(self) -> bool:
+        """Whether any of the tensors is stored in integers that blocks() gives."""
+        return False
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks | None:
+        """The tensor of that Hugging Face name as the integers that it is stored in; None if it is
+        stored in floating point."""
+        return None
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -70,13 +82,30 @@ class GGUFCheckpoint(Checkpoint):
             tensor = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
         except Exception as e:  # a quantization that gguf does not know
             raise ValueError(f"cannot read tensor {stored_name}: {first_line(e)}") from None
-        check_shape(stored_name, tensor, shape)
+        check_shape(stored_name, tensor.shape, shape)
+        order = self.row_order(name, shape[0])
+        return tensor if order is None else tensor[order]
+
+    def is_quantized(self) -> bool:
+        return any(stored.tensor_type not in FLOATS for stored in self.tensors.values())
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Blocks | None:
+        stored_name = self.stored_name(name)
+        stored = self.tensors[stored_name]
+        if stored.tensor_type in FLOATS:
+            return None
+        blocks = Blocks(self.path, stored, self.row_order(name, shape[0]))
+        check_shape(stored_name, blocks.shape, shape)
+        return blocks
+
+    def row_order(self, name: str, N: int) -> Tensor | None:
+        """The file's row of each of the N rows that Hugging Face has; None where it is the same.
+        llama.cpp interleaves the two halves of a head that rotate together."""
         n_head = self.interleaved_heads(name)
-        if n_head:
-            # llama.cpp interleaves the two halves that rotate together
-            pairs = tensor.view(n_head, -1, 2, *shape[1:])  # (H, D/2, 2, ...)
-            tensor = pairs.transpose(1, 2).reshape(shape)  # (H * D, ...)
-        return tensor
+        if n_head == 0:
+            return None
+        pairs = torch.arange(N).view(n_head, -1, 2)  # (H, D/2, 2)
+        return pairs.transpose(1, 2).flatten()
 
     def interleaved_heads(self, name: str) -> int:
         """How many heads of a tensor have interleaved halves: those of Llama's q and k, else 0."""
@@ -87,9 +116,9 @@ class GGUFCheckpoint(Checkpoint):
         return {"q_proj": n_head, "k_proj": n_kv_head}.get(name.split(".")[-2], 0)
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if stored != shape:
+        raise ValueError(f"tensor {name} has shape {tuple(stored)}, expected {tuple(shape)}")
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -195,11 +224,24 @@ GGUF_SETTINGS = {
 }
 
 
+class Reader(gguf.GGUFReader):
+    """Slices a plain array: slices of numpy's memmap, of which a vocabulary takes 250,000, are
+    three times as slow."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self.plain
+
+    @data.setter
+    def data(self, mapped: np.memmap) -> None:
+        self.plain = np.asarray(mapped)
+
+
 @lru_cache(maxsize=2)  # the tokenizer asks for the same file
 def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
     """A .gguf file -> (metadata, {name: tensor}); ValueError if it is truncated or a part."""
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         meta = {key: value.contents() for key, value in reader.fields.items()}
     except Exception as e:
         raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one "
