@@ -510,6 +510,8 @@ class Engine:
     def begin(self, rows: dict[int, Running]) -> Reading:
         """Make neighbouring rows ready for the prompts of new requests."""
         reading = Reading(rows, self.mark(), self.device)
+        if reading.cached:
+            self.cache.refuse_lost(reading.rows, reading.cached)
         requests = [running.request for running in rows.values()]
         new = Sampling.of(requests, self.model.config.vocab_size, self.device)
         for setting, values in zip(self.sampling, new):
@@ -518,8 +520,6 @@ class Engine:
             running.row = row
             self.started[running.number] = time.perf_counter()
             self.ends[row] = running.prompt_end
-        if reading.cached:
-            self.cache.refuse_lost(reading.rows, reading.cached)
         self.input_pos[reading.rows] = reading.cached
         self.stats.prompt_tokens += sum(len(request.prompt) for request in requests)
         return reading
@@ -619,7 +619,7 @@ class Engine:
         """ValueError if rows serve one request after the other behind the same cached tokens, and
         those before would drive these out of a layer's ring."""
         overshoot = (self.lag + 1) * (self.k + 1)
-        longest = max(running.prompt_end + running.budget for running in waiting)
+        longest = max((running.prompt_end + running.budget for running in waiting), default=0)
         has_prefix = any(running.request.cached for running in waiting)
         if self.refills and has_prefix and self.cache.goes_round(longest + overshoot):
             raise ValueError(

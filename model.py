@@ -165,8 +165,8 @@ class RingLayerCache(LayerCache):
     """The last S tokens of each row, position p at place p % S: enough for a layer with a window.
 
     While T tokens are written, the first of them still sees window - 1 before it, so S is at
-    least window + T - 1. With MAX_DECODE_TOKENS beyond the window, a row may also go back over as
-    many that were written: what these wrote over, nothing behind them sees. KVCache.intact."""
+    least window + T - 1. As it is window + MAX_DECODE_TOKENS, a row may also go back over as many
+    tokens, proposals that were wrong: what they were written over, nobody sees from there on."""
 
     def update(
         self, k: Tensor, v: Tensor, positions: Positions
@@ -204,11 +204,11 @@ class RingLayerCache(LayerCache):
         ring: each place takes the last token that falls on it, or keeps its own."""
         token = self.newest(last) - first  # (B, S)
         row = row_numbers(token)
-        for held, new in zip(self.tensors, self.pack(k, v)):
-            held = held.movedim((1, 3), (0, 1))  # (B, S, 2, Hkv, ...)
+        for tensor, new in zip(self.tensors, self.pack(k, v)):
+            own = tensor.movedim((1, 3), (0, 1))  # (B, S, 2, Hkv, ...)
             taken = new[:, row, :, token.clamp(min=0)]  # the same
-            is_new = (token >= 0).view(*token.shape, *[1] * (held.dim() - 2))
-            held.copy_(torch.where(is_new, taken, held))
+            is_new = (token >= 0).view(*token.shape, *[1] * (own.dim() - 2))
+            own.copy_(torch.where(is_new, taken, own))
 
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
@@ -225,7 +225,7 @@ def row_numbers(index: Tensor) -> Tensor:
 
 
 class Storage:
-    """One static, left-aligned allocation for layers with S places a row.
+    """One static allocation for layers with S places a row.
 
     kv [n_layer, 2, B, Hkv, S, D]; for int8 also scale [n_layer, 2, B, Hkv, S] float32, whose heads
     each start at 16 bytes, otherwise None."""
@@ -266,7 +266,7 @@ class KVCache:
     are not in kv, but in ring.kv with MAX_DECODE_TOKENS places more than the largest window, if
     that is less than max_seq_len. Rows can then not go back to any earlier token: see intact.
 
-    nbytes: of what is allocated for every token.
+    nbytes: of what is allocated for tokens.
     It takes plain numbers, so that a program without a ModelConfig can use it.
     ValueError if the device has not the memory."""
 
