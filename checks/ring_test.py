@@ -263,12 +263,11 @@ REFILLS = requests_of((5, 70), (70, 5), (44, 30), (1, 60), (33, 33), (60, 9), (8
 
 
 @MODELS
-@pytest.mark.parametrize("rows", [2, 5])
-@pytest.mark.parametrize("k, draft, lag", [
-    (0, False, 0), (0, False, 2), (4, False, 0), (15, False, 2), (4, True, 0),
+@pytest.mark.parametrize("rows, lag, k, draft", [
+    (5, 0, 0, False), (2, 2, 0, False), (2, 0, 4, False), (5, 2, 15, False), (2, 0, 4, True),
 ])
 def test_refilled_rows_say_what_they_say_with_a_whole_cache(
-    checkpoint: Checkpoint, small_chunks: None, name: str, rows: int, k: int, draft: bool, lag: int
+    checkpoint: Checkpoint, small_chunks: None, name: str, rows: int, lag: int, k: int, draft: bool
 ) -> None:
     """Prompts are read while others run and move on, proposals are right and wrong, and steps are
     under way when a text ends."""
