@@ -1006,9 +1006,10 @@ def fit_cache(model: Transformer, rows: int, needed: int, cached: int) -> None:
         length = max(length, needed)
     dtype = cache.dtype
     attention = cache.attention
+    rings = cache.windows == model.config.windows
     may_grow = cache.may_grow
     del cache  # the old one goes before the new one comes
-    model.setup_caches(rows, length, dtype, attention).may_grow = may_grow
+    model.setup_caches(rows, length, dtype, attention, rings).may_grow = may_grow
 
 
 # --- the command line ---

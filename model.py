@@ -700,7 +700,8 @@ class Transformer(nn.Module):
         -> logits [B, T, vocab_size]. cache: model.cache by default.
 
         Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16
-        tokens decode, more prefill. ValueError if they do not fit, as far as the host can see."""
+        tokens decode, more prefill. ValueError if they do not fit, or go back to what a sliding
+        window has passed, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
         if tokens.device.type == "cpu":

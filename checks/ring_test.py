@@ -104,6 +104,17 @@ def test_a_long_context_costs_what_its_windows_keep() -> None:
     assert cache.bytes_read(100_000) == 16 * token * (100_000 + 1024)
 
 
+@pytest.mark.parametrize("rings", [True, False])
+def test_a_larger_cache_has_rings_where_the_smaller_one_had(
+    checkpoint: Checkpoint, rings: bool
+) -> None:
+    model = loaded(checkpoint, "mistral")
+    model.setup_caches(1, ROOM, rings=rings)
+    generate(model, [[5], [6]], 2)
+    assert model.cache.max_batch_size == 2
+    assert (model.cache.ring is not None) == rings
+
+
 def test_a_cache_of_other_windows_is_refused(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint, "mistral")
     config = model.config
