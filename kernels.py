@@ -300,11 +300,12 @@ def _attend_live(
     B, Hq, T, D = q.shape
     Hkv, S = k_cache.shape[1:3]
     end = n if k is None else n + T
-    wrapped = ring and end > S  # all of the ring is read
+    wrapped = ring and end > S
     start = 0
-    live = S
+    live = S  # all of a ring that went round
     if not wrapped:
-        start = 0 if window is None else max(0, end - T - window + 1)  # where a query sees first
+        if window is not None:
+            start = max(0, end - T - window + 1)  # what no query sees is not read
         live = end - start
     k_cache = k_cache.narrow(2, start, live)
     v_cache = v_cache.narrow(2, start, live)
@@ -322,8 +323,7 @@ def _attend_live(
             softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, ring=wrapped, return_lse=True)
 
     if k is not None:
-        first = n % S if wrapped else live - T
-        _append_at(first, k, v, k_cache, v_cache, k_scale, v_scale)
+        _append_at((n - start) % live, k, v, k_cache, v_cache, k_scale, v_scale)
     dtype = q.dtype
     if k_scale is not None:  # in float32: as fast as in bf16 here, and one rounding less
         q = q.float()
