@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checks  # before Triton is imported: it says whether Triton interprets
@@ -8,8 +9,9 @@ import checks  # before Triton is imported: it says whether Triton interprets
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
-from checks.common import CHATML, byte_level_tokenizer, random_hf
+from checks.common import CHATML, byte_level_tokenizer, hf_folder, random_hf
 from formats.checkpoint import default_model
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_model
@@ -55,6 +57,37 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     fast.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0]}))
+    return folder
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """torch.compile as in a new process; the graphs it makes are counted from here."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile stops at the graphs, and runs them as they are: their number is the same."""
+    compiled = torch.compile
+
+    def trace_only(fn: Callable, **options: object) -> Callable:
+        options.pop("options", None)
+        return compiled(fn, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", trace_only)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A checkpoint with small random weights, a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    hf_folder(folder, vocab_size=600, max_position_embeddings=256)
+    for file in tokenizer_folder.iterdir():
+        shutil.copy(file, folder)
     return folder
 
 

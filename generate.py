@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import struct
@@ -22,19 +23,31 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
+
+# The OpenMP of PyTorch's wheels for CPUs, libgomp, reads this while it loads: how many turns a
+# thread that waits for the others spins before it sleeps. Its own choice is 300,000, which on a
+# machine with other work to do takes the cores from those that are waited for; with less than a
+# few thousand, steps of small models are slower on a quiet one. What the user has chosen stays.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "4000"
 
 import torch
 from torch import Tensor
 
 from cli.arguments import DTYPES, SETTINGS, parse_args, say
-from cli.batch import News, Records, Run, answer_file, answer_live
-from cli.chat import Show, chat
-from cli.prompts import Job, Line, check_text, read_jobs, read_lines, read_text, samples
-from cli.stats import Memory, Stats, profile, summarize
+from cli.batch import News, Records, Run, answer_file, answer_live, help_answer, say_cuts
+from cli.chat import Chat, Show
+from cli.progress import with_bar
+from cli.prompts import (
+    Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples, title_of,
+    with_system,
+)
+from cli.stats import Memory, Stats, check_writable, profile, summarize
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, ModelConfig, Transformer, load_model, run_block, run_head, tensor_bytes
+from parallel import ALONE, Ranks, Team, can_reduce_in_one_shot, is_lost_peer
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 from speculate import Drafter, Gauge, make_drafter
 
@@ -215,6 +228,32 @@ class Running:
     @property
     def prompt_end(self) -> int:
         return self.request.cached + len(self.request.prompt)
+
+
+class Waiting:
+    """Requests without a row yet, in the order that draw() gives their numbers in, None behind the
+    last. Groups of ranks that share the requests draw from one queue, and none sooner than it has
+    to: what one has drawn, no other can take."""
+
+    def __init__(self, requests: Sequence[Running], draw: Callable[[], int | None] | None = None):
+        if draw is None:  # all of them, one after the other
+            draw = partial(next, iter(range(len(requests))), None)
+        self.requests = requests
+        self.draw = draw
+        self.drawn: Running | None = None
+
+    def peek(self) -> Running | None:
+        """The next one, None if there is none."""
+        if self.drawn is None:
+            number = self.draw()
+            if number is not None:
+                self.drawn = self.requests[number]
+        return self.drawn
+
+    def pop(self) -> Running:
+        taken = self.peek()
+        self.drawn = None
+        return taken
 
 
 class Drawn(NamedTuple):
@@ -514,6 +553,9 @@ class Engine:
             self.cache.refuse_lost(reading.rows, reading.cached)
         requests = [running.request for running in rows.values()]
         new = Sampling.of(requests, self.model.config.vocab_size, self.device)
+        if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
+            key = self.model.ranks.agree(new.key.cpu())
+            new = new._replace(key=key.to(self.device))
         for setting, values in zip(self.sampling, new):
             setting[reading.rows] = values
         for row, running in rows.items():
@@ -547,30 +589,34 @@ class Engine:
 
     # --- requests ---
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
+    def run(
+        self, requests: Iterable[Request], draw: Callable[[], int | None] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
         """Work requests off, in order, in the rows that are free -> (a request's number, new
         tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
 
-        Each turn puts one chunk of prompts into free rows and advances the others by a step.
+        draw: the numbers of the requests that are to be worked off here, one a call, None behind
+        the last; by default all. Each turn puts one chunk of prompts into free rows and advances the others by a step.
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
         window has passed; RuntimeError if another run of this engine has begun meanwhile. Tokens
         have to be checked before: see check_prompts."""
-        waiting = deque(Running(i, request, self.budget(request))
-                        for i, request in enumerate(requests))
-        self.reset(waiting)
-        self.refuse_lost_prefix(waiting)
+        wanted = [Running(i, request, self.budget(request)) for i, request in enumerate(requests)]
+        waiting = Waiting(wanted, draw)
+        self.reset(wanted)
+        self.refuse_lost_prefix(wanted)
         self.stats.compile_s += self.prepare_kind(self.kind)
         began = time.perf_counter()
         me = self.owner = object()
         reading: Reading | None = None
         pending: deque[Launch] = deque()
         mark = self.mark()
-        while waiting or reading or self.running or pending:
+        while reading or self.running or pending or waiting.peek():
             launches = []
             # a chunk of prompts
-            if reading is None and waiting and len(self.running) < self.cache.max_batch_size:
+            has_free_row = len(self.running) < self.cache.max_batch_size
+            if reading is None and has_free_row and waiting.peek():
                 reading = self.next_prompts(waiting)
             if reading is not None:
                 launches += self.read_chunk(reading)
@@ -604,50 +650,53 @@ class Engine:
             )
         return budget
 
-    def reset(self, waiting: Sequence[Running]) -> None:
+    def reset(self, requests: Sequence[Running]) -> None:
         """Give up what the rows did, for these requests."""
         self.running.clear()
         self.started.clear()
         self.finish_reasons.clear()
         self.active.zero_()
         self.ends = self.input_pos.tolist()
-        self.refills = len(waiting) > self.cache.max_batch_size
+        self.refills = len(requests) > self.cache.max_batch_size
         # one kind of step for all that will come: a compiled one is prepared before
-        self.kind = kind_of(running.request for running in waiting)
+        self.kind = kind_of(running.request for running in requests)
 
-    def refuse_lost_prefix(self, waiting: Sequence[Running]) -> None:
+    def refuse_lost_prefix(self, wanted: Sequence[Running]) -> None:
         """ValueError if rows serve one request after the other behind the same cached tokens, and
         those before would drive these out of a layer's ring."""
         overshoot = (self.lag + 1) * (self.k + 1)
-        longest = max((running.prompt_end + running.budget for running in waiting), default=0)
-        has_prefix = any(running.request.cached for running in waiting)
+        longest = max((running.prompt_end + running.budget for running in wanted), default=0)
+        has_prefix = any(running.request.cached for running in wanted)
         if self.refills and has_prefix and self.cache.goes_round(longest + overshoot):
             raise ValueError(
-                f"{len(waiting)} prompts behind cached tokens need as many rows, not "
+                f"{len(wanted)} prompts behind cached tokens need as many rows, not "
                 f"{self.cache.max_batch_size}: layers with a sliding window keep the last "
                 f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
             )
 
-    def next_prompts(self, waiting: deque[Running]) -> Reading:
+    def next_prompts(self, waiting: Waiting) -> Reading:
         """Begin with the requests that wait, in as many neighbouring free rows as pay.
 
         A pass of few tokens takes as long as reading the weights, and there padding is free;
         beyond, it costs what other tokens cost, and may be a quarter of them."""
         B = self.cache.max_batch_size
-        first = waiting[0].number  # where there are rows for all, a caller may rely on its own
+        first = waiting.peek().number  # where there are rows for all, a caller may rely on its own
         if self.refills:
             first = next(row for row in range(B) if row not in self.running)
-        rows = {first: waiting.popleft()}
+        rows = {first: waiting.pop()}
         cached = rows[first].request.cached
         lengths = [len(rows[first].request.prompt)]
         for row in range(first + 1, B):
-            if row in self.running or not waiting or waiting[0].request.cached != cached:
+            if row in self.running:
                 break
-            lengths.append(len(waiting[0].request.prompt))
+            neighbour = waiting.peek()
+            if neighbour is None or neighbour.request.cached != cached:
+                break
+            lengths.append(len(neighbour.request.prompt))
             padded = len(lengths) * max(lengths)
             if padded > max(self.chunk() // 2, 1.25 * sum(lengths)):
                 break
-            rows[row] = waiting.popleft()
+            rows[row] = waiting.pop()
         return self.begin(rows)
 
     def chunk(self) -> int:
@@ -786,6 +835,7 @@ class Engine:
             if not running.done:
                 live[running.number] = agreed[row]
         if self.gauge is not None:
+            seconds = self.model.ranks.agree(seconds)  # all ranks are to decide alike
             self.gauge.observe(launch.k, live, len(agreed), seconds)
         if launch.k or self.gauge is not None:  # a draft model works in plain steps too
             self.stats.speculation.add(launch.k, list(live.values()), seconds)
@@ -892,6 +942,10 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
         # what makes q, k and v of their product is one launch and not up to three
         options["combo_kernels"] = True
         options["combo_kernels_pointwise_only"] = True
+        if can_reduce_in_one_shot(model.ranks):
+            options["_collective.auto_select"] = True
+    else:
+        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols: decode_in_graph
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
     if on_gpu:
@@ -1018,16 +1072,27 @@ QUESTION = "What is the capital of France?"  # the prompt where none is given
 
 
 def main(argv: list[str] | None = None) -> None:
+    stderr = mute_all_but_the_first()
     args = parse_args(argv)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    team = None
     try:
         if args.save is not None:
             save(args)
-        else:
-            run(args)
+            return
+        team = Team(args.tp, args.device.type)
+        team.share_input()
+        run(args, team)
+        team.leave()
     except torch.OutOfMemoryError as e:
-        fail(first_line(e))
+        fail(first_line(e), team, stderr)
     except (ValueError, StepFailed) as e:
-        fail(str(e))
+        fail(str(e), team, stderr)
+    except RuntimeError as e:
+        if team is None or not is_lost_peer(e):
+            raise
+        fail(f"another process has gone: {first_line(e)}", team, stderr)
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
@@ -1036,58 +1101,93 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(141)  # as a process that the signal ends
 
 
-def fail(message: str) -> None:
+def mute_all_but_the_first() -> TextIO:
+    """Of several processes that torchrun started, let the first one speak -> the stderr that was,
+    for what only another one knows."""
+    stderr = sys.stderr
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.stdout = open(os.devnull, "w")
+        sys.stderr = sys.stdout
+    return stderr
+
+
+def fail(message: str, team: Team | None, stderr: TextIO) -> None:
+    """Say what went wrong, once for all processes, and end."""
+    if team is None or team.is_first_to_fail():
+        sys.stderr = stderr
+    else:
+        sys.stderr = open(os.devnull, "w")
     say(f"generate.py: error: {message}")
     sys.exit(2)
 
 
-def run(args: Any) -> None:
-    """Load, prepare, and do what the flags ask for."""
-    lines = []
-    if args.prompts is not None:
-        lines = read_lines(args.prompts)
-    output = nullcontext() if args.output is None else Records(args.output)
+def run(args: Any, team: Team) -> None:
+    """Read what is asked, load, prepare, and do what the flags ask for."""
+    asked = team.agree(read_asked(args) if team.is_first else None)
+    output = nullcontext()
+    if args.output is not None and team.is_first:
+        output = Records(args.output)
     with output as records:
         stats = Stats()
-        tokenizer, model = load_both(args, stats)
-        jobs = wanted(args, lines, tokenizer, model.config)
-        engine = make_engine(args, model, tokenizer, jobs)
+        tokenizer, model = load_both(args, stats, team.ranks)
+        jobs = wanted(args, asked, tokenizer, model.config)
+        engine = make_engine(args, model, tokenizer, jobs, team)
         if args.interactive:
-            converse(engine, tokenizer, args, stats)
+            converse(engine, tokenizer, asked.system, args)
         elif args.profile:
             profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
             summarize(stats, memory_of(engine))
         elif args.prompts is not None:
-            answer_prompts(engine, tokenizer, jobs, records, args, stats)
+            answer_prompts(engine, tokenizer, jobs, records, args, stats, team)
         else:
             answer_prompt(engine, tokenizer, jobs, args, stats)
 
 
-def load_both(args: Any, stats: Stats) -> tuple[Tokenizer | None, Transformer]:
+def read_asked(args: Any) -> Asked:
+    """What the flags ask about. ValueError: a file of theirs cannot be read, or be written."""
+    if args.profile is not None:
+        check_writable(args.profile)
+    if args.draft_checkpoint_path is not None:
+        resolve(args.draft_checkpoint_path)
+    lines = []
+    if args.prompts is not None:
+        lines = read_lines(args.prompts)
+    text = None
+    if args.prompt is not None and not args.prompt.isdecimal():
+        text = read_text(args.prompt)
+    system = None
+    if args.system is not None:
+        system = read_system(args.system)
+    return Asked(lines, text, system)
+
+
+def load_both(
+    args: Any, stats: Stats, ranks: Ranks
+) -> tuple[Tokenizer | None, Transformer]:
     """The tokenizer, None where no text is made, and the model."""
     path = default_model() if args.checkpoint_path is None else args.checkpoint_path
     tokenizer = None
     if not args.benchmark and not str(path).endswith(".json"):
         tokenizer = load_tokenizer(path)
     began = time.perf_counter()
-    model = load(args, path)
+    model = load(args, path, ranks)
     stats.load_s = time.perf_counter() - began
     check_fit(model, tokenizer, args.max_seq_len)
     return tokenizer, model
 
 
-def load(args: Any, path: str | Path) -> Transformer:
+def load(args: Any, path: str | Path, ranks: Ranks = ALONE) -> Transformer:
     """The model; args.dtype becomes the one that it has."""
     model = load_model(
         path, device=args.device, dtype=DTYPES.get(args.dtype),
         quantize=None if args.quantize == "none" else args.quantize,
-        group_size=args.group_size or 32,
+        group_size=args.group_size or 32, ranks=ranks,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
 
 
-def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
+def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
     """The draft model. ValueError if its tokens have other meanings than the model's."""
     path = args.draft_checkpoint_path
     if tokenizer is not None:
@@ -1099,7 +1199,8 @@ def load_draft(args: Any, tokenizer: Tokenizer | None) -> Transformer:
                 "tokens of other words; give one of the same family"
             )
     return load_model(
-        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize or "auto"
+        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize or "auto",
+        ranks=ranks,
     )
 
 
@@ -1118,33 +1219,39 @@ def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int 
 
 
 def wanted(
-    args: Any, lines: list[Line], tokenizer: Tokenizer | None, config: ModelConfig
+    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
 ) -> list[Job]:
-    """The answers that the flags ask for; lines: of --prompts."""
+    """The answers that the flags ask for."""
+    if args.interactive and tokenizer is not None:
+        return []
     defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
         n_samples *= args.batch_size
 
-    if args.prompt and args.prompt.isdecimal():  # random tokens, as in gpt-fast
-        n_tokens = int(args.prompt)
-        check_room(n_tokens, room)
-        generator = torch.Generator().manual_seed(args.seed or 0)
-        prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
-        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
-        return samples(0, "", prompt, defaults, n_samples)
+    if args.prompt and args.prompt.isdecimal():
+        prompt = random_prompt(args, room, config)
+        if tokenizer is not None and not args.profile:
+            say(
+                f"--prompt {args.prompt} is {args.prompt} random tokens, as in gpt-fast; for this "
+                f"text: printf {args.prompt} | python generate.py --prompt -"
+            )
+        return samples(0, f"{len(prompt)} random tokens", prompt, defaults, n_samples)
 
     if tokenizer is None:
         raise ValueError(
             "a bare config.json has no tokenizer: give --prompt a number of random tokens"
         )
+    if asked.system is not None:
+        check_template(tokenizer, asked.system)
 
     def encode(entry: dict[str, Any]) -> list[int]:
         if "messages" in entry:
             prompt = tokenizer.chat(entry["messages"])
-        elif args.chat or args.interactive:
-            prompt = tokenizer.chat([{"role": "user", "content": entry["prompt"]}])
+        elif args.chat:
+            message = {"role": "user", "content": entry["prompt"]}
+            prompt = tokenizer.chat(with_system(asked.system, [message]))
         else:
             prompt = tokenizer.encode(entry["prompt"])
         check_prompts([prompt], args.max_new_tokens, config.vocab_size)
@@ -1153,19 +1260,25 @@ def wanted(
 
     if args.prompts is not None:
         answering = [args.checkpoint_path, args.dtype, args.quantize, args.kv_dtype]
-        return read_jobs(lines, encode, defaults, args.num_samples, json.dumps(answering))
-    if args.prompt is not None:
-        entry = {"prompt": read_text(args.prompt)}
-        check_text("--prompt", entry["prompt"])
-    elif tokenizer.chat_template:
+        return read_jobs(asked.lines, encode, defaults, args.num_samples, json.dumps(answering))
+    entry = {"prompt": QUESTION if asked.text is None else asked.text}
+    if asked.text is None and tokenizer.chat_template and not args.chat:
         entry = {"messages": [{"role": "user", "content": QUESTION}]}
-    else:
-        entry = {"prompt": QUESTION}
-    return samples(0, "", encode(entry), defaults, n_samples)
+    return samples(0, title_of(entry), encode(entry), defaults, n_samples)
+
+
+def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
+    """As many random tokens as --prompt says. ValueError: there is no room for them."""
+    n_tokens = int(args.prompt)
+    check_room(n_tokens, room)
+    generator = torch.Generator().manual_seed(args.seed or 0)
+    prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
+    check_prompts([prompt], args.max_new_tokens, config.vocab_size)
+    return prompt
 
 
 def make_engine(
-    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job]
+    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job], team: Team
 ) -> Engine:
     """An engine with the rows that the flags say, and room for the longest job."""
     needed = 1
@@ -1176,11 +1289,15 @@ def make_engine(
         needed = 8192
     room = args.max_seq_len or min(needed, model.config.max_seq_len)
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
+    # groups that share a file of prompts are to have rows for a fair share of them at most
+    rows = args.batch_size
+    if team.n_groups > 1:
+        rows = min(rows, math.ceil(len(jobs) / team.n_groups))
     # steps that check proposals write as far behind the last token
-    model.setup_caches(args.batch_size, room + args.speculate_k, kv_dtype, args.attention)
+    model.setup_caches(rows, room + args.speculate_k, kv_dtype, args.attention)
     draft = None
     if args.draft_checkpoint_path is not None:
-        draft = load_draft(args, tokenizer)
+        draft = load_draft(args, tokenizer, team.ranks)
     if args.compile:
         for each in filter(None, (model, draft)):
             compile_model(each, args.compile_prefill)
@@ -1198,8 +1315,10 @@ def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     )
 
 
-def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
-    """What runs jobs for cli/batch.py."""
+def runner(
+    engine: Engine, tokenizer: Tokenizer | None, stats: Stats, team: Team | None = None
+) -> Run:
+    """What runs jobs for cli/batch.py; with a team, those that no other of its groups runs."""
     eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
 
     def run_jobs(jobs: list[Job]) -> Iterator[News]:
@@ -1210,7 +1329,10 @@ def runner(engine: Engine, tokenizer: Tokenizer | None, stats: Stats) -> Run:
             ends = stops_at(stop, tokenizer, job.prompt) if stop else None
             requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
         engine.stats = stats
-        for number, tokens in engine.run(requests):
+        draw = None
+        if team is not None and team.n_groups > 1:
+            draw = team.queue(len(requests))
+        for number, tokens in engine.run(requests, draw):
             yield News(number, tokens, engine.finish_reasons.get(number), engine.started[number])
 
     return run_jobs
@@ -1228,10 +1350,14 @@ def answer_prompt(
             **options(args, tokenizer),
         )
         stats.compile_s = warm.compile_s
+    else:
+        watch_prompts(engine)
     answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
     if args.benchmark and stats.speculation.checked:
         middle = len(jobs[0].prompt) + args.max_new_tokens // 2
         stats.speculation.plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
+    elif not args.benchmark:
+        say_cuts(answers)
     summary = summarize(stats, memory_of(engine))
     if args.json:
         result = {
@@ -1243,11 +1369,16 @@ def answer_prompt(
 
 def answer_prompts(
     engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
-    stats: Stats,
+    stats: Stats, team: Team,
 ) -> None:
     """Continue the prompts of a file, and say what it took. ValueError: none could be."""
-    run_jobs = runner(engine, tokenizer, stats)
-    answer_file(jobs, run_jobs, tokenizer, as_json=args.json, records=records)
+    run_jobs = runner(engine, tokenizer, stats, team)
+    if team.is_first:
+        answer_file(
+            jobs, run_jobs, tokenizer, as_json=args.json, records=records, team=team
+        )
+    else:
+        help_answer(jobs, run_jobs, tokenizer, team)
     if stats.new_tokens:
         summarize(stats, memory_of(engine))
     if all(job.error is not None for job in jobs):
@@ -1263,23 +1394,34 @@ def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
     return plain.timed_steps(n)
 
 
-def converse(engine: Engine, tokenizer: Tokenizer, args: Any, stats: Stats) -> None:
+def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any) -> None:
     """A conversation in the terminal, its cache kept between turns."""
+    watch_prompts(engine)
 
     text = []  # what the row holds
 
-    def reply(ids: list[int], cached: int, show: Show) -> list[int]:
+    def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
+        settings = options(args, tokenizer)
+        if args.seed is not None:
+            settings["seed"] = (args.seed + attempt) % 2**63
         text[cached:] = ids
         if not engine.cache.intact(slice(0, 1), cached):
             cached = 0  # a sliding window has passed what the conversation goes back to
-        out, = generate(
+        answer, = generate(
             engine.model, [text[cached:]], args.max_new_tokens, cached=cached, stream=show,
-            stats=stats, engine=engine, **options(args, tokenizer),
+            engine=engine, **settings,
         )
-        text.extend(out)
-        return out
+        text.extend(answer)
+        return answer, engine.finish_reasons[0]
 
-    chat(tokenizer, reply, engine.context, args.stop)
+    Chat(tokenizer, reply, engine.context, args.stop, system).run()
+
+
+def watch_prompts(engine: Engine) -> None:
+    """Show how far a long prompt is; on a GPU, which is asked for all layers at once, nothing."""
+    if engine.device.type == "cpu":
+        model = engine.model
+        model.prefill_block = with_bar(model.prefill_block, model.layers)
 
 
 def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from config import ModelConfig, Rope, alibi_slopes, distinct, rope_frequencies
-from formats.blocks import Blocks
+from feedforward import MLP, ClampedMoE, Experts, MoE
 from formats.checkpoint import Checkpoint, open_checkpoint, resolve
 from kernels import flash_decode, quantize_kv, triton
-from quantize import (
-    MODES, Int4Linear, Linear, put_layer, quantize_linear, quantized_layout, rows_at_once, say_once,
-)
+from parallel import ALONE, Ranks, join, local, piece
+from quantize import Linear
+from weights import Weights
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
 
@@ -50,7 +46,11 @@ def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, D] float32 of rope_table."""
+    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, d] float32 of rope_table, where
+    only the first d values turn."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat([apply_rope(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
     turned = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
@@ -122,8 +122,23 @@ class LayerCache:
         """Append k, v [B, Hkv, T, D] at input_pos [B] and attend with q [B, Hq, T, D].
 
         kernels.flash_decode says what the options are, and what a call without k and v is."""
+        if fits_into_graph(q, k, options):
+            return self.decode_in_graph(q, k, v, input_pos)
         keys, values = self.kv.unbind(0)
         return flash_decode(q, keys, values, input_pos, k, v, **options)
+
+    def decode_in_graph(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+        """The same for one token of one row, by operators that the compiler knows: it calls them
+        without any Python, where flash_decode's takes as long as the attention."""
+        n = input_pos.item()  # a symbol in the graph
+        torch._check(n >= 0)
+        torch._check(n < self.kv.shape[3])
+        self.write(k, v, input_pos.long()[:, None])
+        keys, values = self.read(n + 1, q.dtype)  # (1, Hkv, n + 1, D) each
+        # a KV head's query heads ride along as query rows, so that no key is repeated
+        folded = q.reshape(1, k.shape[1], -1, q.shape[3])  # (1, Hkv, Hq / Hkv, D)
+        y, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values)
+        return y.reshape(q.shape)
 
 
 class Int8LayerCache(LayerCache):
@@ -159,6 +174,16 @@ class Int8LayerCache(LayerCache):
 
     def centred(self, k: Tensor) -> Tensor:
         return (k - self.k_mean).to(k.dtype)
+
+
+def fits_into_graph(q: Tensor, k: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether a step that is being compiled takes decode_in_graph: on a CPU one token of one row,
+    so that there is one length, and no options. compile_model sets the switch that makes a length
+    a symbol; without it every length would be compiled for itself."""
+    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
+        return False
+    one_token = len(q) == 1 and q.shape[2] == 1 and k is not None
+    return q.is_cpu and one_token and all(value is None for value in options.values())
 
 
 class RingLayerCache(LayerCache):
@@ -568,15 +593,16 @@ def math_attention(
                 q, keys, values, seen, scale=scale, enable_gqa=True
             )
 
+    # in place where possible: scores are the largest tensors of a prefill
     folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
     scores = (folded @ keys.mT).view(B, Hq, T, S).float()
-    scores = scores * (D ** -0.5 if scale is None else scale)
+    scores *= D ** -0.5 if scale is None else scale
     if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
+        scores.div_(softcap).tanh_().mul_(softcap)
     if alibi_slopes is not None:
         distance = index[:, None, :, None] - key_pos[:, None, None]  # (B, 1, T, S)
-        scores = scores - alibi_slopes[:, None, None] * distance
-    scores = scores.masked_fill(~seen, -math.inf)
+        scores -= alibi_slopes[:, None, None] * distance
+    scores.masked_fill_(~seen, -math.inf)
     if sinks is not None:  # each is the score of one more key, which has no value
         sink = sinks[:, None, None].expand(B, Hq, T, 1)
         scores = torch.cat([scores, sink], dim=-1)  # (B, Hq, T, S + 1)
@@ -620,23 +646,6 @@ def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
 # --- the rest of the transformer ---
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
-
-
-class MLP(nn.Module):
-    """The gated feed-forward network; gate and up are one product."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.act = ACTIVATIONS[config.act]
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=config.mlp_bias)
-        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
-
-
 class Block(nn.Module):
     """One layer, its modules named as in Hugging Face's checkpoints."""
 
@@ -646,11 +655,61 @@ class Block(nn.Module):
         self.input_layernorm = family.norm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = family.norm(config.dim, config.norm_eps)
-        self.mlp = family.mlp(config)
+        if config.moe is not None and config.moe.layers[layer]:
+            self.mlp = family.moe(config)
+        else:
+            self.mlp = family.mlp(config)
+        self.residual_scale = config.residual_scale
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SandwichBlock(Block):
+    """Gemma 2's: norms before and after."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        norm = FAMILIES[config.family].norm
+        self.pre_feedforward_layernorm = norm(config.dim, config.norm_eps)
+        self.post_feedforward_layernorm = norm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
+
+
+class PostNormBlock(Block):
+    """OLMo 2's: norms after, none before."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.post_feedforward_layernorm = self.input_layernorm
+        del self.input_layernorm
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, positions, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class ScaledBlock(Block):
+    """Granite's: what is added to x is scaled."""
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        scale = self.residual_scale
+        x = x + scale * self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + scale * self.mlp(self.post_attention_layernorm(x))
+
+
+class GemmaNorm(nn.RMSNorm):
+    """Its weights are distances from 1, and it multiplies in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
@@ -677,7 +736,9 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        self.rope: dict[Rope, Tensor] = {}  # rope_table of each, made when a cache needs it
+        self.ranks = ALONE  # the processes that share it
+        # rope_table of each, for short and for long texts, made when a cache needs it
+        self.rope: dict[tuple[Rope, bool], Tensor] = {}
         self.slopes: Tensor | None = None
         # compile_model puts compiled ones here
         self.decode_block: Callable = run_block
@@ -801,10 +862,11 @@ class Transformer(nn.Module):
         """Each rope_table of at least that many positions, made once for the largest cache."""
         tables = []
         for rope in distinct(self.config.ropes):
-            table = self.rope.get(rope)
+            key = (rope, rope.is_long(max_seq_len))
+            table = self.rope.get(key)
             if table is None or table.device != self.device or len(table) < max_seq_len:
                 table = rope_table(rope, max_seq_len, self.device)
-                self.rope[rope] = table
+                self.rope[key] = table
             tables.append(table)
         return tables
 
@@ -813,7 +875,9 @@ class Transformer(nn.Module):
         if not self.config.alibi:
             return None
         if self.slopes is None or self.slopes.device != self.device:
-            self.slopes = alibi_slopes(self.config.n_head).to(self.device)
+            n_head = self.config.n_head
+            slopes = alibi_slopes(n_head * self.ranks.size)  # of all ranks' heads
+            self.slopes = piece(slopes, (n_head,), self.ranks).to(self.device)
         return self.slopes
 
     def check_cache(self, batch_size: int, cache: KVCache | None) -> KVCache:
@@ -870,9 +934,14 @@ class Transformer(nn.Module):
         keys = scratch.kv[:, 0, 0].float()  # (layer, Hkv, n, D)
         cache.k_mean.copy_(keys.mean(2, keepdim=True))
 
-    def weight_bytes(self) -> int:
-        """Bytes of weights that a decode step reads: all but the embedding, whose rows are few."""
-        return tensor_bytes(self) - tensor_bytes(self.embed_tokens)
+    def weight_bytes(self, rows: int = 1) -> int:
+        """Bytes of weights that a decode step of so many tokens reads: all but the embedding, whose
+        rows are few, and, of experts, as many as Experts.share expects the tokens to choose."""
+        nbytes = tensor_bytes(self) - tensor_bytes(self.embed_tokens)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                nbytes -= tensor_bytes(module) * (1 - module.share(rows))
+        return round(nbytes)
 
 
 def refuse_overflow(cache: KVCache, cached: int, new: int) -> None:
@@ -894,7 +963,10 @@ class Family:
 
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
     mlp: type[nn.Module] = MLP  # called with (config)
+    moe: type[nn.Module] | None = None  # in its place in layers with experts
     block: type[nn.Module] = Block  # called with (config, layer)
+    # joined products that checkpoints have as one tensor too, and its name there
+    stored_joined: dict[str, str] = field(default_factory=dict)
 
 
 # By the model_type of config.json; config.SETTINGS says how that is read.
@@ -903,15 +975,29 @@ FAMILIES = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "gemma": Family(norm=GemmaNorm),
+    "gemma2": Family(norm=GemmaNorm, block=SandwichBlock),
+    "gemma3_text": Family(norm=GemmaNorm, block=SandwichBlock),
+    "phi3": Family(stored_joined={"qkv_proj": "qkv_proj", "gate_up_proj": "gate_up_proj"}),
+    "olmo2": Family(block=PostNormBlock),
+    "olmo3": Family(block=PostNormBlock),
+    "smollm3": Family(),
+    "granite": Family(block=ScaledBlock),
+    "baichuan": Family(stored_joined={"qkv_proj": "W_pack"}),
+    "mixtral": Family(moe=MoE),
+    "qwen2_moe": Family(moe=MoE),
+    "qwen3_moe": Family(moe=MoE),
+    "gpt_oss": Family(moe=ClampedMoE),
 }
 
-# --- loading: our parameters from a checkpoint's tensors ---
+# --- loading ---
 
 
 @torch.no_grad()
 def load_model(
     path: str | Path, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = torch.bfloat16, quantize: str | None = None, group_size: int = 32,
+    ranks: Ranks = ALONE,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights.
@@ -919,38 +1005,41 @@ def load_model(
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading, so that a
     model that fits only when quantized can be loaded; "auto": as the file is, so that the integers
     of a GGUF file stay what they are; None: dequantized. dtype None: float32 where the integers of
-    a file stay, else bfloat16. ValueError says what is wrong."""
+    a file stay, else bfloat16. ranks: of several processes, of which each gets its part of the
+    model. ValueError says what is wrong."""
     path = resolve(path)
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.config)
-    keep = quantize == "auto"
     if dtype is None:
-        dtype = default_dtype(checkpoint, keep)
+        dtype = default_dtype(checkpoint, quantize == "auto")
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    plan = tensor_plan(model, checkpoint, quantize)
-    if checkpoint.tensors is None:
-        warning = "is a bare configuration: the weights are RANDOM, for benchmarks only"
-        print(f"WARNING: {path} {warning}", file=sys.stderr)
-    else:
-        checkpoint.check_names(name for parts in plan.values() for name in parts)
-    kept = keep_blocks(model, plan, checkpoint) if keep else {}
-
-    tensors = [*model.parameters(), *model.buffers()]
-    stored = sum(x.nbytes for x in tensors)
+        whole = Transformer(config).to(dtype)
+        model = rank_model(whole, ranks)
+    stored_joined = FAMILIES[config.family].stored_joined
+    weights = Weights(model, whole, checkpoint, ranks, stored_joined)
+    weights.choose_layers(quantize, device)
+    stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
     require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
-
-    fill_from_blocks(model, kept, device)
-    modules = list(model.named_modules())
-    for prefix, module in tqdm(modules, "loading", unit=" layers", disable=None, leave=False):
-        fill(module, prefix, model, plan, checkpoint, device)
-        if isinstance(module, Linear) and quantize and not keep:
-            module = quantize_linear(module, quantize, group_size, prefix)
-            model.set_submodule(prefix, module)
-        if hasattr(module, "pack"):
-            module.pack()
+    weights.load(device, quantize, group_size)
+    join(model, ranks)
+    for module in model.modules():
+        if hasattr(module, "stack"):
+            module.stack()
     return model.eval()
+
+
+def rank_model(whole: Transformer, ranks: Ranks) -> Transformer:
+    """A rank's part of a model without weights."""
+    if ranks.size == 1:
+        return whole
+    dtype = whole.dtype
+    config = whole.config
+    model = Transformer(local(config, ranks)).to(dtype)
+    # of the vocabulary, the last rank's part is padded
+    rows = math.ceil(config.vocab_size / ranks.size)
+    model.lm_head = Linear(config.dim, rows, bias=False).to(dtype)
+    return model
 
 
 def default_dtype(checkpoint: Checkpoint, keep: bool) -> torch.dtype:
@@ -960,141 +1049,3 @@ def default_dtype(checkpoint: Checkpoint, keep: bool) -> torch.dtype:
     if keep and checkpoint.is_quantized():
         return torch.float32
     return torch.bfloat16
-
-
-Plan = dict[str, dict[str, tuple[int, ...]]]  # our parameter -> {the checkpoint's name: shape}
-
-
-def tensor_plan(model: Transformer, checkpoint: Checkpoint, quantize: str | None) -> Plan:
-    """The tensors that make each parameter, one below the other.
-
-    The layers that a folder of save_quantized has are put into the model first."""
-    ours = checkpoint.tensors is not None and quantized_layout(model, checkpoint.config)
-    if ours and quantize in MODES:
-        raise ValueError(
-            f"{checkpoint.path} is quantized already; leave out --quantize {quantize}"
-        )
-    plan = {}
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        if ours:  # such a folder has our names
-            plan[name] = {name: tuple(x.shape)}
-        else:
-            plan[name] = sources(name, tuple(x.shape), model.config)
-    if model.config.tied and isinstance(model.lm_head, Linear):
-        del plan["lm_head.weight"]
-    return plan
-
-
-def sources(
-    name: str, shape: tuple[int, ...], config: ModelConfig
-) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of a parameter. Our names are theirs but for the joined ones."""
-    q_size = config.n_head * config.head_dim
-    kv_size = config.n_kv_head * config.head_dim
-    joined = {
-        "qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
-        "gate_up_proj": {"gate_proj": config.ffn_dim, "up_proj": config.ffn_dim},
-    }
-    if not name.startswith("lm_head"):
-        name = f"model.{name}"
-    *path, module, kind = name.split(".")
-    if module not in joined:
-        return {name: shape}
-    parts = {}
-    for part, size in joined[module].items():
-        parts[".".join([*path, part, kind])] = (size, *shape[1:])
-    return parts
-
-
-def keep_blocks(
-    model: Transformer, plan: Plan, checkpoint: Checkpoint
-) -> dict[str, list[Blocks]]:
-    """Put empty quantized layers where a file has integers -> {the layer's name: what fills it}.
-
-    A joined layer takes a form that holds all of its parts. Types that no form holds are said, and
-    dequantized."""
-    kept = {}
-    for name, parts in plan.items():
-        prefix, _, kind = name.rpartition(".")
-        if kind != "weight" or not isinstance(model.get_submodule(prefix), (Linear, nn.Embedding)):
-            continue
-        blocks = [checkpoint.blocks(part, shape) for part, shape in parts.items()]
-        if None in blocks:  # in floating point
-            continue
-        unknown = [part.type_name for part in blocks if part.kind is None]
-        if unknown:
-            say_once(f"{unknown[0]} weights are dequantized: no quantized layer holds them")
-            continue
-        if prefix == "embed_tokens":
-            prefix = "embed_tokens.table"
-        put_layer(model, prefix, *form_for(blocks))
-        kept[prefix] = blocks
-    return kept
-
-
-def form_for(parts: list[Blocks]) -> tuple[str, int]:
-    """The smallest quantized layer that holds the integers of all parts: (mode, group_size)."""
-    bits = max(part.kind.bits for part in parts)
-    group_size = min(part.kind.group_size for part in parts)
-    if bits <= 4 and group_size == 32:
-        return "int4", 32
-    return "int8_grouped", group_size
-
-
-def fill_from_blocks(
-    model: Transformer, kept: dict[str, list[Blocks]], device: torch.device | str
-) -> None:
-    """Give quantized layers the integers of a file, each thread a layer of its own: the steps are
-    so small that an operator's threads would mostly wait for each other."""
-    n = torch.get_num_threads()
-
-    def fill_next(prefix: str) -> None:
-        repack(model.get_submodule(prefix), kept[prefix], device)
-
-    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        made = threads.map(fill_next, kept)
-        for _ in tqdm(made, "loading", len(kept), unit=" layers", disable=None, leave=False):
-            pass
-    torch.set_num_threads(n)  # the default of threads to come
-
-
-def repack(layer: Int4Linear, parts: list[Blocks], device: torch.device | str) -> None:
-    """The integers of a file, part below part, some rows at a time."""
-    for name, meta in list(layer.named_buffers()):
-        setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
-    first = 0
-    for part in parts:
-        middle = 2 ** (part.kind.bits - 1)
-        for rows in part.slices(rows_at_once(layer.in_features)):
-            ours = slice(first + rows.start, first + rows.stop)
-            layer.take(ours, *part.affine(rows), middle)
-        first += part.shape[0]
-    layer.pack()
-
-
-def fill(
-    module: nn.Module, prefix: str, model: Transformer, plan: Plan, checkpoint: Checkpoint,
-    device: torch.device | str,
-) -> None:
-    """Give a module its own parameters and buffers, in place of those on meta."""
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for name, meta in own:
-        if not meta.is_meta:
-            continue
-        parts = plan.get(f"{prefix}.{name}")
-        if parts is None:  # a tied output layer
-            tensor = model.embed_tokens.weight
-        elif checkpoint.tensors is None:
-            tensor = torch.empty_like(meta, device=device).normal_(std=0.02)
-        else:
-            tensor = read_joined(checkpoint, parts).to(device, meta.dtype, copy=True)
-        if isinstance(meta, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(module, name, tensor)
-
-
-def read_joined(checkpoint: Checkpoint, parts: dict[str, tuple[int, ...]]) -> Tensor:
-    tensors = [checkpoint.read(name, shape) for name, shape in parts.items()]
-    if len(tensors) == 1:
-        return tensors[0]
-    return torch.cat(tensors)

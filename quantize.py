@@ -34,6 +34,9 @@ def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Modu
         if isinstance(module, Linear):
             layer = quantize_linear(module, mode, group_size, name)
             model.set_submodule(name, layer.pack())
+    for module in model.modules():
+        if hasattr(module, "stack"):
+            module.stack()
     model.cache = None
     return model
 
@@ -41,10 +44,11 @@ def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Modu
 @torch.no_grad()
 def quantize_linear(
     linear: "Linear", mode: str, group_size: int = 32, name: str = "",
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> "Linear | QuantizedLinear":
     """A Linear's quantized counterpart, not packed yet, its relative error in .error; the Linear
     itself where its shape does not fit, said on stderr. ValueError for an unknown mode or group
-    size.
+    size. over_ranks: of a layer whose rows lie on several ranks, see weights.py.
 
     The output layer gets int8 in int4 mode too: in int4 it costs SmolLM2-135M a mean KL of 0.053,
     in int8 0.002, and llama.cpp does not go below 6 bits for it either."""
@@ -60,6 +64,7 @@ def quantize_linear(
     except ValueError as e:
         say_once(f"{e}: it keeps its precision")
         return linear
+    layer.over_ranks = over_ranks
     weight = linear.stored()["weight"]  # (N, K)
     error = torch.zeros((), device=weight.device)
     size = torch.zeros((), device=weight.device)
@@ -92,6 +97,8 @@ class QuantizedLinear(nn.Module):
     mode: str
     group_size: int | None
     error = 0.0  # relative, of the weight that quantize_linear has quantized
+    # the largest values of rows of which this is a part, from those of the part
+    over_ranks: Callable[[Tensor], Tensor] | None = None
     packed = False
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -137,7 +144,10 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scales", torch.empty(N, dtype=torch.bfloat16, device=device))
 
     def quantize(self, rows: slice, w: Tensor) -> Tensor:
-        scales = (w.abs().amax(1) / 127).bfloat16()
+        largest = w.abs().amax(1)  # (rows)
+        if self.over_ranks is not None:
+            largest = self.over_ranks(largest)
+        scales = (largest / 127).bfloat16()
         steps = scales.float()[:, None]  # (rows, 1)
         q = (w / steps.clamp_min(1e-30)).round().clamp(-127, 127)
         self.weight[rows] = q.to(torch.int8)
@@ -353,8 +363,63 @@ class GroupedInt8Linear(Int4Linear):
         return affine(pack_nibbles(nibbles), 136, scales, 17 * zeros.float(), dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        pairs = torch.stack((x, 16 * x), -1)  # (rows, K, 2), for the low and the high nibbles
-        return super().product(pairs.flatten(1))
+        return super().product(self.for_nibbles(x))
+
+    def for_nibbles(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., 2K], what the low and the high nibbles of a weight are multiplied
+        by."""
+        return torch.stack((x, 16 * x), -1).flatten(-2)
+
+
+class MXFP4Linear(QuantizedLinear):
+    """gpt-oss's experts as its files have them: E2M1 numbers, times a power of two for every 32.
+
+    weight [N, K/2] uint8 (the low nibble is the even input), scales [N, K/32] uint8, see
+    kernels.mxfp4_values. On a GPU weight is what kernels.pack_planes returns. On a CPU there is no
+    operator for it; there GroupedInt8Linear holds the same numbers exactly."""
+    mode = "mxfp4"
+
+    def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
+        super().__init__(linear)
+        N, K = linear.out_features, linear.in_features
+        if K % group_size or group_size != 32:
+            raise ValueError(f"a layer of {K} inputs in groups of {group_size} is not MXFP4")
+        self.group_size = group_size
+        device = linear.weight.device
+        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(N, K // 32, dtype=torch.uint8, device=device))
+
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """From (q - 16) * scale, where q - 16 is twice an E2M1 number and scale half the power."""
+        twice = 2 * torch.tensor(kernels.E2M1[:8])
+        values = q.int() - 16
+        nibbles = torch.bucketize(values.abs(), twice) + 8 * (values < 0)
+        self.weight[rows] = pack_nibbles(nibbles.to(torch.uint8))
+        _, exponent = torch.frexp(scale)  # of mantissas from 0.5 on
+        self.scales[rows] = (exponent + 127).to(torch.uint8)
+
+    def pack(self) -> "MXFP4Linear":
+        if self.weight.device.type == "cuda" and not self.packed:
+            self.pack_for_gpu()
+        return self
+
+    def pack_for_gpu(self) -> None:
+        self.weight = kernels.pack_planes(self.weight)
+        self.packed = True
+
+    def stored(self) -> dict[str, Tensor]:
+        weight = self.weight
+        if self.packed:
+            weight = pack_nibbles(kernels.split_planes(weight, self.in_features))
+        return {"weight": weight, "scales": self.scales}
+
+    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        nibbles = unpack_nibbles(self.stored()["weight"])
+        for rows in self.slices():
+            yield kernels.mxfp4_values(nibbles[rows], self.scales[rows]).to(dtype)
+
+    def few_rows(self, device: str) -> int:
+        return 0  # the kernel is for stacks
 
 
 class QuantizedEmbedding(nn.Module):
@@ -373,7 +438,7 @@ class QuantizedEmbedding(nn.Module):
 # what can be made of a model's own weights
 MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 # what a saved model can consist of
-LAYERS = {**MODES, "int8_grouped": GroupedInt8Linear}
+LAYERS = {**MODES, "int8_grouped": GroupedInt8Linear, "mxfp4": MXFP4Linear}
 
 
 def round_to_line(
@@ -623,7 +688,7 @@ def put_layer(model: nn.Module, name: str, mode: str, group_size: int | None) ->
     vocab_size, dim = weight.shape
     table = LAYERS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
     model.embed_tokens = QuantizedEmbedding(table, weight.dtype)
-    if model.config.tied:
+    if model.config.tied and model.lm_head.out_features == vocab_size:
         model.lm_head = table
     return table
 

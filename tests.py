@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def test_equals_transformers(
     check([5, 22, 0], 18)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3"])
 def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str) -> None:
     """A ragged batch gives each prompt what it gets alone in transformers."""
     folder, hf = checkpoint(name)
@@ -213,7 +213,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["default", "math"])
-@pytest.mark.parametrize("name, cached", [("llama", 0), ("llama", 30), ("mistral", 0)])
+@pytest.mark.parametrize("name, cached", [
+    ("llama", 0), ("llama", 30), ("mistral", 0), ("gemma2", 0), ("gemma2", 30),
+])
 def test_prefill_never_holds_all_scores(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, cached: int,
     backend: SDPBackend | None,
@@ -250,7 +252,7 @@ def tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("tile", [1, 7, 50])
 def test_tiles_of_queries_change_nothing(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tokens_before_heads: None, name: str,
@@ -585,15 +587,6 @@ def collect(model: Transformer, requests: list[Request], rows: int) -> list[list
 # --- compile ---
 
 
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """torch.compile as in a new process; the graphs it makes are counted from here."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
@@ -608,6 +601,21 @@ def test_compiled_decode(checkpoint: Checkpoint, attention: str, dynamo: None) -
     for picked in ([0, 1], [2], [1, 2], [0]):
         prompts = [PROMPTS[i] for i in picked]
         assert generate(model, prompts, 12, compile=True) == [eager[i] for i in picked]
+    assert graphs() == 1
+
+
+def test_a_compiled_row_attends_without_python(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None
+) -> None:
+    """In one graph for every length, up to the last place of the cache."""
+    model = loaded(checkpoint)
+    tokens = random_tokens(1, 24)
+    model.setup_caches(1, 24)
+    eager = [model.decode(tokens[:, i:i + 1], positions(i)) for i in range(24)]
+    monkeypatch.setattr("model.flash_decode", None)
+    compile_model(model)
+    for i, expected in enumerate(eager):
+        close(model.decode(tokens[:, i:i + 1], positions(i)), expected)
     assert graphs() == 1
 
 
@@ -638,18 +646,6 @@ def test_prefill_compiles_once_behind_any_prefix(
     assert graphs() == compiled
     for a, b in zip(again, eager):
         close(a, b)
-
-
-@pytest.fixture
-def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile stops at the graphs, and runs them as they are: their number is the same."""
-    compiled = torch.compile
-
-    def trace_only(fn: Callable, **options: object) -> Callable:
-        options.pop("options", None)
-        return compiled(fn, backend="eager", **options)
-
-    monkeypatch.setattr(torch, "compile", trace_only)
 
 
 def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
@@ -951,9 +947,14 @@ def test_ctrl_c_ends_cleanly() -> None:
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
-    "generate": {"speculate", "model", "quantize", "kernels", "cli", "formats"},
+    "generate": {"speculate", "model", "parallel", "quantize", "kernels", "cli", "formats"},
     "speculate": {"model", "quantize", "kernels", "formats"},
-    "model": {"config", "quantize", "kernels", "formats"},
+    "model": {
+        "config", "feedforward", "weights", "parallel", "quantize", "kernels", "formats",
+    },
+    "weights": {"parallel", "quantize", "formats"},
+    "parallel": set(),
+    "feedforward": {"config", "quantize", "kernels"},
     "config": set(),
     "quantize": {"kernels"},
     "kernels": set(),

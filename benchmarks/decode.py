@@ -4,7 +4,8 @@
         --capacities 512 8192 --variants bf16 int8 --peers transformers llama_cpp \\
         --gpt_fast ../gpt-fast
 
-Weights are random, made here in the shape of --shape. At batch 1 every step reads all weights and
+Weights are random, made here in the shape of --shape; of a GGUF file there they are its own, which
+llama.cpp then reads too. At batch 1 every step reads all weights and
 the live part of the KV cache once, so the floor of a step is those bytes over the memory's
 bandwidth, which is measured in the same run. All contestants stand in memory at once and take
 turns, --rounds times --steps decode steps each at the same context length, and the median of a
@@ -38,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from cli.arguments import Parser, number, say
 from cli.stats import copy_bandwidth
-from formats.checkpoint import first_line, read_json
+from formats.checkpoint import first_line, open_checkpoint
 from generate import Engine, compile_model
 from kernels import triton
 from model import ModelConfig, load_model
@@ -155,11 +156,14 @@ def tell(row: dict) -> None:
 
 class Variant(NamedTuple):
     quantize: str | None = None
+    dtype: torch.dtype | None = torch.bfloat16  # of activations; None: as the file wants it
     kv_dtype: torch.dtype | None = None
     attention: str = "auto"
 
 
 VARIANTS = {
+    "auto": Variant(quantize="auto", dtype=None),
+    "auto-bf16": Variant(quantize="auto"),
     "bf16": Variant(),
     "math": Variant(attention="math"),
     "flash": Variant(attention="flash"),
@@ -174,7 +178,9 @@ class Ours(Contestant):
         self.name = label(f"gpt-flash {variant}", device, compiled)
         self.variant = VARIANTS[variant]
         self.compiled = compiled
-        self.model = load_model(shape, device=device, quantize=self.variant.quantize)
+        self.model = load_model(
+            shape, device=device, dtype=self.variant.dtype, quantize=self.variant.quantize
+        )
         self.engine: Engine | None = None
         self.context = 0
         if compiled:
@@ -359,19 +365,22 @@ class Transformers(Contestant):
 # --- llama.cpp ---
 
 class LlamaCpp(Contestant):
-    """llama.cpp through llama-cpp-python, on a GGUF file of random weights written here."""
+    """llama.cpp through llama-cpp-python, on a GGUF file, or on one of random weights of a kind
+    that is written here."""
 
     single_row = True
 
-    def __init__(self, config: ModelConfig, kind: str, threads: int):
+    def __init__(self, file: Path | None, config: ModelConfig, kind: str, threads: int):
         self.name = f"llama.cpp {kind}"
         self.library = importlib.import_module("llama_cpp")
         self.threads = threads
-        self.folder = tempfile.TemporaryDirectory()
-        self.file = f"{self.folder.name}/model.gguf"
         self.llm = None
         self.context = 0
-        write_gguf(self.file, config, gguf.GGMLQuantizationType[kind])
+        if file is None:
+            self.folder = tempfile.TemporaryDirectory()
+            file = Path(self.folder.name) / "model.gguf"
+            write_gguf(file, config, gguf.GGMLQuantizationType[kind])
+        self.file = str(file)
 
     def setup(self, batch: int, capacity: int) -> float:
         self.llm = None  # the old one goes before the new one comes
@@ -391,7 +400,7 @@ class LlamaCpp(Contestant):
         self.llm.eval([5])
 
 
-def write_gguf(path: str, config: ModelConfig, kind: gguf.GGMLQuantizationType) -> None:
+def write_gguf(path: Path, config: ModelConfig, kind: gguf.GGMLQuantizationType) -> None:
     """A llama of that shape with random weights of that kind."""
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, config)
@@ -500,8 +509,10 @@ def make_transformers(args: argparse.Namespace, hf: dict) -> list[Contestant]:
 
 
 def make_llama_cpp(args: argparse.Namespace, config: ModelConfig) -> list[Contestant]:
+    if args.shape.suffix == ".gguf":
+        return [LlamaCpp(args.shape, config, args.shape.stem, args.threads)]
     kinds = dict.fromkeys(LLAMA_CPP_KINDS.get(variant, "BF16") for variant in args.variants)
-    return [LlamaCpp(config, kind, args.threads) for kind in kinds]
+    return [LlamaCpp(None, config, kind, args.threads) for kind in kinds]
 
 
 def device_facts(device: str) -> dict[str, str]:
@@ -534,14 +545,15 @@ def parse_args() -> argparse.Namespace:
     add = p.add_argument
     count = number(int, 1)
     add("--shape", type=Path, default=HERE / "configs" / "TinyLlama-1.1B.json",
-        help="a config.json; default: TinyLlama-1.1B's")
+        help="a config.json or a GGUF file; default: TinyLlama-1.1B's config.json")
     add("--contexts", metavar="N", type=count, nargs="+", default=[128],
         help="live tokens before each step, from 1; default: 128")
     add("--capacities", metavar="N", type=count, nargs="+", default=[512],
         help="room in the cache, in turn; contexts that do not fit are left out; default: 512")
     add("--batches", metavar="N", type=count, nargs="+", default=[1],
         help="rows at once, in turn, from 1; default: 1")
-    add("--variants", nargs="+", choices=VARIANTS, default=["bf16"], help="ours; default: bf16")
+    add("--variants", nargs="+", choices=VARIANTS, default=["bf16"],
+        help="ours; auto: a GGUF file's weights as they are; default: bf16")
     add("--peers", nargs="*", choices=["transformers", "llama_cpp"], default=[],
         help="others beside ours; default: none")
     add("--gpt_fast", metavar="PATH", type=Path, help="a checkout of gpt-fast, a further peer")
@@ -601,7 +613,7 @@ def run(args: argparse.Namespace) -> None:
     runs = earlier_runs(args.json)
     torch.set_num_threads(args.threads)
     torch._inductor.config.force_disable_caches = True  # compile times are those of a first run
-    hf = read_json(args.shape)
+    hf = open_checkpoint(args.shape).config
     config = ModelConfig.from_hf(hf)
     if max(args.contexts) >= config.max_seq_len:
         longest = max(args.contexts)

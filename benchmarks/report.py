@@ -185,6 +185,9 @@ def cases(arch: str) -> Iterator[Case]:
         yield int4_linear(rows, 32)
     yield int4_linear(1, 64)
     yield int4_linear(1, 128)
+    for rows in (1, 8, 16):
+        for form in ("bf16", "int8", "int4", "mxfp4"):
+            yield experts_linear(form, rows)
 
 
 def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -257,6 +260,28 @@ def int4_linear(rows: int, group: int) -> Case:
     kernel, _, arguments = kernels._linear_arguments(x, packed, lines)
     needed = arguments["BLOCK_N"] * arguments["BLOCKS"] * 32
     return f"int4_linear rows={rows} group={group}", kernel, arguments, needed
+
+
+def experts_linear(form: str, rows: int) -> Case:
+    """Of 128 experts, of which each row has 8."""
+    E = 128
+    K = 2880  # gpt-oss's
+    x = tensor(torch.bfloat16, rows, K)
+    ids = tensor(torch.int64, rows, 8)
+    packed = tensor(torch.int8, E, N, K // 64, 32)
+    w, scales = {
+        "bf16": (tensor(torch.bfloat16, E, N, K), None),
+        "int8": (tensor(torch.int8, E, N, K), tensor(torch.bfloat16, E, N)),
+        "int4": (packed, tensor(torch.int32, E, 2, N, K // 64)),
+        "mxfp4": (packed, tensor(torch.uint8, E, N, K // 32)),
+    }[form]
+    kernel, _, arguments = kernels._linear_arguments(x, w, scales, ids)
+    outputs = arguments["BLOCK_N"]
+    if "BLOCKS" in arguments:
+        needed = outputs * arguments["BLOCKS"] * 32
+    else:
+        needed = outputs * arguments["CHUNKS"] * arguments["CHUNK"] * w.element_size()
+    return f"experts_linear {form} rows={rows}", kernel, arguments, needed
 
 # --- what becomes of it ---
 

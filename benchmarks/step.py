@@ -7,6 +7,7 @@ launched, and the code that launches them runs on the fake tensors. A line for e
 
     layer        launches in a layer: Inductor's kernels, and operators called between them
     head, rest   launches of the output head, and of what is not compiled (embedding, sampling)
+    weights      of a layer and of the head, in MB
     buffers      the largest allocation in a layer and in the head, in MB, beside a layer's cache
     graphs       how many were compiled in the first step, and how many more in a second
 
@@ -33,19 +34,23 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
+from torch._C._distributed_c10d import _SymmetricMemory
 from torch._dynamo import device_interface
 from torch._dynamo.utils import counters
 from torch._inductor import async_compile, graph, utils
 from torch._inductor.fx_passes import joint_graph
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from generate import Engine, compile_model
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, rank_model, tensor_bytes
+from parallel import ALONE, Ranks, join
 from quantize import MODES, Linear, QuantizedLinear
 
 N_LAYER = 3  # as many as show whether layers are alike
@@ -60,12 +65,14 @@ class Variant(NamedTuple):
     attention: str
     batch: int
     room: int = 2048  # tokens that the cache holds
+    ranks: int = 1  # that share the model
 
     def __str__(self) -> str:
-        return (
+        name = (
             f"{self.config} {self.weights} kv={self.kv} {self.attention} B={self.batch} "
             f"S={self.room}"
         )
+        return name if self.ranks == 1 else f"{name} rank of {self.ranks}"
 
 
 VARIANTS = [
@@ -76,6 +83,16 @@ VARIANTS = [
     # what lies in memory at odd places
     Variant("SmolLM2-135M", "bf16", "int8", "flash", 1, room=2047),
     Variant("SmolLM2-135M", "bf16", "int8", "math", 1, room=2047),
+    # layers of two kinds, norms before and after, and softcaps or two rotary embeddings
+    Variant("Gemma-2-2B", "bf16", "auto", "flash", 1),
+    Variant("Gemma-2-2B", "bf16", "auto", "math", 1),
+    Variant("Gemma-3-1B", "bf16", "auto", "flash", 1),
+    Variant("Gemma-3-1B", "bf16", "int8", "flash", 1),
+    # one of the processes that share a model
+    Variant("Llama-3-70B", "bf16", "auto", "flash", 1, ranks=8),
+    Variant("Llama-3-70B", "int8", "auto", "flash", 1, ranks=8),
+    Variant("Llama-3-70B", "int4", "auto", "flash", 1, ranks=8),
+    Variant("Llama-3-70B", "int4", "auto", "flash", 8, ranks=8),
 ]
 
 # --- what a step does, as it is counted ---
@@ -114,7 +131,7 @@ def largest(events: list[Event]) -> float:
 class LogOperators(TorchDispatchMode):
     """Logs the operators of PyTorch that launch something."""
 
-    NOTHING = re.compile("^prim|empty|detach|_unsafe_view|as_strided|alias")
+    NOTHING = re.compile("^prim|empty|detach|_unsafe_view|as_strided|alias|wait_tensor")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -167,8 +184,11 @@ def build(variant: Variant) -> Transformer:
     """A model of fake tensors, with its cache."""
     hf = json.loads((ROOT / f"benchmarks/configs/{variant.config}.json").read_text())
     config = ModelConfig.from_hf(hf | {"num_hidden_layers": N_LAYER})
+    ranks = pretend_ranks(variant.ranks)
     with torch.device("meta"):
-        model = Transformer(config).to(torch.bfloat16).eval().requires_grad_(False)
+        whole = Transformer(config).to(torch.bfloat16)
+        model = rank_model(whole, ranks).eval().requires_grad_(False)
+    join(model, ranks)
     if variant.weights != "bf16":
         quantize(model, variant.weights)
     with FAKE:
@@ -217,6 +237,8 @@ def describe(variant: Variant) -> str:
     line = (
         f"{variant}: layer {len(layers[-1])} = {n_kernels} kernels{called}; "
         f"head {len(launches(second.head))}, rest {len(launches(second.rest))}; "
+        f"weights {tensor_bytes(model.layers[0]) / 1e6:.1f} MB and "
+        f"{tensor_bytes(model.lm_head) / 1e6:.1f} MB, "
         f"buffers {in_layers:.2f} and {largest(second.head):.2f} MB, cache {cache:.2f} MB; "
         f"graphs {first.graphs} + {second.graphs}"
     )
@@ -224,7 +246,22 @@ def describe(variant: Variant) -> str:
         line += "; LAYERS DIFFER"
     return line
 
-# --- the GPU that is not there ---
+# --- the GPU that is not there, and the others ---
+
+
+def give_back(x: Tensor, reduce_op: str, group_name: str, out: Tensor) -> Tensor:
+    return out
+
+
+def pretend_ranks(n: int) -> Ranks:
+    """The first of n ranks, whose collectives do nothing."""
+    if n == 1:
+        return ALONE
+    if not dist.is_initialized():
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+        torch.library.register_fake("symm_mem::one_shot_all_reduce_out", give_back)
+    return Ranks(0, n, dist.group.WORLD)
+
 
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -363,7 +400,13 @@ def log_buffers() -> None:
         LOG.append(Event("clone", "of a misaligned input", x.nbytes))
         return clone(x)
 
+    def empty_for_all(
+        size: tuple, stride: tuple, dtype: torch.dtype, *_: Any, **__: Any
+    ) -> Tensor:
+        return empty(size, stride, dtype)  # what the other ranks read
+
     guards._empty_strided_cuda = empty
+    _SymmetricMemory.empty_strided_p2p = staticmethod(empty_for_all)
     guards._reinterpret_tensor = reinterpret
     utils.clone_preserve_strides = clone_logged
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from checks.common import CPU_ENV, HERE, hf_folder, run_cli
+from checks.common import CPU_ENV, HERE, run_cli
 from cli.arguments import SETTINGS
 from cli.batch import InOrder, News, Records, Run, answer_file, answer_live
 from cli.prompts import Job, Line, read_jobs, read_lines, read_text, samples
+from generate import Engine, Launch
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 DEFAULTS = {**dict.fromkeys(SETTINGS), "max_new_tokens": 9, "temperature": 0.0, "stop": []}
@@ -61,6 +62,7 @@ def test_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("two, \u00e9\n", encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
     assert read_text("as it is") == "as it is"
+    assert read_text("@@x @@") == "@x @@"
     assert read_text("") == ""
     assert read_text("-") == "from a pipe"
     assert read_text(f"@{file}") == "two, \u00e9\n"
@@ -246,11 +248,11 @@ def test_answers_are_printed_in_the_order_of_their_prompts(
     rows: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = partial(shout, rows=rows)
+    headed = [f"[{i}] {word}\n{word.upper()}\n\n" for i, word in enumerate(WORDS)]
     answers = answer_live(plain_jobs(*WORDS), run, Letters(), quiet=False)
     assert [answer.text for answer in answers] == [word.upper() for word in WORDS]
-    assert capsys.readouterr().out == FILE.upper() + "\n"
+    assert capsys.readouterr().out == "".join(headed)
     answer_file(plain_jobs(*WORDS), run, Letters(), as_json=False, records=None)
-    headed = [f"[{i}] {word}\n{word.upper()}\n\n" for i, word in enumerate(WORDS)]
     assert capsys.readouterr().out == "".join(headed)
 
 
@@ -286,13 +288,18 @@ def test_a_stop_string_is_not_printed(capsys: pytest.CaptureFixture[str]) -> Non
     jobs = samples(0, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "O"]}, 1)
     jobs += samples(1, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "WW"]}, 1)
     answer_live(jobs, shout, Letters(), quiet=False)
-    assert capsys.readouterr().out == "\nON\n"
+    assert capsys.readouterr().out == "[0] \n\n\n[1] \nON\n\n"
 
 
 def test_several_answers_to_a_prompt_have_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the screen as in a file of them; the only answer of a run needs none."""
     answer_file(plain_jobs("ab", "c", n=2), shout, Letters(), as_json=False, records=None)
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert heads == ["[0, sample 0] ab", "[0, sample 1] ab", "[1, sample 0] c", "[1, sample 1] c"]
+    answer_live(plain_jobs("ab", n=2), shout, Letters(), quiet=False)
+    assert capsys.readouterr().out == "[0, sample 0] ab\nAB\n\n[0, sample 1] ab\nAB\n\n"
+    answer_live(plain_jobs("ab"), shout, Letters(), quiet=False)
+    assert capsys.readouterr().out == "AB\n"
 
 
 def test_records_come_as_answers_end(
@@ -466,16 +473,6 @@ def test_a_full_disk_keeps_what_was_written(
 
 # --- the command line ---
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """A checkpoint with small random weights, a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    hf_folder(folder, vocab_size=600, max_position_embeddings=256)
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, folder)
-    return folder
-
-
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture, tiny: Path) -> Callable[..., Outcome]:
     """generate.py's main on the CPU, with the tiny model in float32."""
@@ -647,6 +644,7 @@ def test_a_second_run_goes_on(
     ("--prompts {p} --output /no/such/folder", "cannot write --output /no/such/folder: No such"),
     ("--prompts /no/such/file", "cannot read --prompts /no/such/file: "),
     ("--prompts /", "cannot read --prompts /: "),
+    ("--interactive --system @/no/such/file", "cannot read the system message @/no/such/file: "),
     ("--prompt x --output x", "--output goes with --prompts"),
     ("--interactive --output x", "--output goes with --prompts"),
     ("--prompts {p} --output x --profile y", "--output goes with --prompts and without --profile"),
@@ -666,6 +664,102 @@ def test_mistakes_get_one_sentence(
     assert code == 2 and out == "" and "Traceback" not in err
     assert last.startswith("generate.py: error: ") and message in last
     assert request_file.read_text() == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--prompt @/no/such/file", "cannot read the prompt @/no/such/file: "),
+    ("--prompts /no/such/file", "cannot read --prompts /no/such/file: "),
+    ("--prompts {p} --output /no/such/folder", "cannot write --output /no/such/folder: "),
+    ("--interactive --system @/no/such/file", "cannot read the system message @/no/such/file: "),
+    ("--prompt x --profile /no/such/file", "cannot write --profile /no/such/file: there is no "),
+    ("--prompt x --profile /", "cannot write --profile /: it is a folder"),
+    ("--prompt x --speculate_k 2 --draft_checkpoint_path /no/such/model", "/no/such/model"),
+    ("--checkpoint_path /no/such/model", "/no/such/model"),
+    ("--quantize int8 --save {p}", "exists already"),
+])
+def test_a_typo_in_a_path_shows_before_a_model_is_loaded(
+    cli: Callable[..., Outcome], request_file: Path, monkeypatch: pytest.MonkeyPatch, flags: str,
+    message: str,
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("generate.load_model", load)
+    code, _, err = cli(*flags.format(p=request_file).split())
+    assert code == 2 and message in err
+
+
+def test_a_number_of_random_tokens_says_so_and_how_to_mean_the_text(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, err = cli("--prompt", 19, "--json")
+    assert json.loads(out)["prompt_tokens"] == 19
+    assert "--prompt 19 is 19 random tokens, as in gpt-fast; for this text: printf 19 | " in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("19"))
+    _, out, err = cli("--prompt", "-", "--json")
+    assert json.loads(out)["prompt_tokens"] < 19 and "random tokens" not in err
+
+
+def test_a_system_message_goes_in_front_of_each_prompt(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file, a flag and a conversation; messages of one's own stay as they are."""
+    file = tmp_path / "p.jsonl"
+    system = {"role": "system", "content": "be kind"}
+    user = {"role": "user", "content": "one two"}
+    file.write_text("\n".join(json.dumps(entry) for entry in (
+        {"prompt": "one two"}, {"messages": [system, user]}, {"messages": [user]})))
+    flags = ["--chat", "--system", "be kind"]
+    with_it, same, without = texts(cli("--prompts", file, "--json", *flags)[1])
+    assert with_it == same != without
+    _, out, _ = cli("--prompt", "one two", "--json", *flags)
+    assert json.loads(out)["texts"] == [same]
+    monkeypatch.setattr("sys.stdin", io.StringIO("one two"))
+    assert cli("--interactive", "--system", "be kind")[1] == same + "\n"
+
+
+def test_an_answer_behind_one_that_ctrl_c_ended_is_that_of_the_whole_conversation(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the engine had under way: a run with a cache of its own answers the same."""
+    saved = tmp_path / "saved.json"
+    steps = []
+    launch = Engine.launch
+
+    def interrupted(engine: Engine, began: float) -> Launch:
+        steps.append(began)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return launch(engine, began)
+
+    monkeypatch.setattr(Engine, "launch", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"one two\nthree\n/save {saved}\n"))
+    cli("--interactive")
+    messages = json.loads(saved.read_text())
+    assert len(messages) == 4 and len(steps) > 5
+    saved.write_text(json.dumps(messages[:2]))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/load {saved}\nthree\n"))
+    assert cli("--interactive")[1] == messages[3]["content"] + "\n"
+
+
+def test_regen_draws_other_numbers_whatever_the_seed(
+    cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n/regen\n"))
+        outs.append(cli("--interactive", "--seed", 3, "--temperature", 1, "--max_new_tokens", 5)[1])
+    first, again = outs[0].splitlines()
+    assert outs[0] == outs[1] and first != again
+
+
+def test_a_run_says_how_many_answers_were_cut(cli: Callable[..., Outcome]) -> None:
+    flags = ["--prompt", "one two", "--num_samples", 2]
+    assert "2 of 2 answers cut after --max_new_tokens\n" in cli(*flags)[2]
+    err = cli(*flags, "--max_seq_len", 9)[2]
+    assert "2 of 2 answers cut where the context is full\n" in err
+    whole = cli("--prompt", "one two")[1]
+    assert " cut " not in cli("--prompt", "one two", "--stop", whole[3:6])[2]
 
 
 def command(tiny: Path, *flags: object) -> list[str]:

@@ -50,6 +50,24 @@ def test_decode_benchmark_runs(tmp_path: Path) -> None:
     assert all(row["ms"] > 0 for row in rows)
     assert json.loads(results.read_text())[0]["rows"] == rows
 
+
+def test_decode_benchmark_takes_a_gguf_file() -> None:
+    done = python(
+        "benchmarks/decode.py",
+        "--shape", default_model(),
+        "--contexts", "8",
+        "--capacities", "32",
+        "--variants", "auto",
+        "--rounds", "1",
+        "--steps", "3",
+        "--device", "cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["contestant"] == "gpt-flash auto"
+    # of the integers as they are: half of what bfloat16 is
+    assert row["bytes_read"] < 1.2e8
+
 # --- benchmarks/batching.py ---
 
 

@@ -1,10 +1,11 @@
-"""Tests of cli/: the flags, a conversation, statistics. None needs a model."""
+"""Tests of cli/: the flags and statistics. None needs a model."""
 import argparse
-import io
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,171 +13,13 @@ import torch
 from torch.autograd import DeviceType
 
 import cli.stats
+import generate
+from checks.common import CPU_ENV, HERE
 from cli.arguments import add_measuring, add_sampling, add_speed, add_text, number, parse_args
-from cli.chat import Show, chat, common_prefix
 from cli.stats import PROFILED, Memory, Stats, copy_bandwidth, profile, say_kernels, summarize
+from formats.checkpoint import default_model
 
 CPU = ["--device", "cpu"]
-END = 0  # the token that ends a turn
-
-
-class Letters:
-    """A tokenizer of one token a character; a turn of a conversation ends with END."""
-    eos_ids = {END}
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(i) for i in ids if i != END)
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        ids = []
-        for message in messages:
-            ids += [*self.encode(f"{message['role'][0]}:{message['content']}"), END]
-        return [*ids, *self.encode("a:")]
-
-
-# --- a conversation ---
-
-@dataclass
-class FakeReply:
-    """Gives prepared answers, shows them a token at a time, and keeps what it was asked.
-
-    cache holds the tokens that a real cache would: those behind `cached` are dropped, ids are
-    written, and so is every answered token but the last, which is never fed."""
-    answers: list[list[int]]
-    cache: list[int] = field(default_factory=list)
-    calls: list[tuple[list[int], int]] = field(default_factory=list)
-    seen: list[list[int]] = field(default_factory=list)  # all tokens in front of each answer
-
-    def __call__(self, ids: list[int], cached: int, show: Show) -> list[int]:
-        assert ids and cached <= len(self.cache)
-        self.calls.append((ids, cached))
-        self.seen.append(self.cache[:cached] + ids)
-        answer = self.answers[len(self.calls) - 1]
-        for token in answer:
-            show(0, [token])
-        self.cache = self.cache[:cached] + ids + answer[:-1]
-        return answer
-
-
-def talk(
-    monkeypatch: pytest.MonkeyPatch, lines: list[str], answers: list[list[int]], room: int = 1000
-) -> FakeReply:
-    """Run a conversation in which the user writes these lines."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    reply = FakeReply(answers)
-    chat(Letters(), reply, room)
-    return reply
-
-
-def spoken(text: str) -> list[int]:
-    """An answer that ends its turn."""
-    return [*Letters().encode(text), END]
-
-
-def test_a_turn_feeds_only_what_is_new(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reply = talk(monkeypatch, ["one", "two"], [spoken("Hi"), spoken("Ho")])
-    first = Letters().encode("u:one\0a:")
-    # END closes the first answer but was never fed, so it is new in the second turn
-    new = Letters().encode("\0u:two\0a:")
-    assert reply.calls == [(first, 0), (new, len(first) + len("Hi"))]
-    assert capsys.readouterr().out == "Hi\nHo\n"
-
-
-def test_what_follows_a_stop_string_is_forgotten(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It is not printed, and the next turn's conversation ends in front of it."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
-    reply = FakeReply([Letters().encode("Hi##u"), spoken("Ho")])
-    chat(Letters(), reply, 1000, stop=["##", "never"])
-    assert reply.seen[1] == Letters().encode("u:one\0a:Hi\0u:two\0a:")
-    assert capsys.readouterr().out == "Hi\nHo\n"
-
-
-def test_the_reply_sees_the_whole_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
-    reply = talk(monkeypatch, ["a", "b", "c"], [spoken("x"), spoken("y"), spoken("z")])
-    conversation = "u:a\0a:x\0u:b\0a:y\0u:c\0a:"
-    assert reply.seen[-1] == Letters().encode(conversation)
-
-
-def test_a_cut_answer_does_not_count_its_last_token_as_cached(
-    monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut = Letters().encode("Hel")  # ended by max_new_tokens, not by END
-    reply = talk(monkeypatch, ["one", "two"], [cut, spoken("Ho")])
-    first, _ = reply.calls[0]
-    new, cached = reply.calls[1]
-    assert cached == len(first) + 2
-    assert new[0] == ord("l")
-    assert reply.seen[1] == Letters().encode("u:one\0a:Hel\0u:two\0a:")
-
-
-def test_clear_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    reply = talk(monkeypatch, ["one", "/clear", "two"], [spoken("Hi"), spoken("Ho")])
-    assert reply.calls[1] == (Letters().encode("u:two\0a:"), 0)
-
-
-def test_one_token_at_least_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template may drop the conversation, so that nothing of the new turn is new."""
-
-    class Forgetful(Letters):
-        def chat(self, messages: list[dict[str, str]]) -> list[int]:
-            return [7, 8, 9]
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    reply = FakeReply([spoken("Hi"), spoken("Ho")])
-    chat(Forgetful(), reply, 1000)
-    assert reply.calls == [([7, 8, 9], 0), ([9], 2)]
-
-
-def test_blank_lines_and_prompts(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reply = talk(monkeypatch, ["", "  one  ", "   "], [spoken("Hi")])
-    assert reply.seen == [Letters().encode("u:one\0a:")]
-    assert capsys.readouterr().err == "> " * 4
-
-
-FULL = "the context of {} tokens is full; /clear starts a new conversation\n"
-
-
-def test_a_turn_that_does_not_fit_is_refused_and_forgotten(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = ["a long question", "hi"]
-    reply = talk(monkeypatch, lines, [spoken("y")], room=10)
-    assert reply.seen == [Letters().encode("u:hi\0a:")]
-    assert capsys.readouterr().err == f"> {FULL.format(10)}> > "
-
-
-@pytest.mark.parametrize("answer, full", [
-    (Letters().encode("abc"), True),  # cut where the cache ends
-    (spoken("ab"), False),  # ended there by itself
-    (Letters().encode("ab"), False),  # cut by max_new_tokens
-])
-def test_an_answer_that_fills_the_context_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    answer: list[int],
-    full: bool,
-) -> None:
-    room = len("u:hi\0a:") + 3
-    talk(monkeypatch, ["hi"], [answer], room)
-    assert (FULL.format(room) in capsys.readouterr().err) == full
-
-
-@pytest.mark.parametrize("a, b, length", [
-    ([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [3, 2], 0),
-    ([1, 2, 3], [1, 4, 3], 1),
-])
-def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
-    assert common_prefix(a, b) == length
-    assert common_prefix(b, a) == length
 
 
 # --- statistics ---
@@ -423,6 +266,8 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--output", "x", "--interactive"], OUTPUT),
     (["--output", "x", "--prompts", "x", "--profile", "x"], OUTPUT),
     (["--stop", ""], "argument --stop: an empty text would end every answer at once"),
+    (["--system", "x"], "--system goes with --interactive or --chat"),
+    (["--threads", "0"], "argument --threads: 0 is not at least 1 and at most 1024"),
     (["--compile_prefill"], "--compile_prefill goes with --compile"),
     (["--top_p", "0"], "argument --top_p: 0 is not above 0 and at most 1"),
     (["--batch_size", "1.5"], "argument --batch_size: invalid whole number value: '1.5'"),
@@ -463,3 +308,52 @@ def test_every_flag_says_what_its_default_is() -> None:
         if action.nargs == 0 or action.dest in ("prompts", "profile"):
             continue
         assert "default" in action.help, action.dest
+
+
+# --- threads ---
+
+def openmp_settings(**chosen: str) -> str:
+    """What PyTorch's OpenMP says of its settings when generate.py has loaded it."""
+    env = {name: value for name, value in CPU_ENV.items() if not name.startswith(("OMP_", "GOMP_"))}
+    run = subprocess.run(
+        [sys.executable, str(HERE / "generate.py"), "--threads", "0"], capture_output=True,
+        text=True, env={**env, "OMP_DISPLAY_ENV": "VERBOSE", **chosen})
+    return run.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="its wheels carry another OpenMP")
+def test_threads_that_wait_sleep_soon_unless_the_user_chose() -> None:
+    """The setting is there before PyTorch's OpenMP loads, which reads it once."""
+    assert "GOMP_SPINCOUNT = '4000'" in openmp_settings()
+    assert "GOMP_SPINCOUNT = '77'" in openmp_settings(GOMP_SPINCOUNT="77")
+    assert "GOMP_SPINCOUNT = '4000'" not in openmp_settings(OMP_WAIT_POLICY="active")
+
+
+def test_threads_are_as_many_as_the_flag_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    for flags in ([], ["--threads", "3"]):
+        with pytest.raises(SystemExit):
+            generate.main([*CPU, *flags, "--prompt", "@/no/such/file"])
+    assert asked == [3]
+
+
+# --- a download ---
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_download_shows_how_far_it_is_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_terminal: bool
+) -> None:
+    commands = []
+
+    def run(command: list[str], **options: object) -> None:
+        commands.append(command)
+        raise ValueError("no network")
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: on_terminal, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="no network"):
+        default_model()
+    [command] = commands
+    assert ("--quiet" in command) != on_terminal

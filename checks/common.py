@@ -51,6 +51,38 @@ LLAMA3_ROPE = dict(
 YARN_ROPE = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=24)
 OTHER_THETA = dict(rope_type="default", rope_theta=500000.0)
 BIASES = dict(attention_bias=True, mlp_bias=True)
+WINDOW_FIRST = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA2 = dict(
+    sliding_window=9,
+    query_pre_attn_scalar=20,
+    attn_logit_softcapping=3.0,
+    final_logit_softcapping=5.0,
+)
+GEMMA3 = dict(
+    sliding_window=9,
+    layer_types=WINDOW_FIRST,
+    query_pre_attn_scalar=20,
+    rope_scaling=LINEAR_ROPE,
+)
+GRANITE = dict(
+    embedding_multiplier=12.0,
+    attention_multiplier=0.1,
+    residual_multiplier=0.22,
+    logits_scaling=3.0,
+)
+PHI3 = dict(pad_token_id=0, hidden_size=96)  # of which its heads are six parts
+# a head's eight, or six, frequencies: for texts of at most 24 tokens, and for longer ones
+LONGROPE = dict(
+    rope_type="longrope",
+    original_max_position_embeddings=24,
+    short_factor=[1.0, 1.1, 1.2, 1.3, 1.5, 1.8, 2.0, 2.5],
+    long_factor=[1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 9.0],
+)
+PARTIAL_LONGROPE = LONGROPE | dict(
+    partial_rotary_factor=0.75,
+    short_factor=LONGROPE["short_factor"][:6],
+    long_factor=LONGROPE["long_factor"][:6],
+)
 # name -> transformers' class, settings that differ from BASE
 CHECKPOINTS = {
     "llama": ("Llama", {}),
@@ -65,18 +97,48 @@ CHECKPOINTS = {
     "qwen2-window": (
         "Qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(SEVEN, head_dim=24)),
+    "gemma": ("Gemma", SEVEN),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma2-seven": ("Gemma2", GEMMA2 | SEVEN),
+    "gemma3": ("Gemma3Text", GEMMA3),
+    "gemma3-seven": ("Gemma3Text", GEMMA3 | SEVEN),
+    "phi3": ("Phi3", dict(PHI3, sliding_window=9)),
+    "phi3-longrope": ("Phi3", PHI3 | SEVEN | dict(hidden_size=112, rope_parameters=LONGROPE)),
+    "phi4": ("Phi3", dict(PHI3, rope_parameters=PARTIAL_LONGROPE, tie_word_embeddings=True)),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-seven": ("Olmo2", SEVEN),
+    "olmo3": ("Olmo3", dict(sliding_window=9, layer_types=WINDOW_FIRST, rope_scaling=YARN_ROPE)),
+    "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2, pad_token_id=0)),
+    "smollm3-seven": ("SmolLM3", dict(no_rope_layers=[0, 1, 1], pad_token_id=0, **SEVEN)),
+    "granite": ("Granite", GRANITE),
+    "granite-seven": ("Granite", GRANITE | SEVEN),
+    "gpt-oss": ("GptOss", dict(
+        num_local_experts=8, num_experts_per_tok=3, layer_types=WINDOW_FIRST, sliding_window=9,
+        rope_parameters=dict(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=24, truncate=False,
+            rope_theta=150000.0, beta_fast=32.0, beta_slow=1.0))),
+    "gpt-oss-mxfp4": ("GptOss", dict(
+        num_local_experts=4, num_experts_per_tok=2, hidden_size=64, intermediate_size=96)),
+    "gpt-oss-seven": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2, **SEVEN)),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, sliding_window=9, **SEVEN)),
+    "qwen2-moe": ("Qwen2Moe", dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, mlp_only_layers=[0],
+        shared_expert_intermediate_size=40)),
+    "qwen3-moe": ("Qwen3Moe", dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
+        decoder_sparse_step=2, **SEVEN)),
 }
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
 
-def random_hf(name: str) -> transformers.PreTrainedModel:
-    """A random transformers model with the settings of CHECKPOINTS[name]; biases and norms too are
-    random."""
+def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
+    """A random transformers model with the settings of CHECKPOINTS[name], but for the changes;
+    biases and norms too are random."""
     family, settings = CHECKPOINTS[name]
-    settings = copy.deepcopy({**BASE, **settings})  # transformers writes into its arguments
+    settings = copy.deepcopy({**BASE, **settings, **changes})  # transformers writes into its arguments
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
-    hf = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in hf.parameters():
             if parameter.dim() > 1:

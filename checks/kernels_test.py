@@ -1040,6 +1040,105 @@ def test_packed_weights_come_back(K: int, group: int) -> None:
     assert torch.equal(their_zeros, zeros)
 
 
+FORMS = ["float", "int8", "int4", "int4 of 128", "mxfp4"]
+
+
+def expert_weights(form: str, E: int, N: int, K: int, dtype: torch.dtype) -> Weights:
+    """A stack of them: what experts_linear takes."""
+    generator = torch.Generator().manual_seed(E * N * K)
+    if form == "float":
+        return (torch.randn(E, N, K, generator=generator).to(DEVICE, dtype),)
+    if form == "mxfp4":
+        w = torch.randint(0, 256, (E * N, K // 2), generator=generator, dtype=U8)
+        scales = torch.randint(120, 130, (E, N, K // 32), generator=generator, dtype=U8)
+        return kernels.pack_planes(w).view(E, N, -1, 32).to(DEVICE), scales.to(DEVICE)
+    if form == "int8":
+        weights = [int8_weights(N, K) for _ in range(E)]
+    else:
+        group = 128 if "128" in form else 32
+        weights = [kernels.pack_int4(*int4_weights(N, K, group)) for _ in range(E)]
+    stacks = [torch.stack(parts) for parts in zip(*weights)]
+    # of each expert, other scales, so that a mistaken one is seen
+    for i, scales in enumerate(stacks[1]):
+        if form == "int8":
+            scales *= 1 + i
+        else:
+            scales.copy_(scales.roll(i, dims=1))
+    return tuple(stacks)
+
+
+def random_choices(R: int, n_active: int, E: int) -> Tensor:
+    generator = torch.Generator().manual_seed(R)
+    ids = [torch.randperm(E, generator=generator)[:n_active] for _ in range(R)]
+    return torch.stack(ids).to(DEVICE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("R, n_active, E, N, K, per_choice, dtype", [
+    (1, 2, 4, 40, 256, False, F32),
+    (3, 4, 5, 33, 384, True, BF16),
+    (16, 3, 8, 70, 128, False, F32),
+    (21, 2, 3, 20, 640, True, F32),
+], ids=str)
+def test_experts_linear(
+    form: str, R: int, n_active: int, E: int, N: int, K: int, per_choice: bool, dtype: torch.dtype
+) -> None:
+    """One vector of a token for all of its experts, or one for each; more tokens than a program
+    has rows; experts that nobody chose."""
+    weights = expert_weights(form, E, N, K, dtype)
+    ids = random_choices(R, n_active, E)
+    x = vectors(R * n_active, K).view(R, n_active, K).to(dtype)
+    if not per_choice:
+        x = x[:, 0]
+    expected = kernels.experts_linear_reference(x.float(), ids, *weights)
+    scales = weights[1] if len(weights) > 1 else None
+    kernel, grid, arguments = kernels._linear_arguments(x, weights[0], scales, ids)
+    arguments["y_ptr"].fill_(math.nan)
+    kernel[grid](**arguments)
+    for y in (arguments["y_ptr"], kernels.experts_linear(x, ids, *weights)):
+        assert y.dtype == dtype
+        check_linear(y, expected)
+
+
+def test_experts_linear_reads_what_was_chosen_only() -> None:
+    w, = expert_weights("float", 6, 24, 64, F32)
+    ids = torch.tensor([[4, 1], [1, 0]], device=DEVICE)
+    x = vectors(2, 64).flatten(1)
+    w[[2, 3, 5]] = math.nan
+    kernel, grid, arguments = kernels._linear_arguments(x, w, None, ids)
+    kernel[grid](**arguments)
+    check_linear(arguments["y_ptr"], kernels.experts_linear_reference(x, ids, w))
+
+
+def test_mxfp4_is_what_it_is_said_to_be() -> None:
+    nibbles = torch.arange(16, dtype=U8).repeat(2)[None]  # (1, 32)
+    values = kernels.mxfp4_values(nibbles, torch.tensor([[128]], dtype=U8))[0]
+    positive = [0, 1, 2, 3, 4, 6, 8, 12]
+    assert values.tolist() == 2 * (positive + [-value for value in positive])
+    values = kernels.mxfp4_values(nibbles, torch.tensor([[0]], dtype=U8))[0]
+    assert values[1].item() == 0.5 * 2.0 ** -127
+
+
+def test_experts_linear_arguments_are_checked() -> None:
+    ids = random_choices(2, 2, 3)
+    for form in FORMS:
+        w, *scales = expert_weights(form, 3, 8, 128, F32)
+        with pytest.raises(ValueError, match="experts_linear: needs x"):
+            kernels.experts_linear(vectors(2, 64).flatten(1), ids, w, *scales)
+        with pytest.raises(ValueError, match="experts_linear: needs x"):
+            kernels.experts_linear(vectors(3, 128).flatten(1), ids, w, *scales)
+        if scales:
+            with pytest.raises(ValueError, match="experts_linear: needs x"):
+                kernels.experts_linear(vectors(2, 128).flatten(1), ids, w, scales[0][:2])
+
+
+def test_experts_linear_is_registered_properly() -> None:
+    operator = torch.ops.gpt_flash.experts_linear.default
+    x = vectors(2, 128).flatten(1)
+    w, scales = expert_weights("int8", 3, 8, 128, F32)
+    torch.library.opcheck(operator, (x, random_choices(2, 2, 3), w, scales))
+
+
 def test_linear_layouts_are_what_they_are_said_to_be() -> None:
     w = torch.tensor([[0x1F, 0x80] + [0x88] * 14], dtype=U8)
     x = torch.eye(32)

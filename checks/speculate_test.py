@@ -3,7 +3,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -154,15 +154,6 @@ def test_int8_cache_and_quantized_weights(
     engine = speculating(model, 3, 4, draft, kv_dtype=torch.int8)
     assert collect(engine, requests) == expected
     assert sum(engine.stats.speculation.accepted) > 0
-
-
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """torch.compile as in a new process; the graphs it makes are counted from here."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("how", ["lookup", "itself"])

@@ -1,5 +1,6 @@
 """The flags of generate.py: what they are, what they may be, and which go together."""
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_combinations(parser, args)
 
+    # of the processes that torchrun starts on a machine, each has a GPU of its own
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device += f":{os.environ['LOCAL_RANK']}"
+
     # a device is checked by using it
     try:
         args.device = torch.empty(1, device=args.device).device
@@ -103,7 +108,8 @@ def add_text(group: argparse._ArgumentGroup) -> None:
         help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
         "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
     add("--prompt", metavar="TEXT",
-        help="text, @FILE, - for stdin, or a number of random tokens; default: a question")
+        help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
+        "text with @; default: a question")
     add("--prompts", metavar="FILE",
         help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
         "begins with {: objects of prompt (text) or messages (a conversation) and, instead of the "
@@ -113,11 +119,16 @@ def add_text(group: argparse._ArgumentGroup) -> None:
         help="with --prompts: append a JSON line for each answer as it comes; started again, go on "
         "behind those that FILE has; default: answers are printed")
     add("--interactive", action="store_true",
-        help="chat in the model's own template; /clear starts anew, Ctrl-D ends")
+        help="chat in the model's own template; /help lists its commands, Ctrl-C ends an answer, "
+        "Ctrl-D the chat")
     add("--chat", action="store_true",
         help="put each prompt into the model's chat template")
+    add("--system", metavar="TEXT",
+        help="with --interactive or --chat: text or @FILE that says how to answer; default: the "
+        "template's own")
     add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1,
-        help="answers to each prompt, from 1; default: 1")
+        help="answers to each prompt, from 1; with --benchmark or --profile: runs of all rows; "
+        "default: 1")
     add("--max_new_tokens", metavar="N", type=SETTINGS["max_new_tokens"], default=200,
         help="most new tokens, from 1; default: 200")
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1,
@@ -148,8 +159,13 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--max_seq_len", metavar="N", type=number(int, 1),
         help="room in the KV cache; default: prompt and answer")
+    add("--tp", metavar="N", type=number(int, 1, 1024),
+        help="split the model over N processes that torchrun starts; with more of them, groups of "
+        "N share the prompts of --prompts; default: all processes")
     add("--device", default=default_device,
         help="cpu, cuda, ...; default: cuda")
+    add("--threads", metavar="N", type=number(int, 1, 1024),
+        help="of the CPU; default: one a core, or OMP_NUM_THREADS")
     add("--dtype", choices=DTYPES,
         help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
         "for the default model and where the integers of a GGUF file are kept")
@@ -173,7 +189,8 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
     add("--attention", choices=["auto", "flash", "math"], default="auto",
         help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile the decode step; default: on CUDA")
+        help="compile the decode step; default: on CUDA. On a CPU that takes some seconds, also "
+        "with PyTorch's caches, and a third less time a step: it pays from 1,000 tokens or so on")
     add("--compile_prefill", action="store_true",
         help="with --compile: prefill too")
 
@@ -205,6 +222,9 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
                 "--interactive goes without --json, --benchmark, --profile, --num_samples and "
                 "--batch_size"
             )
+
+    if args.system is not None and not (args.interactive or args.chat):
+        parser.error("--system goes with --interactive or --chat")
 
     # quantizing, and saving what it makes
     quantizes = args.quantize in ("int8", "int4")

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -16,6 +16,8 @@ from cli.arguments import say
 from cli.prompts import Job
 from formats.tokenizer import TextStream, Tokenizer
 
+# why an answer ends though its model would go on -> what is said of it
+CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
 RECORD_START = b'{"index": '  # of every line that Records writes
 
 
@@ -28,6 +30,17 @@ class News(NamedTuple):
 
 
 Run = Callable[[list[Job]], Iterator[News]]  # runs jobs, and yields tokens as they come
+
+
+class Team(Protocol):
+    """The processes that share a file of prompts: parallel.Team."""
+
+    is_first: bool
+    n_groups: int
+
+    def agree(self, value: Any) -> Any: ...
+    def send(self, number: int, record: dict[str, Any]) -> None: ...
+    def receive(self) -> Iterator[tuple[int, dict[str, Any]]]: ...
 
 
 @dataclass
@@ -115,28 +128,43 @@ class InOrder:
 def answer_live(
     jobs: list[Job], run: Run, tokenizer: Tokenizer | None, quiet: bool
 ) -> list[Answer]:
-    """Print answers as they come, one after the other (quiet: do not) -> all of them.
+    """Print answers as they come, one after the other, and each of several under a heading
+    (quiet: do not) -> all of them.
 
     tokenizer: None makes no text."""
     screen = InOrder()
     answers = {}
+    headed = len(jobs) > 1
+    several = any(job.sample for job in jobs)
     for answer, _, piece in run_answers(jobs, run, tokenizer):
+        begins = answer.number not in answers
         answers[answer.number] = answer
         ended = answer.finish_reason is not None
+        if headed and begins:
+            piece = heading(answer.job, several) + piece
         if ended:
-            piece += "\n"
+            piece += "\n\n" if headed else "\n"
         if not quiet and tokenizer is not None:
             screen.push(answer.number, piece, ended)
     return [answers[number] for number in range(len(jobs))]
 
 
+def say_cuts(answers: list[Answer]) -> None:
+    """Say how many answers ended before their model ended them."""
+    for reason, where in CUTS.items():
+        cut = [answer for answer in answers if answer.finish_reason == reason]
+        if cut:
+            say(f"{len(cut)} of {len(answers)} answers cut {where}")
+
+
 # --- the answers to a file ---
 
 def answer_file(
-    jobs: list[Job], run: Run, tokenizer: Tokenizer, *, as_json: bool, records: "Records | None"
+    jobs: list[Job], run: Run, tokenizer: Tokenizer, *, as_json: bool, records: "Records | None",
+    team: Team,
 ) -> None:
     """Answer a file's prompts and report the lines that are none, with a bar of progress if
-    stderr is a terminal.
+    stderr is a terminal. The other processes of the team help_answer.
 
     records: the file that answers are appended to, which may have some already; None prints them.
     as_json: as they come, a JSON line each; otherwise in the prompts' order, each under a
@@ -167,21 +195,55 @@ def answer_file(
             write(number, error_record(job))
     if records is not None and records.done:
         say(f"{records.path} has {len(records.done)} answers already; {len(left)} are left")
+    team.agree(left)
     if not left:
         return
 
     with progress_bar(len(jobs), len(left)) as bar:
         n_tokens = 0
         began = time.perf_counter()
-        for answer, ids, _ in run_answers([jobs[number] for number in left], run, tokenizer):
-            n_tokens += len(ids)
+        for number, n_new, record in answers_of_all(
+            [jobs[number] for number in left], run, tokenizer, team
+        ):
+            n_tokens += n_new
             speed = n_tokens / (time.perf_counter() - began)
             bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
             bar.update(0)  # draws it anew if that is due
-            if answer.finish_reason is not None:
+            if record is not None:
                 with bar.external_write_mode():
-                    write(left[answer.number], answer.record())
+                    write(left[number], record)
                 bar.update(1)
+
+
+def answers_of_all(
+    jobs: list[Job], run: Run, tokenizer: Tokenizer, team: Team
+) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
+    """Work jobs off together with the other groups of the team -> (a job's number, how many new
+    tokens it has, its record if it has ended), as they come."""
+    n_left = len(jobs)
+    for answer, ids, _ in run_answers(jobs, run, tokenizer):
+        record = None
+        if answer.finish_reason is not None:
+            record = answer.record()
+            n_left -= 1
+        yield answer.number, len(ids), record
+        for number, record in team.receive():
+            n_left -= 1
+            yield number, record["new_tokens"], record
+    while n_left:  # here nothing is to be done any more
+        for number, record in team.receive():
+            n_left -= 1
+            yield number, record["new_tokens"], record
+        time.sleep(0.01)
+
+
+def help_answer(jobs: list[Job], run: Run, tokenizer: Tokenizer, team: Team) -> None:
+    """What the processes of a team do while the first one answers a file."""
+    left = team.agree(None)
+    for answer, _, _ in run_answers([jobs[number] for number in left], run, tokenizer):
+        if answer.finish_reason is not None:
+            team.send(answer.number, answer.record())
+
 
 
 def progress_bar(n_jobs: int, n_left: int) -> tqdm:
@@ -203,12 +265,17 @@ def error_record(job: Job) -> dict[str, Any]:
 
 
 def under_heading(job: Job, record: dict[str, Any], several: bool) -> str:
-    """An answer's text under its prompt's index and first words; nothing if there is no answer.
-    several: each prompt has several."""
+    """An answer's text under a heading; nothing if there is no answer. several: each prompt has
+    several."""
     if job.error is not None:
         return ""
+    return f"{heading(job, several)}{record['text']}\n\n"
+
+
+def heading(job: Job, several: bool) -> str:
+    """A prompt's index and first words, and which of several answers follows."""
     sample = f", sample {job.sample}" if several else ""
-    return f"[{job.index}{sample}] {job.title}\n{record['text']}\n\n"
+    return f"[{job.index}{sample}] {job.title}\n"
 
 
 class Records:

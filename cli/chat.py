@@ -1,60 +1,289 @@
 """A conversation in the terminal that keeps the KV cache between turns."""
-import sys
+import json
+import os
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from cli.arguments import say
+from cli.lines import COMMAND, QUOTES, Messages
+from cli.prompts import check_messages, check_template, check_text, read_system, with_system
+from formats.checkpoint import first_line
 from formats.tokenizer import TextStream, Tokenizer
 
+Message = dict[str, str]  # role and content
 Show = Callable[[int, list[int]], None]
-Reply = Callable[[list[int], int, Show], list[int]]
+# (ids, cached tokens in front of them, show, which answer to the same message, from 0) -> the new
+# tokens, and why they end: eos, stop, length, context
+Reply = Callable[[list[int], int, Show, int], tuple[list[int], str]]
 
 
-def chat(tokenizer: Tokenizer, reply: Reply, room: int, stop: Sequence[str] = ()) -> None:
-    """Answer the lines of stdin, one turn each, until it ends; only what is new is prefilled.
+@dataclass
+class Turn:
+    """What an answer took."""
+    prompt_tokens: int  # of the whole conversation in front of it
+    cached: int  # those that were in the cache already
+    began: float
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
 
-    reply(ids, cached, show) generates behind the first `cached` tokens of the cache, which it
-    leaves as they are: it prefills ids, calls show(row, ids) as tokens come, and returns them.
-    room: the tokens that the cache holds. stop: strings that end a reply, and that reply stops at;
-    they are neither printed nor part of the conversation. /clear starts a new conversation.
-    ValueError where the model has no chat template or it refuses the messages."""
-    full = f"the context of {room} tokens is full; /clear starts a new conversation"
-    messages = []
-    held = []  # the ids whose keys and values are in the cache
-    say("> ", end="")
-    for line in map(str.strip, sys.stdin):
-        if line == "/clear":
-            messages = []
-            held = []
-        elif line:
-            turn = [*messages, {"role": "user", "content": line}]
-            ids = tokenizer.chat(turn)
-            left = room - len(ids)
-            if left < 1:
-                say(full)
-            else:
-                # at least one token is fed, for its logits
-                cached = min(common_prefix(ids, held), len(ids) - 1)
-                answer = show_reply(tokenizer, reply, ids, cached, stop)
-                content = TextStream(tokenizer, stop=stop).push(answer, final=True)
-                messages = [*turn, {"role": "assistant", "content": content}]
-                held = ids + answer[:-1]  # the last token was never fed back
-                if len(answer) == left and answer[-1] not in tokenizer.eos_ids:
-                    say(full)
-        say("> ", end="")
+    def add(self, n_tokens: int) -> None:
+        self.total_s = time.perf_counter() - self.began
+        if self.new_tokens == 0:
+            self.first_token_s = self.total_s
+        self.new_tokens += n_tokens
 
 
-def show_reply(
-    tokenizer: Tokenizer, reply: Reply, ids: list[int], cached: int, stop: Sequence[str]
-) -> list[int]:
-    """Print the reply to a conversation's ids as it comes -> its tokens."""
-    text = TextStream(tokenizer, ids, stop)
+class Chat:
+    """Messages and their answers; only what is new of a conversation is prefilled.
 
-    def show(row: int, new: list[int]) -> None:
-        print(text.push(new), end="", flush=True)
+    reply(ids, cached, show, attempt) generates behind the first `cached` tokens of the cache, which
+    it leaves as they are: it prefills ids, calls show(row, ids) as tokens come, and returns all of
+    them and why they end. A KeyboardInterrupt ends an answer where it is; ValueError: those cached
+    are not there any more, and it is asked anew with none. room: the tokens that the cache holds.
+    stop: strings that end a reply, and that reply stops at; they are neither printed nor part of
+    the conversation. system: a first message that says how to answer.
+    ValueError where the model has no chat template, or one that does not take a system message."""
 
-    answer = reply(ids[cached:], cached, show)
-    print(text.push([], final=True))
-    return answer
+    def __init__(
+        self, tokenizer: Tokenizer, reply: Reply, room: int, stop: Sequence[str] = (),
+        system: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.reply = reply
+        self.room = room
+        self.stop = stop
+        self.messages: list[Message] = []  # of the user and the assistant in turn
+        self.held: list[int] = []  # the ids whose keys and values are in the cache
+        self.attempt = 0  # how often the last message was answered before
+        self.turn: Turn | None = None
+        self.left = False
+        check_template(tokenizer, system)
+        self.system = system
+
+    def run(self) -> None:
+        """Take messages and commands until there are no more.
+
+        KeyboardInterrupt where Ctrl-C is typed instead of a message, twice."""
+        source = Messages()
+        if source.on_terminal:
+            say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves")
+        interrupted = False
+        while not self.left:
+            try:
+                text = source.read()
+            except EOFError:
+                say("")  # what the shell says next has a line of its own
+                return
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                say("\nCtrl-C again or Ctrl-D leaves")
+                continue
+            interrupted = False
+            try:
+                self.take(text)
+            except KeyboardInterrupt:
+                say("")
+
+    def take(self, text: str) -> None:
+        """Do a command, or answer a message; what cannot be done is said."""
+        command = COMMAND.match(text)
+        try:
+            if command:
+                self.do(command[0], text[command.end():].strip())
+            elif text.strip():
+                self.answer(text.strip())
+        except ValueError as e:
+            say(str(e))
+
+    def do(self, name: str, argument: str) -> None:
+        if name not in COMMANDS:
+            raise ValueError(
+                f"unknown command {name}; /help lists them, and a message may begin with a blank"
+            )
+        COMMANDS[name].do(self, argument)
+
+    # --- answers ---
+
+    def answer(self, text: str) -> None:
+        """Answer a message. ValueError: there is no room for it; it is forgotten."""
+        check_text("the message", text)
+        self.attempt = 0
+        self.complete([*self.messages, {"role": "user", "content": text}])
+
+    def complete(self, messages: list[Message]) -> str:
+        """Answer messages, of which the last one is the user's, and keep them with the answer ->
+        why it ended. ValueError: there is no room for it."""
+        ids = self.encode(messages)
+        if len(ids) >= self.room:
+            raise ValueError(self.why_no_room(messages[-1:], len(ids)))
+        # at least one token is fed, for its logits
+        cached = min(common_prefix(ids, self.held), len(ids) - 1)
+        self.held = ids[:cached]  # what follows is overwritten, however this ends
+        try:
+            answer, reason = self.show_reply(ids, cached)
+        except ValueError:
+            if cached == 0:
+                raise
+            self.held = []
+            answer, reason = self.show_reply(ids, 0)
+        if not answer:
+            say("the answer had not begun")
+            return reason
+        self.held = ids + answer[:-1]  # the last token was never fed back
+        content = TextStream(self.tokenizer, stop=self.stop).push(answer, final=True)
+        self.messages = [*messages, {"role": "assistant", "content": content}]
+        if reason == "length":
+            say(f"the answer was cut after --max_new_tokens {len(answer)}")
+        elif reason == "context":
+            say(f"the answer was cut: {self.full()}")
+        return reason
+
+    def show_reply(self, ids: list[int], cached: int) -> tuple[list[int], str]:
+        """Print the reply to a conversation's ids as it comes -> its tokens, why it ended."""
+        text = TextStream(self.tokenizer, ids, self.stop)
+        self.turn = Turn(len(ids), cached, time.perf_counter())
+        answer = []
+
+        def show(row: int, new: list[int]) -> None:
+            answer.extend(new)
+            self.turn.add(len(new))
+            print(text.push(new), end="", flush=True)
+
+        try:
+            _, reason = self.reply(ids[cached:], cached, show, self.attempt)
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        print(text.push([], final=True), flush=True)
+        return answer, reason
+
+    # --- the conversation ---
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        return self.tokenizer.chat(with_system(self.system, messages))
+
+    def why_no_room(self, message: list[Message], n_tokens: int) -> str:
+        """Why a conversation of so many tokens, with this message, has no answer."""
+        alone = len(self.encode(message))
+        if alone >= self.room:
+            return (
+                f"this message is too long: with what the template adds it has {alone} tokens, and "
+                f"the context of {self.room} has to hold an answer too"
+            )
+        return f"no room for {n_tokens} tokens and an answer: {self.full()}"
+
+    def full(self) -> str:
+        return (
+            f"the context of {self.room} tokens is full; /drop drops the oldest turn, /clear "
+            "starts a new conversation"
+        )
+
+    # --- commands ---
+
+    def help(self, argument: str) -> None:
+        for name, command in COMMANDS.items():
+            usage = f"{name} {command.argument}".strip()
+            say(f"{usage:21} {command.help}")
+        say(f"{QUOTES:21} begins and ends a message of several lines; pasted lines are one too")
+
+    def clear(self, argument: str) -> None:
+        self.messages = []
+        say("a new conversation")
+
+    def set_system(self, argument: str) -> None:
+        if not argument:
+            say("no system message" if self.system is None else self.system)
+            return
+        system = None
+        if argument != "-":
+            system = read_system(argument)
+        check_template(self.tokenizer, system)
+        self.system = system
+
+    def regenerate(self, argument: str) -> None:
+        if not self.messages:
+            raise ValueError("nothing was answered yet")
+        before = self.messages[-1]
+        self.attempt += 1
+        reason = self.complete(self.messages[:-1])
+        if reason != "interrupted" and self.messages[-1] == before:
+            say("the same answer; --temperature above 0 gives others")
+
+    def drop(self, argument: str) -> None:
+        n_turns = len(self.messages) // 2
+        if not n_turns:
+            raise ValueError("there is nothing to drop")
+        n = argument or "1"
+        if not n.isdecimal() or not 1 <= int(n) <= n_turns:
+            raise ValueError(f"/drop takes a number from 1 to {n_turns}, not {n}")
+        self.messages = self.messages[2 * int(n):]
+        say(f"dropped {n}, {len(self.messages) // 2} left")
+
+    def save(self, argument: str) -> None:
+        if not self.messages:
+            raise ValueError("there is nothing to save")
+        file = named_file(argument)
+        messages = with_system(self.system, self.messages)
+        write_conversation(file, messages)
+        say(f"{len(messages)} messages are in {file}")
+
+    def load(self, argument: str) -> None:
+        file = named_file(argument)
+        messages = read_conversation(file)
+        system = None
+        if messages[0]["role"] == "system":
+            system = messages[0]["content"]
+            messages = messages[1:]
+        check_template(self.tokenizer, system)
+        self.tokenizer.chat(with_system(system, messages))  # a template may refuse it
+        self.system = system
+        self.messages = messages
+        self.attempt = 0
+        say(f"{len(messages) // 2} messages and their answers from {file}")
+
+    def stats(self, argument: str) -> None:
+        used = 0
+        if self.messages:
+            used = len(self.encode(self.messages))
+        say(f"{len(self.messages) // 2} answers; {used} of {self.room} tokens of context")
+        turn = self.turn
+        if turn is not None and turn.new_tokens:
+            say(
+                f"last answer: {turn.new_tokens} tokens in {turn.total_s:.2f} s, "
+                f"{turn.new_tokens / turn.total_s:.1f} tokens/s, the first one after "
+                f"{turn.first_token_s:.2f} s; {turn.cached} of {turn.prompt_tokens} prompt tokens "
+                "were cached"
+            )
+
+    def leave(self, argument: str) -> None:
+        self.left = True
+
+
+class Command(NamedTuple):
+    do: Callable[[Chat, str], None]
+    help: str
+    argument: str = ""
+
+
+COMMANDS = {
+    "/clear": Command(Chat.clear, "start a new conversation, with the same system message"),
+    "/regen": Command(Chat.regenerate, "answer the last message again"),
+    "/drop": Command(Chat.drop, "forget the N oldest messages and their answers; 1", "N"),
+    "/system": Command(
+        Chat.set_system, "say how to answer, - for nothing; alone: show it", "TEXT|@FILE|-"
+    ),
+    "/save": Command(Chat.save, "write the conversation to FILE, as JSON", "FILE"),
+    "/load": Command(Chat.load, "go on with the conversation in FILE", "FILE"),
+    "/stats": Command(Chat.stats, "say how full the context is, and what the last answer took"),
+    "/help": Command(Chat.help, "list the commands"),
+    "/bye": Command(Chat.leave, "leave, as Ctrl-D does"),
+}
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -65,3 +294,54 @@ def common_prefix(a: list[int], b: list[int]) -> int:
             break
         length += 1
     return length
+
+
+# --- conversations in files ---
+
+def named_file(argument: str) -> Path:
+    if not argument:
+        raise ValueError("a file's name is missing")
+    return Path(os.path.expanduser(argument))
+
+
+def read_conversation(file: Path) -> list[Message]:
+    """The messages that a file has: perhaps one of the system, then the user's and the
+    assistant's in turn. ValueError: it has anything else, or cannot be read."""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no plain file")
+        messages = json.loads(file.read_text(encoding="utf-8"))
+        check_messages(messages)
+        check_roles([message["role"] for message in messages])
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"cannot read a conversation from {file}: {first_line(e)}") from None
+    return messages
+
+
+def check_roles(roles: list[str]) -> None:
+    """ValueError unless each message of a user has an answer."""
+    if roles[0] == "system":
+        roles = roles[1:]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError("its messages are not those of user and assistant in turn")
+
+
+def write_conversation(file: Path, messages: list[Message]) -> None:
+    """Write messages as JSON, whole or not at all. ValueError: it cannot be written, or is there
+    and something else."""
+    text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
+    temporary = None
+    try:
+        if file.exists():
+            read_conversation(file)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as f:
+            temporary = f.name
+            f.write(text)
+        os.replace(temporary, file)
+    except OSError as e:
+        raise ValueError(f"cannot write {file}: {e.strerror}") from None
+    except ValueError as e:
+        raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from cli.arguments import SETTINGS
+from formats.tokenizer import Tokenizer
 
 # the ids of {"prompt": text} or {"messages": [...]}; ValueError says why there are none
 Encode = Callable[[dict[str, Any]], list[int]]
@@ -33,6 +34,13 @@ class Line(NamedTuple):
     is_json: bool
 
 
+class Asked(NamedTuple):
+    """What the flags ask about, read before a model is loaded so that a typo shows at once."""
+    lines: list[Line]  # of --prompts
+    text: str | None  # of --prompt; None: there is none, or it is a number of random tokens
+    system: str | None  # of --system
+
+
 def standard_input() -> TextIO:
     if sys.stdin is None:
         raise ValueError("standard input is closed")
@@ -41,14 +49,51 @@ def standard_input() -> TextIO:
 
 def read_text(source: str) -> str:
     """--prompt's text: as it is, @FILE, or - for standard input. ValueError: it cannot be read."""
+    if source != "-":
+        text = read_at(source, "the prompt")
+    else:
+        try:
+            text = standard_input().read()
+        except (OSError, ValueError) as e:
+            raise ValueError(f"cannot read the prompt -: {e}") from None
+    check_text("--prompt", text)
+    return text
+
+
+def read_system(source: str) -> str:
+    """A system message, as it is or @FILE, without blanks around it. ValueError: it cannot be
+    read."""
+    text = read_at(source, "the system message")
+    check_text("the system message", text)
+    return text.strip()
+
+
+def read_at(source: str, what: str) -> str:
+    """A text as it is, or of @FILE; where the text begins with @@, that is one @ of its own.
+    ValueError: the file cannot be read."""
+    if source.startswith("@@"):
+        return source[1:]
+    if not source.startswith("@"):
+        return source
     try:
-        if source == "-":
-            return standard_input().read()
-        if source.startswith("@"):
-            return Path(source[1:]).read_text(encoding="utf-8")
+        return Path(source[1:]).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read the prompt {source}: {e}") from None
-    return source
+        raise ValueError(f"cannot read {what} {source}: {e}") from None
+
+
+def check_template(tokenizer: Tokenizer, system: str | None) -> None:
+    """ValueError if the model's chat template fails, or leaves a system message out."""
+    greeting = [{"role": "user", "content": "Hello"}]
+    plain = tokenizer.chat(greeting)
+    if system is not None and tokenizer.chat(with_system(system, greeting)) == plain:
+        raise ValueError("this model's chat template leaves a system message out")
+
+
+def with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages behind the system's, if there is one."""
+    if system is None:
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def read_lines(path: str) -> list[Line]:

@@ -1,8 +1,10 @@
 """What a run took: times, tokens, memory, and a profile of the decode step."""
+import os
 import resource
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -70,7 +72,7 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     # after the peak, to which its buffers would add
-    bandwidth = copy_bandwidth(memory.device, 2**30 if cuda else 2**28)
+    bandwidth = copy_bandwidth(memory.device, 2**30 if cuda else 2**27)
 
     # a run of single tokens has no decode steps: prefill stands for them
     steps = sorted(stats.steps_s or stats.first_token_s)
@@ -201,6 +203,21 @@ def profile(
     say_kernels(trace, wall_us, n_layer, device)
     say_least_times(parts, head_bytes, copy_bandwidth(device, 2**28))
     say(f"trace written to {path}; open it in chrome://tracing or ui.perfetto.dev")
+
+
+def check_writable(path: str) -> None:
+    """ValueError where a trace could not be written, said before a model is loaded for it."""
+    file = Path(path)
+    place = file if file.exists() else file.parent
+    if file.is_dir():
+        problem = "it is a folder"
+    elif not place.exists():
+        problem = f"there is no folder {place}"
+    elif not os.access(place, os.W_OK):
+        problem = f"{place} may not be written"
+    else:
+        return
+    raise ValueError(f"cannot write --profile {path}: {problem}")
 
 
 def say_kernels(

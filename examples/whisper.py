@@ -9,7 +9,8 @@ decoder's self-attention appends to a cache that grows, its cross-attention read
 filled once a window (causal=False), and on CUDA a step is one graph.
 
 A recording is cut where it is quietest, every 20 to 30 seconds, and --batch_size parts decode
-together, each row at a length of its own, which changes no text (but what a fallback draws).
+together, each row at a length of its own, which changes no text (but what a fallback draws). Bare
+text is printed a line a part.
 With timestamps, a segment that a part leaves unfinished is heard again in a window of its own.
 Rules and fallback are those of arXiv 2212.04356, section 4.5, without beams, and without the
 text before a window, which rows of a batch cannot know."""
@@ -24,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -118,14 +119,27 @@ class Named(dict):
 
     def part(self, start: str) -> Named:
         """What has names that begin so, by the rest of its names."""
-        mine = {name: x for name, x in self.items() if name.startswith(start)}
-        return Named((name.removeprefix(start), x) for name, x in mine.items())
+        mine = [name for name in self if name.startswith(start)]
+        return Named({name.removeprefix(start): self[name] for name in mine})
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self[f"{name}.weight"], self.get(f"{name}.bias"))  # keys have no bias
+    def layers(self, n: int) -> list[Named]:
+        return [self.part(f"layers.{i}.") for i in range(n)]
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self[f"{name}.weight"], self[f"{name}.bias"])
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x [B, T, K] -> [B, T, N]. On a CPU one product with a few rows keeps one core busy, a
+        batch of products all of them: there N is cut into as many blocks as there are cores."""
+        weight = self[f"{name}.weight"]
+        bias = self.get(f"{name}.bias")  # keys have none
+        n = torch.get_num_threads()
+        if x.is_cuda or x.shape[1] > 16 or len(weight) % n:
+            return F.linear(x, weight, bias)
+        blocks = weight.unflatten(0, (n, -1)).transpose(1, 2)  # (n, K, N / n)
+        y = x.flatten(0, 1) @ blocks  # (n, B * T, N / n)
+        y = y.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
+        return y if bias is None else y + bias
 
     def project(self, name: str, kinds: str, x: Tensor, n_head: int) -> list[Tensor]:
         """x [B, T, C] -> an attention's queries, keys, values, as kinds says, [B, H, T, D] each."""
@@ -159,19 +173,18 @@ class Whisper:
         for path in sorted(folder.glob("model*.safetensors")):
             with trying_to(f"read {path}"):
                 for name, tensor in load_file(path).items():
-                    tensor = tensor.to(device, dtype)
-                    if tensor.dim() == 2 and len(tensor) > tensor.shape[1]:
-                        # by columns: for one row a CPU multiplies a tall matrix twice as fast
-                        tensor = tensor.t().contiguous().t()
-                    tensors[name.removeprefix("model.")] = tensor
-        self.encoder, self.decoder = tensors.part("encoder."), tensors.part("decoder.")
-        n_layer = self.config["encoder_layers"]
-        self.encoder_layers = [self.encoder.part(f"layers.{i}.") for i in range(n_layer)]
-        n_layer = self.config["decoder_layers"]
-        self.decoder_layers = [self.decoder.part(f"layers.{i}.") for i in range(n_layer)]
+                    tensors[name.removeprefix("model.")] = tensor.to(device, dtype)
+        self.encoder = tensors.part("encoder.")
+        self.decoder = tensors.part("decoder.")
+        # the output layer is the table of tokens, here up to whole blocks of it; a CPU multiplies
+        # a tall matrix twice as fast by columns
+        table = self.decoder["embed_tokens.weight"]  # (V, C)
+        table = F.pad(table, (0, 0, 0, -len(table) % torch.get_num_threads()))
+        self.decoder["proj_out.weight"] = table.t().contiguous().t()
+        self.encoder_layers = self.encoder.layers(self.config["encoder_layers"])
+        self.decoder_layers = self.decoder.layers(self.config["decoder_layers"])
         self.n_head = self.config["decoder_attention_heads"]
         self.max_tokens = self.config["max_target_positions"] // 2  # of a window, as in the paper
-        self.head = self.decoder["embed_tokens.weight"]  # (V, C): it is the output layer too
 
         path = folder / "tokenizer.json"
         with trying_to(f"read {path}"):
@@ -180,7 +193,7 @@ class Whisper:
         self.start = self.ids["<|startoftranscript|>"]
         self.end = self.ids["<|endoftext|>"]
         self.first_stamp = self.ids["<|notimestamps|>"] + 1  # timestamps are the last tokens
-        if self.first_stamp >= len(self.head):
+        if self.first_stamp >= self.config["vocab_size"]:
             raise ValueError(f"{folder} has a tokenizer of another model")
         self.languages = {}  # codes -> tokens; empty in a model that knows only English
         if self.config.get("is_multilingual", self.config["vocab_size"] > 51864):
@@ -214,16 +227,21 @@ class Whisper:
         w = self.decoder
         frames = torch.full_like(lengths, sound.shape[4])
         positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.head[tokens] + w["embed_positions.weight"][positions]  # (B, T, C)
+        x = w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions]  # (B, T, C)
         for layer, grows, full in zip(self.decoder_layers, text, sound):
             x = layer.attend("self_attn", "qkv", x, self.n_head,
                              lambda q, k, v: flash_decode(q, *grows, lengths, k, v))
             x = layer.attend("encoder_attn", "q", x, self.n_head,
                              lambda q: flash_decode(q, *full, frames, causal=False))
             x = layer.feed_forward(x)
-        return F.linear(w.norm("layer_norm", x), self.head).float()
+        logits = w.linear("proj_out", w.norm("layer_norm", x))
+        return logits[..., :self.config["vocab_size"]].float()
 
 # --- decoding ---
+
+
+# what a row said last: nothing, text, a timestamp behind text, one that text must follow
+NOTHING, TEXT, CLOSED, OPEN = range(4)
 
 
 class Rows:
@@ -233,32 +251,41 @@ class Rows:
 
     def __init__(self, model: Whisper, batch_size: int, stamps: bool, room: int | None = None):
         self.model = model
+        self.batch_size = batch_size
         self.stamps = stamps
-        config, device = model.config, model.head.device
+        config = model.config
         head_dim = config["d_model"] // model.n_head
-        shape = len(model.decoder_layers), model.n_head, head_dim, batch_size
-        kind = dict(dtype=model.head.dtype, device=device)
+        shape = config["decoder_layers"], model.n_head, head_dim, batch_size
+        table = model.decoder["embed_tokens.weight"]
+        kind = dict(dtype=table.dtype, device=table.device)
         self.text = KVCache(*shape, room or config["max_target_positions"], **kind).kv
         self.sound = KVCache(*shape, config["max_source_positions"], **kind).kv
-        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
-        # each row's last token, the one before it, its last timestamp
-        state = torch.zeros(3, batch_size, dtype=torch.int64, device=device)
-        self.token, self.previous, self.stamp = state
-        self.score = torch.zeros(batch_size, device=device)  # the log-probability of all its tokens
-        self.noise = torch.zeros(batch_size, len(model.head), device=device)
+        with torch.device(kind["device"]):
+            self.lengths = torch.zeros(batch_size, dtype=torch.int32)
+            # each row's last token, what it was, the earliest timestamp that may come
+            self.token, self.said, self.earliest = torch.zeros(3, batch_size, dtype=torch.int64)
+            self.score = torch.zeros(batch_size)  # the log-probability of all its tokens
+            self.noise = torch.zeros(batch_size, config["vocab_size"])
+            self.rules = self.make_rules()
         self.temperatures = [0.0] * batch_size
+        self.launch = self.capture().replay if self.noise.is_cuda else self.advance
 
-        # tokens that are never drawn, or not as the first one
-        self.tokens = torch.arange(len(model.head), device=device)
-        self.is_stamp = self.tokens >= model.first_stamp
-        self.never = (self.tokens > model.end) & ~self.is_stamp
-        self.never[config.get("suppress_tokens") or []] = True
-        self.not_first = ~self.is_stamp | (self.tokens >= model.first_stamp + FIRST_STAMPS)
-        if not stamps:
-            self.never |= self.is_stamp
-            self.not_first = torch.zeros_like(self.never)
-            self.not_first[config.get("begin_suppress_tokens") or []] = True
-        self.launch = self.capture().replay if device.type == "cuda" else self.advance
+    def make_rules(self) -> Tensor:
+        """Tokens that must not follow each of NOTHING, TEXT, CLOSED, OPEN: bool [4, V]."""
+        self.tokens = torch.arange(self.model.config["vocab_size"])
+        self.is_stamp = self.tokens >= self.model.first_stamp
+        never = (self.tokens > self.model.end) & ~self.is_stamp
+        never[self.model.config.get("suppress_tokens") or []] = True
+        rules = never.repeat(4, 1)
+        if self.stamps:
+            rules[NOTHING] |= ~self.is_stamp
+            rules[NOTHING, self.model.first_stamp + FIRST_STAMPS:] = True
+            rules[CLOSED, :self.model.end] = True
+            rules[OPEN] |= self.is_stamp
+        else:
+            rules |= self.is_stamp
+            rules[NOTHING, self.model.config.get("begin_suppress_tokens") or []] = True
+        return rules
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A step as a CUDA graph, after two on a side stream that compile and allocate."""
@@ -276,7 +303,7 @@ class Rows:
     def hear(self, row: int, samples: Tensor) -> None:
         """Fill a row's sound with a window of samples [n]."""
         mel = log_mel(samples, self.model.config["num_mel_bins"])
-        heard = self.model.encode(mel.to(self.model.head))
+        heard = self.model.encode(mel.to(self.sound))
         self.model.listen(heard, self.sound[:, :, row:row + 1])
 
     def prompt(self, row: int, ids: list[int], temperature: float) -> Tensor:
@@ -284,11 +311,9 @@ class Rows:
         self.temperatures[row] = temperature
         self.noise[row] = 0
         self.shake()
-        for state in (self.lengths, self.token, self.stamp, self.score):
+        for state in (self.lengths, self.said, self.earliest, self.score):
             state[row] = 0
-        tokens = self.token.new_tensor([ids])
-        logits = self.feed(slice(row, row + 1), tokens, self.never | self.not_first)
-        self.previous[row] = self.model.first_stamp  # the first timestamp is as the end of a pair
+        logits = self.feed(slice(row, row + 1), self.token.new_tensor([ids]))
         return logits[0].softmax(-1)
 
     def step(self) -> None:
@@ -302,49 +327,44 @@ class Rows:
                 self.noise[row].exponential_().clamp_min_(1e-9).log_().mul_(-temperature)
 
     def advance(self) -> None:
-        self.feed(slice(None), self.token[:, None], self.never)
+        self.feed(slice(None), self.token[:, None])
 
-    def feed(self, rows: slice, tokens: Tensor, never: Tensor) -> Tensor:
+    def feed(self, rows: slice, tokens: Tensor) -> Tensor:
         """Give rows tokens [B, T] and draw what comes next -> logits [B, T, V]."""
-        text, sound = self.text[:, :, rows], self.sound[:, :, rows]
+        text = self.text[:, :, rows]
+        sound = self.sound[:, :, rows]
         logits = self.model.decode(tokens, self.lengths[rows], text, sound)
         self.lengths[rows] += tokens.shape[1]
-        self.lengths.clamp_(max=self.model.max_tokens * 2 - 1)  # a row that is done runs on
-        logprobs = self.obey(logits[:, -1], rows, never)
+        self.lengths.clamp_(max=self.model.config["max_target_positions"] - 1)  # of idle rows
+        logprobs = self.obey(logits[:, -1], rows)
         drawn = (logprobs + self.noise[rows]).argmax(-1)  # (B)
         self.score[rows] += logprobs.gather(1, drawn[:, None])[:, 0]
-        self.previous[rows] = self.token[rows]
-        self.token[rows] = drawn
-        self.stamp[rows] = drawn.where(self.is_stamp[drawn], self.stamp[rows])
+        self.note(drawn, rows)
         return logits
 
-    def obey(self, logits: Tensor, rows: slice, never: Tensor) -> Tensor:
+    def note(self, drawn: Tensor, rows: slice) -> None:
+        """drawn [B] is what rows say now."""
+        is_stamp = drawn >= self.model.first_stamp
+        closes = self.said[rows] == TEXT
+        earliest = drawn.where(closes, drawn + 1)  # a segment may begin where another ends
+        self.earliest[rows] = earliest.where(is_stamp, self.earliest[rows])
+        said = torch.full_like(drawn, OPEN).masked_fill(closes, CLOSED)
+        self.said[rows] = said.masked_fill(~is_stamp, TEXT)
+        self.token[rows] = drawn
+
+    def obey(self, logits: Tensor, rows: slice) -> Tensor:
         """Logits [B, V] -> log-probabilities under Whisper's rules, -inf for what they forbid."""
-        if not self.stamps:
-            return logits.masked_fill(never, -math.inf).log_softmax(-1)
-        after_stamp = self.is_stamp[self.token[rows]]  # (B)
-        pair = after_stamp & self.is_stamp[self.previous[rows]]  # text follows
-        alone = (after_stamp & ~pair)[:, None]  # its partner follows, or the end
-        early = self.tokens < self.stamp[rows, None] + ~alone  # (B, V)
-        forbidden = never | (self.is_stamp & (early | pair[:, None]))
-        forbidden |= alone & (self.tokens < self.model.end)
-        logprobs = logits.masked_fill(forbidden, -math.inf).log_softmax(-1)
+        logits = logits.masked_fill(self.rules[self.said[rows]], -math.inf)
+        if self.stamps:
+            early = self.is_stamp & (self.tokens < self.earliest[rows, None])  # (B, V)
+            logits = logits.masked_fill(early, -math.inf)
+            # a timestamp comes where all of them together are likelier than any text
+            stamps = logits[:, self.model.first_stamp:].logsumexp(-1, keepdim=True)
+            text = logits[:, :self.model.first_stamp].amax(-1, keepdim=True)
+            logits = logits.masked_fill((stamps > text) & ~self.is_stamp, -math.inf)
+        return logits.log_softmax(-1)
 
-        # a timestamp comes where all of them together are likelier than any text
-        stamps = logprobs[:, self.model.first_stamp:].logsumexp(-1, keepdim=True)
-        text = logprobs[:, :self.model.first_stamp].amax(-1, keepdim=True)
-        return logprobs.masked_fill((stamps > text) & ~self.is_stamp, -math.inf).log_softmax(-1)
-
-
-@dataclass
-class Window:
-    """What a row works on: frames of the recording, the tokens so far, attempts that failed."""
-
-    start: int
-    end: int
-    no_speech: float = 0.0
-    tokens: list[int] = field(default_factory=list)
-    attempts: list[tuple[float, list[int]]] = field(default_factory=list)
+# --- a recording ---
 
 
 class Segment(NamedTuple):
@@ -353,77 +373,97 @@ class Segment(NamedTuple):
     text: str
 
 
+@dataclass
+class Window:
+    """Frames of the recording that are still to be said, and how a row fares with them."""
+
+    start: int
+    end: int
+    heard: int | None = None  # the frame from which on a row has heard it
+    no_speech: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    attempts: list[tuple[float, list[int]]] = field(default_factory=list)  # that failed
+    segments: list[Segment] = field(default_factory=list)
+
+
 def transcribe(rows: Rows, samples: Tensor, prompt: list[int]) -> Iterator[Segment]:
     """Samples [n] -> what is said, in order, each segment once nothing before it may change."""
     model = rows.model
-    waiting = deque()
+    windows = []
     for start, end in pairwise(quiet_cuts(samples)):
         if samples[start * HOP:end * HOP].abs().max() > SILENCE:
-            waiting.append(Window(start, end))
-    running: dict[int, Window] = {}
-    ready: list[Segment] = []
-    while waiting or running:
-        # free rows hear what waits; what is new, or to be said anew, is prompted
-        for row in range(len(rows.token)):
-            if row not in running and waiting:
-                window = running[row] = waiting.popleft()
-                rows.hear(row, samples[window.start * HOP:window.end * HOP])
-            window = running.get(row)
-            if window and not window.tokens:
+            windows.append(Window(start, end))
+    waiting = deque(windows)
+    running: dict[int, Window] = {}  # by row
+    for shown in windows:
+        while shown.start < shown.end:
+            # a free row takes what waits
+            for row in range(rows.batch_size):
+                if waiting and row not in running:
+                    running[row] = waiting.popleft()
+
+            # what is new, or to be said anew, is heard and prompted
+            for row, window in running.items():
+                if window.tokens:
+                    continue
+                if window.heard != window.start:
+                    rows.hear(row, samples[window.start * HOP:window.end * HOP])
+                    window.heard = window.start
                 probs = rows.prompt(row, prompt, 0.2 * len(window.attempts))
                 window.no_speech = probs[0, model.first_stamp - 2].item()
 
-        # read what was drawn; a row that has ended is accepted, or begins again
-        drawn = rows.token.tolist()
-        for row, window in list(running.items()):
-            window.tokens.append(drawn[row])
-            if drawn[row] == model.end or len(window.tokens) == model.max_tokens:
-                segments, settled = accept(window, model, rows.score[row].item())
-                ready += segments
-                if settled > window.start:
+            # read what was drawn, and draw the next
+            drawn = rows.token.tolist()
+            for row, window in list(running.items()):
+                window.tokens.append(drawn[row])
+                if drawn[row] == model.end or len(window.tokens) == model.max_tokens:
+                    settle(window, model, rows.score[row].item())
+                if window.start == window.end:
                     del running[row]
-                if window.start < settled < window.end:
-                    waiting.appendleft(Window(settled, window.end))
-        rows.step()
-
-        ready.sort()
-        undecided = [window.start / 100 for window in (*waiting, *running.values())]
-        while ready and ready[0].start < min(undecided, default=math.inf):
-            yield ready.pop(0)
+            rows.step()
+        yield from shown.segments
 
 
-def accept(window: Window, model: Whisper, score: float) -> tuple[list[Segment], int]:
-    """A window's segments, and the frame up to which they settle it: its own beginning if it is
-    to be decoded again, more freely, because its tokens repeat themselves or are unlikely."""
+def settle(window: Window, model: Whisper, score: float) -> None:
+    """Turn a window's tokens into segments, and move its start behind them; or drop them, to be
+    decoded again, more freely, because they repeat themselves or are unlikely."""
     tokens = window.tokens
+    window.tokens = []
     score = score / len(tokens)
     if window.no_speech > 0.6 and score < -1:
-        return [], window.end
+        window.start = window.end
+        return
     text = model.text(tokens).encode()
     if score < -1 or len(text) > 2.4 * len(zlib.compress(text)):
         window.attempts.append((score, tokens))
         if len(window.attempts) < 6:
-            window.tokens = []
-            return [], window.start
+            return
         _, tokens = max(window.attempts)
+    window.attempts = []
 
-    # timestamps and texts take turns; a pair of timestamps is an end and a beginning
-    said = [token for token in tokens if token != model.end]
-    turns = groupby([model.first_stamp, *said], key=lambda token: token >= model.first_stamp)
-    groups = [list(group) for _, group in turns]
-    segments = []
-    for before, said, after in zip(groups[::2], groups[1::2], [*groups[2::2], []]):
-        start = window.start + 2 * (before[-1] - model.first_stamp)
-        end = window.end
-        if after:
-            end = min(end, window.start + 2 * (after[0] - model.first_stamp))
-        segments.append(Segment(start / 100, end / 100, model.text(said)))
+    # a timestamp behind text ends a segment, another one begins the next
+    said = []
+    begun = False
+    begin = settled = window.start
+    for token in tokens:
+        if token < model.end:
+            said.append(token)
+        if token >= model.first_stamp:
+            frame = min(window.start + 2 * (token - model.first_stamp), window.end)
+            begun = not said
+            if said:
+                window.segments.append(Segment(begin / 100, frame / 100, model.text(said)))
+                settled = frame
+                said = []
+            begin = frame
 
     # a segment that has no end, or is yet to come, is heard again behind the last that has one
-    n_ended = len(groups[2::2])
-    if n_ended and (len(segments) > n_ended or len(groups[-1]) > 1):
-        return segments[:n_ended], round(segments[n_ended - 1].end * 100)
-    return segments, window.end
+    if begun and settled > window.start:
+        window.start = settled
+        return
+    if said:
+        window.segments.append(Segment(begin / 100, window.end / 100, model.text(said)))
+    window.start = window.end
 
 
 def choose_prompt(
@@ -448,41 +488,30 @@ def choose_prompt(
 # --- the command line ---
 
 
-LAYOUTS = {
-    "text": "{text}",
-    "timestamps": "[{start} --> {end}] {text}\n",
-    "srt": "{number}\n{start} --> {end}\n{text}\n\n",
-    "vtt": "{start} --> {end}\n{text}\n\n",
-}
-
-
 def show(segments: Iterator[Segment], layout: str) -> None:
     """Print segments as they come."""
     if layout == "vtt":
         print("WEBVTT\n")
-    for number, (start, end, text) in enumerate(segments, start=1):
-        if layout != "text" or number == 1:
-            text = text.strip().replace("-->", "->")
-        times = dict(start=clock(start, layout), end=clock(end, layout))
-        print(LAYOUTS[layout].format(number=number, text=text, **times), end="", flush=True)
-    if layout == "text":
-        print()
+    for number, segment in enumerate(segments, start=1):
+        times = f"{clock(segment.start)} --> {clock(segment.end)}"
+        text = segment.text.strip().replace("-->", "->")
+        if layout == "srt":
+            text = f"{number}\n{times.replace('.', ',')}\n{text}\n"
+        if layout == "vtt":
+            text = f"{times}\n{text}\n"
+        if layout == "timestamps":
+            text = f"[{times}] {text}"
+        print(text, flush=True)
 
 
-def clock(seconds: float, layout: str) -> str:
-    minutes, milliseconds = divmod(round(1000 * seconds), 60000)
-    text = f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds / 1000:06.3f}"
-    return text.replace(".", ",") if layout == "srt" else text
+def clock(seconds: float) -> str:
+    return f"{seconds // 3600:02.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:06.3f}"
 
 
 def run(args: argparse.Namespace) -> None:
     samples = read_audio(args.audio)
-    with trying_to(f"use --device {args.device}"):
-        device = torch.empty(0, device=args.device).device
-    dtype = torch.float32
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # whose streams and graphs are meant
-        dtype = torch.float16
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = Whisper(Path(args.checkpoint_path), device, dtype)
     rows = Rows(model, args.batch_size, stamps=args.layout != "text")
     language, prompt = choose_prompt(rows, samples, args.language, args.task)
@@ -506,8 +535,6 @@ def main(argv: list[str] | None = None) -> None:
         help="translate: into English; default: transcribe")
     add("--batch_size", metavar="N", type=int, default=1, choices=range(1, 257),
         help="parts of the recording that decode at once, 1 to 256; default: 1")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda where there is one")
     for layout in ("timestamps", "json", "srt", "vtt"):
         add(f"--{layout}", dest="layout", action="store_const", const=layout, default="text",
             help=f"print {layout} in place of bare text")
@@ -518,6 +545,9 @@ def main(argv: list[str] | None = None) -> None:
             run(args)
     except ValueError as e:
         parser.error(str(e))
+    except RuntimeError as e:  # such as tensors whose shapes do not fit, or too little memory
+        reason = " ".join(str(e).split())
+        parser.error(f"cannot run {args.checkpoint_path}: {reason[:300]}")
 
 
 if __name__ == "__main__":

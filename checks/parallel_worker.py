@@ -1,0 +1,74 @@
+"""What each rank of parallel_test.py runs: cases from a file, what came out into another.
+
+    torchrun --nproc_per_node=2 checks/parallel_worker.py cases.json results.json"""
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from generate import compile_model, generate
+from model import Transformer, load_model
+from parallel import Ranks, Team, piece
+from quantize import QuantizedLinear
+from weights import joined_rows, split_rows
+
+
+def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Load a rank's part and generate -> what each rank got, and the share of weights it has."""
+    whole = load_model(case["path"], dtype=torch.float32, quantize=case["quantize"])
+    model = load_model(case["path"], dtype=torch.float32, quantize=case["quantize"], ranks=ranks)
+    n_same = compare_integers(model, whole, ranks)
+    kv_dtype = torch.int8 if case["int8_kv"] else None
+    model.setup_caches(len(case["prompts"]), 64, kv_dtype, case["attention"])
+    if case["compile"]:
+        compile_model(model)
+    tokens = generate(
+        model, case["prompts"], case["max_new_tokens"], compile=case["compile"], **case["options"]
+    )
+    of_all = [None] * ranks.size
+    dist.all_gather_object(of_all, tokens)
+    prompt = torch.tensor(case["prompts"][-1:])
+    logits = model.prefill(prompt, torch.zeros(1, dtype=torch.int32))
+    return {
+        "tokens": of_all,
+        "logits": logits[0, -1].tolist(),
+        "share": model.weight_bytes() / whole.weight_bytes(),
+        "layers_compared": n_same,
+    }
+
+
+def compare_integers(model: Transformer, whole: Transformer, ranks: Ranks) -> int:
+    """Assert that a rank's quantized layers are parts of the whole's -> how many there are."""
+    n = 0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        theirs = whole.get_submodule(name).stored()
+        for kind, tensor in layer.stored().items():
+            rows = joined_rows(name, len(theirs[kind]), whole.config)
+            ours = joined_rows(name, len(tensor), model.config)
+            parts = []
+            for part, n_rows in zip(split_rows(theirs[kind], rows), ours, strict=True):
+                parts.append(piece(part, (n_rows, *tensor.shape[1:]), ranks))
+            assert torch.equal(tensor, torch.cat(parts)), (name, kind)
+        n += 1
+    return n
+
+
+def main() -> None:
+    cases, out = sys.argv[1:]
+    team = Team(None, "cpu")
+    results = []
+    for case in json.loads(Path(cases).read_text()):
+        results.append(run_case(case, team.ranks))
+    if team.is_first:
+        Path(out).write_text(json.dumps(results))
+    team.leave()
+
+
+if __name__ == "__main__":
+    main()
