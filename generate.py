@@ -345,12 +345,12 @@ class Reading:
         chunk = self.tokens[:, start:start + max(1, most // n)]  # (n, T)
         behind = self.cached + start
         input_pos = torch.full((n,), behind, dtype=torch.int32, device=chunk.device)
-        last = (self.lengths - 1 - start).clamp(0, chunk.shape[1] - 1)
+        last = (self.lengths - 1 - start).clamp(-1, chunk.shape[1] - 1)
         logits = model.prefill(
             chunk, input_pos, cache, rows=self.rows, start=behind, last=last
         )[:, 0]
         if drafter is not None:
-            drafter.read(chunk, input_pos, self.rows, behind)
+            drafter.read(chunk, input_pos, self.rows, behind, last)
         if self.last_logits is None:
             self.last_logits = logits
         else:  # what counts is the chunk in which a prompt ends
@@ -560,13 +560,15 @@ class Engine:
             rows[i] = Running(i, request, self.budget(request))
         reading = self.begin(rows)
         while reading.done < reading.width:
-            reading.chunk(self.model, self.cache, self.drafter, PREFILL_CHUNK)
+            self.read_on(reading, PREFILL_CHUNK)
         self.finish(reading)
         self.kind = kind_of(running.request for running in self.running.values())
 
     def begin(self, rows: dict[int, Running]) -> Reading:
         """Make neighbouring rows ready for the prompts of new requests."""
         reading = Reading(rows, self.mark(), self.device)
+        if reading.cached:
+            self.cache.refuse_lost(reading.rows, reading.cached)
         requests = [running.request for running in rows.values()]
         new = Sampling.of(requests, self.model.config.vocab_size, self.device)
         if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
@@ -574,14 +576,19 @@ class Engine:
             new = new._replace(key=key.to(self.device))
         for setting, values in zip(self.sampling, new):
             setting[reading.rows] = values
-        # meanwhile the others' steps write where these rows' own will: behind the prompts
         for row, running in rows.items():
             running.row = row
             self.started[running.number] = time.perf_counter()
             self.ends[row] = running.prompt_end
-        self.input_pos[reading.rows] = (reading.lengths + reading.cached).int()
+        self.input_pos[reading.rows] = reading.cached
         self.stats.prompt_tokens += sum(len(request.prompt) for request in requests)
         return reading
+
+    def read_on(self, reading: Reading, most: int) -> None:
+        """Put the next chunk of prompts into the cache. Until they are all there, the others' steps
+        write in these rows too: behind what is there already, where the next chunk will."""
+        reading.chunk(self.model, self.cache, self.drafter, most)
+        self.input_pos[reading.rows] = reading.cached + reading.lengths.clamp(max=reading.done)
 
     def finish(self, reading: Reading) -> None:
         """Draw the first tokens behind prompts that are in the cache; from now on steps count."""
@@ -610,11 +617,13 @@ class Engine:
         the last; by default all. Each turn puts one chunk of prompts into free rows and advances the others by a step.
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
-        ValueError if one has no room for a token, RuntimeError if another run of this engine has
-        begun meanwhile. Tokens have to be checked before: see check_prompts."""
+        ValueError if one has no room for a token, or builds upon cached tokens that a sliding
+        window has passed; RuntimeError if another run of this engine has begun meanwhile. Tokens
+        have to be checked before: see check_prompts."""
         wanted = [Running(i, request, self.budget(request)) for i, request in enumerate(requests)]
         waiting = Waiting(wanted, draw)
         self.reset(wanted)
+        self.refuse_lost_prefix(wanted)
         self.stats.compile_s += self.prepare_kind(self.kind)
         began = time.perf_counter()
         me = self.owner = object()
@@ -670,6 +679,19 @@ class Engine:
         # one kind of step for all that will come: a compiled one is prepared before
         self.kind = kind_of(running.request for running in requests)
 
+    def refuse_lost_prefix(self, wanted: Sequence[Running]) -> None:
+        """ValueError if rows serve one request after the other behind the same cached tokens, and
+        those before would drive these out of a layer's ring."""
+        overshoot = (self.lag + 1) * (self.k + 1)
+        longest = max((running.prompt_end + running.budget for running in wanted), default=0)
+        has_prefix = any(running.request.cached for running in wanted)
+        if self.refills and has_prefix and self.cache.goes_round(longest + overshoot):
+            raise ValueError(
+                f"{len(wanted)} prompts behind cached tokens need as many rows, not "
+                f"{self.cache.max_batch_size}: layers with a sliding window keep the last "
+                f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
+            )
+
     def next_prompts(self, waiting: Waiting) -> Reading:
         """Begin with the requests that wait, in as many neighbouring free rows as pay.
 
@@ -702,7 +724,7 @@ class Engine:
     def read_chunk(self, reading: Reading) -> list[Launch]:
         """Put the next chunk of prompts into the cache -> their first tokens, if it is the last."""
         most = self.chunk() if self.running else PREFILL_CHUNK
-        reading.chunk(self.model, self.cache, self.drafter, most)
+        self.read_on(reading, most)
         if reading.done < reading.width:
             return []
         self.finish(reading)
@@ -1123,9 +1145,10 @@ def fit_cache(model: Transformer, rows: int, needed: int, cached: int) -> None:
         length = max(length, needed)
     dtype = cache.dtype
     attention = cache.attention
+    rings = cache.windows == model.config.windows
     may_grow = cache.may_grow
     del cache  # the old one goes before the new one comes
-    model.setup_caches(rows, length, dtype, attention).may_grow = may_grow
+    model.setup_caches(rows, length, dtype, attention, rings).may_grow = may_grow
 
 
 # --- the command line ---
@@ -1472,14 +1495,20 @@ def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any
     """A conversation in the terminal, its cache kept between turns."""
     watch_prompts(engine)
 
+    text = []  # what the row holds
+
     def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
         settings = options(args, tokenizer)
         if args.seed is not None:
             settings["seed"] = (args.seed + attempt) % 2**63
+        text[cached:] = ids
+        if not engine.cache.intact(slice(0, 1), cached):
+            cached = 0  # a sliding window has passed what the conversation goes back to
         answer, = generate(
-            engine.model, [ids], args.max_new_tokens, cached=cached, stream=show, engine=engine,
-            **settings,
+            engine.model, [text[cached:]], args.max_new_tokens, cached=cached, stream=show,
+            engine=engine, **settings,
         )
+        text.extend(answer)
         return answer, engine.finish_reasons[0]
 
     Chat(tokenizer, reply, engine.context, args.stop, system).run()
@@ -1502,9 +1531,8 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
     for name, module in model.layers[0].named_modules():
         if name.endswith("_proj"):
             parts[name] = tensor_bytes(module)
-    live = int(engine.input_pos.sum())
-    slots = cache.max_batch_size * cache.max_seq_len * len(model.layers)
-    parts["attention"] = live * cache.nbytes / slots
+    live = sum(map(cache.bytes_read, engine.input_pos.tolist()))
+    parts["attention"] = live / len(model.layers)
     profile(
         engine.timed_steps, len(model.layers), parts, tensor_bytes(model.lm_head), args.profile,
         args.device,
@@ -1520,7 +1548,7 @@ def memory_of(engine: Engine) -> Memory:
         weight_bytes += engine.k * draft.weight_bytes(rows)
     return Memory(
         device=engine.device, weight_bytes=weight_bytes, cache_bytes=cache.nbytes,
-        cache_tokens=cache.max_batch_size * cache.max_seq_len,
+        row_bytes=cache.bytes_read,
     )
 
 

@@ -48,9 +48,9 @@ def flash_decode_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
     k: Tensor | None = None, v: Tensor | None = None, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-    scale: float | None = None, causal: bool = True,
-    window: int | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+    scale: float | None = None, causal: bool = True, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_decode's definition: the same signature and results, in float32 over the whole cache,
     on any device."""
@@ -59,14 +59,16 @@ def flash_decode_reference(
     new_token = torch.arange(T, device=q.device)
     lens = cache_seqlens.long()  # (B,)
     if k is not None:  # append the new tokens at each row's own position
-        positions = lens[:, None] + new_token  # (B, T)
-        _append_reference(k, k_cache, k_scale, positions)
-        _append_reference(v, v_cache, v_scale, positions)
+        places = lens[:, None] + new_token  # (B, T)
+        if ring:
+            places = places % S
+        _append_reference(k, k_cache, k_scale, places)
+        _append_reference(v, v_cache, v_scale, places)
         lens = lens + T
 
     # scores of what is live, every KV head repeated for its query heads
-    token = torch.arange(S, device=q.device)
-    live = token < lens[:, None]  # (B, S)
+    position = _positions_reference(lens[:, None], S, ring)
+    live = (position >= 0) & (position < lens[:, None])  # (B, S)
     keys = _read_reference(k_cache, k_scale, live).repeat_interleave(Hq // Hkv, 1)
     values = _read_reference(v_cache, v_scale, live).repeat_interleave(Hq // Hkv, 1)
     scale = D ** -0.5 if scale is None else scale
@@ -75,16 +77,14 @@ def flash_decode_reference(
         scores = softcap * torch.tanh(scores / softcap)
 
     # how far each key lies behind each query; the queries are the last T of the row's positions
-    query_positions = lens[:, None] - T + new_token  # (B, T)
-    distance = query_positions[..., None] - token  # (B, T, S)
+    distance = (lens[:, None] - T + new_token)[..., None] - position[:, None]  # (B, T, S)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[:, None, None] * distance.abs()[:, None]
-    seen = live[:, None]  # (B, 1, S)
+    hidden = ~live[:, None, None]  # (B, 1, 1, S)
     if causal:
-        seen = seen & (distance >= 0)
+        hidden = hidden | (distance < 0)[:, None]
     if window is not None:
-        seen = seen & (distance < window)
-    hidden = ~seen[:, None]
+        hidden = hidden | (distance >= window)[:, None]
 
     # softmax, its denominator kept as a logarithm
     scores = scores.masked_fill(hidden, -math.inf)
@@ -96,13 +96,23 @@ def flash_decode_reference(
     return (out, lse) if return_lse else out
 
 
-def _append_reference(x: Tensor, cache: Tensor, scale: Tensor | None, positions: Tensor) -> None:
-    """Write x [B, H, T, D] into cache [B, H, S, D] at positions [B, T]."""
+def _positions_reference(lens: Tensor, S: int, ring: bool) -> Tensor:
+    """The positions of what lies at the S places of rows with lens [B, 1] tokens: [1, S], or of a
+    ring [B, S], where they are the last ones that fall there; below 0: nothing does."""
+    place = torch.arange(S, device=lens.device)[None]  # (1, S)
+    if not ring:
+        return place
+    last = lens - 1
+    return last - (last - place) % S
+
+
+def _append_reference(x: Tensor, cache: Tensor, scale: Tensor | None, places: Tensor) -> None:
+    """Write x [B, H, T, D] into cache [B, H, S, D] at places [B, T]."""
     row = torch.arange(len(x), device=x.device)[:, None]
     if scale is not None:
         x, x_scale = quantize_kv(x)
-        scale[row, :, positions] = x_scale.transpose(1, 2)
-    cache[row, :, positions] = x.transpose(1, 2)
+        scale[row, :, places] = x_scale.transpose(1, 2)
+    cache[row, :, places] = x.transpose(1, 2)
 
 
 def _read_reference(cache: Tensor, scale: Tensor | None, live: Tensor) -> Tensor:
@@ -117,9 +127,9 @@ def flash_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
     k: Tensor | None = None, v: Tensor | None = None, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-    scale: float | None = None, causal: bool = True,
-    window: int | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+    scale: float | None = None, causal: bool = True, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of T new tokens a row to that row's cached tokens, appending the new ones to the
     cache on the way.
@@ -136,19 +146,21 @@ def flash_decode(
     alibi_slopes [Hq]: minus slope * |query position - key position|
     window w: a query sees w tokens, itself included
     sinks [Hq]: a logit per head that only the softmax's denominator sees
+    ring: the caches hold the last S positions, position p at place p % S, so that cache_seqlens may
+        exceed S. It needs a window, and S at least window + T - 1
     In CUDA graphs: call it once before capturing, which compiles; what is captured may be replayed
         on any streams
     Returns [B, Hq, T, D], and with return_lse the log-sum-exp [B, Hq, T] in float32. A query that
     sees nothing gets zeros, and -inf or its sink. Raises ValueError for shapes, dtypes or
     combinations that are none of these."""
     _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap,
-           alibi_slopes, sinks)
+           alibi_slopes, sinks, ring)
     # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it
     run = torch.ops.gpt_flash.flash_decode
     if q.is_cpu and not torch.compiler.is_compiling():
         run = _flash_decode_torch
     out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal,
-                   window, softcap, alibi_slopes, sinks)
+                   window, softcap, alibi_slopes, sinks, ring)
     return (out, lse) if return_lse else out
 
 
@@ -159,7 +171,7 @@ def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
     k: Tensor | None, v: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
     causal: bool, window: int | None, softcap: float | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, ring: bool,
 ) -> None:
     """ValueError for what flash_decode does not take."""
     if q.dim() != 4 or k_cache.dim() != 4:
@@ -184,6 +196,8 @@ def _check(
         problem = f"window must be at least 1, got {window}"
     elif window is not None and not causal:
         problem = "window needs causal=True"
+    elif ring and (window is None or window + T - 1 > S):
+        problem = f"a ring of {S} places needs a window of at most {S - T + 1}, got {window}"
     elif softcap is not None and softcap <= 0:
         problem = f"softcap must be above 0, got {softcap}"
     if problem:
@@ -239,7 +253,7 @@ _operator(
     "flash_decode",
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
     "Tensor? v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, "
-    "float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> (Tensor, Tensor)",
+    "float? softcap, Tensor? alibi_slopes, Tensor? sinks, bool ring) -> (Tensor, Tensor)",
     _flash_decode, _flash_decode_fake)
 
 # --- attention in PyTorch: the CPU, and wherever Triton is not ---
@@ -258,7 +272,8 @@ def _flash_decode_torch(
     longest = max(lens)
     new = 0 if k is None else k.shape[2]
     S = k_cache.shape[2]
-    if longest + new > S:
+    *_, ring = options
+    if longest + new > S and not ring:
         raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into "
                          f"a cache of {S}")
     tensors = (q, k_cache, v_cache, k, v, k_scale, v_scale)
@@ -279,13 +294,19 @@ def _attend_live(
     n: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
     k_scale: Tensor | None, v_scale: Tensor | None, scale: float | None, causal: bool,
     window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    ring: bool,
 ) -> tuple[Tensor, Tensor]:
     """flash_decode of rows that all have n tokens cached."""
     B, Hq, T, D = q.shape
-    Hkv = k_cache.shape[1]
+    Hkv, S = k_cache.shape[1:3]
     end = n if k is None else n + T
-    start = 0 if window is None else max(0, end - T - window + 1)  # what no query sees is not read
-    live = end - start
+    wrapped = ring and end > S
+    start = 0
+    live = S  # all of a ring that went round
+    if not wrapped:
+        if window is not None:
+            start = max(0, end - T - window + 1)  # what no query sees is not read
+        live = end - start
     k_cache = k_cache.narrow(2, start, live)
     v_cache = v_cache.narrow(2, start, live)
     if k_scale is not None:
@@ -299,18 +320,21 @@ def _attend_live(
         return flash_decode_reference(
             q, k_cache, v_cache, torch.full((B,), n - start, device=q.device), k, v,
             k_scale=k_scale, v_scale=v_scale, scale=scale, causal=causal, window=window,
-            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=True)
+            softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, ring=wrapped, return_lse=True)
 
     if k is not None:
-        _append_last(k, v, k_cache, v_cache, k_scale, v_scale)
+        _append_at((n - start) % live, k, v, k_cache, v_cache, k_scale, v_scale)
     dtype = q.dtype
     if k_scale is not None:  # in float32: as fast as in bf16 here, and one rounding less
         q = q.float()
         k_cache = k_cache.float().mul_(k_scale[..., None])
         v_cache = v_cache.float().mul_(v_scale[..., None])
     mask = None
-    if T > 1 and causal:
-        mask = _causal_mask(T, live, window).repeat(Hq // Hkv, 1)
+    if wrapped or T > 1 and causal:
+        mask = _causal_mask(T, live, window)
+        if wrapped:
+            mask = mask.roll(end % S, 1)  # the last token's column to its place
+        mask = mask.repeat(Hq // Hkv, 1)
     # a KV head's query heads ride along as query rows, so that no key is repeated
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.reshape(B, Hkv, -1, D), k_cache, v_cache, attn_mask=mask, scale=scale)
@@ -318,20 +342,24 @@ def _attend_live(
     return out, lse.reshape(B, Hq, T).contiguous()
 
 
-def _append_last(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor,
+def _append_at(
+    first: int, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor,
     k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:
-    """Write new keys and values [B, Hkv, T, D] into the last T places of the caches."""
-    T = k.shape[2]
-    first = k_cache.shape[2] - T
+    """Write new keys and values [B, Hkv, T, D] into the caches from place `first` on, and from
+    their beginning on where they end."""
+    caches = [(k_cache, k), (v_cache, v)]
     if k_scale is not None:
         kv, scales = quantize_kv(torch.stack((k, v)))
-        k, v = kv
-        k_scale.narrow(2, first, T).copy_(scales[0])
-        v_scale.narrow(2, first, T).copy_(scales[1])
-    k_cache.narrow(2, first, T).copy_(k)
-    v_cache.narrow(2, first, T).copy_(v)
+        caches = [(k_cache, kv[0]), (v_cache, kv[1]), (k_scale, scales[0]), (v_scale, scales[1])]
+    S = k_cache.shape[2]
+    T = k.shape[2]
+    until_end = min(T, S - first)
+    for cache, new in caches:
+        cache.narrow(2, first, until_end).copy_(new.narrow(2, 0, until_end))
+        if until_end < T:
+            rest = T - until_end
+            cache.narrow(2, 0, rest).copy_(new.narrow(2, until_end, rest))
 
 
 def _causal_mask(T: int, live: int, window: int | None) -> Tensor:
@@ -382,7 +410,7 @@ def _of_row(x, mine):
 
 @jit
 def _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, T: tl.constexpr,
-              WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+              WINDOW: tl.constexpr, RING: tl.constexpr, PAIRS: tl.constexpr,
               BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of every row: its live length, the first tile that is seen, how many tiles are, and into how
     many chunks they are cut for each of its PAIRS (KV heads times blocks of query rows)."""
@@ -392,7 +420,7 @@ def _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, 
     cached = tl.load(seqlens_ptr + rows, mask=is_row, other=0)
     lens = tl.where(is_row, tl.minimum(cached + NEW, S), 0)
     first = lens * 0
-    if WINDOW:
+    if WINDOW and not RING:
         first = tl.maximum(lens - REACH, 0) // BLOCK_N
     tiles = tl.cdiv(lens, BLOCK_N) - first
     # the tiles of a chunk; an empty row still has zeros to write
@@ -426,13 +454,26 @@ def _my_chunk(lens, first, tiles, chunks, PAIRS: tl.constexpr, BLOCK_N: tl.const
 
 
 @jit
+def _last_place(seqlens_ptr, row, S, n, NEW: tl.constexpr, RING: tl.constexpr):
+    """Where in the cache the last token of a row of n lies. In a ring, what lies behind it is S
+    tokens older."""
+    last = n - 1
+    if RING:
+        last = (tl.load(seqlens_ptr + row) + NEW - 1) % S
+    return last
+
+
+@jit
 def _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-            stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, n,
-            T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write those of the T new tokens that fall into start ... end: the last of n."""
+            stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, last, S,
+            T: tl.constexpr, D: tl.constexpr, RING: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write those of the T new tokens, of which the last lies at `last`, that fall into
+    start ... end."""
     t = tl.arange(0, triton.next_power_of_2(T))
     d = tl.arange(0, BLOCK_D)[None, :]
-    pos = n - T + t
+    pos = last + 1 - T + t
+    if RING:
+        pos = tl.where(pos < 0, pos + S, pos)
     mask = (t < T) & (pos >= start) & (pos < end)
     mask_d = mask[:, None] & (d < D)
     t = t.to(tl.int64)[:, None]
@@ -490,9 +531,9 @@ def _first_weights(sinks_ptr, h, mask, chunk, M: tl.constexpr, BLOCK_N: tl.const
 
 @jit
 def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, stride_kn, stride_vn,
-            start, end, n, chunk, h, q_pos, mask, scale, softcap,
-            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
-            BLOCK_N: tl.constexpr):
+            start, end, n, last, S, chunk, h, t, mask, scale, softcap,
+            CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, T: tl.constexpr,
+            D: tl.constexpr, BLOCK_N: tl.constexpr):
     """Attend to tokens start ... end of n: the loop in which the time goes. Online softmax of
     q [M, D]: returns m_i [M], acc [M, D] and l_i [M]."""
     M: tl.constexpr = q.shape[0]
@@ -501,6 +542,7 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, st
     slope = None if slopes_ptr is None else tl.load(slopes_ptr + h, mask, other=0)
     m_i, sums = _first_weights(sinks_ptr, h, mask, chunk, M, BLOCK_N)
     acc = tl.zeros([M, BLOCK_D], tl.float32)
+    q_pos = last + 1 - T + t
     offs = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
     k_offs = offs.to(tl.int64)[:, None] * stride_kn + d
@@ -516,7 +558,10 @@ def _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, st
         s = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
         if k_scale_ptr is not None:
             s *= tl.load(k_scale_ptr + pos, live, other=0)[None, :]
-        s = _scores(s, q_pos, pos, live, slope, scale, softcap, CAUSAL and T > 1, WINDOW)
+        k_pos = pos
+        if RING:
+            k_pos = tl.where(pos > last, pos - S, pos)
+        s = _scores(s, q_pos, k_pos, live, slope, scale, softcap, CAUSAL and T > 1, WINDOW)
         # what was summed so far decays to the new maximum
         new_m = tl.maximum(m_i, tl.max(s, 1))
         safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)  # nothing seen so far: no -inf - -inf
@@ -602,6 +647,15 @@ def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M
 
 
 @jit
+def _load_queries(q_ptr, b, h, t, mask, stride_b, stride_h, stride_t,
+                  D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries [M, BLOCK_D] of row b, heads h and tokens t."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    offs = b * stride_b + h.to(tl.int64) * stride_h + t.to(tl.int64) * stride_t
+    return tl.load(q_ptr + offs[:, None] + d, mask[:, None] & (d < D), other=0)
+
+
+@jit
 def _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc,
            HQ: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
     """Write the results of a row's queries of heads h and tokens t."""
@@ -637,21 +691,21 @@ def _flash_decode_kernel(
     stride_k_new_b, stride_k_new_h, stride_k_new_t, stride_v_new_b, stride_v_new_h, stride_v_new_t,
     stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
     HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, RING: tl.constexpr, VEC: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    lens, first, tiles, chunks = _cut_rows(
-        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
+    lens, first, tiles, chunks = _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles,
+                                           NEW, T, WINDOW, RING, PAIRS, BLOCK_B, BLOCK_N)
     row, pair, chunk, n_chunks, n, start, end = _my_chunk(
         lens, first, tiles, chunks, PAIRS, BLOCK_N)
     if row >= B:
         return
     kv_head, h, t, mask = _queries_of(pair, BLOCK_M, G, T, BLOCK_M)
+    last = _last_place(seqlens_ptr, row, S, n, NEW, RING)
     b = row.to(tl.int64)  # int64 before any stride multiplies
     kv_head = kv_head.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    q_offs = b * stride_q_b + h.to(tl.int64) * stride_q_h + t.to(tl.int64) * stride_q_t
-    q = tl.load(q_ptr + q_offs[:, None] + d, mask[:, None] & (d < D), other=0)  # (M, D)
+    q = _load_queries(q_ptr, b, h, t, mask, stride_q_b, stride_q_h, stride_q_t, D, BLOCK_D)
     # the caches' strides come divided by VEC, so that the compiler knows to load 16 bytes at once
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
@@ -659,15 +713,15 @@ def _flash_decode_kernel(
     stride_vn = stride_v_n * VEC
     k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
     v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
-    if k_new_ptr is not None and end > n - T:
+    if k_new_ptr is not None and (RING or end > n - T):
         k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
         v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
-        _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-                stride_k_new_t, stride_v_new_t, stride_kn, stride_vn, start, end, n, T, D, BLOCK_D)
+        _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k_new_t,
+                stride_v_new_t, stride_kn, stride_vn, start, end, last, S, T, D, RING, BLOCK_D)
         tl.debug_barrier()
-    m_i, acc, l_i = _attend(
-        q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr, stride_kn, stride_vn,
-        start, end, n, chunk, h, n - T + t, mask, scale, softcap, CAUSAL, WINDOW, T, D, BLOCK_N)
+    m_i, acc, l_i = _attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, slopes_ptr, sinks_ptr,
+                            stride_kn, stride_vn, start, end, n, last, S, chunk, h, t, mask, scale,
+                            softcap, CAUSAL, WINDOW, RING, T, D, BLOCK_N)
     if n_chunks == 1:
         _store(out_ptr, lse_ptr, row, h, t, mask, m_i, l_i, acc, HKV * G, T, D)
     else:
@@ -687,12 +741,14 @@ def _append_kernel(
     stride_k_b, stride_k_h, stride_k_n, stride_v_b, stride_v_h, stride_v_n,
     stride_k_new_b, stride_k_new_h, stride_k_new_t, stride_v_new_b, stride_v_new_h, stride_v_new_t,
     stride_k_scale_b, stride_k_scale_h, stride_v_scale_b, stride_v_scale_h,
-    HKV: tl.constexpr, T: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr, BLOCK_D: tl.constexpr,
+    HKV: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr, RING: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Write the new tokens of a row and KV head."""
     b = tl.program_id(0).to(tl.int64) // HKV
     kv_head = tl.program_id(0).to(tl.int64) % HKV
-    n = tl.minimum(tl.load(seqlens_ptr + b) + T, S)
+    n = tl.minimum(tl.load(seqlens_ptr + b) + NEW, S)
+    last = _last_place(seqlens_ptr, b, S, n, NEW, RING)
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
     k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
@@ -700,21 +756,21 @@ def _append_kernel(
     k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
     v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
     _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k_new_t,
-            stride_v_new_t, stride_k_n * VEC, stride_v_n * VEC, 0, n, n, T, D, BLOCK_D)
+            stride_v_new_t, stride_k_n * VEC, stride_v_n * VEC, 0, n, last, S, T, D, RING, BLOCK_D)
 
 
 @jit(do_not_specialize=CHANGING)
 def _sum_kernel(
     seqlens_ptr, out_ptr, lse_ptr, part_ptr, B, S, n_split, n_fill, min_tiles,
     HKV: tl.constexpr, G: tl.constexpr, T: tl.constexpr, D: tl.constexpr, NEW: tl.constexpr,
-    WINDOW: tl.constexpr, PAIRS: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Sum what the programs of _flash_decode_kernel left of a row and pair."""
     row = tl.program_id(0) // PAIRS
     pair = tl.program_id(0) % PAIRS
-    _, _, _, chunks = _cut_rows(
-        seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW, T, WINDOW, PAIRS, BLOCK_B, BLOCK_N)
+    _, _, _, chunks = _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles,
+                                NEW, T, WINDOW, RING, PAIRS, BLOCK_B, BLOCK_N)
     rows = tl.arange(0, BLOCK_B)
     n_chunks = _of_row(chunks, rows == row)
     if n_chunks > 1:
@@ -773,7 +829,8 @@ def _arguments(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
     k: Tensor | None, v: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
     scale: float | None, causal: bool, window: int | None, softcap: float | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, blocks: dict[str, int], n_programs: int,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, ring: bool, blocks: dict[str, int],
+    n_programs: int,
 ) -> dict[str, Any]:
     """The kernels' arguments but the counters. n_programs: how many the GPU runs at once."""
     B, Hq, T, D = q.shape
@@ -803,7 +860,7 @@ def _arguments(
         **_strides("k_scale", k_scale),
         **_strides("v_scale", v_scale),
         HKV=Hkv, G=G, T=T, D=D, NEW=0 if k is None else T,
-        CAUSAL=causal, WINDOW=window or 0, VEC=vec, PAIRS=n_pairs // B,
+        CAUSAL=causal, WINDOW=window or 0, RING=ring, VEC=vec, PAIRS=n_pairs // B,
         BLOCK_B=triton.next_power_of_2(B),
         **blocks)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,27 +68,55 @@ class Positions(NamedTuple):
     alibi_slopes: Tensor | None  # [Hq] float32, or None
     cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
     sin: Tensor | None = None  # the same of its sine
+    last: Tensor | None = None  # [B] int64: of each row's last token; None: no row has padding
 
 
 class LayerCache:
     """The keys and values of one layer for some rows: views into a KVCache.
 
-    kv [2, B, Hkv, S, D]. Both come out of one tensor, since torch.compile would copy two inputs
-    that share memory. A subclass with another format has the same three methods."""
+    kv [2, B, Hkv, S, D], position p at place p. Both come out of one tensor, since torch.compile
+    would copy two inputs that share memory. A subclass has another format (pack, unpack and
+    flash_decode), or other places (update and flash_decode)."""
 
     def __init__(self, kv: Tensor, flash: bool):
         self.kv = kv
+        self.tensors = [kv]  # what pack makes and unpack takes: [2, B, Hkv, S, ...] each
         self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
 
-    def write(self, k: Tensor, v: Tensor, index: Tensor) -> None:
-        """Put k, v [B, Hkv, T, D] to the positions index [B, T] of their rows."""
-        new = torch.stack((k, v))  # (2, B, Hkv, T, D)
-        self.kv[:, row_numbers(index), :, index] = new.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """k, v [B, Hkv, T, D] in the cache's format: [2, B, Hkv, T, ...] each."""
+        return [torch.stack((k, v))]
+
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, T, D] of what pack made."""
+        keys, values = tensors[0].unbind(0)
+        return keys, values
+
+    def write(self, k: Tensor, v: Tensor, place: Tensor) -> None:
+        """Put k, v [B, Hkv, T, D] to the places [B, T] of their rows."""
+        row = row_numbers(place)
+        for held, new in zip(self.tensors, self.pack(k, v)):
+            held[:, row, :, place] = new.movedim((1, 3), (0, 1))  # (B, T, 2, Hkv, ...)
 
     def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The first `end` keys and values of every row, [B, Hkv, end, D] each."""
-        keys, values = self.kv[:, :, :, :end].unbind(0)
-        return keys, values
+        """The keys and values at the first `end` places of every row, [B, Hkv, end, D] each."""
+        return self.unpack([held[:, :, :, :end] for held in self.tensors], dtype)
+
+    def update(
+        self, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the new tokens' k, v [B, Hkv, T, D] into the cache -> the keys and values that they
+        attend to, [B, Hkv, S, D] each, and at which positions these stand, [B or 1, S]; positions
+        that no new token sees may be among them."""
+        self.write(k, v, positions.index)
+        if positions.start == 0:  # a prompt from its beginning needs nothing of the cache
+            return k, v, positions.index
+        if positions.start is None:  # decode does not know the lengths: it reads everything
+            end = self.kv.shape[3]
+        else:
+            end = positions.start + k.shape[2]
+        keys, values = self.read(end, k.dtype)
+        return keys, values, torch.arange(end, device=k.device)[None]
 
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
@@ -124,18 +152,15 @@ class Int8LayerCache(LayerCache):
     def __init__(self, kv: Tensor, scale: Tensor, k_mean: Tensor, flash: bool):
         super().__init__(kv, flash)
         self.scale = scale
+        self.tensors = [kv, scale]
         self.k_mean = k_mean
 
-    def write(self, k: Tensor, v: Tensor, index: Tensor) -> None:
-        new = torch.stack((self.centred(k), v))  # (2, B, Hkv, T, D)
-        values, scale = quantize_kv(new)
-        row = row_numbers(index)
-        self.kv[:, row, :, index] = values.permute(1, 3, 0, 2, 4)  # (B, T, 2, Hkv, D)
-        self.scale[:, row, :, index] = scale.permute(1, 3, 0, 2)  # (B, T, 2, Hkv)
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        return list(quantize_kv(torch.stack((self.centred(k), v))))
 
-    def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kv = self.kv[:, :, :, :end] * self.scale[:, :, :, :end, None]
-        keys, values = kv.to(dtype).unbind(0)
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        values, scale = tensors
+        keys, values = (values * scale[..., None]).to(dtype).unbind(0)
         return keys, values
 
     def flash_decode(
@@ -163,23 +188,119 @@ def fits_into_graph(q: Tensor, k: Tensor | None, options: dict[str, Any]) -> boo
     return q.is_cpu and one_token and all(value is None for value in options.values())
 
 
+class RingLayerCache(LayerCache):
+    """The last S tokens of each row, position p at place p % S: enough for a layer with a window.
+
+    While T tokens are written, the first of them still sees window - 1 before it, so S is at
+    least window + T - 1. As it is window + MAX_DECODE_TOKENS, a row may also go back over as many
+    tokens, proposals that were wrong: what they were written over, nobody sees from there on."""
+
+    def update(
+        self, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index = positions.index
+        S = self.kv.shape[3]
+        if positions.start is None:
+            self.write(k, v, index % S)
+            keys, values = self.read(S, k.dtype)
+            return keys, values, self.held(index[:, -1:])
+
+        keys, values, key_pos = k, v, index
+        if positions.start > 0:  # the ring as it is, and then the new tokens as it will have them
+            before = self.read(S, k.dtype)
+            new = self.unpack(self.pack(k, v), k.dtype)
+            keys, values = (torch.cat(both, 2) for both in zip(before, new))
+            key_pos = torch.cat([self.held(index[:, :1] - 1), index], 1)  # (B, S + T)
+        last = index[:, -1] if positions.last is None else positions.last
+        self.write_last(k, v, index[:, :1], last[:, None])
+        return keys, values, key_pos
+
+    def held(self, last: Tensor) -> Tensor:
+        """Which positions lie at the places of rows whose last token stands at last [B, 1]: [B, S].
+        Where there is none yet, one that no query reaches."""
+        position = self.newest(last)
+        return position.masked_fill(position < 0, torch.iinfo(position.dtype).max)
+
+    def newest(self, last: Tensor) -> Tensor:
+        """The last positions up to last [B, 1] that fall on each place, [B, S]; below 0: none."""
+        place = torch.arange(self.kv.shape[3], device=last.device)
+        return last - (last - place) % len(place)
+
+    def write_last(self, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> None:
+        """Put what counts of k, v [B, Hkv, T, D], at positions first to last [B, 1], into the
+        ring: each place takes the last token that falls on it, or keeps its own."""
+        token = self.newest(last) - first  # (B, S)
+        row = row_numbers(token)
+        for tensor, new in zip(self.tensors, self.pack(k, v)):
+            own = tensor.movedim((1, 3), (0, 1))  # (B, S, 2, Hkv, ...)
+            taken = new[:, row, :, token.clamp(min=0)]  # the same
+            is_new = (token >= 0).view(*token.shape, *[1] * (own.dim() - 2))
+            own.copy_(torch.where(is_new, taken, own))
+
+    def flash_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+    ) -> Tensor:
+        return super().flash_decode(q, k, v, input_pos, ring=True, **options)
+
+
+class Int8RingLayerCache(RingLayerCache, Int8LayerCache):
+    """A ring in int8."""
+
+
 def row_numbers(index: Tensor) -> Tensor:
     return torch.arange(len(index), device=index.device)[:, None]  # (B, 1)
 
 
-class KVCache:
-    """Keys and values of all layers in one static, left-aligned allocation.
+class Storage:
+    """One static allocation for layers with S places a row.
 
-    kv [n_layer, 2, B, Hkv, S, D]; of an int8 cache also scale [n_layer, 2, B, Hkv, S] float32,
-    whose heads each start at 16 bytes, and k_mean [n_layer, Hkv, 1, D] float32. attention says how
-    decode attends: "flash", "math" or "auto". nbytes: of what is allocated for every token.
+    kv [n_layer, 2, B, Hkv, S, D]; for int8 also scale [n_layer, 2, B, Hkv, S] float32, whose heads
+    each start at 16 bytes, otherwise None."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str):
+        *heads, S, _ = shape
+        self.token_bytes = storage_bytes(shape, dtype) / (shape[2] * S)  # of a row's token
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.scale = None
+        if dtype == torch.int8:
+            # torch.compile copies an input that does not start at 16 bytes, to and back, each step
+            aligned = 4 * math.ceil(S / 4)
+            self.scale = torch.zeros(*heads, aligned, device=device)[..., :S]
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        for tensor in (self.kv, self.scale):
+            if tensor is not None:
+                tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
+
+
+def storage_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of a Storage."""
+    *heads, S, _ = shape
+    nbytes = math.prod(shape) * dtype.itemsize
+    if dtype == torch.int8:
+        nbytes += math.prod(heads) * 4 * math.ceil(S / 4) * torch.float32.itemsize
+    return nbytes
+
+
+class KVCache:
+    """Keys and values of all layers in one or two static allocations.
+
+    kv [n_layer, 2, B, Hkv, S, D], S = max_seq_len; of an int8 cache also scale
+    [n_layer, 2, B, Hkv, S] float32 and k_mean [n_layer, Hkv, 1, D] float32. attention says how
+    decode attends: "flash", "math" or "auto".
+
+    windows: for each layer the tokens that its queries see, or None for all. Layers with a window
+    are not in kv, but in ring.kv with MAX_DECODE_TOKENS places more than the largest window, if
+    that is less than max_seq_len. Rows can then not go back to any earlier token: see intact.
+
+    nbytes: of what is allocated for tokens.
     It takes plain numbers, so that a program without a ModelConfig can use it.
     ValueError if the device has not the memory."""
 
     def __init__(
         self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
         dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
-        attention: str = "auto",
+        attention: str = "auto", windows: Sequence[int | None] | None = None,
     ):
         if min(max_batch_size, max_seq_len) < 1:
             raise ValueError(f"a KV cache of {max_batch_size} x {max_seq_len} tokens holds none")
@@ -191,23 +312,41 @@ class KVCache:
         self.attention = choose_attention(attention, torch.device(device), max_seq_len)
         self.may_grow = False  # made to fit one call of generate, which may make a larger one
 
-        heads = (n_layer, 2, max_batch_size, n_kv_head)
-        aligned = 4 * math.ceil(max_seq_len / 4)  # scales of a head that fill whole 16 bytes
-        self.nbytes = math.prod(heads) * max_seq_len * head_dim * dtype.itemsize
-        if dtype == torch.int8:
-            self.nbytes += math.prod(heads) * aligned * torch.float32.itemsize
+        # which layers are rings, and of how many places
+        windows = windows or [None] * n_layer
+        self.windows = tuple(windows)
+        self.window = max([window for window in windows if window is not None], default=max_seq_len)
+        self.ring_len = self.window + MAX_DECODE_TOKENS
+        pays = self.ring_len < max_seq_len
+        self.is_ring = [pays and window is not None for window in windows]
+        n_ring = self.is_ring.count(True)
+
+        row = (2, max_batch_size, n_kv_head)
+        full = (n_layer - n_ring, *row, max_seq_len, head_dim)
+        ring = (n_ring, *row, self.ring_len, head_dim)
+        self.nbytes = storage_bytes(full, dtype) + storage_bytes(ring, dtype)
         require_memory(
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
         )
-        self.kv = torch.zeros(*heads, max_seq_len, head_dim, dtype=dtype, device=device)
-        self.scale, self.k_mean = None, None
+        self.full = Storage(full, dtype, device)
+        self.ring = Storage(ring, dtype, device) if n_ring else None
+        self.k_mean = None
         if dtype == torch.int8:
-            # torch.compile copies an input that does not start at 16 bytes, to and back, each step
-            self.scale = torch.zeros(*heads, aligned, device=device)[..., :max_seq_len]
             self.k_mean = torch.zeros(n_layer, n_kv_head, 1, head_dim, device=device)
+        # [B]: how far each row was written since it was last empty
+        self.written = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
         self.held = [0] * max_batch_size  # tokens of each row, as far as the host knows
+
+    @property
+    def kv(self) -> Tensor:
+        """Of the layers that are no rings."""
+        return self.full.kv
+
+    @property
+    def scale(self) -> Tensor | None:
+        return self.full.scale
 
     def layers(self, rows: slice) -> list[LayerCache]:
         """Each layer's cache of those rows, made once: the storage never moves."""
@@ -216,20 +355,64 @@ class KVCache:
             self.views[key] = list(self.make_layers(rows))
         return self.views[key]
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Give a row what another one holds in its first `length` positions."""
-        for tensor in (self.kv, self.scale):
-            if tensor is not None:
-                tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
-        self.held[target] = length
-
     def make_layers(self, rows: slice) -> Iterator[LayerCache]:
         flash = self.attention == "flash"
-        for layer, kv in enumerate(self.kv[:, :, rows]):  # (2, B, Hkv, S, D)
-            if self.scale is None:
-                yield LayerCache(kv, flash)
+        for layer, is_ring in enumerate(self.is_ring):
+            storage = self.ring if is_ring else self.full
+            i = self.is_ring[:layer].count(is_ring)
+            kv = storage.kv[i, :, rows]  # (2, B, Hkv, S, D)
+            if storage.scale is None:
+                kind = RingLayerCache if is_ring else LayerCache
+                yield kind(kv, flash)
             else:
-                yield Int8LayerCache(kv, self.scale[layer, :, rows], self.k_mean[layer], flash)
+                kind = Int8RingLayerCache if is_ring else Int8LayerCache
+                yield kind(kv, storage.scale[i, :, rows], self.k_mean[layer], flash)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give a row what another one holds in its first `length` positions."""
+        self.full.copy_row(source, target, length)
+        if self.ring is not None:
+            self.ring.copy_row(source, target, self.ring_len)
+        self.written[target] = self.written[source]
+        self.held[target] = length
+
+    def note_written(self, rows: slice, input_pos: Tensor, end: Tensor) -> None:
+        """Rows are given what stands from input_pos [B] to end [B], exclusive."""
+        if self.ring is not None:
+            before = self.written[rows].masked_fill(input_pos == 0, 0)
+            torch.maximum(before, end, out=self.written[rows])
+
+    def goes_round(self, length: int) -> bool:
+        """Whether a row of that length has let go of its first tokens in some layer."""
+        return self.ring is not None and length > self.ring_len
+
+    def refuse_lost(self, rows: slice, cached: Tensor | int) -> None:
+        """ValueError if rows no longer have all that tokens behind their first `cached` ones see,
+        an int or [B]. It waits for the device."""
+        if not self.intact(rows, cached):
+            raise ValueError(
+                f"a row cannot go on behind its first {int(torch.as_tensor(cached).min())} tokens: "
+                "it went further since, and layers with a sliding window have let go of them; read "
+                "the text again from its beginning, or set up the cache with rings=False"
+            )
+
+    def intact(self, rows: slice, cached: Tensor | int) -> bool:
+        """Whether rows still have all that tokens behind their first `cached` ones see. A ring
+        that went round has so while no more than MAX_DECODE_TOKENS were written behind those."""
+        if self.ring is None:
+            return True
+        written = self.written[rows]
+        cached = torch.as_tensor(cached, device=written.device)
+        too_far = written > cached + MAX_DECODE_TOKENS
+        lost = (written > self.ring_len) & too_far & (cached > 0)
+        return not bool(lost.any())
+
+    def bytes_read(self, length: float) -> float:
+        """Bytes of the cache that a step reads for a row of that length."""
+        nbytes = length * self.full.token_bytes
+        if self.ring is not None:
+            nbytes += min(length, self.window) * self.ring.token_bytes
+        return nbytes
 
 
 def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> str:
@@ -308,24 +491,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Put k, v [B, Hkv, T, D] into the cache; q [B, Hq, T, D] attends to them and to all
         that is before them."""
-        T = q.shape[2]
-        start = positions.start
         options = self.options(positions)
-        if start is None and cache.flash:  # decode; cost follows the live length
+        is_decode = positions.start is None
+        if is_decode and cache.flash:  # cost follows the live length
             return cache.flash_decode(q, k, v, positions.input_pos, **options)
 
-        cache.write(k, v, positions.index)
-        if start is None:  # decode by math reads the whole cache
-            keys, values = cache.read(cache.kv.shape[3], q.dtype)
-            return math_attention(q, keys, values, positions.index, **options)
-
-        keys, values = k, v  # a prompt from its beginning needs nothing of the cache
-        if start > 0:
-            keys, values = cache.read(start + T, q.dtype)
+        keys, values, key_pos = cache.update(k, v, positions)
+        if is_decode:
+            return math_attention(q, keys, values, positions.index, key_pos, **options)
         attention = prefill_attention
         if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
             attention = torch.ops.gpt_flash.prefill_attention
-        return attention(q, keys, values, positions.index, **options)
+        return attention(q, keys, values, positions.index, key_pos, **options)
 
     def options(self, positions: Positions) -> dict[str, Any]:
         """How scores become weights: what flash_decode and prefill_attention take by name."""
@@ -351,13 +528,14 @@ MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 
 def prefill_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None = None,
-    window: int | None = None, softcap: float | None = None, alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
-    [B, Hkv, S, D] -> [B, Hq, T, D]. The furthest query stands at S-1. kernels.flash_decode says
-    what the options are.
+    [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
+    as far from the last one as it is from the last query. kernels.flash_decode says what the
+    options are.
 
     The scores of all queries are never in memory, whatever backend PyTorch takes. Its flash
     kernels need no mask for a prompt from its beginning. Everything else has a mask, which they
@@ -380,7 +558,10 @@ def prefill_attention(
     for first in range(0, T, tile):
         last = min(first + tile, T)
         end = S - T + last
-        some = (q[:, :, first:last], keys[:, :, :end], values[:, :, :end], index[:, first:last])
+        some = (
+            q[:, :, first:last], keys[:, :, :end], values[:, :, :end], index[:, first:last],
+            key_pos[:, :end],
+        )
         if plain:
             part = folded_attention(*some, scale=scale, window=window)
         else:
@@ -393,27 +574,27 @@ def prefill_attention(
 
 
 def folded_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None,
-    window: int | None,
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None, window: int | None,
 ) -> Tensor:
     """prefill_attention of a tile: query heads ride along as queries of their KV head."""
     B, Hq, T, D = q.shape
-    Hkv, S = keys.shape[1:3]
+    Hkv = keys.shape[1]
     folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
-    mask = visible(index, S, window).repeat(1, 1, Hq // Hkv, 1)
+    mask = visible(index, key_pos, window).repeat(1, 1, Hq // Hkv, 1)
     y = F.scaled_dot_product_attention(folded, keys, values, mask, scale=scale)
     return y.reshape(B, Hq, T, D)  # no view on a GPU, where tokens lie before heads
 
 
 def math_attention(
-    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, *, scale: float | None,
-    window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """prefill_attention in plain operators, which make all scores; also where the furthest query
-    stands before S-1."""
+    """prefill_attention in plain operators, which make all scores, for keys in any order."""
     B, Hq, T, D = q.shape
     Hkv, S = keys.shape[1:3]
-    seen = visible(index, S, window)  # (B, 1, T, S)
+    seen = visible(index, key_pos, window)  # (B, 1, T, S)
     if softcap is None and alibi_slopes is None and sinks is None:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(
@@ -427,7 +608,7 @@ def math_attention(
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     if alibi_slopes is not None:
-        distance = index[:, None, :, None] - torch.arange(S, device=index.device)  # (B, 1, T, S)
+        distance = index[:, None, :, None] - key_pos[:, None, None]  # (B, 1, T, S)
         scores -= alibi_slopes[:, None, None] * distance
     scores.masked_fill_(~seen, -math.inf)
     if sinks is not None:  # each is the score of one more key, which has no value
@@ -445,10 +626,11 @@ def flash_takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
     return torch.backends.cuda.can_use_flash_attention(parameters)
 
 
-def visible(index: Tensor, end: int, window: int | None) -> Tensor:
-    """Which of `end` keys the queries at positions index [B, T] see: [B, 1, T, end] bool."""
+def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
+    """Which keys, at positions key_pos [B or 1, S], the queries at positions index [B, T] see:
+    [B, 1, T, S] bool."""
     query_pos = index[:, None, :, None]
-    key_pos = torch.arange(end, device=index.device)
+    key_pos = key_pos[:, None, None]
     seen = key_pos <= query_pos
     if window is not None:
         seen = seen & (key_pos > query_pos - window)
@@ -458,8 +640,8 @@ def visible(index: Tensor, end: int, window: int | None) -> Tensor:
 # one operator in a compiled prefill; its result lies in memory as [B, T, Hq, D]
 torch.library.define(
     "gpt_flash::prefill_attention",
-    "(Tensor q, Tensor keys, Tensor values, Tensor index, *, float? scale, int? window, "
-    "float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    "(Tensor q, Tensor keys, Tensor values, Tensor index, Tensor key_pos, *, float? scale, "
+    "int? window, float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
 )
 torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
 
@@ -587,7 +769,8 @@ class Transformer(nn.Module):
         -> logits [B, T, vocab_size]. cache: model.cache by default.
 
         Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16
-        tokens decode, more prefill. ValueError if they do not fit, as far as the host can see."""
+        tokens decode, more prefill. ValueError if they do not fit, or go back to what a sliding
+        window has passed, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
         B, T = tokens.shape
@@ -595,6 +778,7 @@ class Transformer(nn.Module):
         held = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
         if tokens.device.type == "cpu":
             refuse_overflow(cache, int(input_pos.max()), T)
+            cache.refuse_lost(slice(0, B), input_pos)
             held = (input_pos + T).tolist()
         logits = self.decode(tokens, input_pos, cache)
         cache.held[:B] = held
@@ -605,7 +789,9 @@ class Transformer(nn.Module):
         """1 to 16 tokens of each row, as in forward, without a word to the host: lengths stay on
         the device, shapes never change, so a step can be compiled and captured once."""
         cache = self.check_cache(len(tokens), cache)
-        layers = cache.layers(slice(0, len(tokens)))
+        rows = slice(0, len(tokens))
+        layers = cache.layers(rows)
+        cache.note_written(rows, input_pos, input_pos + tokens.shape[1])
         positions = self.positions(input_pos, tokens.shape[1], cache)
         compiled = tokens.shape[1] in self.compiled_lengths
         block_forward = self.decode_block if compiled else run_block
@@ -621,15 +807,19 @@ class Transformer(nn.Module):
         what they hold; the other rows keep their state.
 
         start: the largest input_pos, if the caller knows it: reading it waits for the device.
-        last [B]: only the logits of that token of each row, [B, 1, vocab_size]."""
+        last [B]: which of the T is each row's last token, what follows is padding, and only its
+        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here, nor logits."""
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         if rows is None:
             rows = slice(0, B)
         if start is None:
             start = int(input_pos.max())
+            cache.refuse_lost(rows, input_pos)
         refuse_overflow(cache, start, T)
-        positions = self.positions(input_pos, T, cache, start)
+        end = input_pos + T if last is None else input_pos + last + 1
+        cache.note_written(rows, input_pos, end)
+        positions = self.positions(input_pos, T, cache, start, last)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.held[rows] = [start + T] * B
         if last is not None:
@@ -661,13 +851,17 @@ class Transformer(nn.Module):
         return logits
 
     def positions(
-        self, input_pos: Tensor, T: int, cache: KVCache, start: int | None = None
+        self, input_pos: Tensor, T: int, cache: KVCache, start: int | None = None,
+        last: Tensor | None = None,
     ) -> list[Positions]:
-        """For each layer, where T tokens stand behind input_pos; start: None for decode."""
+        """For each layer, where T tokens stand behind input_pos; start: None for decode. last: see
+        prefill."""
         index = input_pos.long()[:, None]  # (B, 1)
         if T > 1:
             index = index + torch.arange(T, device=index.device)  # (B, T)
-        positions = Positions(input_pos, index, start, self.alibi_slopes())
+        if last is not None:
+            last = input_pos + last
+        positions = Positions(input_pos, index, start, self.alibi_slopes(), last=last)
         return self.turned(positions, index, cache.max_seq_len)
 
     def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
@@ -704,21 +898,25 @@ class Transformer(nn.Module):
         cache = self.cache if cache is None else cache
         if cache is None or batch_size > cache.max_batch_size:
             raise ValueError(f"call setup_caches for a batch of at least {batch_size} first")
+        if cache.ring is not None and cache.windows != self.config.windows:
+            raise ValueError("the cache was made for other windows than the model's layers have")
         return cache
 
     @torch.no_grad()
     def setup_caches(
         self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
-        attention: str = "auto",
+        attention: str = "auto", rings: bool = True,
     ) -> KVCache:
         """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own dtype,
-        torch.int8 for a quantized cache. attention: "flash", "math" or "auto", decode's path."""
+        torch.int8 for a quantized cache. attention: "flash", "math" or "auto", decode's path.
+        rings: layers with a sliding window keep no more tokens than these and MAX_DECODE_TOKENS,
+        so that a row can go back over as many. False: all tokens, to go back to any."""
         self.cache = None  # the old one goes before the new one comes
         config = self.config
         cache = KVCache(
             config.n_layer, config.n_kv_head, config.head_dim, max_batch_size, max_seq_len,
-            dtype=kv_dtype or self.dtype, device=self.device,
-            attention=attention,
+            dtype=kv_dtype or self.dtype, device=self.device, attention=attention,
+            windows=config.windows if rings else None,
         )
         # a softcap or sinks would notice that all scores of a query are shifted
         if cache.dtype == torch.int8 and config.softcap is None and not config.sinks:
@@ -733,16 +931,21 @@ class Transformer(nn.Module):
         vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367). The
         tokens are spread over the cache, because keys turn with their position: with 64 of them
         the mean KL on SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
+        config = self.config
         n = min(128, cache.max_seq_len)
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.vocab_size, (1, n), generator=generator)
+        tokens = torch.randint(config.vocab_size, (1, n), generator=generator)
         input_pos = torch.zeros(1, dtype=torch.int32, device=self.device)
         spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(self.device)
         [positions, *_] = self.positions(input_pos, n, cache, start=0)
         positions = self.turned(positions, spread[None], cache.max_seq_len)
-        layers = cache.layers(slice(0, 1))
+        scratch = KVCache(  # not quantized, and with all n tokens of every layer
+            config.n_layer, config.n_kv_head, config.head_dim, 1, n, dtype=self.dtype,
+            device=self.device,
+        )
+        layers = scratch.layers(slice(0, 1))
         self.run_layers(self.prefill_block, tokens.to(self.device), positions, layers)
-        keys = cache.kv[:, 0, 0, :, :n] * cache.scale[:, 0, 0, :, :n, None]  # (layer, Hkv, n, D)
+        keys = scratch.kv[:, 0, 0].float()  # (layer, Hkv, n, D)
         cache.k_mean.copy_(keys.mean(2, keepdim=True))
 
     def weight_bytes(self, rows: int = 1) -> int:

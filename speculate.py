@@ -33,8 +33,11 @@ class Drafter:
         shape = (cache.max_batch_size, cache.max_seq_len + 1)
         self.history = torch.zeros(shape, dtype=torch.int64, device=cache.kv.device)
 
-    def read(self, tokens: Tensor, input_pos: Tensor, rows: slice, start: int) -> None:
-        """A chunk of the rows' prompts, tokens [n, T], stands at `start` (input_pos [n])."""
+    def read(
+        self, tokens: Tensor, input_pos: Tensor, rows: slice, start: int, last: Tensor
+    ) -> None:
+        """A chunk of the rows' prompts, tokens [n, T], stands at `start` (input_pos [n]); last [n]
+        is each row's last token, as in Transformer.prefill."""
         self.history[rows, start:start + tokens.shape[1]] = tokens
 
     def note(self, tokens: Tensor, position: Tensor, rows: slice) -> None:
@@ -102,14 +105,15 @@ class DraftModel(Drafter):
         self.cache = KVCache(
             config.n_layer, config.n_kv_head, config.head_dim, cache.max_batch_size,
             cache.max_seq_len, dtype=draft.embed_tokens.weight.dtype, device=draft.device,
-            attention=cache.attention,
+            attention=cache.attention, windows=config.windows,
         )
         if compiled:
             draft.compiled_lengths |= {1, 2}
 
-    def read(self, tokens: Tensor, input_pos: Tensor, rows: slice, start: int) -> None:
-        super().read(tokens, input_pos, rows, start)
-        last = torch.zeros_like(input_pos, dtype=torch.int64)  # no logits are wanted
+    def read(
+        self, tokens: Tensor, input_pos: Tensor, rows: slice, start: int, last: Tensor
+    ) -> None:
+        super().read(tokens, input_pos, rows, start, last)
         self.model.prefill(tokens, input_pos, self.cache, rows=rows, start=start, last=last)
 
     def propose(

@@ -207,8 +207,7 @@ class Ours(Contestant):
 
     def bytes_read(self, case: Case) -> float:
         cache = self.model.cache
-        token_bytes = cache.nbytes / (cache.max_batch_size * cache.max_seq_len)
-        return self.model.weight_bytes(case.batch) + case.batch * case.context * token_bytes
+        return self.model.weight_bytes(case.batch) + case.batch * cache.bytes_read(case.context)
 
 
 def label(name: str, device: str, compiled: bool) -> str:

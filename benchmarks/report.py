@@ -51,12 +51,14 @@ FLASH_DECODE = (
     "bf16 D=256 G=2 T=1",
     "bf16 D=128 G=4 T=5",
     "bf16 D=128 G=8 T=8",
+    "bf16 D=128 G=4 T=1 ring",
     "fp16 D=80 G=1 T=1",
     "fp32 D=128 G=4 T=1",
     "int8 D=128 G=4 T=1",
     "int8 D=64 G=8 T=1",
     "int8 D=256 G=2 T=1",
     "int8 D=128 G=8 T=8",
+    "int8 D=128 G=4 T=1 ring",
 )
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -208,6 +210,9 @@ def flash_decode(name: str, arch: str) -> Iterator[Case]:
     if "read" in name:
         new = None
     window = softcap = slopes = sinks = None
+    ring = "ring" in name
+    if ring:
+        window = 32768 - 16
     if "options" in name:
         window = 4096
         softcap = 50.0
@@ -219,7 +224,7 @@ def flash_decode(name: str, arch: str) -> Iterator[Case]:
     programs = 264
     arguments = kernels._arguments(
         q, cache, cache, lens, new, new, scales, scales, scale, causal,
-        window, softcap, slopes, sinks, blocks, programs,
+        window, softcap, slopes, sinks, ring, blocks, programs,
     )
     counters = None if arch.startswith("gfx") else tensor(torch.int32, 4096)
     for kernel, _, arguments in kernels._launches(arguments, counters):

@@ -39,7 +39,7 @@ MEMORY = Memory(
     device=torch.device("cpu"),
     weight_bytes=10**9,
     cache_bytes=400_000_000,
-    cache_tokens=4 * 1000,
+    row_bytes=lambda length: 100_000 * length,
 )
 
 

@@ -151,7 +151,7 @@ def test_peak_memory_is_of_the_engines_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     peaks = {torch.device("cuda", 0): 10**9, GPU_1: 3 * 10**9}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.get)
     monkeypatch.setattr(cli.stats, "copy_bandwidth", lambda device, nbytes: 1e10)
-    memory = Memory(GPU_1, weight_bytes=1, cache_bytes=1, cache_tokens=1)
+    memory = Memory(GPU_1, weight_bytes=1, cache_bytes=1, row_bytes=float)
     stats = Stats(first_token_s=[1.0], new_tokens=1, wall_s=1.0)
     assert summarize(stats, memory)["peak_memory_gb"] == 3
 

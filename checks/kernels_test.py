@@ -45,7 +45,7 @@ Run = Callable[..., Result]
 
 ARGUMENTS = (
     "q", "k_cache", "v_cache", "cache_seqlens", "k", "v", "k_scale", "v_scale",
-    "scale", "causal", "window", "softcap", "alibi_slopes", "sinks",
+    "scale", "causal", "window", "softcap", "alibi_slopes", "sinks", "ring",
 )
 
 
@@ -77,6 +77,7 @@ def make(
 
     call = dict.fromkeys(ARGUMENTS) | options
     call["causal"] = options.get("causal", True)
+    call["ring"] = options.get("ring", False)
     call["cache_seqlens"] = torch.tensor(lens, dtype=I32)
     call["q"] = draw(B, Hq, T, D)
     new_tokens = {"k": draw(B, Hkv, T, D), "v": draw(B, Hkv, T, D)}
@@ -363,6 +364,66 @@ def test_options(run: Run, options: Call) -> None:
     check(run, make([0, 1, 40, 190], Hkv=1, G=2, T=1, append=True, **options))
     check(run, make([0, 1, 2, 40, 190], Hkv=1, G=2, T=4, S=200, **options))
     check(run, make([0, 64, 190], Hkv=1, G=2, T=3, append=True, int8=True, **options))
+
+
+def as_ring(call: Call, lens: list[int], S: int) -> Call:
+    """The call on rings of S places that hold the last of lens cached tokens; the rest is NaN."""
+    held = {"ring": True}
+    for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+        cache = call[name]
+        if cache is None:
+            continue
+        held[name] = torch.zeros_like(cache[:, :, :1]).expand(*cache.shape[:2], S, *cache.shape[3:])
+        held[name] = held[name].clone()
+        if cache.is_floating_point():
+            held[name].fill_(math.nan)
+        for row, n in enumerate(lens):
+            for position in range(max(0, n - S), n):
+                held[name][row, :, position % S] = cache[row, :, position]
+    return call | held
+
+
+RINGS = [
+    dict(T=1, window=33),
+    dict(T=5, window=29, softcap=3.0, alibi_slopes=True, sinks=True),
+    dict(T=3, window=1),
+    dict(T=16, window=18, int8=True),
+]
+
+
+@every
+@pytest.mark.parametrize("append", [False, True], ids=["read", "append"])
+@pytest.mark.parametrize("options", RINGS, ids=str)
+def test_a_ring_is_as_good_as_a_whole_cache(run: Run, append: bool, options: Call) -> None:
+    """With 33 places, rows that have not reached their end, reach it now, and went round often."""
+    lens = [0, 17, 28, 32, 33, 47, 150]
+    T = options["T"]
+    whole = make(lens, Hkv=1, G=3, append=append, **options)
+    ring = as_ring(whole, lens, S=33)
+    out, lse = check(run, ring)
+    expected, expected_lse = flash_decode_reference(**whole, return_lse=True)
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=2e-5, atol=2e-5)
+
+    # what was appended lies where the ring's next call looks for it
+    run(ring)
+    if append:
+        lens = [n + T for n in lens]
+    held = as_ring(whole, lens, S=33)
+    for name in ("k_cache", "v_cache"):
+        for row, n in enumerate(lens):
+            live = min(n, 33)
+            assert torch.equal(ring[name][row, :, :live], held[name][row, :, :live])
+
+
+@both
+def test_a_ring_in_tiles_and_chunks(run: Run) -> None:
+    """The first and the last tokens of a window fall into any two of its tiles."""
+    lens = [137, 168, 199, 230, 261, 272]
+    whole = make(lens, Hkv=1, G=1, T=2, append=True, window=130)
+    expected = flash_decode_reference(**copy_of(whole))
+    out, _ = check(run, as_ring(whole, lens, S=136))
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
 
 
 @every
@@ -734,6 +795,8 @@ MISTAKES = [
     (dict(window=0), "window must be at least 1"),
     (dict(window=4, causal=False), "needs causal=True"),
     (dict(softcap=0.0), "softcap must be above 0"),
+    (dict(ring=True), "a ring of 9 places needs a window of at most 9, got None"),
+    (dict(ring=True, window=10), "a ring of 9 places needs a window of at most 9, got 10"),
     (dict(sinks=torch.zeros(3)),
      r"sinks must be \[4\]"),
     (dict(alibi_slopes=torch.zeros(4).half()),
@@ -765,6 +828,7 @@ def test_head_size_is_checked(D: int) -> None:
     dict(lens=[4, 4], T=3, G=1),
     dict(lens=[3, 7], Hkv=1, T=2, sinks=True, append=True),
     dict(lens=[4, 4], T=2, append=True, int8=True, sinks=True, alibi_slopes=True),
+    dict(lens=[9, 4], T=2, append=True, ring=True, window=5, S=7),
 ], ids=str)
 def test_flash_decode_is_registered_properly(case: Call) -> None:
     operator = torch.ops.gpt_flash.flash_decode.default

@@ -27,7 +27,7 @@ def test_report() -> None:
     done = python("kernels.py", "--report", "sm_90")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()[1:]
-    assert len(lines) == 23
+    assert len(lines) == 25
     assert all(line.startswith("sm_90 ") for line in lines)
     assert all("16 B" in line for line in lines)
     not_on_tensor_cores = [line for line in lines if "mma" not in line]
@@ -44,8 +44,8 @@ def test_report_for_amd() -> None:
     done = python("kernels.py", "--report", "gfx942")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()[1:]
-    assert sum(", append " in line for line in lines) == 12  # all but the one that only reads
-    assert sum(", sum " in line for line in lines) == 13
+    assert sum(", append " in line for line in lines) == 14  # all but the one that only reads
+    assert sum(", sum " in line for line in lines) == 15
 
 
 def test_report_of_a_gpu_it_does_not_know() -> None:

@@ -60,7 +60,7 @@ class Memory:
     device: torch.device
     weight_bytes: int  # that a step reads
     cache_bytes: int  # of the whole KV cache
-    cache_tokens: int  # that it holds: max_batch_size * max_seq_len
+    row_bytes: Callable[[float], float]  # of it that a step reads for a row of so many tokens
 
 
 def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
@@ -80,7 +80,8 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     tenth = len(steps) // 10
 
     # a step reads all weights and the tokens cached
-    read = memory.weight_bytes + live_tokens(stats) * memory.cache_bytes / memory.cache_tokens
+    n_rows, length = live_rows(stats)
+    read = memory.weight_bytes + n_rows * memory.row_bytes(length)
     if stats.steps_s:
         tokens_per_s = stats.decode_tokens / sum(stats.steps_s)
         useful_share = stats.useful_row_steps / stats.row_steps
@@ -112,13 +113,14 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
     return summary
 
 
-def live_tokens(stats: Stats) -> float:
-    """How many tokens of its requests a step finds in the cache, on average."""
+def live_rows(stats: Stats) -> tuple[float, float]:
+    """How many rows with a request a step has, and how many tokens it finds cached in one of them,
+    on average."""
     n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
     length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
     if stats.steps_s:
-        return length * stats.useful_row_steps / len(stats.steps_s)
-    return length * n_requests / len(stats.first_token_s)
+        return stats.useful_row_steps / len(stats.steps_s), length
+    return n_requests / len(stats.first_token_s), length
 
 
 def say_summary(summary: dict[str, float]) -> None:
