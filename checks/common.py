@@ -256,6 +256,7 @@ HALVES = {
     GGML.Q4_K: {0: 2e-4, 2: 1.5e-3},
     GGML.Q5_K: {0: 1e-4, 2: 1.5e-3},
     GGML.Q6_K: {208: 4e-5},
+    GGML.MXFP4: {},  # a byte with an exponent
 }
 
 
@@ -268,6 +269,8 @@ def random_blocks(shape: tuple[int, int], kind: GGML) -> np.ndarray:
     for start, size in HALVES[kind].items():
         scales = size * random.uniform(0.9, 1.1, (len(data), 1))
         data[:, start:start + 2] = scales.astype(np.float16).view(np.uint8)
+    if kind == GGML.MXFP4:
+        data[:, 0] = random.integers(119, 122, len(data))
     return data.reshape(N, -1)
 
 
