@@ -612,7 +612,7 @@ def test_a_compiled_row_attends_without_python(
     tokens = random_tokens(1, 24)
     model.setup_caches(1, 24)
     eager = [model.decode(tokens[:, i:i + 1], positions(i)) for i in range(24)]
-    monkeypatch.setattr("model.flash_decode", None)
+    monkeypatch.setattr("cache.flash_decode", None)
     compile_model(model)
     for i, expected in enumerate(eager):
         close(model.decode(tokens[:, i:i + 1], positions(i)), expected)
@@ -958,9 +958,8 @@ def test_ctrl_c_ends_cleanly(ctrl_c_counts: None) -> None:
 MAY_IMPORT = {
     "generate": {"speculate", "model", "parallel", "quantize", "kernels", "cli", "formats"},
     "speculate": {"model", "quantize", "kernels", "formats"},
-    "model": {
-        "config", "feedforward", "weights", "parallel", "quantize", "kernels", "formats",
-    },
+    "model": {"cache", "config", "feedforward", "weights", "parallel", "quantize", "formats"},
+    "cache": {"kernels"},
     "weights": {"parallel", "quantize", "formats"},
     "parallel": set(),
     "feedforward": {"config", "quantize", "kernels"},

@@ -14,10 +14,11 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cli.stats
+from cache import choose_attention
 from checks.common import hf_folder, run_cli
 from cli.stats import Memory, Stats, copy_bandwidth, summarize
 from generate import Drawn, Engine, Request, StepFailed
-from model import KVCache, choose_attention, load_model
+from model import KVCache, load_model
 
 GPU_1 = torch.device("cuda", 1)
 
@@ -290,6 +291,6 @@ def test_auto_is_careful_on_a_gpu(room: int, attention: str) -> None:
 
 
 def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.triton", None)
+    monkeypatch.setattr("cache.triton", None)
     assert choose_attention("auto", GPU_1, 10**6) == "math"
     assert KVCache(1, 1, 8, 1, 4).attention == "flash"  # on a CPU it is PyTorch

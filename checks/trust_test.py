@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate as program
+from cache import require_memory
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
 from formats import checkpoint as files
 from formats.settings import check_settings
 from formats.tokenizer import load_tokenizer
 from formats.workspace import workspace
 from generate import Engine, Request, generate
-from model import Transformer, load_model, require_memory
+from model import Transformer, load_model
 from quantize import quantize_model, save_quantized
 
 PROMPT = list(range(10, 30))
