@@ -33,10 +33,12 @@ from transformers import PreTrainedModel
 
 from checks.common import CHECKPOINTS, CONFIG, CPU_ENV, DEVICES, HERE, PROMPTS
 from checks.common import close, hf_logits, run_cli
+from engine import Engine, compile_model
 from formats.tokenizer import Tokenizer
-from generate import Engine, Request, Sampling, compile_model, generate, kind_of, sample
+from generate import generate
 from kernels import flash_decode_reference
 from model import FAMILIES, Block, KVCache, LayerCache, Transformer, load_model
+from sampling import Request, Sampling, kind_of, sample
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 Run = tuple[int, str, str]  # exit code, stdout, stderr
@@ -448,7 +450,7 @@ def test_long_prompts_prefill_in_chunks(
 ) -> None:
     model = loaded(checkpoint)
     whole = generate(model, PROMPTS, 8)
-    monkeypatch.setattr("generate.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("engine.PREFILL_CHUNK", 7)
     assert generate(model, PROMPTS, 8) == whole
 
 
@@ -956,7 +958,9 @@ def test_ctrl_c_ends_cleanly(ctrl_c_counts: None) -> None:
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
-    "generate": {"speculate", "model", "parallel", "quantize", "kernels", "cli", "formats"},
+    "generate": {"engine", "sampling", "model", "parallel", "quantize", "cli", "formats"},
+    "engine": {"sampling", "speculate", "model", "parallel", "cli", "formats"},
+    "sampling": {"cli"},
     "speculate": {"model", "quantize", "kernels", "formats"},
     "model": {"cache", "config", "feedforward", "weights", "parallel", "quantize", "formats"},
     "cache": {"kernels"},

@@ -29,9 +29,10 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.decode import add_machine, device_facts
 from cli.arguments import DTYPES, Parser, number, say
 from cli.stats import Stats
+from engine import Engine, compile_model
 from formats.checkpoint import first_line, read_json
-from generate import Engine, Request, compile_model, kind_of
 from model import load_model
+from sampling import Request, kind_of
 
 
 @dataclass

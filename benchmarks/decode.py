@@ -39,8 +39,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from cli.arguments import Parser, number, say
 from cli.stats import copy_bandwidth
+from engine import Engine, compile_model
 from formats.checkpoint import first_line, open_checkpoint
-from generate import Engine, compile_model
 from kernels import triton
 from model import ModelConfig, load_model
 

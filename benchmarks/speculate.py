@@ -27,10 +27,12 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.decode import add_machine, device_facts
 from cli.arguments import DTYPES, Parser, number, say
 from cli.stats import Stats
+from engine import Engine, compile_model
 from formats.checkpoint import default_model, first_line
 from formats.tokenizer import load_tokenizer
-from generate import Engine, Request, Sampling, compile_model, generate, sample
+from generate import generate
 from model import Transformer, load_model
+from sampling import Request, Sampling, sample
 
 CODE = '''import math
 

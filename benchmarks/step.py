@@ -48,8 +48,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from engine import Engine, compile_model
 from feedforward import StackedLinear
-from generate import Engine, compile_model
 from model import ModelConfig, Transformer, rank_model, tensor_bytes
 from parallel import ALONE, Ranks, join
 from quantize import MODES, Linear, QuantizedLinear

@@ -19,7 +19,7 @@ from checks.common import CPU_ENV, HERE, run_cli
 from cli.arguments import SETTINGS
 from cli.batch import Answer, InOrder, News, Records, Run, answer_file, answer_live
 from cli.prompts import Job, Line, read_jobs, read_lines, read_text, samples
-from generate import Engine, Launch
+from engine import Engine, Launch
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
 DEFAULTS = {**dict.fromkeys(SETTINGS), "max_new_tokens": 9, "temperature": 0.0, "stop": []}

@@ -17,8 +17,9 @@ import cli.stats
 from cache import choose_attention
 from checks.common import hf_folder, run_cli
 from cli.stats import Memory, Stats, copy_bandwidth, summarize
-from generate import Drawn, Engine, Request, StepFailed
+from engine import Drawn, Engine, StepFailed
 from model import KVCache, load_model
+from sampling import Request
 
 GPU_1 = torch.device("cuda", 1)
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checks.common import PROMPTS
+from engine import CHUNK, Engine
 from formats.tokenizer import Tokenizer
-from generate import CHUNK, Engine, Request, Sampling, filter_probs, generate, key_of, noise, sample
+from generate import generate
 from model import Transformer, load_model
+from sampling import Request, Sampling, filter_probs, key_of, noise, sample
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 

@@ -19,7 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from checks.common import CHECKPOINTS, CONFIG, HERE, close, hf_logits
 from config import SETTINGS, ModelConfig, rope_frequencies
-from generate import compile_model, generate
+from engine import compile_model
+from generate import generate
 from kernels import flash_decode_reference
 from model import FAMILIES, Transformer, load_model, math_attention, prefill_attention
 from quantize import quantize_model, save_quantized

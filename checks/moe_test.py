@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checks.common import BASE, close, hf_logits, random_hf
+from engine import compile_model
 from feedforward import Experts, StackedLinear
 from formats.blocks import MXFP4Blocks
-from generate import compile_model
 from kernels import mxfp4_values
 from model import ModelConfig, Transformer, load_model
 from quantize import LAYERS, Linear, quantize_linear, quantize_model, save_quantized

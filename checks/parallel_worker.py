@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from generate import compile_model, generate
+from engine import compile_model
+from generate import generate
 from model import Transformer, load_model
 from parallel import Ranks, Team, piece
 from quantize import QuantizedLinear

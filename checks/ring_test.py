@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from checks.common import close, hf_folder, hf_logits, run_cli
-from generate import CHUNK, Engine, Request, compile_model, generate
+from engine import CHUNK, Engine, compile_model
+from generate import generate
 from model import MAX_DECODE_TOKENS, KVCache, Transformer, load_model
+from sampling import Request
 from speculate import Gauge
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name

@@ -30,9 +30,11 @@ from safetensors.torch import load_file, save_file
 import cli.stats
 import generate as program  # once: the runs are forked from here, so that starting takes no time
 from checks.common import CHATML, byte_level_tokenizer, hf_folder
+from engine import Engine
 from formats.tokenizer import sentencepiece_bpe
-from generate import Engine, Request, generate
+from generate import generate
 from model import load_model
+from sampling import Request
 
 LIMIT_S = 60  # that a run may take; most take a tenth of a second
 MEMORY = 8 * 2**30  # addresses that a run may have

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from checks.common import run_cli
 from checks.engine_test import alone, chi_squared, collect, is_last, loaded, random_prompt
+from engine import Engine, compile_model
 from formats.checkpoint import default_model
 from formats.tokenizer import Tokenizer
-from generate import Engine, Request, Sampling, compile_model, generate, sample
+from generate import generate
 from model import KVCache, Transformer, load_model
 from quantize import quantize_model
+from sampling import Request, Sampling, sample
 from speculate import Gauge, PromptLookup
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name

@@ -24,13 +24,15 @@ from torch import Tensor
 import generate as program
 from cache import require_memory
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
+from engine import Engine
 from formats import checkpoint as files
 from formats.settings import check_settings
 from formats.tokenizer import load_tokenizer
 from formats.workspace import workspace
-from generate import Engine, Request, generate
+from generate import generate
 from model import Transformer, load_model
 from quantize import quantize_model, save_quantized
+from sampling import Request
 
 PROMPT = list(range(10, 30))
 Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
