@@ -225,6 +225,10 @@ GPT_OSS = dict(
     max_position_embeddings=131072,
     rms_norm_eps=1e-5,
     rope_theta=150000.0,
+    rope_scaling=dict(
+        rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=4096,
+    ),
     attention_bias=True,
     use_sliding_window=True,
     sliding_window=128,
@@ -370,6 +374,8 @@ def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig 
     """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting
     that has the experts'."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
+    if hf[key] is None:
+        raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
     if hf[key] == 0:
         return None
     n_layer = positive(hf, "num_hidden_layers")

@@ -576,20 +576,16 @@ def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any
     """A conversation in the terminal, its cache kept between turns."""
     watch_prompts(engine)
 
-    text = []  # what the row holds
-
     def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
         settings = options(args, tokenizer)
         if args.seed is not None:
             settings["seed"] = (args.seed + attempt) % 2**63
-        text[cached:] = ids
         if not engine.cache.intact(slice(0, 1), cached):
             cached = 0  # a sliding window has passed what the conversation goes back to
         answer, = generate(
-            engine.model, [text[cached:]], args.max_new_tokens, cached=cached, stream=show,
+            engine.model, [ids[cached:]], args.max_new_tokens, cached=cached, stream=show,
             engine=engine, **settings,
         )
-        text.extend(answer)
         return answer, engine.finish_reasons[0]
 
     Chat(tokenizer, reply, engine.context, args.stop, system).run()

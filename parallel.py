@@ -287,7 +287,7 @@ class Team:
 
     def receive(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The answers that other groups have sent since the last look, but for the very latest."""
-        if time.perf_counter() - self.looked < POLL_S:
+        if self.n_groups == 1 or time.perf_counter() - self.looked < POLL_S:
             return
         self.looked = time.perf_counter()
         for place in range(self.n_received, self.store.add("answers", 0)):

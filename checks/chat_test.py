@@ -42,7 +42,7 @@ class FakeReply:
     """Gives prepared answers, shows them a token at a time, and keeps what it was asked.
 
     An answer that does not end with END was cut. An exception in it is raised in its place.
-    cache holds the tokens that a real cache would: those behind `cached` are dropped, ids are
+    cache holds the tokens that a real cache would: those behind `cached` are dropped, new ones are
     written, and so is every answered token but the last, which is never fed."""
     answers: list[list[int | BaseException]]
     room: int = 1000
@@ -54,10 +54,11 @@ class FakeReply:
     def __call__(
         self, ids: list[int], cached: int, show: Show, attempt: int
     ) -> tuple[list[int], str]:
-        assert ids and cached <= len(self.cache)
-        self.calls.append((ids, cached))
+        new = ids[cached:]
+        assert new and ids[:cached] == self.cache[:cached]
+        self.calls.append((new, cached))
         self.attempts.append(attempt)
-        self.cache = self.cache[:cached] + ids
+        self.cache = list(ids)
         self.seen.append(list(self.cache))
         answer = self.answers[len(self.calls) - 1]
         for token in answer:
@@ -614,6 +615,7 @@ def test_ctrl_c_on_a_terminal_ends_the_answer_and_not_the_program(
     screen.wait_for("> ")
     screen.type("\x03")
     screen.wait_for("Ctrl-C again or Ctrl-D leaves\r\n")
+    screen.wait_for("> ")
     screen.type("\x04")
     code, shown = screen.close()
     assert code == 0 and shown.endswith("\r\n")

@@ -41,9 +41,9 @@ class Turn:
 class Chat:
     """Messages and their answers; only what is new of a conversation is prefilled.
 
-    reply(ids, cached, show, attempt) generates behind the first `cached` tokens of the cache, which
-    it leaves as they are: it prefills ids, calls show(row, ids) as tokens come, and returns all of
-    them and why they end. A KeyboardInterrupt ends an answer where it is; ValueError: those cached
+    reply(ids, cached, show, attempt) generates behind ids, of which the first `cached` are in the
+    cache: it prefills the others, calls show(row, new) as tokens come, and returns all of them and
+    why they end. A KeyboardInterrupt ends an answer where it is; ValueError: those cached
     are not there any more, and it is asked anew with none. room: the tokens that the cache holds.
     stop: strings that end a reply, and that reply stops at; they are neither printed nor part of
     the conversation. system: a first message that says how to answer.
@@ -157,7 +157,7 @@ class Chat:
             print(text.push(new), end="", flush=True)
 
         try:
-            _, reason = self.reply(ids[cached:], cached, show, self.attempt)
+            _, reason = self.reply(ids, cached, show, self.attempt)
         except KeyboardInterrupt:
             reason = "interrupted"
         print(text.push([], final=True), flush=True)
