@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -513,11 +514,14 @@ class Screen:
         self.seen += new.decode(errors="replace")
         return bool(new)
 
-    def close(self) -> tuple[int, str]:
-        """Wait for the end -> exit code, and what was shown until then."""
+    def close(self, key: str = "") -> tuple[int, str]:
+        """Wait for the end -> exit code, and what was shown until then. key: is typed every second
+        meanwhile, as one is lost that comes just when the terminal changes its mode."""
         end = time.monotonic() + 120
         while self.read():
             assert time.monotonic() < end, f"it does not end: {self.seen!r}"
+            with suppress(OSError):
+                self.type(key)
         _, status = os.waitpid(self.pid, 0)
         os.close(self.terminal)
         return os.waitstatus_to_exitcode(status), self.seen
@@ -616,6 +620,5 @@ def test_ctrl_c_on_a_terminal_ends_the_answer_and_not_the_program(
     screen.type("\x03")
     screen.wait_for("Ctrl-C again or Ctrl-D leaves\r\n")
     screen.wait_for("> ")
-    screen.type("\x04")
-    code, shown = screen.close()
+    code, shown = screen.close("\x04")
     assert code == 0 and shown.endswith("\r\n")
