@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cli.arguments import number
 from cli.stats import Stats
 from formats.checkpoint import first_line
 from model import KVCache, Transformer, run_block, run_head
@@ -62,11 +61,13 @@ class Waiting:
         self.requests = requests
         self.draw = draw
         self.drawn: Running | None = None
+        self.over = False  # others need not be asked any more
 
     def peek(self) -> Running | None:
         """The next one, None if there is none."""
-        if self.drawn is None:
+        if self.drawn is None and not self.over:
             number = self.draw()
+            self.over = number is None
             if number is not None:
                 self.drawn = self.requests[number]
         return self.drawn
@@ -417,7 +418,8 @@ class Engine:
         tokens of it), as they come; on CUDA the host reads LAG steps behind the device.
 
         draw: the numbers of the requests that are to be worked off here, one a call, None behind
-        the last; by default all. Each turn puts one chunk of prompts into free rows and advances the others by a step.
+        the last; by default all. Each turn puts one chunk of prompts into free rows and advances
+        the others by a step.
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
@@ -596,6 +598,7 @@ class Engine:
             tensor[free] = tensor[last]
         self.active[last] = 0
         self.rest(last, request.cached)
+        self.cache.held[last] = request.cached
 
     def free(self, running: Running) -> None:
         """Let go of a request's row. One that serves one request after the other goes where steps
@@ -607,6 +610,7 @@ class Engine:
             self.ends[row] = running.prompt_end + running.most - 1
             if self.refills:
                 self.rest(row, running.request.cached)
+                self.cache.held[row] = running.request.cached  # steps write behind that
         if running.done and self.drafter is not None and not self.refills:
             # proposals may have been accepted beyond its last token
             self.rest(row, running.prompt_end + running.read - 1)

@@ -269,6 +269,9 @@ def do(argv: list[str] | None) -> None:
         args = parse_args(argv)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several and (args.save is not None or args.profile is not None):
+            raise ValueError("--save and --profile take one process: run them without torchrun")
         if args.save is not None:
             save(args)
             return
@@ -306,6 +309,7 @@ def run(args: Any, team: Team) -> None:
         jobs = wanted(args, asked, tokenizer, model.config)
         engine = make_engine(args, model, tokenizer, jobs, team)
         if args.interactive:
+            team.share_input()
             converse(engine, tokenizer, asked.system, args)
         elif args.profile:
             profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
@@ -469,7 +473,7 @@ def make_engine(
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
     # groups that share a file of prompts are to have rows for a fair share of them at most
     rows = args.batch_size
-    if team.n_groups > 1:
+    if team.n_groups > 1 and args.prompts is not None:
         rows = min(rows, math.ceil(len(jobs) / team.n_groups))
     # steps that check proposals write as far behind the last token
     model.setup_caches(rows, room + args.speculate_k, kv_dtype, args.attention)
@@ -581,7 +585,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any
         if args.seed is not None:
             settings["seed"] = (args.seed + attempt) % 2**63
         if not engine.cache.intact(slice(0, 1), cached):
-            cached = 0  # a sliding window has passed what the conversation goes back to
+            raise ValueError("a sliding window has passed what the conversation goes back to")
         answer, = generate(
             engine.model, [ids[cached:]], args.max_new_tokens, cached=cached, stream=show,
             engine=engine, **settings,
@@ -608,6 +612,8 @@ def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: S
     for name, module in model.layers[0].named_modules():
         if name.endswith("_proj"):
             parts[name] = tensor_bytes(module)
+            if ".experts." in name:  # of which a step reads some
+                parts[name] *= model.layers[0].mlp.experts.share(cache.max_batch_size)
     live = sum(map(cache.bytes_read, engine.input_pos.tolist()))
     parts["attention"] = live / len(model.layers)
     profile(

@@ -421,15 +421,19 @@ class Transformer(nn.Module):
         cache = self.check_cache(B, cache)
         if rows is None:
             rows = slice(0, B)
+        cached = [start] * B
         if start is None:
-            start = int(input_pos.max())
+            cached = input_pos.tolist()
+            start = max(cached)
             cache.refuse_lost(rows, input_pos)
         refuse_overflow(cache, start, T)
-        end = input_pos + T if last is None else input_pos + last + 1
+        end = input_pos + T
+        if last is not None:  # a row whose prompt ended in an earlier chunk gets nothing
+            end = torch.where(last < 0, 0, input_pos + last + 1)
         cache.note_written(rows, input_pos, end)
         positions = self.positions(input_pos, T, cache, start, last)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
-        cache.held[rows] = [start + T] * B
+        cache.held[rows] = [length + T for length in cached]
         if last is not None:
             row = torch.arange(B, device=x.device)
             x = x[row, last][:, None]  # (B, 1, dim)

@@ -125,7 +125,10 @@ def piece(whole: Cuttable, shape: tuple[int, ...], ranks: Ranks) -> Cuttable:
         part = part.narrow(dim, first, min(size, total - first))
         if part.shape[dim] < size:
             if not isinstance(part, Tensor):
-                raise ValueError(f"{total} rows of a quantized tensor do not divide over {ranks.size} ranks")
+                raise ValueError(
+                    f"{total} rows of a quantized tensor do not divide over {ranks.size} ranks: "
+                    "take --quantize none, or fewer ranks"
+                )
             missing = list(part.shape)
             missing[dim] = size - part.shape[dim]
             part = torch.cat([part, part.new_zeros(missing)], dim)
@@ -188,8 +191,8 @@ POLL_S = 0.05  # between looks at what other groups have answered
 
 
 class Team:
-    """All processes of a run: groups of ranks with a model each, which share one queue of work and
-    what the first process reads from standard input. As a context it ends them together: of those
+    """All processes of a run: groups of ranks with a model each, which share one queue of work. As
+    a context it ends them together: of those
     that fail, which is all of them where one does, the first says why.
 
     tp: the ranks of a group, by default all processes. ValueError: there are too few, they do not
@@ -245,9 +248,12 @@ class Team:
         dist.broadcast_object_list(box, src=0, group=self.everyone)
         return box[0]
 
-    def __enter__(self) -> Team:
+    def share_input(self) -> None:
+        """From now on all processes read together what the first one reads from standard input."""
         if self.everyone is not None:
             sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(self)), encoding="utf-8")
+
+    def __enter__(self) -> Team:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
@@ -338,6 +344,7 @@ def meet(number: int, n: int) -> dist.Store:
         sys.stderr = sys.__stderr__  # the others cannot know
         reason = str(e).splitlines()[0]
         raise ValueError(f"process {number} of {n} finds no others: {reason}") from None
+    store.set_timeout(PATIENCE)  # NCCL asks it long after: behind loading and compiling
     store = dist.PrefixStore("gpt-flash", store)
     there = store.add("joined", 1)
     began = time.perf_counter()

@@ -104,7 +104,7 @@ class DraftModel(Drafter):
         config = draft.config
         self.cache = KVCache(
             config.n_layer, config.n_kv_head, config.head_dim, cache.max_batch_size,
-            cache.max_seq_len, dtype=draft.embed_tokens.weight.dtype, device=draft.device,
+            cache.max_seq_len, dtype=draft.dtype, device=draft.device,
             attention=cache.attention, windows=config.windows,
         )
         if compiled:

@@ -18,7 +18,8 @@ from formats.blocks import Blocks
 from formats.checkpoint import Checkpoint
 from parallel import Ranks, piece
 from quantize import (
-    MODES, Int4Linear, Linear, put_layer, quantize_linear, quantized_layout, rows_at_once, say_once,
+    MODES, Int4Linear, Linear, QuantizedLinear, put_layer, quantize_linear, quantized_layout,
+    rows_at_once, say_once,
 )
 
 # layers that multiply parts of their inputs on each rank: what they give is added up
@@ -64,6 +65,8 @@ class Weights:
                 self.plan[name] = self.sources(name, tuple(x.shape))
         if config.tied and isinstance(self.whole.lm_head, Linear):
             del self.plan["lm_head.weight"]
+        if config.tied and self.ranks.size > 1 and isinstance(self.whole.lm_head, QuantizedLinear):
+            self.cut_tied_table()
 
         if checkpoint.tensors is None:
             warning = "is a bare configuration: the weights are RANDOM, for benchmarks only"
@@ -72,6 +75,14 @@ class Weights:
         checkpoint.check_names(name for parts in self.plan.values() for name in parts)
         if quantize == "auto":
             self.keep_blocks(device)
+
+    def cut_tied_table(self) -> None:
+        """A rank's output layer is a part of the embedding's table, which is quantized."""
+        table = self.whole.lm_head
+        put_layer(self.model, "lm_head", table.mode, table.group_size)
+        for name, _ in table.named_buffers():
+            stored = f"embed_tokens.table.{name}"
+            self.plan[f"lm_head.{name}"] = self.plan[stored]
 
     def sources(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The Hugging Face tensors of a parameter of the whole model, and their shapes. Our names
@@ -130,8 +141,9 @@ class Weights:
         for prefix, module in tqdm(modules, "loading", unit=" layers", disable=None, leave=False):
             self.fill(module, prefix, device)
             if isinstance(module, Linear) and quantize in MODES:
+                groups = group_size if quantize == "int4" else 1
                 module = quantize_linear(
-                    module, quantize, group_size, prefix, self.over_ranks(prefix, group_size)
+                    module, quantize, group_size, prefix, self.over_ranks(prefix, groups)
                 )
                 model.set_submodule(prefix, module)
             if hasattr(module, "pack"):
@@ -199,17 +211,17 @@ class Weights:
             parts.append(piece(tensor, (n, *meta.shape[1:]), self.ranks))
         return parts
 
-    def over_ranks(self, prefix: str, group_size: int) -> Callable[[Tensor], Tensor] | None:
+    def over_ranks(self, prefix: str, groups: int) -> Callable[[Tensor], Tensor] | None:
         """For a layer whose rows lie on several ranks: what makes the largest values of a row's
         parts those of the whole row, so that a part gets the integers that it has in the whole."""
         whole = self.whole.get_submodule(prefix).in_features
         ours = self.model.get_submodule(prefix).in_features
         if whole == ours:
             return None
-        if ours % group_size:
+        if ours % groups:
             raise ValueError(
                 f"{ours} inputs of {prefix}, a part of {whole}, do not divide into groups of "
-                f"{group_size}: take fewer ranks"
+                f"{groups}: take fewer ranks"
             )
         return self.ranks.largest
 

@@ -70,6 +70,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     # of the processes that torchrun starts on a machine, each has a GPU of its own
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if n > torch.cuda.device_count():
+            parser.error(f"{n} processes need as many GPUs; here are {torch.cuda.device_count()}")
         args.device += f":{os.environ['LOCAL_RANK']}"
 
     # a device is checked by using it

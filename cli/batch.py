@@ -183,22 +183,27 @@ def answer_file(
     if records is not None:
         records.check(jobs)
 
-    # what is left to do; lines that are no prompts are done by saying so
     left = []
     for number, job in enumerate(jobs):
         if records is not None and records.has(job):
             continue
         if job.error is None:
             left.append(number)
-        else:
+        else:  # a line that is no prompt is done by saying so
             say(job.error)
             write(number, error_record(job))
     if records is not None and records.done:
         say(f"{records.path} has {len(records.done)} answers already; {len(left)} are left")
     team.agree(left)
-    if not left:
-        return
+    if left:
+        answer_left(jobs, left, run, tokenizer, write, team)
 
+
+def answer_left(
+    jobs: list[Job], left: list[int], run: Run, tokenizer: Tokenizer,
+    write: Callable[[int, dict[str, Any]], None], team: Team,
+) -> None:
+    """Answer the jobs of these numbers, and write each record as it comes."""
     with progress_bar(len(jobs), len(left)) as bar:
         n_tokens = 0
         began = time.perf_counter()
@@ -213,6 +218,9 @@ def answer_file(
                 with bar.external_write_mode():
                     write(left[number], record)
                 bar.update(1)
+    if team.n_groups > 1:
+        seconds = time.perf_counter() - began
+        say(f"{team.n_groups} groups: {n_tokens} new tokens in {seconds:.2f} s; the first of them:")
 
 
 def answers_of_all(
@@ -240,10 +248,11 @@ def answers_of_all(
 def help_answer(jobs: list[Job], run: Run, tokenizer: Tokenizer, team: Team) -> None:
     """What the processes of a team do while the first one answers a file."""
     left = team.agree(None)
+    if not left:
+        return
     for answer, _, _ in run_answers([jobs[number] for number in left], run, tokenizer):
         if answer.finish_reason is not None:
             team.send(answer.number, answer.record())
-
 
 
 def progress_bar(n_jobs: int, n_left: int) -> tqdm:
