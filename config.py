@@ -27,7 +27,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: tokens a query sees, itself included; None: all
     ropes: tuple[Rope | None, ...]  # per layer; layers of one kind share one; None: no positions
     hf: dict = field(repr=False)  # what this was made from
-    act: str = "silu"  # of the feed-forward's gate: a key of model.ACTIVATIONS
+    act: str = "silu"  # of the feed-forward's gate: a key of feedforward.ACTIVATIONS
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -279,6 +279,7 @@ SETTINGS = {
 }
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+MOST_EXPERTS = 2**16  # of all layers: far above any model's, and each is made of modules
 # Settings that would go wrong if ignored, with the value that is supported; any value is in a
 # family that has it among its defaults.
 FIXED = {
@@ -365,7 +366,8 @@ def every_other_layer(hf: dict) -> list[str]:
     """The kinds of layers of a Qwen2-MoE that does not name them: among the first ones, of which
     there are max_window_layers, every other one has a window."""
     kinds = ["full_attention"] * positive(hf, "num_hidden_layers")
-    for layer in range(0, min(len(kinds), positive(hf, "max_window_layers")), 2):
+    n_first = hf.get("max_window_layers") or 0
+    for layer in range(0, min(len(kinds), n_first), 2):
         kinds[layer] = "sliding_attention"
     return kinds
 
@@ -386,7 +388,7 @@ def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig 
         n_active=positive(hf, "num_experts_per_tok"),
         ffn_dim=positive(hf, ffn_dim),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n_layer)),
-        shared_ffn_dim=hf.get("shared_expert_intermediate_size") or 0,
+        shared_ffn_dim=shared_ffn_dim(hf),
         normalize=bool(hf.get("norm_topk_prob", True)),
         bias=bias,
         glu_alpha=maybe_positive(hf, "swiglu_alpha"),
@@ -396,7 +398,21 @@ def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig 
         raise ValueError(
             f"num_experts_per_tok is {config.n_active}, but there are {config.n_expert} experts"
         )
+    if n_layer * config.n_expert > MOST_EXPERTS:
+        raise ValueError(
+            f"the model's configuration has {key} = {config.n_expert} in each of {n_layer} layers: "
+            f"there may be {MOST_EXPERTS} experts in all"
+        )
     return config
+
+
+def shared_ffn_dim(hf: dict) -> int:
+    """The size of the expert that all tokens go to, 0 if there is none."""
+    key = "shared_expert_intermediate_size"
+    size = hf.get(key)
+    if size is None or (is_number(size, int) and size == 0):
+        return 0
+    return positive(hf, key)
 
 
 def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:

@@ -219,6 +219,16 @@ def test_what_the_cache_has_lost_is_read_anew(monkeypatch: pytest.MonkeyPatch) -
     assert reply.seen[2] == asked("u:one\0a:Ho\0u:two\0a:")
 
 
+def test_an_answer_that_breaks_off_is_not_printed_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [spoken("Hi"), [*Letters().encode("He"), ValueError("broken")], spoken("Ho")]
+    reply = talk(monkeypatch, ["one", "two"], answers)
+    assert len(reply.calls) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "Hi\nHe" and "broken" in shown.err
+
+
 # --- Ctrl-C ---
 
 def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(
@@ -576,6 +586,8 @@ def test_pasted_lines_are_one_message(tmp_path: Path) -> None:
     for typed, got in [
         ("\x1b[200~def f():\n\treturn 1\n\x1b[201~\n", "def f():\\n\\treturn 1\\n"),
         ('\x1b[200~"""Doc."""\nx = 1\x1b[201~\n', '"""Doc."""\\nx = 1'),
+        ('\x1b[200~"""\nfoo\n"""\x1b[201~\n', "\\nfoo\\n"),
+        ('\x1b[200~"""Doc."""\nx = """y"""\x1b[201~\n', '"""Doc."""\\nx = """y"""'),
         ("one\n two\nthree\n", "one\\n two\\nthree"),
         ("four\n/stats\n", "four'\r\ngot '/stats"),
         ('"""five\n', None),

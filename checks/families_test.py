@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import feedforward
 from checks.common import CHECKPOINTS, CONFIG, HERE, close, hf_logits
-from config import SETTINGS, ModelConfig, rope_frequencies
+from config import ACTIVATIONS, SETTINGS, ModelConfig, rope_frequencies
 from engine import compile_model
 from generate import generate
 from kernels import flash_decode_reference
@@ -429,6 +430,18 @@ def test_a_family_is_read_and_built() -> None:
     assert SETTINGS.keys() == FAMILIES.keys()
 
 
+def test_an_activation_is_read_and_computed() -> None:
+    assert set(ACTIVATIONS) == feedforward.ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize("n_first", [0, None])
+def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None:
+    hf = class_settings("qwen2_moe") | dict(
+        layer_types=None, use_sliding_window=True, sliding_window=8, max_window_layers=n_first,
+    )
+    assert set(ModelConfig.from_hf(hf).windows) == {None}
+
+
 @pytest.mark.parametrize("family, change, message", [
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
     ("gemma2", dict(hidden_activation="relu2"), "hidden_act 'relu2'"),
@@ -451,6 +464,11 @@ def test_a_family_is_read_and_built() -> None:
                                        long_factor=["1"] * 48)), "list of 48 numbers"),
     ("smollm3", dict(no_rope_layers=[1, 0]), "each of 36 layers"),
     ("granite", dict(residual_multiplier="0.2"), "residual_multiplier = '0.2'"),
+    ("qwen2_moe", dict(shared_expert_intermediate_size=True), "intermediate_size = True, not a"),
+    ("qwen2_moe", dict(shared_expert_intermediate_size=False), "intermediate_size = False, not a"),
+    ("qwen2_moe", dict(shared_expert_intermediate_size=-8), "intermediate_size = -8, not a"),
+    ("qwen2_moe", dict(num_experts=2048, num_hidden_layers=33, layer_types=None),
+     "num_experts = 2048 in each of 33 layers: there may be 65536"),
     ("granite", dict(quantization_config={"quant_method": "fp8"}), "fp8"),
 ])
 def test_what_would_go_wrong_is_refused(family: str, change: dict, message: str) -> None:

@@ -16,6 +16,8 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from checks.common import BASE, close, hf_logits, interleave, random_blocks, write_gguf
+from config import ModelConfig
+from formats.architectures import hf_config
 from formats.checkpoint import open_checkpoint
 from model import FAMILIES, load_model
 
@@ -233,6 +235,7 @@ def test_an_experts_blocks_are_its_own(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "qwen3moe")
     writer.add_block_count(1)
+    writer.add_expert_count(4)
     writer.add_tensor("blk.0.ffn_up_exps.weight", raw, raw_dtype=GGML.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -245,8 +248,40 @@ def test_an_experts_blocks_are_its_own(tmp_path: Path) -> None:
         assert np.array_equal(checkpoint.read(name, (64, 32)), want)
         q, scale, zero = checkpoint.blocks(name, (64, 32)).affine(slice(5, 60))
         assert np.allclose(q * scale + zero, want[5:60], atol=1e-6)
-    with pytest.raises(ValueError, match="4 experts, not 5"):
-        checkpoint.read("model.layers.0.mlp.experts.4.up_proj.weight", (64, 32))
+    checkpoint.config["num_experts"] = 3
+    with pytest.raises(ValueError, match="shape .*, not an entry for each of 3 experts"):
+        checkpoint.read("model.layers.0.mlp.experts.0.up_proj.weight", (64, 32))
+
+
+def metadata(arch: str, settings: dict[str, int]) -> dict[str, int | str]:
+    """What a file says of a small model, and these settings."""
+    sizes = {
+        "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+    }
+    own = {f"{arch}.{name}": value for name, value in (sizes | settings).items()}
+    return {"general.architecture": arch, **own}
+
+
+@pytest.mark.parametrize("arch, experts", [
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen2moe", {"expert_count": 4}),
+    ("qwen3moe", {"expert_count": 4, "expert_used_count": 2}),
+])
+def test_a_qwen_has_a_window_only_if_its_file_says_so(arch: str, experts: dict[str, int]) -> None:
+    meta = metadata(arch, {"block_count": 40, **experts})
+    config = ModelConfig.from_hf({**hf_config(meta, {}), "vocab_size": 100})
+    assert set(config.windows) == {None}
+    meta[f"{arch}.attention.sliding_window"] = 8
+    config = ModelConfig.from_hf({**hf_config(meta, {}), "vocab_size": 100})
+    assert 8 in config.windows
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "qwen3moe", "gpt-oss"])
+def test_impossible_numbers_of_layers_are_not_gone_through(arch: str) -> None:
+    with pytest.raises(ValueError, match="num_hidden_layers = 100000: it must be at most 2048"):
+        hf_config(metadata(arch, {"block_count": 100_000}), {})
 
 
 @pytest.mark.parametrize("arch, setting, message", [

@@ -268,7 +268,8 @@ def make_checkpoints(folder: Path) -> dict[str, Path]:
     torch.save(tensors, made["pickle"] / "pytorch_model.bin")
     (made["tokenizer.model"] / "tokenizer.json").unlink()
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    processor = sentencepiece_bpe(pieces, [0.0] * len(pieces), [2, 3, 3, *[6] * 256, 1], True)
+    kinds = [2, 3, 3, *[6] * 256, 1]
+    processor = sentencepiece_bpe(pieces, [0.0] * len(pieces), kinds, 0, True)
     (made["tokenizer.model"] / "tokenizer.model").write_bytes(processor.serialized_model_proto())
 
     made["gguf"] = write_gguf(folder / "model.gguf", plain, tokens, merges)

@@ -24,6 +24,7 @@ from torch import Tensor
 import generate as program
 from cache import require_memory
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
+from checks.soak import make_checkpoints
 from engine import Engine
 from formats import checkpoint as files
 from formats.settings import check_settings
@@ -273,8 +274,14 @@ def test_weights_that_are_not_finite_are_refused(copied: Path, name: str, value:
     (dict(model_type=["llama"]), r'model_type = \["llama"\]: it must be a text'),
     (dict(architectures=5), "architectures = 5: it must be a list of texts"),
     (dict(layer_types="x"), 'layer_types = "x": it must be a list of texts'),
-    (dict(layer_types=["foo", "bar"]), "'bar' is not supported, only full_attention and"),
-    (dict(layer_types=["full_attention"]), "layer_types for 1 of 2 layers"),
+    (dict(layer_types=["foo", "bar"]), "'bar'.*: only full_attention and sliding_attention are"),
+    (dict(layer_types=["full_attention"]), "layer_types = .*, not an entry for each of 2 layers"),
+    (dict(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"]),
+     "unsupported architecture"),
+    (dict(num_experts=2**12), "num_experts = 4096: it must be at most 2048"),
+    (dict(moe_intermediate_size=2**25), "moe_intermediate_size = 33554432: it must be at most"),
+    (dict(rope_parameters=dict(full_attention=dict(rope_type=["x"]))), "rope_type = .*a text"),
+    (dict(max_position_embeddings=None, model_max_length=10**30), "model_max_length = 10+: it"),
     (dict(max_window_layers=-3), "max_window_layers = -3: it must be a whole number from 0"),
     (dict(max_window_layers=1.5), "max_window_layers = 1.5: it must be a whole number"),
     (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000: it must be at most 2048"),
@@ -332,6 +339,7 @@ def test_settings_of_real_models_are_accepted() -> None:
         time_step_limit=[0.0, float("inf")], rope_scaling=None, rope_theta=1e7,
         rope_parameters=dict(rope_type="linear", factors=[1.0, 32.5]), max_window_layers=0,
         num_experts=512, use_cache=True, torch_dtype="bfloat16", initializer_range=0.02,
+        max_position_embeddings=4096, model_max_length=10**30,
     ))
 
 
@@ -423,6 +431,13 @@ def test_odd_gguf_files_are_refused(
     path = write_odd_gguf(tmp_path / "x.gguf", SIZES | settings, TABLE | tensors)
     with pytest.raises(ValueError, match=message):
         load_model(path)
+
+
+def test_every_checkpoint_that_the_soak_spoils_is_whole(tmp_path: Path) -> None:
+    for path in make_checkpoints(tmp_path / "made").values():
+        assert load_model(path).config.n_layer == 2
+        ids = load_tokenizer(path).encode("ab")
+        assert ids
 
 
 def test_a_tokenizer_says_which_entry_is_missing(tmp_path: Path) -> None:

@@ -43,10 +43,10 @@ class Chat:
 
     reply(ids, cached, show, attempt) generates behind ids, of which the first `cached` are in the
     cache: it prefills the others, calls show(row, new) as tokens come, and returns all of them and
-    why they end. A KeyboardInterrupt ends an answer where it is; ValueError: those cached
-    are not there any more, and it is asked anew with none. room: the tokens that the cache holds.
-    stop: strings that end a reply, and that reply stops at; they are neither printed nor part of
-    the conversation. system: a first message that says how to answer.
+    why they end. A KeyboardInterrupt ends an answer where it is; ValueError before any came: those
+    cached are not there any more, and it is asked anew with none. room: the tokens that the cache
+    holds. stop: strings that end a reply, and that reply stops at; they are neither printed nor
+    part of the conversation. system: a first message that says how to answer.
     ValueError where the model has no chat template, or one that does not take a system message."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Chat:
         try:
             answer, reason = self.show_reply(ids, cached)
         except ValueError:
-            if cached == 0:
+            if cached == 0 or self.turn.new_tokens > 0:
                 raise
             self.held = []
             answer, reason = self.show_reply(ids, 0)
@@ -147,8 +147,8 @@ class Chat:
 
     def show_reply(self, ids: list[int], cached: int) -> tuple[list[int], str]:
         """Print the reply to a conversation's ids as it comes -> its tokens, why it ended."""
-        text = TextStream(self.tokenizer, ids, self.stop)
         self.turn = Turn(len(ids), cached, time.perf_counter())
+        text = TextStream(self.tokenizer, ids, self.stop)
         answer = []
 
         def show(row: int, new: list[int]) -> None:

@@ -50,7 +50,7 @@ class Messages:
         """The next message. EOFError: there is none; KeyboardInterrupt: Ctrl-C was typed."""
         line = self.take_line(PROMPT)
         opening = OPENING.match(line)
-        if opening and "\n" not in line:
+        if opening and is_quoted(line[opening.end():]):
             return (opening[1] or "") + self.read_quoted(line[opening.end():])
         if COMMAND.match(line):
             return line
@@ -104,6 +104,15 @@ class Messages:
             with suppress(OSError):  # a full disk is no reason to end a conversation
                 readline.write_history_file(self.history)
         return line
+
+
+def is_quoted(text: str) -> bool:
+    """Whether what follows three quotes is a quoted text, or the beginning of one. Lines that were
+    pasted as one are if the next quotes end them; else they may be a program."""
+    if "\n" not in text:
+        return True
+    _, quotes, rest = text.partition(QUOTES)
+    return bool(quotes) and not rest.strip()
 
 
 def open_history() -> Path | None:

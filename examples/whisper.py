@@ -4,7 +4,7 @@
     python examples/whisper.py --checkpoint_path FOLDER recording.mp3
 
 FOLDER is a Hugging Face Whisper: config.json, model.safetensors, tokenizer.json. Two names of
-gpt-flash are used and no others, KVCache of model.py and flash_decode of kernels.py: the
+gpt-flash are used and no others, KVCache of cache.py and flash_decode of kernels.py: the
 decoder's self-attention appends to a cache that grows, its cross-attention reads one that is
 filled once a window (causal=False), and on CUDA a step is one graph.
 
@@ -38,8 +38,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from cache import KVCache
 from kernels import flash_decode
-from model import KVCache
 
 RATE = 16000  # samples a second
 HOP = 160  # samples from a frame of the spectrogram to the next: 100 frames a second

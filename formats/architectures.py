@@ -8,6 +8,8 @@ from typing import Any
 
 import gguf
 
+from formats.settings import check_settings
+
 Tensors = dict[str, gguf.ReaderTensor]
 
 
@@ -73,7 +75,7 @@ NEUTRAL = {  # settings that nothing reads, with the value that changes nothing
 def hf_config(meta: dict, tensors: Tensors) -> dict:
     """The metadata and tensors of a GGUF file -> a configuration as in a config.json.
 
-    ValueError names an architecture or a setting that is not known."""
+    ValueError names an architecture or a setting that is not known, or one of impossible size."""
     name, architecture = architecture_of(meta)
     prefix = f"{name}."
     settings = {
@@ -94,6 +96,7 @@ def hf_config(meta: dict, tensors: Tensors) -> dict:
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if "token_embd.weight" in tensors:
         config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    check_settings(config)  # what completes it goes through the layers, as many as it says
     if architecture.complete:
         architecture.complete(config, settings, tensors)
     return config
@@ -227,15 +230,16 @@ def complete_baichuan(config: dict, settings: dict, tensors: Tensors) -> None:
 
 
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
+QWEN = {"sliding_window": None}  # Hugging Face's default is one that most of them do not use
 # by general.architecture of a GGUF file
 ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True, complete=complete_llama),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
+    "qwen2": Architecture("qwen2", means=QWEN),
+    "qwen3": Architecture("qwen3", means=QWEN),
     "qwen2moe": Architecture(
-        "qwen2_moe", means={"norm_topk_prob": False}, complete=complete_qwen_moe),
+        "qwen2_moe", means={**QWEN, "norm_topk_prob": False}, complete=complete_qwen_moe),
     "qwen3moe": Architecture(
-        "qwen3_moe", means={"norm_topk_prob": True}, complete=complete_qwen_moe),
+        "qwen3_moe", means={**QWEN, "norm_topk_prob": True}, complete=complete_qwen_moe),
     "gpt-oss": Architecture("gpt_oss", complete=complete_gpt_oss),
     "gemma": Architecture("gemma", norm_shift=1.0, means=GEMMA),
     "gemma2": Architecture("gemma2", norm_shift=1.0, means=GEMMA, complete=gemma(2, 46)),

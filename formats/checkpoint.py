@@ -20,7 +20,7 @@ from torch import Tensor
 
 from formats.architectures import ARCHITECTURES, JOINED, hf_config, names_of
 from formats.blocks import FLOATS, Blocks, MXFP4Blocks
-from formats.experts import EXPERT, one_expert, other_names
+from formats.experts import EXPERT, n_experts, one_expert, other_names
 from formats.settings import check_settings
 from formats.workspace import workspace
 
@@ -162,21 +162,19 @@ class GGUFCheckpoint(Checkpoint):
 
     def stored(self, name: str) -> gguf.ReaderTensor:
         """The tensor of that Hugging Face name as it lies in the file, an expert's out of its
-        stack."""
+        stack. ValueError if that has another number of experts than the configuration."""
         tensor = self.tensors[self.stored_name(name)]
         expert = EXPERT_NUMBER.search(name)
         if expert is None:
             return tensor
+        check_stack(tensor.name, tensor.data, self.config)
         number = int(expert[1])
-        n_expert = len(tensor.data)
-        if number >= n_expert:
-            raise ValueError(f"tensor {tensor.name} has {n_expert} experts, not {number + 1}")
         nbytes = tensor.data[0].nbytes
         return tensor._replace(
             shape=tensor.shape[:-1],
             data=tensor.data[number],
             data_offset=tensor.data_offset + number * nbytes,
-            n_elements=tensor.n_elements // n_expert,
+            n_elements=tensor.n_elements // len(tensor.data),
             n_bytes=nbytes,
         )
 
@@ -238,10 +236,14 @@ def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> N
         raise ValueError(f"tensor {name} has shape {tuple(stored)}, expected {tuple(shape)}")
 
 
-def check_stack(name: str, stack: Tensor, config: dict) -> None:
+def check_stack(name: str, stack: Tensor | np.ndarray, config: dict) -> None:
     """ValueError unless a stack has as many experts as the configuration says."""
-    n_expert = config.get("num_experts") or config.get("num_local_experts")
-    check_shape(name, stack.shape, (n_expert, *stack.shape[1:]))
+    n_expert = n_experts(config)
+    if tuple(stack.shape[:1]) != (n_expert,):
+        raise ValueError(
+            f"tensor {name} has shape {tuple(stack.shape)}, not an entry for each of {n_expert} "
+            "experts"
+        )
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -1,6 +1,7 @@
 """What files call the tensors of a mixture of experts, and how they stack them."""
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,13 @@ def other_names(name: str) -> Iterator[str]:
         part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
         bias = "_bias" if expert["kind"] == "bias" else ""
         yield f"{name[:expert.start()]}experts.{part}{bias}"
+
+
+def n_experts(config: dict[str, Any]) -> int | None:
+    """How many experts a layer has, by the name that files of Mixtral have or by the other."""
+    if config.get("num_local_experts") is not None:
+        return config["num_local_experts"]
+    return config.get("num_experts")
 
 
 def one_expert(stored: Tensor, part: str, by_turns: bool) -> Tensor:

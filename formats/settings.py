@@ -8,7 +8,6 @@ TEXTS = ("model_type", "hidden_act", "rope_type", "type")
 TEXT_LISTS = ("architectures", "layer_types")
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 FACTORS = ("factors", "short_factor", "long_factor")  # of rope's frequencies
-LAYER_TYPES = ("full_attention", "sliding_attention")
 # far above any model's, and small enough that making one on no device takes seconds at most
 LARGEST = {
     "num_hidden_layers": 2**11,
@@ -17,6 +16,10 @@ LARGEST = {
     "hidden_size": 2**20,
     "intermediate_size": 2**24,
     "vocab_size": 2**24,
+    "num_experts": 2**11,
+    "num_local_experts": 2**11,
+    "moe_intermediate_size": 2**24,
+    "shared_expert_intermediate_size": 2**24,
 }
 LARGEST_INT = 2**53  # of all others: a float holds them exactly
 
@@ -30,28 +33,29 @@ def check_settings(config: dict[str, Any]) -> None:
             problem = problem_of(key, value)
         if problem is not None:
             raise ValueError(f"the model's configuration has {key} = {short(value)}: {problem}")
-    kinds = config.get("layer_types")
-    n_layer = config.get("num_hidden_layers")
-    if kinds and isinstance(n_layer, int) and len(kinds) < n_layer:
-        raise ValueError(
-            f"the model's configuration has layer_types for {len(kinds)} of {n_layer} layers"
-        )
 
 
 def entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings, and those of rope, which have a dictionary of their own."""
-    yield from config.items()
+    """The settings that are read, and those of rope, which have a dictionary of their own, or one
+    for each kind of layer."""
+    for key, value in config.items():
+        # it stands in where the other is missing; tokenizers write 10**30 for none
+        if key != "model_max_length" or config.get("max_position_embeddings") is None:
+            yield key, value
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(config.get(key), dict):
             yield from config[key].items()
+            for of_kind in config[key].values():
+                if isinstance(of_kind, dict):
+                    yield from of_kind.items()
 
 
 def problem_of(key: str, value: Any) -> str | None:
     """What is wrong with a setting, None where nothing is."""
     if key in TEXTS and not isinstance(value, str):
         return "it must be a text"
-    if key in TEXT_LISTS:
-        return problem_of_names(key, value)
+    if key in TEXT_LISTS and not is_text_list(value):
+        return "it must be a list of texts"
     if key in SWITCHES and not isinstance(value, bool):
         return "it must be true or false"
     if key in FACTORS:
@@ -67,19 +71,14 @@ def problem_of(key: str, value: Any) -> str | None:
     return None
 
 
-def problem_of_names(key: str, value: Any) -> str | None:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        return "it must be a list of texts"
-    unknown = set(value).difference(LAYER_TYPES)
-    if key == "layer_types" and unknown:
-        return f"{min(unknown)!r} is not supported, only {' and '.join(LAYER_TYPES)}"
-    return None
-
-
 def problem_of_factors(value: Any) -> str | None:
     if isinstance(value, list) and value and all(is_factor(factor) for factor in value):
         return None
     return "it must be a list of finite numbers above 0"
+
+
+def is_text_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def is_factor(value: Any) -> bool:
