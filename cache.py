@@ -340,11 +340,15 @@ class KVCache:
         self.written[target] = self.written[source]
         self.held[target] = length
 
-    def note_written(self, rows: slice, input_pos: Tensor, end: Tensor) -> None:
-        """Rows are given what stands from input_pos [B] to end [B], exclusive."""
-        if self.ring is not None:
-            before = self.written[rows].masked_fill(input_pos == 0, 0)
-            torch.maximum(before, end, out=self.written[rows])
+    def note_written(self, rows: slice, input_pos: Tensor, n: Tensor | int) -> None:
+        """Rows are given n tokens, [B] or as many for each, behind input_pos [B]."""
+        if self.ring is None:
+            return
+        end = input_pos + n
+        if isinstance(n, Tensor):  # a row whose prompt ended in an earlier chunk gets none
+            end = end.masked_fill(n == 0, 0)
+        before = self.written[rows].masked_fill(input_pos == 0, 0)
+        torch.maximum(before, end, out=self.written[rows])
 
     def goes_round(self, length: int) -> bool:
         """Whether a row of that length has let go of its first tokens in some layer."""

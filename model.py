@@ -399,7 +399,7 @@ class Transformer(nn.Module):
         cache = self.check_cache(len(tokens), cache)
         rows = slice(0, len(tokens))
         layers = cache.layers(rows)
-        cache.note_written(rows, input_pos, input_pos + tokens.shape[1])
+        cache.note_written(rows, input_pos, tokens.shape[1])
         positions = self.positions(input_pos, tokens.shape[1], cache)
         compiled = tokens.shape[1] in self.compiled_lengths
         block_forward = self.decode_block if compiled else run_block
@@ -427,10 +427,7 @@ class Transformer(nn.Module):
             start = max(cached)
             cache.refuse_lost(rows, input_pos)
         refuse_overflow(cache, start, T)
-        end = input_pos + T
-        if last is not None:  # a row whose prompt ended in an earlier chunk gets nothing
-            end = torch.where(last < 0, 0, input_pos + last + 1)
-        cache.note_written(rows, input_pos, end)
+        cache.note_written(rows, input_pos, T if last is None else last + 1)
         positions = self.positions(input_pos, T, cache, start, last)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.held[rows] = [length + T for length in cached]

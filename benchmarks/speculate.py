@@ -153,7 +153,7 @@ def same_draws(logits: Tensor, other: Tensor, seed: int) -> float:
     """The share of rows [T, V] of which both draw the same token."""
     T, V = logits.shape
     sampling = Sampling.of(
-        [Request([], 0, temperature=1.0, seed=seed)] * T, V, logits.device
+        [Request([], 1, temperature=1.0, seed=seed)] * T, V, logits.device
     )
     position = torch.arange(T, dtype=torch.int32, device=logits.device)
     one, two = [sample(x, sampling, "plain", position) for x in (logits, other)]

@@ -613,7 +613,7 @@ def chunks_kernel(
     PAIRS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     lens, first, tiles, chunks = kernels._cut_rows(
-        seqlens_ptr, B, S, n_split, n_fill, min_tiles, 0, 1, 0, PAIRS, BLOCK_B, BLOCK_N)
+        seqlens_ptr, B, S, n_split, n_fill, min_tiles, 0, 1, 0, False, PAIRS, BLOCK_B, BLOCK_N)
     row, pair, _, _, _, start, end = kernels._my_chunk(
         lens, first, tiles, chunks, PAIRS, BLOCK_N)
     chunk_ptr = chunks_ptr + tl.program_id(0) * 4

@@ -298,7 +298,7 @@ def test_prompt_lookup(text: list[int], proposals: list[int]) -> None:
     cache = KVCache(1, 1, 8, max_batch_size=2, max_seq_len=16)
     drafter = PromptLookup(cache)
     drafter.history.fill_(2)  # what is behind a row's end is not looked at
-    drafter.read(torch.tensor([text]), torch.tensor([0]), slice(1, 2), 0)
+    drafter.read(torch.tensor([text]), torch.tensor([0]), slice(1, 2), 0, last=None)
     input_pos = torch.tensor([len(text) - 1], dtype=torch.int32)
     got = drafter.propose(torch.tensor([text[-1:]]), input_pos, slice(1, 2), 3, None)
     assert got.tolist() == [proposals]
