@@ -124,10 +124,19 @@ class Attention(nn.Module):
 
 
 class AllHeadsNorm(nn.RMSNorm):
-    """Of all heads of a token together."""
+    """Of all heads of a token together, which may lie on several ranks."""
+
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None  # parallel.join sets it
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(2)).view_as(x)  # (B, T, H, D)
+        flat = x.flatten(2)  # (B, T, H * D)
+        if self.mean_over_ranks is None:
+            return super().forward(flat).view_as(x)
+        wide = flat.float()
+        mean_square = self.mean_over_ranks(wide.square().mean(-1, keepdim=True))  # (B, T, 1)
+        normed = wide * torch.rsqrt(mean_square + self.eps)
+        return (normed * self.weight).to(x.dtype).view_as(x)
+
 
 # --- attention in PyTorch ---
 

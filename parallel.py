@@ -77,8 +77,11 @@ def local(config: Any, ranks: Ranks) -> Any:
         if whole % n and not shared:
             raise ValueError(f"{whole} {what} do not divide over {n} ranks")
         parts[name] = max(1, whole // n)
-    if config.qk_norm == "all":
-        raise ValueError(f"a norm over all heads, as {config.family} has, is not split over ranks")
+    if config.qk_norm == "all" and config.n_kv_head % n:
+        raise ValueError(
+            f"the norm over {config.n_kv_head} key heads, as {config.family} has, cannot be taken "
+            f"over {n} ranks that share them"
+        )
     if config.moe is not None:
         parts["moe"] = local_experts(config.moe, n)
     if config.vocab_size < n * n:
@@ -152,6 +155,12 @@ def join(model: nn.Module, ranks: Ranks) -> None:
     def put_together(module: nn.Module, inputs: tuple, logits: Tensor) -> Tensor:
         return all_gather(logits, ranks.size, name)[..., :vocab_size]
 
+    def mean_over_ranks(x: Tensor) -> Tensor:
+        return all_reduce(x, name) / ranks.size
+
+    for module in model.modules():
+        if hasattr(module, "mean_over_ranks"):
+            module.mean_over_ranks = mean_over_ranks
     for block in model.layers:
         block.self_attn.register_forward_hook(add_up)
         block.mlp.register_forward_hook(add_up)

@@ -136,7 +136,8 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
     """A random transformers model with the settings of CHECKPOINTS[name], but for the changes;
     biases and norms too are random."""
     family, settings = CHECKPOINTS[name]
-    settings = copy.deepcopy({**BASE, **settings, **changes})  # transformers writes into its arguments
+    # a copy, as transformers writes into its arguments
+    settings = copy.deepcopy({**BASE, **settings, **changes})
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
     hf = transformers.AutoModelForCausalLM.from_config(config).eval()
