@@ -1012,7 +1012,7 @@ def run_tests(arguments: list[str]) -> int:
     if named:
         return pytest.main(["-q", *arguments])
     os.environ["OMP_NUM_THREADS"] = "1"
-    everything = ["-n", "auto", str(HERE / "tests.py"), str(HERE / "checks")]
+    everything = ["-n", "auto", "--dist", "worksteal", str(HERE / "tests.py"), str(HERE / "checks")]
     return pytest.main(["-q", *everything, *arguments])
 
 
