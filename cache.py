@@ -228,8 +228,7 @@ class Storage:
         self.scale = None
         if dtype == torch.int8:
             # torch.compile copies an input that does not start at 16 bytes, to and back, each step
-            aligned = 4 * math.ceil(S / 4)
-            self.scale = torch.zeros(*heads, aligned, device=device)[..., :S]
+            self.scale = torch.zeros(*heads, aligned(S), device=device)[..., :S]
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         for tensor in (self.kv, self.scale):
@@ -237,12 +236,17 @@ class Storage:
                 tensor[:, :, target, :, :length] = tensor[:, :, source, :, :length]
 
 
+def aligned(n: int) -> int:
+    """At least n float32 numbers that fill whole 16 bytes."""
+    return 4 * math.ceil(n / 4)
+
+
 def storage_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Of a Storage."""
     *heads, S, _ = shape
     nbytes = math.prod(shape) * dtype.itemsize
     if dtype == torch.int8:
-        nbytes += math.prod(heads) * 4 * math.ceil(S / 4) * torch.float32.itemsize
+        nbytes += math.prod(heads) * aligned(S) * torch.float32.itemsize
     return nbytes
 
 

@@ -86,14 +86,27 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", trace_only)
 
 
+MakeFolder = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+def talking_folder(tokenizer_folder: Path) -> MakeFolder:
+    """talking_folder(folder, **changes) -> the folder: checks.common.hf_folder with a tokenizer and
+    a chat template."""
+
+    def make(folder: Path, **changes: object) -> Path:
+        hf_folder(folder, vocab_size=600, **changes)
+        for file in tokenizer_folder.iterdir():
+            shutil.copy(file, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, talking_folder: MakeFolder) -> Path:
     """A checkpoint with small random weights, a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    hf_folder(folder, vocab_size=600, max_position_embeddings=256)
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, folder)
-    return folder
+    return talking_folder(tmp_path_factory.mktemp("tiny") / "model", max_position_embeddings=256)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ from engine import Engine, StepFailed, compile_model
 from formats.checkpoint import default_model, first_line, resolve
 from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
 from model import KVCache, ModelConfig, Transformer, load_model, tensor_bytes
-from parallel import ALONE, Ranks, Team, mute_all_but_the_first
+from parallel import ALONE, Ranks, Team, mute_all_but_the_first, n_processes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 from sampling import FROM_ZERO, Request, Sampling, sample
 
@@ -269,8 +269,7 @@ def do(argv: list[str] | None) -> None:
         args = parse_args(argv)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        if several and (args.save is not None or args.profile is not None):
+        if n_processes() > 1 and (args.save is not None or args.profile is not None):
             raise ValueError("--save and --profile take one process: run them without torchrun")
         if args.save is not None:
             save(args)
@@ -584,8 +583,6 @@ def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any
         settings = options(args, tokenizer)
         if args.seed is not None:
             settings["seed"] = (args.seed + attempt) % 2**63
-        if not engine.cache.intact(slice(0, 1), cached):
-            raise ValueError("a sliding window has passed what the conversation goes back to")
         answer, = generate(
             engine.model, [ids[cached:]], args.max_new_tokens, cached=cached, stream=show,
             engine=engine, **settings,

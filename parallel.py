@@ -32,6 +32,16 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def from_first(value: T, group: dist.ProcessGroup | None) -> T:
+    """The value of a group's first process, for all of them; waits for the slowest. None: there is
+    only this one."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share a model, as one of them sees them."""
@@ -42,12 +52,8 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # moves the host's objects
 
     def agree(self, value: T) -> T:
-        """The first rank's value, for all of them; waits for the slowest."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, group=self.control, group_src=0)
-        return box[0]
+        """The first rank's value, for all of them."""
+        return from_first(value, self.control)
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of each element over the ranks."""
@@ -201,15 +207,15 @@ POLL_S = 0.05  # between looks at what other groups have answered
 
 class Team:
     """All processes of a run: groups of ranks with a model each, which share one queue of work. As
-    a context it ends them together: of those
-    that fail, which is all of them where one does, the first says why.
+    a context it ends them together: of those that fail, which is all of them where one does, the
+    first says why.
 
     tp: the ranks of a group, by default all processes. ValueError: there are too few, they do not
     come, or do not divide into groups."""
 
     def __init__(self, tp: int | None, device: str):
-        self.n = int(os.environ.get("WORLD_SIZE", 1))
-        self.number = int(os.environ.get("RANK", 0))
+        self.n = n_processes()
+        self.number = process_number()
         self.ranks = ALONE
         self.n_groups = 1
         self.everyone: dist.ProcessGroup | None = None  # moves the host's objects
@@ -251,11 +257,7 @@ class Team:
 
     def agree(self, value: T) -> T:
         """What the first process says, for all of them."""
-        if self.everyone is None:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.everyone)
-        return box[0]
+        return from_first(value, self.everyone)
 
     def share_input(self) -> None:
         """From now on all processes read together what the first one reads from standard input."""
@@ -319,9 +321,19 @@ class Team:
             return False
 
 
+def n_processes() -> int:
+    """How many torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_number() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
 def mute_all_but_the_first() -> None:
     """Of several processes that torchrun started, let the first one speak."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if process_number() > 0:
         sys.stdout = open(os.devnull, "w")
         sys.stderr = sys.stdout
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,12 +139,10 @@ def test_what_does_not_divide_is_refused(changes: dict[str, int], n: int, messag
 # --- one file of prompts ---
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    folder = hf_folder(tmp_path_factory.mktemp("small") / "model", vocab_size=600)
-    for file in tokenizer_folder.iterdir():
-        if file.name != "config.json":
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
+def small(
+    tmp_path_factory: pytest.TempPathFactory, talking_folder: Callable[..., Path]
+) -> Path:
+    return talking_folder(tmp_path_factory.mktemp("small") / "model")
 
 
 def answers(file: Path) -> dict[int, str]:

@@ -6,7 +6,6 @@ keeps all tokens, or with transformers."""
 import io
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from checks.common import close, hf_folder, hf_logits, run_cli
+from checks.common import close, hf_logits, run_cli
 from engine import CHUNK, Engine, compile_model
 from generate import generate
 from model import MAX_DECODE_TOKENS, KVCache, Transformer, load_model
@@ -316,21 +315,9 @@ def test_prompts_of_any_lengths_are_read_together(
     assert generate(model, prompts, 11, speculate_k=k, engine=engine) == expected
 
 
-@pytest.fixture
-def only_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.compile stops at the graphs, and runs them as they are."""
-    compiled = torch.compile
-
-    def trace_only(fn: Callable, **options: object) -> Callable:
-        return compiled(fn, **options | dict(backend="eager", options=None))
-
-    monkeypatch.setattr(torch, "compile", trace_only)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_compiled_steps_say_the_same(checkpoint: Checkpoint, only_traced: None) -> None:
+def test_compiled_steps_say_the_same(
+    checkpoint: Checkpoint, dynamo: None, no_inductor: None
+) -> None:
     """A graph for layers with a ring and one for the others."""
     model = loaded(checkpoint, "qwen2-window")
     prompts = [request.prompt for request in requests_of((40, 1), (13, 1))]
@@ -387,19 +374,15 @@ def test_a_prefix_outlasts_refills_only_where_rings_do_not_go_round(
 
 
 @pytest.fixture
-def talking_folder(tmp_path: Path, tokenizer_folder: Path) -> Path:
+def windowed(tmp_path: Path, talking_folder: Callable[..., Path]) -> Path:
     """A random model with a window of 9 that can hold a conversation."""
-    folder = hf_folder(
-        tmp_path / "model", model_type="mistral", sliding_window=9, vocab_size=600,
-        max_position_embeddings=512,
+    return talking_folder(
+        tmp_path / "model", model_type="mistral", sliding_window=9, max_position_embeddings=512
     )
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, folder)
-    return folder
 
 
 def test_a_conversation_that_goes_back_is_read_again(
-    talking_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    windowed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A new one begins with the same words of the template, which a window has passed."""
     lines = "hello\nand then?\n/clear\nhello\n/clear\nhe said that\nwhy?"
@@ -414,7 +397,7 @@ def test_a_conversation_that_goes_back_is_read_again(
         monkeypatch.setattr(Transformer, "setup_caches", watched)
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         code, out, _ = run_cli(
-            capfd, "--checkpoint_path", talking_folder, "--interactive", "--dtype", "float32",
+            capfd, "--checkpoint_path", windowed, "--interactive", "--dtype", "float32",
             "--device", "cpu", "--no-compile", "--max_new_tokens", 40,
         )
         assert code == 0 and len(out) > 200
@@ -426,9 +409,9 @@ def test_a_conversation_that_goes_back_is_read_again(
 
 
 def test_the_summary_counts_the_bytes_of_rings(
-    talking_folder: Path, capfd: pytest.CaptureFixture[str]
+    windowed: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--checkpoint_path", talking_folder, "--device", "cpu", "--no-compile", "--json"]
+    flags = ["--checkpoint_path", windowed, "--device", "cpu", "--no-compile", "--json"]
     _, out, _ = run_cli(capfd, *flags, "--prompt", "hello", "--max_new_tokens", 9,
                         "--max_seq_len", 512, "--kv_dtype", "int8")
     slots = 9 + MAX_DECODE_TOKENS

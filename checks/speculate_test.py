@@ -20,7 +20,7 @@ from formats.tokenizer import Tokenizer
 from generate import generate
 from model import KVCache, Transformer, load_model
 from quantize import quantize_model
-from sampling import Request, Sampling, sample
+from sampling import Request, Sampling
 from speculate import Gauge, PromptLookup
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name

@@ -40,13 +40,11 @@ Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, talking_folder: Callable[..., Path]
+) -> Path:
     """A checkpoint with small random weights and a tokenizer."""
-    made = tmp_path_factory.mktemp("trust") / "model"
-    hf_folder(made, vocab_size=600, max_position_embeddings=64)
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, made)
-    return made
+    return talking_folder(tmp_path_factory.mktemp("trust") / "model", max_position_embeddings=64)
 
 
 @pytest.fixture
