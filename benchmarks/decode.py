@@ -276,7 +276,7 @@ class GptFast(Contestant):
             dim=config.dim,
             intermediate_size=config.ffn_dim,
             n_local_heads=config.n_kv_head,
-            rope_base=config.rope_theta,
+            rope_base=rope_theta(config),
         )
         with torch.device("meta"):
             model = modules["model"].Transformer(args)
@@ -309,6 +309,11 @@ class GptFast(Contestant):
         input_pos = torch.full((1,), self.context, dtype=torch.int64, device=self.device)
         with sdpa_kernel(SDPBackend.MATH):
             self.decode(self.model, self.token, input_pos, temperature=1.0, top_k=1)
+
+
+def rope_theta(config: ModelConfig) -> float:
+    """Of the first layer, which in the shapes that peers run here is that of all."""
+    return config.ropes[0].theta
 
 
 def repeat(work: Callable[[], None], times: int) -> None:
@@ -428,8 +433,10 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_kv_head)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(rope_theta(config))
     writer.add_vocab_size(config.vocab_size)
     # a vocabulary of any pieces: <unk>, <s>, </s>, and the rest
     writer.add_tokenizer_model("llama")

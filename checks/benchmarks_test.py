@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
+from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
 from formats.checkpoint import default_model
 from formats.tokenizer import save_tokenizer
+from model import ModelConfig, load_model
 
 
 def python(*args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -67,6 +70,17 @@ def test_decode_benchmark_takes_a_gguf_file() -> None:
     assert row["contestant"] == "gpt-flash auto"
     # of the integers as they are: half of what bfloat16 is
     assert row["bytes_read"] < 1.2e8
+
+
+
+def test_llama_cpp_gets_a_file_of_the_shape(tmp_path: Path) -> None:
+    config = ModelConfig.from_hf(CONFIG)
+    file = tmp_path / "model.gguf"
+    write_gguf(file, config, GGMLQuantizationType.BF16)
+    model = load_model(file)
+    for name in ("n_layer", "n_head", "n_kv_head", "dim", "ffn_dim", "vocab_size"):
+        assert getattr(model.config, name) == getattr(config, name)
+    assert model.config.ropes[0].theta == config.ropes[0].theta
 
 # --- benchmarks/batching.py ---
 
