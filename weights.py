@@ -262,11 +262,9 @@ def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]
     """The smallest quantized layer that holds the integers of all parts: (mode, group_size)."""
     if torch.device(device).type == "cuda" and {part.type_name for part in parts} == {"MXFP4"}:
         return "mxfp4", 32  # no operator of a CPU takes it
-    bits = max(part.kind.bits for part in parts)
-    group_size = min(part.kind.group_size for part in parts)
-    if bits <= 4 and group_size == 32:
+    if all(part.kind.bits <= 4 for part in parts):
         return "int4", 32
-    return "int8_grouped", group_size
+    return "int8_grouped", 32
 
 
 def repack(

