@@ -161,7 +161,7 @@ def flash_decode(
         run = _flash_decode_torch
     out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal,
                    window, softcap, alibi_slopes, sinks, ring)
-    return (out, lse) if return_lse else out
+    return (out, lse.reshape(q.shape[:3])) if return_lse else out
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -240,7 +240,8 @@ def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
 def _flash_decode(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if triton and q.is_cuda:
         return _flash_decode_triton(q, *args)
-    return _flash_decode_torch(q, *args)
+    out, lse = _flash_decode_torch(q, *args)
+    return out, lse.reshape(q.shape[:3]).contiguous()
 
 
 def _flash_decode_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -265,7 +266,7 @@ def _flash_decode_torch(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Reads the lengths on the host and touches only live tokens: all rows at once, or one by one
-    where they differ."""
+    where they differ. The log-sum-exp is [B, Hkv, Hq / Hkv * T]: few ask for it."""
     if not len(q):
         return _flash_decode_fake(q)
     lens = cache_seqlens.tolist()
@@ -317,10 +318,11 @@ def _attend_live(
     # the first position
     plain = softcap is None and alibi_slopes is None and sinks is None
     if not q.is_cpu or not plain or live < T:
-        return flash_decode_reference(
+        out, lse = flash_decode_reference(
             q, k_cache, v_cache, torch.full((B,), n - start, device=q.device), k, v,
             k_scale=k_scale, v_scale=v_scale, scale=scale, causal=causal, window=window,
             softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, ring=wrapped, return_lse=True)
+        return out, lse.reshape(B, Hkv, -1)
 
     if k is not None:
         _append_at((n - start) % live, k, v, k_cache, v_cache, k_scale, v_scale)
@@ -338,8 +340,7 @@ def _attend_live(
     # a KV head's query heads ride along as query rows, so that no key is repeated
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.reshape(B, Hkv, -1, D), k_cache, v_cache, attn_mask=mask, scale=scale)
-    out = out.reshape(B, Hq, T, D).contiguous().to(dtype)
-    return out, lse.reshape(B, Hq, T).contiguous()
+    return out.reshape(B, Hq, T, D).contiguous().to(dtype), lse
 
 
 def _append_at(
@@ -355,11 +356,12 @@ def _append_at(
     S = k_cache.shape[2]
     T = k.shape[2]
     until_end = min(T, S - first)
+    rest = T - until_end
     for cache, new in caches:
-        cache.narrow(2, first, until_end).copy_(new.narrow(2, 0, until_end))
-        if until_end < T:
-            rest = T - until_end
+        if rest:
             cache.narrow(2, 0, rest).copy_(new.narrow(2, until_end, rest))
+            new = new.narrow(2, 0, until_end)
+        cache.narrow(2, first, until_end).copy_(new)
 
 
 def _causal_mask(T: int, live: int, window: int | None) -> Tensor:

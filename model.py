@@ -123,6 +123,20 @@ class Attention(nn.Module):
         }
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's, which on a CPU consists of eleven operators. For one token these cost more than
+    what they do; there it is the layer norm of x beside -x: their mean is 0, and their variance
+    the mean square of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        one_token = x.numel() == x.shape[-1]
+        if not one_token or not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x)
+        both = torch.cat((x, -x), dim=-1)
+        normed = F.layer_norm(both, both.shape[-1:], eps=self.eps)
+        return normed[..., :x.shape[-1]] * self.weight
+
+
 class AllHeadsNorm(nn.RMSNorm):
     """Of all heads of a token together, which may lie on several ranks."""
 
@@ -593,7 +607,7 @@ def tensor_bytes(module: nn.Module) -> int:
 class Family:
     """What a family of models is built of, where that is not what a Llama is built of."""
 
-    norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
+    norm: type[nn.Module] = RMSNorm  # called with (size, eps)
     mlp: type[nn.Module] = MLP  # called with (config)
     moe: type[nn.Module] | None = None  # in its place in layers with experts
     block: type[nn.Module] = Block  # called with (config, layer)

@@ -203,6 +203,19 @@ def test_compiles_to_one_graph_for_all_layers(mode: str) -> None:
             torch.testing.assert_close(y, many(layers[0], x), rtol=1e-2, atol=1e-2)
 
 
+def test_one_row_of_a_large_weight_is_that_row() -> None:
+    """It may go through a product with more rows."""
+    large = random_linear(2304, 2048, dtype=torch.bfloat16)
+    x = torch.randn(3, 1, 2048).bfloat16()
+    expected = F.linear(x.float(), large.weight.float(), large.bias.float())
+    large.pack()
+    for row, want in zip(x, expected):
+        got = large(row[None])
+        assert got.shape == (1, 1, 2304) and got.dtype == torch.bfloat16 and got.is_contiguous()
+        assert (got[0] - want).norm() < 4e-3 * want.norm()
+    assert large(x[0, 0]).shape == (2304,)
+
+
 # --- models ---
 
 def new_tokens(model: Transformer, kv_dtype: torch.dtype | None = None) -> list[list[int]]:
