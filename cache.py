@@ -237,7 +237,7 @@ class Storage:
 
 
 def aligned(n: int) -> int:
-    """At least n float32 numbers that fill whole 16 bytes."""
+    """n float32 numbers, and as many more as fill up the last 16 bytes: how many that is."""
     return 4 * math.ceil(n / 4)
 
 

@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 
 def from_first(value: T, group: dist.ProcessGroup | None) -> T:
-    """The value of a group's first process, for all of them; waits for the slowest. None: there is
-    only this one."""
+    """The value of a group's first process, for all of them; waits for the slowest. None: nobody
+    else is asked."""
     if group is None:
         return value
     box = [value]

@@ -96,7 +96,6 @@ class QuantizedLinear(nn.Module):
     in prefill, pay for dequantizing the weight once."""
     mode: str
     group_size: int | None
-    few_rows = 0  # pack sets it, where the device has an operator
     error = 0.0  # relative, of the weight that quantize_linear has quantized
     # the largest values of rows of which this is a part, from those of the part
     over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -121,7 +120,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if rows.shape[0] <= self.few_rows:
+        if rows.shape[0] <= self.few_rows(x.device.type):
             y = self.product(rows.bfloat16())
         else:
             dtype = many_rows_dtype(x.device)
@@ -162,13 +161,13 @@ class Int8Linear(QuantizedLinear):
         for rows in self.slices():
             yield self.weight[rows].to(dtype) * self.scales[rows].to(dtype)[:, None]
 
-    def pack(self) -> "Int8Linear":
-        device = self.weight.device.type
+    def few_rows(self, device: str) -> int:
+        """A CPU's operator reads 16 inputs at a time, without looking."""
         if device == "cuda":
-            self.few_rows = 16  # what the kernel takes
-        elif device == "cpu" and self.in_features % 16 == 0:
-            self.few_rows = 24  # by an operator that reads 16 inputs at a time, without looking
-        return self
+            return 16  # what the kernel takes
+        if device == "cpu" and self.in_features % 16 == 0:
+            return 24
+        return 0
 
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
@@ -256,7 +255,6 @@ class Int4Linear(QuantizedLinear):
     def pack_for_gpu(self) -> None:
         self.weight, self.scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
         self.zeros = None
-        self.few_rows = 16  # what the kernel takes
         self.packed = True
 
     def pack_for_cpu(self, layout: tuple[int, int]) -> None:
@@ -273,7 +271,6 @@ class Int4Linear(QuantizedLinear):
         self.scales = torch.stack((scales.t(), zeros.t()), -1)  # (K/group_size, N, 2)
         self.zeros = None
         self.layout = layout
-        self.few_rows = 128 // self.nibbles
         self.packed = True
 
     def unpack_for_gpu(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,6 +316,13 @@ class Int4Linear(QuantizedLinear):
         """The weights that some rows of plain() stand for."""
         return affine(nibbles, 8, scales, zeros, dtype)
 
+    def few_rows(self, device: str) -> int:
+        if device == "cuda" and self.packed:
+            return 16  # what the kernel takes
+        if device == "cpu" and self.packed:
+            return 128 // self.nibbles
+        return 0
+
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda":
             return kernels.packed_int4_linear(x, self.weight, self.scales)
@@ -331,7 +335,7 @@ class Int4Linear(QuantizedLinear):
 
 
 class GroupedInt8Linear(Int4Linear):
-    """8-bit weights in affine groups of 32, for what is stored with 5 to 8 bits in a file.
+    """8-bit weights in affine groups, of 32 for what is stored with 5 to 8 bits in a file.
 
     No operator of PyTorch takes int8 in groups. But a byte is two nibbles, and so K such weights
     are 2K of int4's: byte b = 16 * high + low is high times 16 x plus low times x. With int4's
@@ -414,6 +418,9 @@ class MXFP4Linear(QuantizedLinear):
         for rows in self.slices():
             yield kernels.mxfp4_values(nibbles[rows], self.scales[rows]).to(dtype)
 
+    def few_rows(self, device: str) -> int:
+        return 0  # the kernel is for stacks
+
 
 class QuantizedEmbedding(nn.Module):
     """An embedding whose table is a quantized layer, perhaps that of a tied output layer."""
@@ -470,10 +477,10 @@ def affine(
 def in_larger_groups(
     q: Tensor, scales: Tensor, zeros: Tensor, middle: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Affine weights q * scale + zero with groups of another size, in 8 bits each: q [rows, K]
-    uint8 below 2 * middle, scales and zeros [rows, K/group_size] float32. A step of Q6_K in groups
-    of 32 is about a quarter of what it was, so that this adds a sixteenth to the square of the
-    error that the file has itself."""
+    """Affine weights, q [rows, K] uint8 below 2 * middle, scales and zeros [rows, groups] float32,
+    in fewer groups, of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K
+    in groups of 32 is about a quarter of what it was, so that this adds a sixteenth to the square
+    of the error that the file has itself."""
     rows, K = q.shape
     shape = (2, rows, K // group_size, -1)
     ends = torch.stack((zeros, zeros + (2 * middle - 1) * scales)).view(shape)

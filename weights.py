@@ -259,7 +259,8 @@ def split_rows(tensor: Tensor | Blocks, rows: list[int]) -> list[Tensor | Blocks
 
 
 def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
-    """The smallest quantized layer that holds the integers of all parts: (mode, group_size)."""
+    """The smallest quantized layer for the integers of all parts, (mode, group_size). It holds them
+    as they are; but Q6_K's groups of 16 are joined, see GroupedInt8Linear.take."""
     if torch.device(device).type == "cuda" and {part.type_name for part in parts} == {"MXFP4"}:
         return "mxfp4", 32  # no operator of a CPU takes it
     if all(part.kind.bits <= 4 for part in parts):

@@ -72,9 +72,8 @@ def test_decode_benchmark_takes_a_gguf_file() -> None:
     assert row["bytes_read"] < 1.2e8
 
 
-
 def test_llama_cpp_gets_a_file_of_the_shape(tmp_path: Path) -> None:
-    config = ModelConfig.from_hf(CONFIG)
+    config = ModelConfig.from_hf({**CONFIG, "rope_theta": 5e5})
     file = tmp_path / "model.gguf"
     write_gguf(file, config, GGMLQuantizationType.BF16)
     model = load_model(file)

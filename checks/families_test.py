@@ -23,9 +23,7 @@ from config import ACTIVATIONS, SETTINGS, ModelConfig, rope_frequencies
 from engine import compile_model
 from generate import generate
 from kernels import flash_decode_reference
-from model import (
-    FAMILIES, RMSNorm, Transformer, load_model, math_attention, prefill_attention,
-)
+from model import FAMILIES, Transformer, load_model, math_attention, prefill_attention
 from quantize import quantize_model, save_quantized
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
@@ -95,21 +93,6 @@ def test_compiled_prefill_is_the_same(
     want = hf_logits(hf, tokens)
     close(model.prefill(tokens[:, :25], start(0)), want[:, :25])
     close(model.prefill(tokens[:, 25:], start(25)), want[:, 25:])
-
-# --- norms ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
-def test_the_norm_of_one_token_is_pytorchs(dtype: torch.dtype, size: float) -> None:
-    torch.manual_seed(0)
-    norm = RMSNorm(96, 1e-5).to(dtype)
-    torch.nn.init.normal_(norm.weight)
-    x = (size * (torch.randn(1, 1, 96) + 0.5)).to(dtype)
-    expected = torch.nn.RMSNorm.forward(norm, x)
-    got = norm(x)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=0)
 
 # --- how scores become weights ---
 

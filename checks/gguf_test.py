@@ -17,7 +17,9 @@ import transformers
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
-from checks.common import CPU_ENV, HERE, byte_level_tokenizer, run_cli, write_gguf
+from checks.common import (
+    CPU_ENV, HERE, byte_level_tokenizer, random_blocks, run_cli, write_gguf,
+)
 from formats.blocks import KINDS, Blocks
 from formats.checkpoint import default_model, read_gguf
 from formats.tokenizer import Tokenizer
@@ -89,6 +91,17 @@ def test_blocks_are_exactly_what_gguf_reads(
     assert scale.shape == zero.shape == (256, 512 // kind.group_size)
     dense = (q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]).flatten(1)
     assert np.array_equal(dense.numpy(), gguf.dequantize(stored.data, stored.tensor_type))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_block_is_read_like_many(kind: GGML) -> None:
+    """Its parts count as contiguous wherever they begin."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    data = torch.from_numpy(random_blocks((3, block), kind)).view(3, nbytes)
+    unpack = KINDS[kind].unpack
+    one_by_one = [unpack(row[None]) for row in data]
+    for part, parts in zip(unpack(data), zip(*one_by_one)):
+        assert torch.equal(part, torch.cat(parts))
 
 
 # --- layers ---

@@ -6,7 +6,7 @@ keeps all tokens, or with transformers."""
 import io
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 

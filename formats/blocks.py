@@ -109,7 +109,7 @@ def half(blocks: Tensor, start: int) -> Tensor:
 def planes(packed: Tensor) -> Tensor:
     """[..., n] bytes -> [..., 2n]: their low nibbles, then their high ones. Eight at a time: n is a
     multiple of 8."""
-    words = packed.contiguous().view(torch.int64)  # (..., n / 8)
+    words = aligned(packed).view(torch.int64)  # (..., n / 8)
     low = words & LOW_NIBBLES
     high = words >> 4 & LOW_NIBBLES
     return torch.cat((low, high), -1).view(torch.uint8)
@@ -118,9 +118,14 @@ def planes(packed: Tensor) -> Tensor:
 LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
 
 
+def aligned(x: Tensor) -> Tensor:
+    """A copy. What is contiguous already, such as a part of a single block, may begin anywhere."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def fifth_bits(packed: Tensor) -> Tensor:
     """[n, 4] bytes -> [n, 32]: their bits, the lowest first, as 0 or 16."""
-    bits = packed.contiguous().view(torch.int32)  # (n, 1)
+    bits = aligned(packed).view(torch.int32)  # (n, 1)
     fifth = bits >> torch.arange(32, dtype=torch.int32) & 1  # (n, 32)
     return fifth.to(torch.uint8) << 4
 
@@ -190,7 +195,7 @@ class Blocks:
         """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
         if dim == 0:
             return replace(self, rows=self.rows[start:start + length])
-        group_size = self.kind.group_size
+        group_size = max(32, self.kind.group_size)  # layers have no smaller ones
         if start % group_size or length % group_size:
             raise ValueError(
                 f"{length} inputs, a part of {len(self.columns)}, do not divide into the groups of "
