@@ -481,19 +481,18 @@ def in_larger_groups(
     in fewer groups, of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K
     in groups of 32 is about a quarter of what it was, so that this adds a sixteenth to the square
     of the error that the file has itself."""
-    rows, K = q.shape
-    shape = (2, rows, K // group_size, -1)
-    ends = torch.stack((zeros, zeros + (2 * middle - 1) * scales)).view(shape)
+    groups = q.shape[1] // group_size
+    scales = scales.unflatten(1, (groups, -1))  # (rows, groups, old groups in each)
+    zeros = zeros.unflatten(1, (groups, -1))
+    ends = torch.stack((zeros, zeros + (2 * middle - 1) * scales))
     low = ends.amin((0, 3))  # (rows, groups)
     high = ends.amax((0, 3))
     steps = ((high - low) / 254).bfloat16().float()  # as stored; 254: their rounding needs room
-    # the line from the old integers to the new ones
-    repeats = scales.shape[1] // low.shape[1]
-    old_steps = steps.clamp_min(1e-30).repeat_interleave(repeats, dim=1)
-    old_low = low.repeat_interleave(repeats, dim=1)
-    scales = scales / old_steps
-    zeros = (zeros - old_low) / old_steps
-    line = q.view(*scales.shape, -1).float()  # (rows, old groups, inputs)
+    # the lines from the old integers to the new ones
+    divisor = steps.clamp_min(1e-30)[..., None]
+    scales = scales / divisor
+    zeros = (zeros - low[..., None]) / divisor
+    line = q.view(*scales.shape, -1).float()  # (rows, groups, old groups in each, inputs)
     line.mul_(scales[..., None]).add_(zeros[..., None]).round_()
     return line.flatten(1).to(torch.uint8), steps, low
 

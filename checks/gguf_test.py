@@ -389,5 +389,5 @@ def test_files_of_llama_cpps_quantizer(
         return F.kl_div(logp, reference, reduction="batchmean", log_target=True).item()
 
     # measured: 2e-6, for Q6_K 1.2e-5, and 1e-5
-    assert kl(ours, exact) < 2e-5
+    assert kl(ours, exact) < (2e-5 if mix == "Q6_K" else 1e-5)
     assert kl(theirs, exact) < 5e-5
