@@ -86,22 +86,27 @@ class LayerCache:
         """Append k, v [B, Hkv, T, D] at input_pos [B] and attend with q [B, Hq, T, D].
 
         kernels.flash_decode says what the options are, and what a call without k and v is."""
-        if fits_into_graph(q, k, options):
-            return self.decode_in_graph(q, k, v, input_pos)
+        if compiles_lengths() and fits_into_graph(q, k, options):
+            return self.decode_in_graph(q, k, v, input_pos, options.get("scale"))
         keys, values = self.kv.unbind(0)
         return flash_decode(q, keys, values, input_pos, k, v, **options)
 
-    def decode_in_graph(self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+    def decode_in_graph(
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, scale: float | None
+    ) -> Tensor:
         """The same for one token of one row, by operators that the compiler knows: it calls them
         without any Python, where flash_decode's takes as long as the attention."""
         n = input_pos.item()  # a symbol in the graph
-        torch._check(n >= 0)
-        torch._check(n < self.kv.shape[3])
+        if torch.compiler.is_compiling():
+            torch._check(n >= 0)
+            torch._check(n < self.kv.shape[3])
         self.write(k, v, input_pos.long()[:, None])
         keys, values = self.read(n + 1, q.dtype)  # (1, Hkv, n + 1, D) each
         # a KV head's query heads ride along as query rows, so that no key is repeated
         folded = q.reshape(1, k.shape[1], -1, q.shape[3])  # (1, Hkv, Hq / Hkv, D)
-        y, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values)
+        y, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            folded, keys, values, scale=scale
+        )
         return y.reshape(q.shape)
 
 
@@ -140,14 +145,18 @@ class Int8LayerCache(LayerCache):
         return (k - self.k_mean).to(k.dtype)
 
 
+def compiles_lengths() -> bool:
+    """Whether torch.compile is at work, with the switch that makes a length a symbol: without it
+    every length would be compiled for itself. compile_model sets it."""
+    return torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
+
+
 def fits_into_graph(q: Tensor, k: Tensor | None, options: dict[str, Any]) -> bool:
-    """Whether a step that is being compiled takes decode_in_graph: on a CPU one token of one row,
-    so that there is one length, and no options. compile_model sets the switch that makes a length
-    a symbol; without it every length would be compiled for itself."""
-    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
-        return False
+    """Whether a step can take decode_in_graph: on a CPU one token of one row, so that there is one
+    length, and of the options none but scale."""
     one_token = len(q) == 1 and q.shape[2] == 1 and k is not None
-    return q.is_cpu and one_token and all(value is None for value in options.values())
+    others = [value for name, value in options.items() if name != "scale"]
+    return q.is_cpu and one_token and all(value is None for value in others)
 
 
 class RingLayerCache(LayerCache):

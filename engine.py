@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ahead import AheadOfTime
 from cli.stats import Stats
 from formats.checkpoint import first_line
 from model import KVCache, Transformer, run_block, run_head
@@ -760,10 +761,11 @@ def seconds_between(began: Mark, ended: Mark) -> float:
     return began.elapsed_time(ended) / 1e3
 
 
-def compile_model(model: Transformer, prefill: bool = False) -> None:
+def compile_model(model: Transformer, prefill: bool = False, keep: bool = False) -> None:
     """Compile one block for decoding, which all layers share, so that compile time does not grow
     with depth; on CUDA also the output head (two operators on a CPU). prefill: also the block over
-    prompts of any length.
+    prompts of any length. keep: on a CPU, steps of one row come from libraries that are kept for
+    later runs; see ahead.py.
 
     Each is recompiled for every window and every shape of cache that it meets, of any model:
     hence a limit of its own. Hooks are compiled in: after adding one, call this again, and make
@@ -781,6 +783,8 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
         torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols: decode_in_graph
     settings = dict(fullgraph=True, options=options, isolate_recompiles=True, recompile_limit=64)
     model.decode_block = torch.compile(run_block, dynamic=False, **settings)
+    if keep and model.device.type == "cpu":
+        model.decode_block = AheadOfTime(otherwise=model.decode_block, build=True)
     if on_gpu:
         model.decode_head = torch.compile(run_head, dynamic=False, **settings)
     if prefill:

@@ -34,6 +34,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 import torch
 from safetensors import SafetensorError
 
+from ahead import AheadOfTime
 from cli.arguments import DTYPES, SETTINGS, cut, parse_args, say
 from cli.batch import News, Records, Run, answer_file, answer_live, help_answer, say_cuts
 from cli.chat import Chat, Show
@@ -479,11 +480,14 @@ def make_engine(
     draft = None
     if args.draft_checkpoint_path is not None:
         draft = load_draft(args, tokenizer, team.ranks)
-    if args.compile:
-        for each in filter(None, (model, draft)):
-            compile_model(each, args.compile_prefill)
+    for each in filter(None, (model, draft)):
+        if args.compile:
+            compile_model(each, args.compile_prefill, keep=True)
+        elif args.compile is None and rows == 1:  # what an earlier run compiled
+            each.decode_block = AheadOfTime(each.decode_block)
     return Engine(
-        model, compiled=args.compile, speculate_k=args.speculate_k, draft=draft, context=room
+        model, compiled=bool(args.compile), speculate_k=args.speculate_k, draft=draft,
+        context=room,
     )
 
 
@@ -540,6 +544,7 @@ def answer_prompt(
     elif not args.benchmark:
         say_cuts(answers)
     summary = summarize(stats, memory_of(engine))
+    say_what_is_missing(engine.model)
     if args.json:
         result = {
             "texts": [answer.text for answer in answers if tokenizer],
@@ -566,6 +571,12 @@ def answer_prompts(
         raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
 
 
+def say_what_is_missing(model: Transformer) -> None:
+    block_forward = model.decode_block
+    if isinstance(block_forward, AheadOfTime) and block_forward.missing:
+        say("--compile makes a library that decodes faster, in that run and in all later ones")
+
+
 def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
     """The seconds of n steps without proposals of rows that stand at a position."""
     plain = Engine(engine.model, engine.cache, compiled=engine.compiled)
@@ -590,6 +601,7 @@ def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any
         return answer, engine.finish_reasons[0]
 
     Chat(tokenizer, reply, engine.context, args.stop, system).run()
+    say_what_is_missing(engine.model)
 
 
 def watch_prompts(engine: Engine) -> None:

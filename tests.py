@@ -959,8 +959,9 @@ def test_ctrl_c_ends_cleanly(ctrl_c_counts: None) -> None:
 
 # what a file, or a folder's files, may import of all that lies in this repository
 MAY_IMPORT = {
-    "generate": {"engine", "sampling", "model", "parallel", "quantize", "cli", "formats"},
-    "engine": {"sampling", "speculate", "model", "parallel", "cli", "formats"},
+    "generate": {"engine", "ahead", "sampling", "model", "parallel", "quantize", "cli", "formats"},
+    "engine": {"ahead", "sampling", "speculate", "model", "parallel", "cli", "formats"},
+    "ahead": {"cache", "feedforward", "quantize", "formats"},
     "sampling": {"cli"},
     "speculate": {"model", "quantize", "kernels", "formats"},
     "model": {"cache", "config", "feedforward", "weights", "parallel", "quantize", "formats"},

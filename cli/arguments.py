@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     Leaves by exit code 2 and one line on stderr where a value or a combination is impossible.
     In the result device is a torch.device, dtype a key of DTYPES or None, which leaves it to the
-    file, and compile True or False."""
+    file, and compile True, False, or None, which takes what an earlier run compiled."""
     parser = Parser(
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
@@ -92,8 +92,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         args.quantize = "auto"
     if args.dtype is None:
         args.dtype = default_dtype(args.checkpoint_path)
-    if args.compile is None:
-        args.compile = args.device.type == "cuda"
+    if args.compile is None and args.device.type == "cuda":
+        args.compile = True
     if args.compile_prefill and not args.compile:
         parser.error("--compile_prefill goes with --compile")
     say_what_does_nothing(args)
@@ -208,8 +208,8 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
     add("--attention", choices=["auto", "flash", "math"], default="auto",
         help="how decode attends; default: auto")
     add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile the decode step; default: on CUDA. On a CPU that takes some seconds, also "
-        "with PyTorch's caches, and a third less time a step: it pays from 1,000 tokens or so on")
+        help="compile the decode step; default: on CUDA. On a CPU that takes some 15 "
+        "seconds; later runs find what it made for one row, and decode with it")
     add("--compile_prefill", action="store_true",
         help="with --compile: prefill too")
 

