@@ -724,7 +724,7 @@ def refuse_what_the_device_refuses(error: Exception, engine: Engine) -> None:
     if not is_of_the_device(reason):
         return
     advice = []
-    if engine.cache.attention == "flash":
+    if engine.cache.attention == "flash" and engine.device.type != "cpu":  # there it is no kernel
         advice.append("--attention math")
     if engine.compiled:
         advice.append("--no-compile")

@@ -385,6 +385,25 @@ def test_old_libraries_go(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt2", "newest.pt2"]
 
 
+def test_without_a_compiler(tiny: Path, tmp_path: Path) -> None:
+    """Who asks for a library is told; who does not, needs none."""
+    environment = {
+        **os.environ, "CXX": "/no/compiler", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
+    command = [sys.executable, "generate.py", "--checkpoint_path", tiny, "--device", "cpu",
+               "--prompt", "hello", "--max_new_tokens", "4"]
+    done = subprocess.run(
+        [*command, "--compile"], cwd=HERE, capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "no step is compiled ahead of time: InvalidCxxCompiler" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith("; try --no-compile")
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("broken", ["export", "folder"])
 def test_what_cannot_be_made_is_said_once(
     checkpoint: MakeCheckpoint, tmp_path: Path, calls: tuple[Calls, Callable], broken: str,
