@@ -52,7 +52,7 @@ class AheadOfTime:
         # a layer's cache -> its block, and what runs that
         self.ready: WeakKeyDictionary[LayerCache, tuple[nn.Module, BlockForward]]
         self.ready = WeakKeyDictionary()
-        self.libraries: dict[Any, Any] = {}  # of each kind of block, None: there is none
+        self.libraries: dict[Any, Any] = {}  # by structure_of; None: there is none
         self.missing = False  # whether a block goes elsewhere because nobody built its library
 
     def __call__(
@@ -73,11 +73,11 @@ class AheadOfTime:
         if not can_be_exported(block, x, cache):
             return self.otherwise
         function = FunctionOfTensors(block, positions, cache)
-        kind = kind_of(function, x)
-        if kind not in self.libraries:
+        structure = structure_of(function, x)
+        if structure not in self.libraries:
             with torch.inference_mode(False), torch.no_grad():
-                self.libraries[kind] = self.library(function, x)
-        library = self.libraries[kind]
+                self.libraries[structure] = self.library(function, x)
+        library = self.libraries[structure]
         if library is None:
             return self.otherwise
         always = [cache.kv, *function.weights.values()]
@@ -92,16 +92,14 @@ class AheadOfTime:
         """A block's library, None if there is none or it cannot be made."""
         try:
             folder = self.folder or cache_folder() / "blocks"
-            if not self.build and not any(folder.glob("*.pt2")):
+            examples = function.examples(x)
+            path = folder / f"{fingerprint(function, examples)}.pt2"
+            if not path.exists() and not self.build:
                 self.missing = True
                 return None
-            path = folder / f"{fingerprint(function, function.examples(x))}.pt2"
             if not path.exists():
-                if not self.build:
-                    self.missing = True
-                    return None
                 folder.mkdir(parents=True, exist_ok=True)
-                compile_to(path, function, function.examples(x))
+                compile_to(path, function, examples)
             return load(path)
         except NoLibrary:
             return None
@@ -116,7 +114,8 @@ def can_be_exported(block: nn.Module, x: Tensor, cache: LayerCache) -> bool:
     kv = cache.kv
     if type(cache) is not LayerCache or not cache.flash or not kv.is_cpu or kv.dtype != x.dtype:
         return False
-    if kv.stride() != cache_like(kv, kv.shape[3]).stride():
+    n_rows, rest = divmod(kv.stride(0), kv[0].numel())
+    if not kv[0].is_contiguous() or n_rows < 1 or rest:  # no row of a KVCache: see cache_like
         return False
     for module in block.modules():
         if isinstance(module, Experts) or module._forward_hooks or module._forward_pre_hooks:
@@ -125,10 +124,10 @@ def can_be_exported(block: nn.Module, x: Tensor, cache: LayerCache) -> bool:
 
 
 def cache_like(kv: Tensor, places: int) -> Tensor:
-    """What a KVCache would have for the row kv [2, 1, Hkv, S, D] if it had so many places."""
-    _, _, Hkv, S, D = kv.shape
-    n_rows = max(1, kv.stride(0) // (Hkv * S * D))
-    return torch.empty(2, n_rows, Hkv, places, D, dtype=kv.dtype)[:, :1]
+    """Zeros with the strides that the row kv [2, 1, Hkv, S, D] of a KVCache would have if that had
+    so many places."""
+    n_rows = kv.stride(0) // kv[0].numel()
+    return torch.zeros(2, n_rows, kv.shape[2], places, kv.shape[4], dtype=kv.dtype)[:, :1]
 
 
 def tensors_in(positions: Positions) -> list[Tensor]:
@@ -164,8 +163,13 @@ class FunctionOfTensors(nn.Module):
     def examples(self, x: Tensor) -> list[Tensor]:
         """Arguments like those of a step, of the first token of a small cache."""
         of_positions = [torch.zeros_like(value) for value in tensors_in(self.positions)]
-        kv = cache_like(self.kv, PLACES).zero_()
+        kv = cache_like(self.kv, PLACES)
         return [torch.zeros_like(x), *of_positions, kv, *self.weights.values()]
+
+    def dynamic_shapes(self) -> tuple[dict | None, ...]:
+        """Which sizes of the arguments stay symbols: the places of the cache."""
+        before = [None] * (1 + len(tensors_in(self.positions)))
+        return (*before, {3: torch.export.Dim.DYNAMIC}, *[None] * len(self.weights))
 
     def forward(self, *tensors: Tensor) -> Tensor:
         given = iter(tensors)
@@ -182,9 +186,9 @@ class FunctionOfTensors(nn.Module):
 OF_ALL_MODULES = vars(nn.Module()).keys()
 
 
-def kind_of(function: FunctionOfTensors, x: Tensor) -> tuple:
-    """Blocks of one kind do the same, as far as can be seen without running them: their modules
-    are of the same classes and have the same settings, and all tensors have the same shapes."""
+def structure_of(function: FunctionOfTensors, x: Tensor) -> tuple:
+    """Blocks of one structure do the same, as far as can be seen without running them: modules of
+    the same classes and settings, tensors of the same shapes."""
     parts: list[Any] = [describe(x), describe(cache_like(function.kv, PLACES))]
     for value in function.positions:
         parts.append(describe(value) if isinstance(value, Tensor) else value)
@@ -285,14 +289,11 @@ def processor() -> str:
 
 def compile_to(path: Path, function: FunctionOfTensors, examples: list[Tensor]) -> None:
     """Write a function's library, for a cache with room for any number of tokens."""
-    at_kv = next(i for i, tensor in enumerate(examples) if tensor.dim() == 5)
-    shapes: list[Any] = [None] * len(examples)
-    shapes[at_kv] = {3: torch.export.Dim.DYNAMIC}
     say_once("compiling a block for this CPU, which takes some 15 seconds and is kept")
     with workspace(path.parent, "compiling") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
         program = torch.export.export(
-            function, tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False
+            function, tuple(examples), dynamic_shapes=(function.dynamic_shapes(),), strict=False
         )
         unfinished = folder / path.name
         torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))

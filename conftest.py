@@ -17,7 +17,7 @@ import transformers
 from torch._dynamo.utils import counters
 
 from checks.common import CHATML, LLAMA_CPP, byte_level_tokenizer, hf_folder, random_hf
-from formats.checkpoint import default_model
+from formats.checkpoint import cache_folder, default_model
 from formats.tokenizer import Tokenizer, load_tokenizer
 from model import Transformer, load_model
 
@@ -121,8 +121,7 @@ def gpl(smollm: tuple[Transformer, Tokenizer]) -> list[int]:
 @pytest.fixture(scope="session")
 def llama_cpp_files() -> Path:
     """The folder models/ of llama.cpp: vocabularies, texts with their ids, chat templates."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = caches / "gpt-flash" / "llama.cpp"
+    folder = cache_folder() / "llama.cpp"
     if not (folder / "models").exists():
         folder.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",

@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 
 import ahead
 from ahead import (
-    AheadOfTime, FunctionOfTensors, NoLibrary, can_be_exported, fingerprint, kind_of,
+    AheadOfTime, FunctionOfTensors, NoLibrary, can_be_exported, fingerprint, structure_of,
 )
+from cache import LayerCache, Positions
 from checks.common import HERE, close, run_cli
-from cache import LayerCache
 from model import Transformer, load_model, run_block
 from quantize import quantize_model
-
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 Calls = list[torch.nn.Module]
@@ -39,10 +38,6 @@ def decoded(model: Transformer, n: int) -> list[Tensor]:
     """Logits of n tokens, one step each."""
     tokens = tokens_of(model, n)
     return [model.decode(tokens[:, i:i + 1], positions(i)) for i in range(n)]
-
-
-def decoded_token(model: Transformer, token: int) -> list[Tensor]:
-    return [model.decode(torch.tensor([[token]]), positions(0))]
 
 
 def names(model: Transformer) -> list[str | None]:
@@ -160,7 +155,7 @@ def test_a_later_process_needs_no_compiler(
     model, folder = built(name, dtype, mode)
     model.setup_caches(1, 16)
     model.decode_block = run_block
-    [expected] = decoded_token(model, 1)
+    expected = model.decode(torch.tensor([[1]]), positions(0))
     path, _ = checkpoint(name)
     command = [sys.executable, "-c", LATER, path, folder if found else "",
                str(dtype).removeprefix("torch."), mode or ""]
@@ -254,7 +249,9 @@ def test_fingerprints_tell_blocks_apart(
 
 
 @pytest.mark.parametrize("name", ["gemma2-seven", "gpt-oss-seven", "qwen3-moe", "mistral"])
-def test_what_no_library_can_run(checkpoint: MakeCheckpoint, name: str) -> None:
+def test_what_no_library_can_run(
+    checkpoint: MakeCheckpoint, tmp_path: Path, name: str
+) -> None:
     """A softcap, sinks, experts and windows go through operators of ours, or through Python."""
     folder, _ = checkpoint(name)
     model = load_model(folder, dtype=torch.float32)
@@ -266,6 +263,9 @@ def test_what_no_library_can_run(checkpoint: MakeCheckpoint, name: str) -> None:
         has_experts = hasattr(block.mlp, "experts")
         has_library = can_be_exported(block, x, cache) and found is not None
         assert has_library == (plain and not has_experts)
+    model.decode_block = AheadOfTime(run_block, folder=tmp_path)
+    decoded(model, 1)
+    assert model.decode_block.missing == (name == "qwen3-moe")  # of its layers without experts
 
 # --- everything else goes another way ---
 
@@ -307,10 +307,10 @@ def test_a_block_is_looked_at_once(
     folder, _ = checkpoint("smollm3-seven")
     models = [load_model(folder, dtype=torch.float32) for _ in range(2)]
     cache = models[0].setup_caches(1, 32)
-    (tmp_path / "of-something-else.pt2").touch()
     looked, recorded = [], []
-    kind_of, fingerprint = ahead.kind_of, ahead.fingerprint
-    monkeypatch.setattr("ahead.kind_of", lambda *given: looked.append(given) or kind_of(*given))
+    monkeypatch.setattr(
+        "ahead.structure_of", lambda *given: looked.append(given) or structure_of(*given)
+    )
     monkeypatch.setattr(
         "ahead.fingerprint", lambda *given: recorded.append(given) or fingerprint(*given)
     )
@@ -324,8 +324,8 @@ def test_a_block_is_looked_at_once(
         assert len(recorded) == 2
 
 
-def test_kinds_of_blocks(checkpoint: MakeCheckpoint) -> None:
-    """Other settings, classes or shapes make another kind, in what is not nn.Module's own too."""
+def test_structures_of_blocks(checkpoint: MakeCheckpoint) -> None:
+    """Other settings, classes or shapes make another one, in what is not nn.Module's own too."""
     folder, _ = checkpoint("llama")
     model = load_model(folder, dtype=torch.float32)
     model.setup_caches(1, 32)
@@ -333,33 +333,36 @@ def test_kinds_of_blocks(checkpoint: MakeCheckpoint) -> None:
     [where, *_] = model.positions(positions(3), 1, model.cache)
     cache = model.cache.layers(slice(0, 1))[0]
 
-    def kind(layer: int) -> tuple:
-        return kind_of(FunctionOfTensors(model.layers[layer], where, cache), x)
+    def structure(layer: int) -> tuple:
+        return structure_of(FunctionOfTensors(model.layers[layer], where, cache), x)
 
-    assert kind(0) == kind(1) == kind(2)
+    assert structure(0) == structure(1) == structure(2)
     model.layers[1].input_layernorm.eps *= 2
     model.layers[2].self_attn.settings = {"a": 1}
-    kinds = [kind(0), kind(1), kind(2)]
+    seen = [structure(0), structure(1), structure(2)]
     model.layers[2].mlp.act = torch.nn.functional.relu
-    kinds.append(kind(2))
+    seen.append(structure(2))
     quantize_model(model, "int8")
-    kinds.append(kind(0))
-    assert len(set(kinds)) == len(kinds)
+    seen.append(structure(0))
+    assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("layout", ["places behind", "tokens before heads", "another dtype"])
+@pytest.mark.parametrize("layout", [
+    "places behind", "tokens before heads", "values over keys", "another dtype",
+])
 def test_caches_of_another_layout_go_another_way(
-    checkpoint: MakeCheckpoint, tmp_path: Path, calls: tuple[Calls, Callable], layout: str
+    checkpoint: MakeCheckpoint, layout: str
 ) -> None:
     """A library would read and write at wrong addresses."""
     folder, _ = checkpoint("llama")
     model = load_model(folder, dtype=torch.float32)
     kv = model.setup_caches(1, 32).layers(slice(0, 1))[0].kv  # (2, 1, Hkv, S, D)
-    ran, otherwise = calls
     if layout == "places behind":
         kv = torch.nn.functional.pad(kv, (0, 0, 0, 8))[:, :, :, :32]
     elif layout == "tokens before heads":
         kv = kv.transpose(2, 3).contiguous().transpose(2, 3)
+    elif layout == "values over keys":
+        kv = kv[:1].expand(2, -1, -1, -1, -1)
     else:
         kv = kv.bfloat16()
     x = torch.zeros(1, 1, model.config.dim)
@@ -368,9 +371,7 @@ def test_caches_of_another_layout_go_another_way(
     assert can_be_exported(model.layers[0], x, LayerCache(plain, flash=True))
 
 
-def test_old_libraries_go(
-    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_libraries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a new one comes, all but those that were used last."""
     monkeypatch.setattr("ahead.KEPT", 2)
     monkeypatch.setattr(
@@ -381,7 +382,10 @@ def test_old_libraries_go(
         (tmp_path / f"{name}.pt2").touch()
         os.utime(tmp_path / f"{name}.pt2", (1e9 - age, 1e9 - age))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
-    ahead.compile_to(tmp_path / "newest.pt2", None, [torch.zeros(1, 1, 1, 1, 1)])
+    block = torch.nn.Linear(2, 2)
+    where = Positions(positions(0), positions(0)[:, None], None, None)
+    cache = LayerCache(torch.zeros(2, 1, 1, 1, 1), flash=True)
+    ahead.compile_to(tmp_path / "newest.pt2", FunctionOfTensors(block, where, cache), [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt2", "newest.pt2"]
 
 

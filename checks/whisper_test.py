@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.common import HERE
+from formats.checkpoint import cache_folder
 from kernels import flash_decode_reference
 
 sys.path.insert(0, str(HERE / "examples"))
@@ -175,8 +176,7 @@ def fetch_tiny_en(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_en() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(caches) / "gpt-flash" / "whisper-tiny.en"
+    folder = cache_folder() / "whisper-tiny.en"
     if not folder.exists():
         try:
             fetch_tiny_en(folder)

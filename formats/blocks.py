@@ -109,7 +109,7 @@ def half(blocks: Tensor, start: int) -> Tensor:
 def planes(packed: Tensor) -> Tensor:
     """[..., n] bytes -> [..., 2n]: their low nibbles, then their high ones. Eight at a time: n is a
     multiple of 8."""
-    words = aligned(packed).view(torch.int64)  # (..., n / 8)
+    words = aligned_copy(packed).view(torch.int64)  # (..., n / 8)
     low = words & LOW_NIBBLES
     high = words >> 4 & LOW_NIBBLES
     return torch.cat((low, high), -1).view(torch.uint8)
@@ -118,14 +118,14 @@ def planes(packed: Tensor) -> Tensor:
 LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
 
 
-def aligned(x: Tensor) -> Tensor:
-    """A copy. What is contiguous already, such as a part of a single block, may begin anywhere."""
+def aligned_copy(x: Tensor) -> Tensor:
+    """What is contiguous already, such as a part of a single block, may begin anywhere."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def fifth_bits(packed: Tensor) -> Tensor:
     """[n, 4] bytes -> [n, 32]: their bits, the lowest first, as 0 or 16."""
-    bits = aligned(packed).view(torch.int32)  # (n, 1)
+    bits = aligned_copy(packed).view(torch.int32)  # (n, 1)
     fifth = bits >> torch.arange(32, dtype=torch.int32) & 1  # (n, 32)
     return fifth.to(torch.uint8) << 4
 
