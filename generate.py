@@ -1,113 +1,119 @@
-"""Generate text: generate() for programs, and the command line.
+"""Generate text: generate() for programs, the decode step, sampling, and the command line.
 
     python generate.py --checkpoint_path PATH --prompt "The capital of France is"
-
-Both drive the Engine of engine.py, which decodes the rows of a cache together."""
+"""
 from __future__ import annotations
 
 import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
-
-import json
-import math
-import os
 import sys
+
+if __name__ == "__main__":
+    sys.modules["generate"] = sys.modules["__main__"]  # what the folders import is this module
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import KW_ONLY, dataclass, field
+from functools import wraps
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
-# The OpenMP of PyTorch's wheels for CPUs, libgomp, reads this while it loads: how many turns a
-# thread that waits for the others spins before it sleeps. Its own choice is 300,000, which on a
-# machine with other work to do takes the cores from those that are waited for; with less than a
-# few thousand, steps of small models are slower on a quiet one. What the user has chosen stays.
+# How many turns a thread of a CPU spins before it sleeps, which libgomp reads while it loads. Its
+# own 300,000 take the cores from threads that are waited for; a few thousand cost nothing.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "4000"
 
 import torch
-from safetensors import SafetensorError
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
 
-from ahead import AheadOfTime
-from cli.arguments import DTYPES, SETTINGS, cut, parse_args, say
-from cli.batch import News, Records, Run, answer_file, answer_live, help_answer, say_cuts
-from cli.chat import Chat, Show
-from cli.progress import with_bar
-from cli.prompts import (
-    Asked, Job, check_template, checked_number, read_jobs, read_lines, read_system, read_text,
-    samples, title_of, with_system,
-)
-from cli.stats import Memory, Stats, check_writable, profile, summarize
-from engine import Engine, StepFailed, compile_model
-from formats.checkpoint import default_model, first_line, resolve
-from formats.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer
-from model import KVCache, ModelConfig, Transformer, load_model, tensor_bytes
-from parallel import ALONE, Ranks, Team, mute_all_but_the_first, n_processes
-from quantize import QuantizedLinear, refuse_existing, save_quantized
-from sampling import FROM_ZERO, Request, Sampling, sample
+from model import LIBRARIES, KVCache, Transformer, extension, load_model, run_block, run_head
+from quantize import MODES
 
-__all__ = [  # what programs take from here
-    "Engine", "Request", "Sampling", "compile_model", "generate", "load_tokenizer", "sample",
-]
+PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
+LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
 
 # --- generate ---
+
 
 @torch.no_grad()
 def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
-    stop: Sequence[str] = (), tokenizer: Tokenizer | None = None, stream: Show | None = None,
-    cached: int = 0, compile: bool = False, speculate_k: int = 0,
-    draft: Transformer | None = None, stats: Stats | None = None, engine: Engine | None = None,
+    stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
+    stream: Callable[[int, list[int]], None] | None = None, cached: int = 0,
+    compile: bool = False, speculate_k: int = 0, draft: Transformer | None = None,
+    stats: Any = None, engine: Decoder | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
-    A prompt's text ends with the first of eos_ids (included), the token that completes one of the
-    stop strings (their tokenizer goes with them), after max_new_tokens, or where the cache or the
-    model's context is full. temperature 0 is greedy; filter_probs says what the filters do.
-    cached: tokens of each row that are in the cache already, in front of the prompts.
-    stream(number, ids) is called as tokens come. seed: the same seed, the same text; prompt i draws
-    with seed + i. stats: a Stats to fill.
+    A text ends with the first of eos_ids (included), where it has one of the stop strings (their
+    tokenizer goes with them), after max_new_tokens, or where the context is full. temperature 0 is
+    greedy; FILTERS has the others. cached: tokens of each row that are in the cache already.
+    stream(number, ids) is called as tokens come. The same seed, the same text; prompt i draws with
+    seed + i. compile: take the steps that compile_model compiled. speculate_k, draft: check that
+    many proposals a step; the text is the same. stats: a batching.Stats to fill.
 
-    A cache that was set up before is used, otherwise one is made that fits. compile: take the
-    steps that compile_model compiled. speculate_k, draft: see Engine; the text is the same. Each
-    call without an engine makes its own of these; with one, a series of calls shares its captured
-    steps, and prompts beyond its rows wait their turn. Threads that call this with one model take
-    turns. ValueError says what does not fit."""
-    check_prompts(prompts, max_new_tokens, model.config.vocab_size)
-    if seed is not None:
-        checked_number("seed", seed, FROM_ZERO)
-    eos_ids = token_set(eos_ids)
+    A cache that was set up before is used, otherwise one is made that fits. With an engine, a
+    series of calls shares its captured steps. Threads that call this with one model take turns.
+    ValueError says what does not fit."""
+    RANGES["seed"].check("seed", 0 if seed is None else seed)
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(
-            prompt, max_new_tokens, temperature, top_k, top_p, min_p, eos_ids, cached,
-            seed=None if seed is None else seed + i,
-            ends=stops_at(stop, tokenizer, prompt) if stop else None,
+            prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
+            ends=ends_at(stop, tokenizer, prompt) if stop else None,
         ))
-    longest = max(map(len, prompts))
-    out = [[] for _ in prompts]
+    if not requests:
+        raise ValueError("there is no prompt")
+    out: list[list[int]] = [[] for _ in requests]
     with taking_turns(model):
         if engine is None:
-            needed = min(cached + longest + max_new_tokens, model.config.max_seq_len)
-            fit_cache(model, len(prompts), needed + speculate_k, cached)
-            engine = Engine(model, compiled=compile, speculate_k=speculate_k, draft=draft)
-        check_held(engine.cache, len(prompts), cached)
-        check_room(longest, engine.context - cached)
-        engine.stats = stats or Stats()
-        engine.keep(cached)
+            fit_cache(model, requests, speculate_k)
+            engine = decoder_for(model, requests, compile, speculate_k, draft, stats is not None)
+        if stats is not None:
+            engine.stats = stats
         for number, tokens in engine.run(requests):
             out[number] += tokens
             if stream:
                 stream(number, tokens)
     return out
+
+
+def decoder_for(
+    model: Transformer, requests: list[Request], compiled: bool, k: int, draft: Transformer | None,
+    measured: bool,
+) -> Decoder:
+    """What decodes in model.cache. batching/'s Engine does for more requests than rows, proposals
+    and statistics, and better for prompts that are not read together well."""
+    beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
+    if beyond or not pads_little(requests):
+        batching = extension("batching", required=beyond)
+        if batching is not None:
+            return batching.Engine(model, compiled=compiled, speculate_k=k, draft=draft)
+    return Decoder(model, compiled=compiled)
+
+
+def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
+    """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
+    reading the weights, and there padding is free; beyond, it may be a quarter."""
+    lengths = [len(request.prompt) for request in requests]
+    return len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
 
 
 LOCKS: WeakKeyDictionary[Transformer, threading.RLock] = WeakKeyDictionary()
@@ -128,110 +134,648 @@ def taking_turns(model: Transformer) -> Iterator[None]:
             BUSY.discard(model)
 
 
-def token_set(eos_ids: Iterable[int]) -> frozenset[int]:
-    """ValueError unless these are token ids."""
-    ids = [None] if isinstance(eos_ids, (Integral, str)) else list(eos_ids)
-    if not all(isinstance(i, Integral) for i in ids):
-        raise ValueError(f"eos_ids must be token ids, as tokenizer.eos_ids has, not {eos_ids!r}")
-    return frozenset(ids)
-
-
-def stops_at(
-    stop: Sequence[str], tokenizer: Tokenizer | None, prompt: list[int]
-) -> Callable[[list[int]], bool]:
-    """Request.ends for the text behind a prompt. ValueError if there is no tokenizer, or if one of
-    the stop strings is none."""
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
-    if tokenizer is None:
-        raise ValueError(f"stop strings ({', '.join(map(repr, stop))}) need a tokenizer")
-    text = TextStream(tokenizer, prompt, stop)
-
-    def ends(ids: list[int]) -> bool:
-        text.push(ids)
-        return text.stopped
-
-    return ends
-
-
-def check_prompts(prompts: list[list[int]], max_new_tokens: int, vocab_size: int) -> None:
-    """ValueError if there is nothing to do, what is no list of token ids, or a token that the model
-    does not know."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ValueError(
-            "prompts must be a list of prompts, each a list of token ids as tokenizer.encode(text) "
-            f"or tensor.tolist() gives, and not a {type(prompts).__name__}"
-        )
-    if not prompts:
-        raise ValueError("there is no prompt")
-    for prompt in prompts:
-        check_kind(prompt)
-    if not all(prompts):
-        raise ValueError("a prompt is empty: it has no token to start from")
-    checked_number("max_new_tokens", max_new_tokens, SETTINGS["max_new_tokens"])
-    for token in (min(map(min, prompts)), max(map(max, prompts))):
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"a prompt has token {token}, outside the vocabulary of {vocab_size}")
-
-
-def check_kind(prompt: list[int]) -> None:
-    """ValueError unless this is a list of token ids."""
-    kind = type(prompt)
-    if isinstance(prompt, list):
-        kinds = set(map(type, prompt))
-        others = [other for other in kinds if other is bool or not issubclass(other, Integral)]
-        if not others:
+def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
+    """Make a cache where there is none, or a larger one of the same kind where the model's has not
+    the rows, or was made by this function and has not the length. k: places behind a text."""
+    context = model.config.max_seq_len
+    for request in requests:
+        request.check_fit(model.config.vocab_size, context)
+    cached = requests[0].cached
+    needed = k + min(context, max(cached + len(r.prompt) + r.max_new_tokens for r in requests))
+    n_rows, kind, grows = len(requests), (), True
+    if model.cache is not None:
+        cache = model.cache
+        grows = cache.grows
+        if n_rows <= cache.max_batch_size and not (grows and needed > cache.max_seq_len):
             return
-        kind = others[0]
-    raise ValueError(
-        "a prompt must be a list of token ids, as tokenizer.encode(text) or tensor.tolist() gives; "
-        f"this has a {kind.__name__}"
-    )
-
-
-def check_held(cache: KVCache, rows: int, cached: int) -> None:
-    """ValueError unless each of the first rows has that many tokens."""
-    held = min(cache.held[:rows])
-    if cached > held:
-        raise ValueError(
-            f"{cached} tokens cannot be cached already: the cache has {held} in one of the rows"
-        )
-
-
-def check_room(longest: int, room: int) -> None:
-    if longest >= room:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room for a new one in the context of {room}"
-        )
-
-
-def fit_cache(model: Transformer, rows: int, needed: int, cached: int) -> None:
-    """Make a cache where there is none, or a larger one of the same kind where the model's has
-    not the rows, or was made by this function and has not the length."""
-    cache = model.cache
-    if cache is not None:
-        too_short = cache.may_grow and needed > cache.max_seq_len
-        if rows <= cache.max_batch_size and not too_short:
-            return
+        n_rows = max(n_rows, cache.max_batch_size)
+        needed = max(cache.max_seq_len, needed if grows else 0)
+        kind = cache.dtype, cache.attention, cache.windows is not None
+        del cache  # the old one goes before the new one comes
     if cached:
         raise ValueError(
-            f"there is no cache with {cached} tokens cached that has room for {rows} prompts and "
-            f"{needed} tokens"
+            f"no cache with {cached} tokens cached has {n_rows} rows with room for {needed}"
         )
-    if cache is None:
-        model.setup_caches(rows, needed).may_grow = True
-        return
-    rows = max(rows, cache.max_batch_size)
-    length = cache.max_seq_len
-    if cache.may_grow:
-        length = max(length, needed)
-    dtype = cache.dtype
-    attention = cache.attention
-    rings = cache.windows == model.config.windows
-    may_grow = cache.may_grow
-    del cache  # the old one goes before the new one comes
-    model.setup_caches(rows, length, dtype, attention, rings).may_grow = may_grow
+    model.setup_caches(n_rows, needed, *kind).grows = grows
 
+
+def ends_at(stop: Sequence[str], tokenizer: Any, prompt: list[int]) -> Callable[..., bool]:
+    """Request.ends for stop strings. ValueError if they are none, or have no tokenizer."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
+    if not hasattr(tokenizer, "ends"):
+        raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
+    return tokenizer.ends(stop, prompt)
+
+
+class Range(NamedTuple):
+    """What a setting may be: a number of that kind from low (above: just over it) to high."""
+
+    kind: type
+    low: float
+    high: float = float("inf")
+    above: bool = False
+
+    def check(self, name: str, value: Any) -> int | float:
+        """The value. ValueError: it is none of these."""
+        noun, kinds = ("whole number", int) if self.kind is int else ("number", (int, float))
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"{name} must be a {noun}, not {value!r:.60}")
+        if not self.low <= value <= self.high or self.above and value == self.low:
+            bounds = f"{'above' if self.above else 'at least'} {self.low}"
+            bounds += f" and at most {self.high}" if self.high < float("inf") else ""
+            raise ValueError(f"{name}: {value} is not {bounds}")
+        return value
+
+
+RANGES = {
+    "max_new_tokens": Range(int, 1),
+    "temperature": Range(float, 0, 1000),
+    "top_k": Range(int, 1, 2**31 - 1),
+    "top_p": Range(float, 0, 1, above=True),
+    "min_p": Range(float, 0, 1),
+    "seed": Range(int, 0, 2**63 - 1),
+    "cached": Range(int, 0),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one row is to do: a prompt, how to draw, and when to stop. ValueError names what no row
+    can have."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: greedy
+    _: KW_ONLY
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    eos_ids: Iterable[int] = ()
+    cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
+    seed: int | None = None  # the same, the same text; None: a new one when the request starts
+    # called on the host with each new token, in a list of its own; True: it was the last
+    ends: Callable[[list[int]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None or name in ("max_new_tokens", "temperature", "cached"):
+                allowed.check(name, value)
+        for name, ids in (("prompt", self.prompt), ("eos_ids", self.eos_ids)):
+            several = isinstance(ids, (list, tuple, set, frozenset))
+            if not several or any(type(i) is bool or not isinstance(i, Integral) for i in ids):
+                what = "a list of token ids, as tokenizer.encode(text) or tensor.tolist() gives"
+                raise ValueError(f"{name} must be {what}, not {ids!r:.60}")
+
+    def check_fit(self, vocab_size: int, context: int) -> None:
+        """ValueError if a model does not know one of its tokens, or has no room for a new one."""
+        if not self.prompt:
+            raise ValueError("a prompt is empty: it has no token to start from")
+        for i in (min(self.prompt), max(self.prompt)):
+            if not 0 <= i < vocab_size:
+                raise ValueError(f"a prompt has token {i}, outside the vocabulary of {vocab_size}")
+        n, room = len(self.prompt), context - self.cached
+        if n >= room:
+            why = f"leaves no room for a new one in the context of {room}"
+            raise ValueError(f"a prompt of {n} tokens {why}")
+
+    def ends_with(self, token: int, n: int, budget: int) -> str | None:
+        """Why it ends with its n-th new token, of the `budget` that there is room for: "eos",
+        "stop", "length", "context"; None: it goes on."""
+        if token in self.eos_ids:
+            return "eos"
+        if self.ends is not None and self.ends([token]):
+            return "stop"
+        if n == self.max_new_tokens:
+            return "length"
+        return "context" if n == budget else None
+
+# --- the decode step ---
+
+
+class Drawn(NamedTuple):
+    """The tokens of a step: one a row, or k + 1 where it checks k proposals."""
+
+    tokens: Tensor  # int64 [B, k + 1], of which those up to the first wrong proposal count
+    # int64 [B]: how many proposals were right, one after the other; None: there are none
+    agreed: Tensor | None = None
+
+
+def on_its_device(method: Callable) -> Callable:
+    """A method of Decoder with its GPU as the current one, whose streams, events and captures are
+    meant. An eager one on a CPU runs in inference mode, which takes a tenth off a step."""
+
+    @wraps(method)
+    def guarded(decoder: Decoder, *args: Any, **options: Any) -> Any:
+        eager = decoder.device.type == "cpu" and not decoder.compiled
+        mode = torch.inference_mode() if eager else nullcontext()
+        with mode, torch.accelerator.device_index(decoder.device.index):  # a CPU's is None
+            return method(decoder, *args, **options)
+
+    return guarded
+
+
+class Decoder:
+    """Rows of one cache that decode together, each at its own position with its own request.
+
+    Tokens, positions and sampling settings live on the device, so a step needs nothing from the
+    host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling.
+    compile_model compiles what a step runs. One decoder drives a cache at a time.
+
+    context: most tokens of a row, by default all that the cache has room for and the model was
+    made for."""
+
+    def __init__(
+        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
+        context: int | None = None,
+    ):
+        self.model = model
+        self.cache = model.check_cache(1, cache)
+        room = self.cache.max_seq_len
+        self.context = context or min(room, model.config.max_seq_len)
+        if self.context > room:
+            raise ValueError(f"a context of {context} does not fit into a cache of {room}")
+        self.compiled = compiled
+        self.device = model.device
+        B = self.cache.max_batch_size
+        self.token = torch.zeros(B, 1, dtype=torch.int64, device=self.device)
+        self.input_pos = torch.zeros(B, dtype=torch.int32, device=self.device)
+        self.active = torch.zeros(B, dtype=torch.int32, device=self.device)  # 1: a step moves it on
+        self.sampling = Sampling.of([Request([], 1)] * B, self.device)
+        self.kind = "greedy"
+        self.running: dict[int, Request] = {}  # by the row; whose next tokens somebody wants
+        self.finish_reasons: dict[int, str] = {}  # how the requests of a run ended
+        # by step_key: where prepared steps put what they draw, and their graphs
+        self.prepared: dict[Any, Drawn] = {}
+        self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self.tables: list[Any] = []  # what the graphs read that the model may replace
+        self.owner: object = None  # the run that drives the rows
+        self.lag = LAG if self.device.type == "cuda" else 0
+        self.sample = sample
+        if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
+            self.sample = compiled_whole(sample)
+
+    @on_its_device
+    def step(self) -> Drawn:
+        """Launch one step of all rows: forward, sample, advance."""
+        if self.compiled and self.device.type == "cuda":
+            self.prepare()
+            if self.step_key in self.graphs:
+                self.graphs[self.step_key].replay()
+                return self.prepared[self.step_key]
+        return self.advance()
+
+    def advance(self) -> Drawn:
+        rows = slice(0, self.width())
+        input_pos = self.input_pos[rows]
+        logits = self.model.decode(self.token[rows], input_pos, self.cache)  # (B, 1, V)
+        tokens = self.draw(rows, logits, 1)  # (B, 1)
+        self.move(rows, tokens, self.active[rows])
+        return Drawn(tokens)
+
+    def draw(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
+        """Tokens [B, T] of rows for logits [B, T, V], `ahead` of their last ones and on."""
+        if self.kind == "greedy":
+            return logits.argmax(-1)
+        B, T, V = logits.shape
+        offsets = torch.arange(ahead, ahead + T, dtype=torch.int32, device=logits.device)
+        position = self.input_pos[rows, None] + offsets  # (B, T)
+        sampling = self.sampling.rows(rows)
+        if T > 1:
+            sampling = Sampling(*(setting.repeat_interleave(T, 0) for setting in sampling))
+        tokens = self.sample(logits.view(B * T, V), sampling, self.kind, position.flatten())
+        return tokens.view(B, T)
+
+    def move(self, rows: slice, last: Tensor, n: Tensor) -> None:
+        """The rows' last tokens are these now, n positions on. n is 0 for rows without a request:
+        they stay where they are, and what a step writes there is nobody's."""
+        self.token[rows] = last
+        self.input_pos[rows].add_(n).clamp_(max=self.cache.max_seq_len - 1)
+
+    def width(self) -> int:
+        """How many rows a step works on: a compiled step has one shape."""
+        if self.compiled or not self.running:
+            return self.cache.max_batch_size
+        return max(self.running) + 1
+
+    @property
+    def step_key(self) -> Any:
+        """What steps differ in: one graph is captured for each."""
+        return self.kind
+
+    def prepare(self) -> float:
+        """Prepare the step that is next, if it is compiled and was not -> seconds it took."""
+        if not self.compiled or self.step_key in self.prepared:
+            return 0.0
+        return self.try_step()
+
+    @on_its_device
+    def try_step(self) -> float:
+        """Compile a step by running it, and capture it on CUDA -> seconds it took. Rows keep their
+        state: what the trial puts into the cache lies where the next real step writes."""
+        began = time.perf_counter()
+        state = self.token, self.input_pos, self.active
+        before = [tensor.clone() for tensor in state]
+        self.active.zero_()  # so that all trials write at the same place
+        if self.device.type == "cuda":
+            self.graphs[self.step_key] = self.capture()
+        else:
+            self.prepared[self.step_key] = self.advance()
+        for tensor, value in zip(state, before):
+            tensor.copy_(value)
+        return time.perf_counter() - began
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """One step as a CUDA graph, after two on a side stream that compile and allocate."""
+        graph = torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.advance()
+            self.advance()
+            # on a stream of this device: by default it is of the first one that captured
+            with torch.cuda.graph(graph, stream=side):
+                self.prepared[self.step_key] = self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        for model in self.models():
+            self.tables += model.rope_tables.values()
+        torch.cuda.synchronize()
+        return graph
+
+    def models(self) -> list[Transformer]:
+        return [self.model]
+
+    def prefill(self, rows: slice, requests: Sequence[Request]) -> Iterator[bool]:
+        """Put the prompts of neighbouring rows into the cache, a chunk of self.chunk() tokens
+        before each yield, and behind the last draw their first tokens: from now on steps count.
+        Until then others' steps write in these rows too: where the next chunk will."""
+        cached = requests[0].cached
+        if cached:
+            self.cache.refuse_lost(rows, cached)
+        new = Sampling.of(requests, self.device)
+        if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
+            new = new._replace(key=self.model.broadcast(new.key.cpu()).to(self.device))
+        for setting, values in zip(self.sampling, new):
+            setting[rows] = values
+        lengths = torch.tensor([len(r.prompt) for r in requests], device=self.device)  # (n)
+        width = max(len(r.prompt) for r in requests)
+        padded = [r.prompt + [0] * (width - len(r.prompt)) for r in requests]
+        tokens = torch.tensor(padded, device=self.device)  # (n, width)
+        self.input_pos[rows] = cached
+        done, last_logits = 0, None
+        while done < width:
+            part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
+            last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
+            logits = self.read_part(part, rows, cached + done, last)  # (n, V)
+            if last_logits is not None:  # what counts is the chunk in which a prompt ends
+                logits = torch.where((lengths > done)[:, None], logits, last_logits)
+            last_logits = logits
+            done += part.shape[1]
+            self.input_pos[rows] = cached + lengths.clamp(max=done).int()
+            if done < width:
+                yield False
+        self.token[rows, 0] = sample(
+            last_logits, self.sampling.rows(rows), kind_of(requests), self.input_pos[rows]
+        )
+        self.active[rows] = 1
+
+    def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
+        """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
+        input_pos = torch.full_like(last, cached, dtype=torch.int32)
+        options = dict(rows=rows, cached=cached, last=last)
+        return self.model.prefill(tokens, input_pos, self.cache, **options)[:, 0]
+
+    @on_its_device
+    def read_on(self, prefill: Iterator[bool]) -> bool:
+        """Put the next chunk of prompts into the cache -> whether it was the last."""
+        return next(prefill, True)
+
+    def chunk(self) -> int:
+        return PREFILL_CHUNK
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
+        """Requests, each in the row of its number -> (that number, new tokens of it), as they come;
+        on CUDA the host reads LAG steps behind the device.
+
+        finish_reasons has then how each ended. ValueError if one has no room for a token, or builds
+        upon cached tokens that a sliding window has passed; RuntimeError if another run of this
+        decoder has begun meanwhile."""
+        requests = list(requests)
+        budgets = [self.budget(request) for request in requests]
+        self.model.check_cache(len(requests), self.cache)  # a row for each
+        if len({request.cached for request in requests}) > 1:
+            raise ValueError("a Decoder's requests have the same number of tokens cached")
+        me = self.start(requests)
+        self.prepare()
+        prefill = self.prefill(slice(0, len(requests)), requests)
+        while not self.read_on(prefill):
+            pass
+        self.running = dict(enumerate(requests))
+        pending = deque([self.to_host(self.token)])
+        n_launched = 1
+        while self.running:
+            longest = max(budgets[row] for row in self.running)
+            if len(pending) <= self.lag and n_launched < longest:
+                pending.append(self.to_host(self.step().tokens))
+                n_launched += 1
+                continue
+            tokens = pending.popleft()()
+            n = n_launched - len(pending)  # of each request's tokens this is the n-th
+            for row, request in list(self.running.items()):
+                self.cache.cached[row] = request.cached + len(request.prompt) + n - 1
+                reason = request.ends_with(tokens[row], n, budgets[row])
+                if reason is not None:
+                    self.finish_reasons[row] = reason
+                    del self.running[row]
+                    self.active[row] = 0
+                yield row, [tokens[row]]
+                if self.owner is not me:
+                    raise RuntimeError("another run of this decoder has begun")
+
+    def budget(self, request: Request) -> int:
+        """The most new tokens that a request can have. ValueError: none."""
+        request.check_fit(self.model.config.vocab_size, self.context)
+        return min(request.max_new_tokens, self.context - request.cached - len(request.prompt))
+
+    def start(self, requests: Sequence[Request]) -> object:
+        """Give up what the rows did, for these requests -> whose run that is now."""
+        cached = self.cache.cached
+        if len(requests) > len(cached):  # a request's row may be any
+            cached = [min(cached)] * len(requests)
+        for request, there in zip(requests, cached):
+            if request.cached > there:
+                known = f"the cache has {there} in one of the rows"
+                raise ValueError(f"{request.cached} tokens cannot be cached already: {known}")
+        self.running.clear()
+        self.finish_reasons.clear()
+        self.active.zero_()
+        # what is cached is not written over by rows without a request, nor by a trial
+        self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
+        self.kind = kind_of(requests)  # for all that will come: a compiled step is prepared before
+        self.owner = object()
+        return self.owner
+
+    @on_its_device
+    def to_host(self, tensor: Tensor) -> Callable[[], list[int]]:
+        """Send tokens [B, 1] on their way -> what waits for them."""
+        if self.device.type != "cuda":
+            tokens = tensor[:, 0].tolist()
+            return lambda: tokens
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def wait() -> list[int]:
+            event.synchronize()
+            return copy[:, 0].tolist()
+
+        return wait
+
+
+def compile_model(model: Transformer, prefill: bool = False, keep: bool = False) -> None:
+    """Compile one block for decoding, which all layers share, so that compile time does not grow
+    with depth; on CUDA also the output head. prefill: also the block over prompts of any length.
+    keep: on a CPU, steps of one row come from libraries that are kept for later runs: cpu/ahead.py.
+    Hooks are compiled in: after adding one, call this again, and make decoders anew."""
+    options = {}
+    if model.device.type == "cuda":
+        options["coordinate_descent_tuning"] = True
+        # what makes q, k and v of their product is one launch and not up to three
+        options["combo_kernels"] = True
+        options["combo_kernels_pointwise_only"] = True
+        options |= model.compile_options
+        model.decode_head = compiled_whole(run_head, options=options)
+    else:
+        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols: cpu/cache.py
+    model.decode_block = compiled_whole(run_block, options=options)
+    if keep and model.device.type in LIBRARIES:
+        model.decode_block = LIBRARIES[model.device.type](model.decode_block, True)
+    if prefill:
+        model.prefill_block = compiled_whole(run_block, dynamic=True, options=options)
+
+
+def compiled_whole(function: Callable, **settings: Any) -> Callable:
+    """In one graph, but for every window and every shape of cache that it meets, of any model:
+    hence a limit of its own."""
+    defaults = dict(dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64)
+    return torch.compile(function, **(defaults | settings))
+
+# --- sampling ---
+
+
+class Filter(NamedTuple):
+    """Which tokens may be drawn: a function of probabilities [N, n], likeliest first in each row,
+    and the rows' setting [N, 1], that gives them with zeros for what is dropped."""
+
+    keep: Callable[[Tensor, Tensor], Tensor]
+    off: float  # the setting with which nothing is dropped
+
+
+def keep_top_k(probs: Tensor, k: Tensor) -> Tensor:
+    """The k likeliest."""
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    return probs.masked_fill(rank >= k, 0)
+
+
+def keep_top_p(probs: Tensor, p: Tensor) -> Tensor:
+    """The fewest tokens whose probabilities reach p of what is left, the one that crosses it
+    included."""
+    likelier = probs.cumsum(-1) - probs  # the mass of likelier tokens
+    enough = p * probs.sum(-1, keepdim=True)
+    return probs.masked_fill((likelier >= enough) & (p < 1), 0)
+
+
+def keep_min_p(probs: Tensor, p: Tensor) -> Tensor:
+    """Those at least p times as likely as the likeliest."""
+    return probs.masked_fill(probs < p * probs[:, :1], 0)
+
+
+# One after the other. The setting is a Request's of the same name, None: off. A filter whose name
+# is no setting is on for every row that samples, and is given `off`.
+FILTERS = {
+    "top_k": Filter(keep_top_k, float("inf")),
+    "top_p": Filter(keep_top_p, 1.0),
+    "min_p": Filter(keep_min_p, 0.0),
+}
+LEAST_TEMPERATURE = 1e-5  # what is below is greedy: logits over it would leave float32
+CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
+
+
+class Sampling(NamedTuple):
+    """How rows draw their tokens: tensors [B], so that one captured step serves any settings."""
+
+    temperature: Tensor  # float32; 0: greedy
+    filters: Tensor  # float32 [B, number of FILTERS]: their settings
+    key: Tensor  # int32 [B, 2], made from the seed: which random numbers are the request's
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> Sampling:
+        filters = []
+        for request in requests:
+            given = {name: getattr(request, name, None) for name in FILTERS}
+            filters.append([FILTERS[k].off if v is None else v for k, v in given.items()])
+        return cls(
+            torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device),
+            torch.tensor(filters, dtype=torch.float32, device=device),
+            torch.tensor([key_of(r.seed) for r in requests], dtype=torch.int32, device=device),
+        )
+
+    def rows(self, rows: slice) -> Sampling:
+        return Sampling(*(setting[rows] for setting in self))
+
+
+def key_of(seed: int | None) -> tuple[int, int]:
+    """Two int32 numbers from any seed, by a hash, so that neighbouring seeds share nothing; None:
+    from a new seed."""
+    if seed is None:
+        seed = random.getrandbits(64)
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+    return struct.unpack("<ii", digest)
+
+
+def kind_of(requests: Iterable[Request]) -> str:
+    """The cheapest kind of step that draws for all of these rows.
+
+    "greedy": no row samples; "plain": from all tokens; "top_k": from at most CANDIDATES;
+    "filtered": by any filters, which sorts the vocabulary."""
+    sampled = [request for request in requests if request.temperature > 0]
+    if not sampled:
+        return "greedy"
+    if all(request.top_k is not None and request.top_k <= CANDIDATES for request in sampled):
+        return "top_k"
+    given = [getattr(request, name, "on") for request in sampled for name in FILTERS]
+    return "plain" if given.count(None) == len(given) else "filtered"
+
+
+def sample(logits: Tensor, sampling: Sampling, kind: str, position: Tensor) -> Tensor:
+    """logits [N, vocab_size] -> token ids [N], by a step of that kind.
+
+    position [N] int32: where the tokens will stand. The draw divides by exponential noise and
+    takes the largest (a Gumbel-max draw), so that nothing is read back to the host."""
+    likeliest = logits.argmax(-1)
+    if kind == "greedy":
+        return likeliest
+    greedy = sampling.temperature < LEAST_TEMPERATURE
+    temperature = sampling.temperature.masked_fill(greedy, 1.0)
+    probs = (logits.float() / temperature[:, None]).softmax(-1)  # (N, V)
+    N, V = probs.shape
+    if kind == "plain":
+        ids = torch.arange(V, device=probs.device)[None]
+    else:
+        n_candidates = min(CANDIDATES, V) if kind == "top_k" else V
+        probs, ids = filter_probs(probs, sampling, n_candidates)
+    best = (probs / noise(sampling.key, position, ids)).argmax(-1, keepdim=True)  # (N, 1)
+    drawn = ids.expand(N, -1).gather(-1, best)[:, 0]
+    return torch.where(greedy, likeliest, drawn)
+
+
+def filter_probs(
+    probs: Tensor, sampling: Sampling, n_candidates: int
+) -> tuple[Tensor, Tensor]:
+    """The n_candidates likeliest of probabilities [N, V], likeliest first, with zeros for what a
+    row's FILTERS drop; and their token ids: [N, n_candidates] each."""
+    if n_candidates < probs.shape[-1]:
+        probs, ids = probs.topk(n_candidates)
+    else:
+        probs, ids = probs.sort(descending=True)
+    for setting, each in zip(sampling.filters.unbind(1), FILTERS.values(), strict=True):
+        probs = each.keep(probs, setting[:, None])
+    return probs, ids
+
+
+def noise(key: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    """Exponential noise [N, n] for tokens ids [N, n] at positions [N], from keys [N, 2].
+
+    Each is a hash of its key, position and token and of nothing else (counter-based random numbers:
+    Salmon et al., Random123, SC 2011), so that a request draws the same in any row, batch or order
+    of steps. The position goes into both halves of the key, and each half into a round of its own:
+    with one, keys that differ in a few bits would give the same numbers to such tokens."""
+    stream = scramble(key + position[:, None])  # (N, 2)
+    bits = scramble(ids.int() ^ stream[:, :1])  # (N, n)
+    bits = scramble(bits + stream[:, 1:])
+    # the middles of 2^31 steps from 0 to 1; float32 is finest near 0, where winners come from
+    uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    uniform.clamp_(max=1 - 2.0**-24)  # the largest float32 below 1, to which others round
+    return uniform.neg_().log1p_().neg_()
+
+
+def scramble(x: Tensor) -> Tensor:
+    """A bijection of int32 numbers that looks random, in place: Chris Wellons' lowbias32
+    (github.com/skeeto/hash-prospector). Products wrap; the mask makes a shift a logical one."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+# --- text ---
+
+
+@dataclass
+class Tokenizer:
+    """Text <-> token ids, by a tokenizer.model. formats/ has those of other files, and chat."""
+
+    backend: Any
+    vocab_size: int
+    special: dict[str, int]  # the control tokens
+    bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
+    eos_ids: set[int]
+    chat_template: str | None = None
+
+    @classmethod
+    def from_model(cls, file: Path) -> Tokenizer:
+        backend = SentencePieceProcessor(model_file=str(file))
+        size = backend.get_piece_size()
+        special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
+        bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
+        return cls(backend, size, special, bos_id, set())
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """The ids of a text. Special tokens written in it are plain text."""
+        ids = self.backend.encode(text)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, control tokens left out, and those of a model that has more tokens than
+        its tokenizer."""
+        control = set(self.special.values())
+        return self.backend.decode([i for i in ids if i not in control and i < self.vocab_size])
+
+
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint, None: the default model's. formats/ reads all kinds of files,
+    and its tokenizers have chat(messages) -> ids. ValueError says what is wrong."""
+    folder = Path(path or "")
+    file = folder / "tokenizer.model"
+    formats = extension("formats", required=path is None or not os.path.exists(file))
+    if formats is not None:
+        return formats.load_tokenizer(path)
+    tokenizer = Tokenizer.from_model(file)
+    for settings in folder.glob("*config.json"):
+        ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+        tokenizer.eos_ids |= set(ends if isinstance(ends, list) else [ends]) - {None}
+    return tokenizer
+
+
+class Printer:
+    """Prints the text of tokens as they come behind a prompt, whole characters only."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        self.tokenizer = tokenizer
+        self.times: list[float] = []  # when they came
+        self.ids = prompt[-8:]  # so that a leading space is right
+        self.shown = tokenizer.decode(self.ids)
+
+    def __call__(self, number: int, ids: list[int]) -> None:
+        self.times.append(time.perf_counter())
+        self.ids = self.ids + ids
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(self.shown):], end="", flush=True)
+            self.shown = text
 
 # --- the command line ---
 
@@ -240,449 +784,96 @@ QUESTION = "What is the capital of France?"  # the prompt where none is given
 
 def main(argv: list[str] | None = None) -> None:
     """The program. It leaves by exit code 2 and one sentence where it cannot do what is asked."""
+    cli = extension("cli", required=False)
+    if cli is not None:
+        cli.main(argv)
+        return
+    parser = argparse.ArgumentParser("generate.py", description="Generate text.")
+    add_flags(parser.add_argument)
     try:
-        do(argv)
-    except torch.OutOfMemoryError as e:
-        fail(first_line(e))
-    except (ValueError, StepFailed) as e:
-        fail(str(e))
-    except KeyboardInterrupt:
-        say("")
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read stdout has left, as head does
-        discard_output()
-        sys.exit(141)  # as a process that the signal ends
-    except OSError as e:
-        discard_output()
-        fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        fail(
-            "there is not enough memory; lower --max_seq_len or --batch_size, or take a smaller "
-            "model or --quantize"
-        )
+        run(parser.parse_args(argv))
+    except ValueError as e:
+        parser.exit(2, f"generate.py: error: {e}\n")
 
 
-def do(argv: list[str] | None) -> None:
-    mute_all_but_the_first()
-    try:
-        args = parse_args(argv)
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        if n_processes() > 1 and (args.save is not None or args.profile is not None):
-            raise ValueError("--save and --profile take one process: run them without torchrun")
-        if args.save is not None:
-            save(args)
-            return
-        with Team(args.tp, args.device.type) as team:
-            run(args, team)
-    finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where it is known what to say if that fails
+def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = None) -> None:
+    """The flags of a run; cli/ has more. add: argparse's add_argument. number: what makes a setting
+    of RANGES of a flag's text."""
+    number = number or (lambda name: RANGES[name].kind)
+    add("--checkpoint_path", metavar="PATH",
+        help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
+        "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
+    add("--prompt", metavar="TEXT",
+        help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
+        "text with @; default: a question")
+    add("--max_new_tokens", metavar="N", type=number("max_new_tokens"), default=200,
+        help="most new tokens, from 1; default: 200")
+    add("--temperature", metavar="T", type=number("temperature"), default=0.0,
+        help="0 to 1000, 0 is greedy; default: 0")
+    add("--top_k", metavar="K", type=number("top_k"),
+        help="sample from the K likeliest tokens, from 1; default: all")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, ...; default: cuda where there is one")
+    add("--quantize", choices=["auto", "none", *MODES],
+        help="auto: weights as the file has them, those of a quantized GGUF as integers; none: "
+        "dequantized; int8, int4: quantized while loading; default: auto")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the decode step; default: on CUDA. On a CPU that takes some 15 "
+        "seconds; later runs find what it made for one row, and decode with it")
 
 
-def discard_output() -> None:
-    """What stdout still holds goes nowhere, so that Python does not try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def is_out_of_memory(e: Exception) -> bool:
-    """Whether it is Python's memory that is used up, or that of PyTorch on a CPU."""
-    return isinstance(e, MemoryError) or "DefaultCPUAllocator" in str(e)
-
-
-def fail(message: str) -> None:
-    say(f"generate.py: error: {cut(message)}")
-    sys.exit(2)
-
-
-def run(args: Any, team: Team) -> None:
-    """Read what is asked, load, prepare, and do what the flags ask for."""
-    asked = team.agree(read_asked(args) if team.is_first else None)
-    output = nullcontext()
-    if args.output is not None and team.is_first:
-        output = Records(args.output)
-    with output as records:
-        stats = Stats()
-        tokenizer, model = load_both(args, stats, team.ranks)
-        jobs = wanted(args, asked, tokenizer, model.config)
-        engine = make_engine(args, model, tokenizer, jobs, team)
-        if args.interactive:
-            team.share_input()
-            converse(engine, tokenizer, asked.system, args)
-        elif args.profile:
-            profile_engine(engine, [job.prompt for job in jobs if job.prompt], args, stats)
-            summarize(stats, memory_of(engine))
-        elif args.prompts is not None:
-            answer_prompts(engine, tokenizer, jobs, records, args, stats, team)
-        else:
-            answer_prompt(engine, tokenizer, jobs, args, stats)
-
-
-def read_asked(args: Any) -> Asked:
-    """What the flags ask about. ValueError: a file of theirs cannot be read, or be written."""
-    if args.profile is not None:
-        check_writable(args.profile)
-    if args.draft_checkpoint_path is not None:
-        resolve(args.draft_checkpoint_path)
-    lines = []
-    if args.prompts is not None:
-        lines = read_lines(args.prompts)
-    text = None
-    if args.prompt is not None and not args.prompt.isdecimal():
-        text = read_text(args.prompt)
-    system = None
-    if args.system is not None:
-        system = read_system(args.system)
-    return Asked(lines, text, system)
-
-
-def load_both(
-    args: Any, stats: Stats, ranks: Ranks
-) -> tuple[Tokenizer | None, Transformer]:
-    """The tokenizer, None where no text is made, and the model."""
-    path = default_model() if args.checkpoint_path is None else args.checkpoint_path
-    tokenizer = None
-    if not args.benchmark and not str(path).endswith(".json"):
-        tokenizer = load_tokenizer(path)
+def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: None) -> Decoder:
+    """Answer one prompt. ready: called before it begins."""
     began = time.perf_counter()
-    model = load(args, path, ranks)
-    stats.load_s = time.perf_counter() - began
-    check_fit(model, tokenizer, args.max_seq_len)
-    return tokenizer, model
-
-
-def load(args: Any, path: str | Path, ranks: Ranks = ALONE) -> Transformer:
-    """The model; args.dtype becomes the one that it has."""
+    tokenizer = load_tokenizer(args.checkpoint_path)
     model = load_model(
-        path, device=args.device, dtype=DTYPES.get(args.dtype),
-        quantize=None if args.quantize == "none" else args.quantize,
-        group_size=args.group_size or 32, ranks=ranks,
+        args.checkpoint_path, device=args.device, quantize=args.quantize or "auto"
     )
-    args.dtype = str(model.dtype).removeprefix("torch.")
-    return model
-
-
-def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
-    """The draft model. ValueError if its tokens have other meanings than the model's."""
-    path = args.draft_checkpoint_path
-    if tokenizer is not None:
-        theirs = load_tokenizer(path)
-        probe = "The quick brown fox: {x: 1.5e-3, 'Ünïcödé'}\n\t\t日本"
-        if theirs.encode(probe) != tokenizer.encode(probe) or theirs.special != tokenizer.special:
-            raise ValueError(
-                f"the draft {path} has another tokenizer than the model: its proposals would be "
-                "tokens of other words; give one of the same family"
-            )
-    return load_model(
-        path, device=args.device, dtype=DTYPES[args.dtype], quantize=args.draft_quantize or "auto",
-        ranks=ranks,
-    )
-
-
-def check_fit(model: Transformer, tokenizer: Tokenizer | None, max_seq_len: int | None) -> None:
-    config = model.config
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model only "
-            f"{config.vocab_size}"
-        )
-    if tokenizer is not None and max(tokenizer.eos_ids, default=0) >= config.vocab_size:
-        raise ValueError(
-            f"eos_token_id {max(tokenizer.eos_ids)} is none of the model's {config.vocab_size} "
-            "tokens"
-        )
-    if max_seq_len is not None and max_seq_len > config.max_seq_len:
-        raise ValueError(
-            f"--max_seq_len {max_seq_len} exceeds the model's context of {config.max_seq_len} "
-            "tokens"
-        )
-
-
-def wanted(
-    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
-) -> list[Job]:
-    """The answers that the flags ask for."""
-    if args.interactive and tokenizer is not None:
-        return []
-    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
-    room = args.max_seq_len or config.max_seq_len
-    n_samples = args.num_samples
-    if args.benchmark or args.profile:  # a measurement is of full rows
-        n_samples *= args.batch_size
-
-    if args.prompt and args.prompt.isdecimal():
-        prompt = random_prompt(args, room, config)
-        if tokenizer is not None and not args.profile:
-            say(
-                f"--prompt {args.prompt} is {args.prompt} random tokens, as in gpt-fast; for this "
-                f"text: printf {args.prompt} | python generate.py --prompt -"
-            )
-        return samples(0, f"{len(prompt)} random tokens", prompt, defaults, n_samples)
-
-    if tokenizer is None:
-        raise ValueError(
-            "a bare config.json has no tokenizer: give --prompt a number of random tokens"
-        )
-    if asked.system is not None:
-        check_template(tokenizer, asked.system)
-
-    def encode(entry: dict[str, Any]) -> list[int]:
-        if "messages" in entry:
-            prompt = tokenizer.chat(entry["messages"])
-        elif args.chat:
-            message = {"role": "user", "content": entry["prompt"]}
-            prompt = tokenizer.chat(with_system(asked.system, [message]))
-        else:
-            prompt = tokenizer.encode(entry["prompt"])
-        check_prompts([prompt], args.max_new_tokens, config.vocab_size)
-        check_room(len(prompt), room)
-        return prompt
-
-    if args.prompts is not None:
-        answering = [args.checkpoint_path, args.dtype, args.quantize, args.kv_dtype]
-        return read_jobs(asked.lines, encode, defaults, args.num_samples, json.dumps(answering))
-    entry = {"prompt": QUESTION if asked.text is None else asked.text}
-    if asked.text is None and tokenizer.chat_template and not args.chat:
-        entry = {"messages": [{"role": "user", "content": QUESTION}]}
-    return samples(0, title_of(entry), encode(entry), defaults, n_samples)
-
-
-def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
-    """As many random tokens as --prompt says. ValueError: there is no room for them."""
-    n_tokens = int(args.prompt)
-    check_room(n_tokens, room)
-    generator = torch.Generator().manual_seed(args.seed or 0)
-    prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
-    check_prompts([prompt], args.max_new_tokens, config.vocab_size)
-    return prompt
-
-
-def make_engine(
-    args: Any, model: Transformer, tokenizer: Tokenizer | None, jobs: list[Job], team: Team
-) -> Engine:
-    """An engine with the rows that the flags say, and room for the longest job."""
-    needed = 1
-    for job in jobs:
-        if job.error is None:
-            needed = max(needed, len(job.prompt) + job.settings["max_new_tokens"])
-    if args.interactive:
-        needed = 8192
-    room = args.max_seq_len or min(needed, model.config.max_seq_len)
-    kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    # groups that share a file of prompts are to have rows for a fair share of them at most
-    rows = args.batch_size
-    if team.n_groups > 1 and args.prompts is not None:
-        rows = min(rows, math.ceil(len(jobs) / team.n_groups))
-    # steps that check proposals write as far behind the last token
-    model.setup_caches(rows, room + args.speculate_k, kv_dtype, args.attention)
-    draft = None
-    if args.draft_checkpoint_path is not None:
-        draft = load_draft(args, tokenizer, team.ranks)
-    for each in filter(None, (model, draft)):
-        if args.compile:
-            compile_model(each, args.compile_prefill, keep=True)
-        elif args.compile is None and rows == 1:  # what an earlier run compiled
-            each.decode_block = AheadOfTime(each.decode_block)
-    return Engine(
-        model, compiled=bool(args.compile), speculate_k=args.speculate_k, draft=draft,
-        context=room,
-    )
-
-
-def options(args: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """generate's keyword arguments."""
-    return dict(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        seed=args.seed, eos_ids=tokenizer.eos_ids if tokenizer else (), stop=args.stop,
-        tokenizer=tokenizer,
-    )
-
-
-def runner(
-    engine: Engine, tokenizer: Tokenizer | None, stats: Stats, team: Team | None = None
-) -> Run:
-    """What runs jobs for cli/batch.py; with a team, those that no other of its groups runs."""
-    eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
-
-    def run_jobs(jobs: list[Job]) -> Iterator[News]:
-        requests = []
-        for job in jobs:
-            settings = dict(job.settings)
-            stop = settings.pop("stop")
-            ends = stops_at(stop, tokenizer, job.prompt) if stop else None
-            requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
-        engine.stats = stats
-        draw = None
-        if team is not None and team.n_groups > 1:
-            draw = team.queue(len(requests))
-        for i, tokens in engine.run(requests, draw):
-            yield News(i, tokens, engine.finish_reasons.get(i), engine.started[i])
-
-    return run_jobs
-
-
-def answer_prompt(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any, stats: Stats
-) -> None:
-    """Continue one prompt, once or several times, and say what it took."""
-    if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
-        warm = Stats()
-        batch = [job.prompt for job in jobs[:args.batch_size]]
-        generate(
-            engine.model, batch, args.max_new_tokens, stats=warm, engine=engine,
-            **options(args, tokenizer),
-        )
-        stats.compile_s = warm.compile_s
+    n, known = tokenizer.vocab_size, model.config.vocab_size
+    if n > known:
+        raise ValueError(f"the tokenizer has {n} tokens but the model only {known}")
+    loaded = time.perf_counter()
+    if args.prompt is None and tokenizer.chat_template:
+        ids = tokenizer.chat([{"role": "user", "content": QUESTION}])
     else:
-        watch_prompts(engine)
-    answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
-    if args.benchmark and stats.speculation.checked:
-        middle = len(jobs[0].prompt) + args.max_new_tokens // 2
-        stats.speculation.plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
-    elif not args.benchmark:
-        say_cuts(answers)
-    summary = summarize(stats, memory_of(engine))
-    say_what_is_missing(engine.model)
-    if args.json:
-        result = {
-            "texts": [answer.text for answer in answers if tokenizer],
-            "finish_reasons": [answer.finish_reason for answer in answers],
-        }
-        print(json.dumps(vars(args) | summary | result, default=str, allow_nan=False))
-
-
-def answer_prompts(
-    engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
-    stats: Stats, team: Team,
-) -> None:
-    """Continue the prompts of a file, and say what it took. ValueError: none could be."""
-    run_jobs = runner(engine, tokenizer, stats, team)
-    if team.is_first:
-        answer_file(
-            jobs, run_jobs, tokenizer, as_json=args.json, records=records, team=team
-        )
-    else:
-        help_answer(jobs, run_jobs, tokenizer, team)
-    if stats.new_tokens:
-        summarize(stats, memory_of(engine))
-    if all(job.error is not None for job in jobs):
-        raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
-
-
-def say_what_is_missing(model: Transformer) -> None:
-    block_forward = model.decode_block
-    if isinstance(block_forward, AheadOfTime) and block_forward.missing:
-        say("--compile makes a library, in some 15 seconds, by which all later runs decode faster")
-
-
-def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
-    """The seconds of n steps without proposals of rows that stand at a position."""
-    plain = Engine(engine.model, engine.cache, compiled=engine.compiled)
-    plain.kind = engine.kind
-    plain.input_pos.fill_(position)
-    plain.step()  # to compile
-    return plain.timed_steps(n)
-
-
-def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any) -> None:
-    """A conversation in the terminal, its cache kept between turns."""
-    watch_prompts(engine)
-
-    def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
-        settings = options(args, tokenizer)
-        if args.seed is not None:
-            settings["seed"] = (args.seed + attempt) % 2**63
-        answer, = generate(
-            engine.model, [ids[cached:]], args.max_new_tokens, cached=cached, stream=show,
-            engine=engine, **settings,
-        )
-        return answer, engine.finish_reasons[0]
-
-    Chat(tokenizer, reply, engine.context, args.stop, system).run()
-    say_what_is_missing(engine.model)
-
-
-def watch_prompts(engine: Engine) -> None:
-    """Show how far a long prompt is; on a GPU, which is asked for all layers at once, nothing."""
-    if engine.device.type == "cpu":
-        model = engine.model
-        model.prefill_block = with_bar(model.prefill_block, model.layers)
-
-
-def profile_engine(engine: Engine, prompts: list[list[int]], args: Any, stats: Stats) -> None:
-    """Trace decode steps, after as many to warm up."""
-    model = engine.model
-    cache = engine.cache
-    batch = prompts[:args.batch_size]
-    generate(model, batch, 16, stats=stats, engine=engine, **options(args, None))
-    parts = {}
-    for name, module in model.layers[0].named_modules():
-        if name.endswith("_proj"):
-            parts[name] = tensor_bytes(module)
-            if ".experts." in name:  # of which a step reads some
-                parts[name] *= model.layers[0].mlp.experts.share(cache.max_batch_size)
-    live = sum(map(cache.bytes_read, engine.input_pos.tolist()))
-    parts["attention"] = live / len(model.layers)
-    profile(
-        engine.timed_steps, len(model.layers), parts, tensor_bytes(model.lm_head), args.profile,
-        args.device,
+        ids = tokenizer.encode(QUESTION if args.prompt is None else args.prompt)
+    model.setup_caches(1, min(len(ids) + args.max_new_tokens, model.config.max_seq_len))
+    decoder = Decoder(model, compiled=prepare_steps(model, args.compile))
+    ready(decoder)
+    printer = Printer(tokenizer, ids)
+    generate(
+        model, [ids], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+        eos_ids=tokenizer.eos_ids, stream=printer, engine=decoder,
     )
-
-
-def memory_of(engine: Engine) -> Memory:
-    cache = engine.cache
-    model, *drafts = engine.models()
-    rows = cache.max_batch_size
-    weight_bytes = model.weight_bytes(rows * (engine.k + 1))
-    for draft in drafts:  # a step asks it k times
-        weight_bytes += engine.k * draft.weight_bytes(rows)
-    return Memory(
-        device=engine.device, weight_bytes=weight_bytes, cache_bytes=cache.nbytes,
-        row_bytes=cache.bytes_read,
-    )
-
-
-def save(args: Any) -> None:
-    """--save: quantize while loading, and write a folder that loads like any checkpoint."""
-    source = resolve(default_model() if args.checkpoint_path is None else args.checkpoint_path)
-    try:
-        refuse_existing(args.save)
-        began = time.perf_counter()
-        model = load(args, source)
-        save_quantized(model, args.save, partial(save_tokenizer, source))
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    n_weights = sum(layer.out_features * layer.in_features for layer in layers)
-    before = n_weights * DTYPES[args.dtype].itemsize
-    after = sum(x.nbytes for layer in layers for x in layer.stored().values())
-    worst = max(layer.error for layer in layers)
-    loss = f"largest relative error of a layer {worst:.2%}"
-    if args.quantize == "auto":
-        loss = "the file's own integers"
+    print(flush=True)
+    first, *_, last = *printer.times, time.perf_counter()
+    n = len(printer.times)
     say(
-        f"{args.save}: {len(layers)} layers, {before / 1e6:.1f} MB in {args.dtype}, are now "
-        f"{after / 1e6:.1f} MB; {loss}; {time.perf_counter() - began:.1f} s"
+        f"loaded in {loaded - began:.1f} s; {len(ids)} prompt tokens, first token after "
+        f"{first - loaded:.2f} s; {n} new tokens, {1e3 * (last - first) / n:.2f} ms a token"
     )
+    return decoder
 
 
-def become_a_program() -> None:
-    """Signals end this process by exceptions, so that whatever is half-written goes; characters
-    that the terminal cannot show are no reason to end."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, end_by_signal)
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")
+def prepare_steps(
+    model: Transformer, wanted: bool | None, n_rows: int = 1, prefill: bool = False
+) -> bool:
+    """Compile a model as --compile wants, None: on CUDA -> whether it is. Otherwise steps of one
+    row take what an earlier run has kept."""
+    library = LIBRARIES.get(model.device.type)
+    if wanted or wanted is None and model.device.type == "cuda":
+        compile_model(model, prefill, keep=True)
+        return True
+    if wanted is None and n_rows == 1 and library is not None:
+        model.decode_block = library(model.decode_block, False)
+    return False
 
 
-def end_by_signal(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # while what is half-written goes
-    sys.exit(128 + number)
+def say(text: str, end: str = "\n") -> None:
+    """Print on stderr: stdout is for what the model says. Nobody has to listen."""
+    with suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    become_a_program()
     main()

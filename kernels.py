@@ -1,26 +1,23 @@
-"""Decode attention whose cost follows the tokens that are cached, not the room allocated for them;
-and products of int8 and int4 weights with a few vectors. Needs torch and triton, nothing else:
-copy the file, or what you need of it.
+"""Decode attention: a few new tokens of each row attend to all that is cached before them, at a
+cost that follows the tokens cached, not the room allocated for them.
 
-Decoding one token reads every live key and value once and does next to no arithmetic with them:
+    out = flash_decode(q, k_cache, v_cache, cache_seqlens, k, v)
+
+To lift it, copy this file: it needs torch and triton only, and without a GPU or Triton it runs in
+PyTorch. It works under torch.compile and in CUDA graphs. flash_decode's docstring is the contract;
+flash_decode_reference, after it, says in float32 what is right.
+
+Such a step reads every live key and value once and does next to no arithmetic with them:
 B * Hkv * len * D * 2 * itemsize bytes a layer, 134 MB for Llama-3-8B at 32k tokens. Reading them at
 the memory's full speed takes every SM, and at batch 1 there are far fewer heads than SMs, so the
-live length itself has to be split.
-
-flash_decode, int8_linear and int4_linear run in Triton on a GPU, in PyTorch elsewhere, and under
-torch.compile; their _reference functions say what is right. What the kernels compile to is shown by
-`python kernels.py --report [sm_90 ...]`."""
+live length itself is split. `python kernels.py --report [sm_90 ...]` shows what is compiled."""
 from __future__ import annotations  # Triton reads the kernels' annotations, and may be absent
 
 import math
-import runpy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -33,94 +30,7 @@ except ImportError:
     def jit(fn: Callable | None = None, **_: Any) -> Callable:
         return fn or jit
 
-# --- attention: what is right ---
-
-
-def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., D] -> int8 of that shape and a float32 scale per vector [...]:
-    scale = max|x| / 127, value = x / scale."""
-    scale = x.abs().amax(-1, keepdim=True).float() / 127  # (..., 1)
-    values = torch.round(x / scale.clamp_min(1e-30))
-    return values.to(torch.int8), scale.squeeze(-1)
-
-
-def flash_decode_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
-    k: Tensor | None = None, v: Tensor | None = None, *,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
-    scale: float | None = None, causal: bool = True, window: int | None = None,
-    softcap: float | None = None, alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """flash_decode's definition: the same signature and results, in float32 over the whole cache,
-    on any device."""
-    B, Hq, T, D = q.shape
-    Hkv, S = k_cache.shape[1:3]
-    new_token = torch.arange(T, device=q.device)
-    lens = cache_seqlens.long()  # (B,)
-    if k is not None:  # append the new tokens at each row's own position
-        places = lens[:, None] + new_token  # (B, T)
-        if ring:
-            places = places % S
-        _append_reference(k, k_cache, k_scale, places)
-        _append_reference(v, v_cache, v_scale, places)
-        lens = lens + T
-
-    # scores of what is live, every KV head repeated for its query heads
-    position = _positions_reference(lens[:, None], S, ring)
-    live = (position >= 0) & (position < lens[:, None])  # (B, S)
-    keys = _read_reference(k_cache, k_scale, live).repeat_interleave(Hq // Hkv, 1)
-    values = _read_reference(v_cache, v_scale, live).repeat_interleave(Hq // Hkv, 1)
-    scale = D ** -0.5 if scale is None else scale
-    scores = q.float() @ keys.transpose(-1, -2) * scale  # (B, Hq, T, S)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-
-    # how far each key lies behind each query; the queries are the last T of the row's positions
-    distance = (lens[:, None] - T + new_token)[..., None] - position[:, None]  # (B, T, S)
-    if alibi_slopes is not None:
-        scores = scores - alibi_slopes[:, None, None] * distance.abs()[:, None]
-    hidden = ~live[:, None, None]  # (B, 1, 1, S)
-    if causal:
-        hidden = hidden | (distance < 0)[:, None]
-    if window is not None:
-        hidden = hidden | (distance >= window)[:, None]
-
-    # softmax, its denominator kept as a logarithm
-    scores = scores.masked_fill(hidden, -math.inf)
-    lse = scores.logsumexp(-1)  # (B, Hq, T)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks[:, None])
-    weights = (scores - lse[..., None]).exp().masked_fill(hidden, 0)
-    out = (weights @ values).to(q.dtype)  # (B, Hq, T, D)
-    return (out, lse) if return_lse else out
-
-
-def _positions_reference(lens: Tensor, S: int, ring: bool) -> Tensor:
-    """The positions of what lies at the S places of rows with lens [B, 1] tokens: [1, S], or of a
-    ring [B, S], where they are the last ones that fall there; below 0: nothing does."""
-    place = torch.arange(S, device=lens.device)[None]  # (1, S)
-    if not ring:
-        return place
-    last = lens - 1
-    return last - (last - place) % S
-
-
-def _append_reference(x: Tensor, cache: Tensor, scale: Tensor | None, places: Tensor) -> None:
-    """Write x [B, H, T, D] into cache [B, H, S, D] at places [B, T]."""
-    row = torch.arange(len(x), device=x.device)[:, None]
-    if scale is not None:
-        x, x_scale = quantize_kv(x)
-        scale[row, :, places] = x_scale.transpose(1, 2)
-    cache[row, :, places] = x.transpose(1, 2)
-
-
-def _read_reference(cache: Tensor, scale: Tensor | None, live: Tensor) -> Tensor:
-    """The cache [B, H, S, D] in float32, and zeros where live [B, S] is not."""
-    x = cache.float() if scale is None else cache * scale[..., None]
-    return torch.where(live[:, None, :, None], x, 0)
-
-# --- attention: the operator ---
+# --- the contract ---
 
 
 def flash_decode(
@@ -155,6 +65,101 @@ def flash_decode(
     combinations that are none of these."""
     _check(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, causal, window, softcap,
            alibi_slopes, sinks, ring)
+    return flash_decode_unchecked(
+        q, k_cache, v_cache, cache_seqlens, k, v, k_scale=k_scale, v_scale=v_scale, scale=scale,
+        causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+        ring=ring, return_lse=return_lse)
+
+# --- the reference ---
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] -> int8 of that shape and a float32 scale per vector [...]:
+    scale = max|x| / 127, value = x / scale."""
+    scale = x.abs().amax(-1, keepdim=True).float() / 127  # (..., 1)
+    values = torch.round(x / scale.clamp_min(1e-30))
+    return values.to(torch.int8), scale.squeeze(-1)
+
+
+def flash_decode_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    k: Tensor | None = None, v: Tensor | None = None, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    scale: float | None = None, causal: bool = True, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition of flash_decode, on any device: in float32, over the whole cache."""
+    B, Hq, T, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    new_token = torch.arange(T, device=q.device)
+    lens = cache_seqlens.long()  # (B,)
+    if k is not None:  # append the new tokens at each row's own position
+        places = lens[:, None] + new_token  # (B, T)
+        if ring:
+            places = places % S
+        _append_reference(k, k_cache, k_scale, places)
+        _append_reference(v, v_cache, v_scale, places)
+        lens = lens + T
+
+    # scores of what is live; at a place lies the last position that falls there, below 0: nothing
+    last = lens[:, None] - 1
+    position = last - (last - torch.arange(S, device=q.device)) % S  # (B, S)
+    live = position >= 0
+    keys = _read_reference(k_cache, k_scale, live).repeat_interleave(Hq // Hkv, 1)
+    values = _read_reference(v_cache, v_scale, live).repeat_interleave(Hq // Hkv, 1)
+    scale = D ** -0.5 if scale is None else scale
+    scores = q.float() @ keys.transpose(-1, -2) * scale  # (B, Hq, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    # how far each key lies behind each query; the queries are the last T of the row's positions
+    distance = (last + 1 - T + new_token)[..., None] - position[:, None]  # (B, T, S)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[:, None, None] * distance.abs()[:, None]
+    hidden = ~live[:, None, None]  # (B, 1, 1, S)
+    if causal:
+        hidden = hidden | (distance < 0)[:, None]
+    if window is not None:
+        hidden = hidden | (distance >= window)[:, None]
+
+    # softmax, its denominator kept as a logarithm
+    scores = scores.masked_fill(hidden, -math.inf)
+    lse = scores.logsumexp(-1)  # (B, Hq, T)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks[:, None])
+    weights = (scores - lse[..., None]).exp().masked_fill(hidden, 0)
+    out = (weights @ values).to(q.dtype)  # (B, Hq, T, D)
+    return (out, lse) if return_lse else out
+
+
+def _append_reference(x: Tensor, cache: Tensor, scale: Tensor | None, places: Tensor) -> None:
+    """Write x [B, H, T, D] into cache [B, H, S, D] at places [B, T]."""
+    row = torch.arange(len(x), device=x.device)[:, None]
+    if scale is not None:
+        x, x_scale = quantize_kv(x)
+        scale[row, :, places] = x_scale.transpose(1, 2)
+    cache[row, :, places] = x.transpose(1, 2)
+
+
+def _read_reference(cache: Tensor, scale: Tensor | None, live: Tensor) -> Tensor:
+    """The cache [B, H, S, D] in float32, and zeros where live [B, S] is not."""
+    x = cache.float() if scale is None else cache * scale[..., None]
+    return torch.where(live[:, None, :, None], x, 0)
+
+# --- the operator ---
+
+
+def flash_decode_unchecked(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    k: Tensor | None = None, v: Tensor | None = None, *,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    scale: float | None = None, causal: bool = True, window: int | None = None,
+    softcap: float | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, ring: bool = False, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_decode for a caller who has checked: the model's own cache. What flash_decode would
+    refuse is not noticed here."""
     # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it
     run = torch.ops.gpt_flash.flash_decode
     if q.is_cpu and not torch.compiler.is_compiling():
@@ -162,9 +167,6 @@ def flash_decode(
     out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal,
                    window, softcap, alibi_slopes, sinks, ring)
     return (out, lse.reshape(q.shape[:3])) if return_lse else out
-
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _check(
@@ -203,7 +205,7 @@ def _check(
     if problem:
         raise ValueError(f"flash_decode: {problem}")
 
-    _check_tensor("q", q, q.shape, FLOATS, device)
+    _check_tensor("q", q, q.shape, (torch.bfloat16, torch.float16, torch.float32), device)
     _check_tensor("cache_seqlens", cache_seqlens, (B,), (torch.int32,), device)
     _check_tensor("k_cache", k_cache, (B, Hkv, S, D), (q.dtype, torch.int8), device)
     _check_tensor("v_cache", v_cache, (B, Hkv, S, D), (k_cache.dtype,), device)
@@ -230,13 +232,6 @@ def _check_tensor(
         raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
 
 
-def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
-    """Register an operator: what it runs, and what it returns where there is no data."""
-    torch.library.define(f"gpt_flash::{name}", schema)
-    torch.library.impl(f"gpt_flash::{name}", "default", run)
-    torch.library.register_fake(f"gpt_flash::{name}", fake)
-
-
 def _flash_decode(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     if triton and q.is_cuda:
         return _flash_decode_triton(q, *args)
@@ -250,14 +245,15 @@ def _flash_decode_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 # In a compiled function take both caches out of one tensor (kv[0], kv[1]): two inputs that share
 # memory are copied.
-_operator(
-    "flash_decode",
+torch.library.define(
+    "gpt_flash::flash_decode",
     "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, Tensor? k, "
     "Tensor? v, Tensor(c!)? k_scale, Tensor(d!)? v_scale, float? scale, bool causal, int? window, "
-    "float? softcap, Tensor? alibi_slopes, Tensor? sinks, bool ring) -> (Tensor, Tensor)",
-    _flash_decode, _flash_decode_fake)
+    "float? softcap, Tensor? alibi_slopes, Tensor? sinks, bool ring) -> (Tensor, Tensor)")
+torch.library.impl("gpt_flash::flash_decode", "default", _flash_decode)
+torch.library.register_fake("gpt_flash::flash_decode", _flash_decode_fake)
 
-# --- attention in PyTorch: the CPU, and wherever Triton is not ---
+# --- in PyTorch: the CPU, and wherever Triton is not ---
 
 
 def _flash_decode_torch(
@@ -281,13 +277,11 @@ def _flash_decode_torch(
     if len(set(lens)) <= 1:
         return _attend_live(longest, *tensors, *options)
 
-    outs = []
-    lses = []
+    results = []
     for b, n in enumerate(lens):
         row = [None if x is None else x[b:b + 1] for x in tensors]
-        out, lse = _attend_live(n, *row, *options)
-        outs.append(out)
-        lses.append(lse)
+        results.append(_attend_live(n, *row, *options))
+    outs, lses = zip(*results)
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -371,27 +365,24 @@ def _causal_mask(T: int, live: int, window: int | None) -> Tensor:
         mask += torch.full((T, live), -math.inf).tril_(live - T - window)
     return mask
 
-# --- attention in Triton ---
+# --- in Triton ---
 #
 # A program attends to one chunk of a row's tokens for one KV head. How many chunks a row gets is
 # worked out on the device from the live lengths, by every program for itself, so the grid is fixed
 # and no length ever reaches the host:
-# - the tokens of all rows are cut into some n_split chunks of equal size, but none below MIN_TILES
-#   tiles: a long row fills the GPU, a short one is a single chunk, and a ragged batch is balanced;
-#   surplus programs exit at once;
+# - the tokens of all rows are cut into some n_split chunks of equal size, none below min_tiles
+#   tiles: a long row fills the GPU, a short one is a single chunk; surplus programs exit at once;
 # - the query heads of a KV head and the T queries are the rows of one tl.dot, so every key and
 #   value is loaded once;
 # - new tokens are written by the program whose chunk they fall into, before its loop reads them
 #   back: nobody waits;
 # - a row's chunks leave their unnormalised output, maximum and sum in scratch memory, and the
-#   program that finishes last, by a counter, sums them in a fixed order and sets the counter back
-#   to zero for the next launch.
+#   program that finishes last, by a counter, sums them in a fixed order and zeroes the counter.
 # The last two need a barrier that waits for a program's stores to memory. AMD's does not, so there
 # new tokens are written by a launch before, and parts are summed by a launch after.
 #
 # In the kernels m_i is a query's largest score so far, as a power of two, l_i the sum of its
 # weights relative to it, and acc its unnormalised output; M queries, N tokens of a tile.
-
 
 # the kernels use exp2, the hardware's exponential
 LOG2E = tl.constexpr(math.log2(math.e)) if triton else None
@@ -630,14 +621,6 @@ def _sum_parts(part_ptr, first_program, n_chunks, mask, ROWS: tl.constexpr, D: t
 
 
 @jit
-def _head(ptr, b, kv_head, stride_b, stride_h):
-    """Where a tensor that may be None holds a KV head of row b."""
-    if ptr is not None:
-        ptr += b * stride_b + kv_head * stride_h
-    return ptr
-
-
-@jit
 def _queries_of(pair, M: tl.constexpr, G: tl.constexpr, T: tl.constexpr, BLOCK_M: tl.constexpr):
     """The KV head of a pair; the head and token of its first M queries, and which of them exist."""
     BLOCKS: tl.constexpr = (G * T + BLOCK_M - 1) // BLOCK_M
@@ -708,13 +691,13 @@ def _flash_decode_kernel(
     b = row.to(tl.int64)  # int64 before any stride multiplies
     kv_head = kv_head.to(tl.int64)
     q = _load_queries(q_ptr, b, h, t, mask, stride_q_b, stride_q_h, stride_q_t, D, BLOCK_D)
-    # the caches' strides come divided by VEC, so that the compiler knows to load 16 bytes at once
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
-    stride_kn = stride_k_n * VEC
+    stride_kn = stride_k_n * VEC  # the caches' strides come divided by it, see _arguments
     stride_vn = stride_v_n * VEC
-    k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
-    v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
+    if k_scale_ptr is not None:
+        k_scale_ptr += b * stride_k_scale_b + kv_head * stride_k_scale_h
+        v_scale_ptr += b * stride_v_scale_b + kv_head * stride_v_scale_h
     if k_new_ptr is not None and (RING or end > n - T):
         k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
         v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
@@ -753,8 +736,9 @@ def _append_kernel(
     last = _last_place(seqlens_ptr, b, S, n, NEW, RING)
     k_ptr += (b * stride_k_b + kv_head * stride_k_h) * VEC
     v_ptr += (b * stride_v_b + kv_head * stride_v_h) * VEC
-    k_scale_ptr = _head(k_scale_ptr, b, kv_head, stride_k_scale_b, stride_k_scale_h)
-    v_scale_ptr = _head(v_scale_ptr, b, kv_head, stride_v_scale_b, stride_v_scale_h)
+    if k_scale_ptr is not None:
+        k_scale_ptr += b * stride_k_scale_b + kv_head * stride_k_scale_h
+        v_scale_ptr += b * stride_v_scale_b + kv_head * stride_v_scale_h
     k_new_ptr += b * stride_k_new_b + kv_head * stride_k_new_h
     v_new_ptr += b * stride_v_new_b + kv_head * stride_v_new_h
     _append(k_new_ptr, v_new_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, stride_k_new_t,
@@ -842,6 +826,7 @@ def _arguments(
     n_pairs = B * Hkv * triton.cdiv(G * T, blocks["BLOCK_M"])
     split = _split(n_pairs, n_programs, blocks["BLOCK_N"])
     n_parts = split["n_split"] + n_pairs  # at most: one for every program of the grid
+    # what the caches' strides share, so that the compiler knows to load 16 bytes at once
     cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
     vec = math.gcd(16, *cache_strides)
     out, lse = _flash_decode_fake(q)
@@ -852,15 +837,10 @@ def _arguments(
         part_ptr=q.new_empty((n_parts, part_rows, D + 8), dtype=torch.float32),
         scale=D ** -0.5 if scale is None else float(scale),
         softcap=softcap,
-        B=B, S=S,
-        **split,
-        **_strides("q", q),
-        **_strides("k", k_cache, vec),
-        **_strides("v", v_cache, vec),
-        **_strides("k_new", k),
-        **_strides("v_new", v),
-        **_strides("k_scale", k_scale),
-        **_strides("v_scale", v_scale),
+        B=B, S=S, **split, **_strides("q", q),
+        **_strides("k", k_cache, vec), **_strides("v", v_cache, vec),
+        **_strides("k_new", k), **_strides("v_new", v),
+        **_strides("k_scale", k_scale), **_strides("v_scale", v_scale),
         HKV=Hkv, G=G, T=T, D=D, NEW=0 if k is None else T,
         CAUSAL=causal, WINDOW=window or 0, RING=ring, VEC=vec, PAIRS=n_pairs // B,
         BLOCK_B=triton.next_power_of_2(B),
@@ -965,569 +945,14 @@ def _flash_decode_triton(
             kernel[(grid,)](**kernel_arguments)
     return arguments["out_ptr"], arguments["lse_ptr"]
 
-# --- int8 and int4 weights times a few vectors ---
-#
-# One token multiplies every weight once: the time is that of reading them, if no more than two or
-# three instructions are spent on a byte. Converting weights to float costs that alone. So they are
-# multiplied as they are, on the tensor cores' int8, and what is converted is x: in 16-bit steps of
-# the largest value of each few inputs, which are two int8 halves,
-#     x = step * (256 * high + low),
-# with less than a seventh of the error of rounding the result to bfloat16, also where some inputs
-# are 1000 times larger than the rest. A program has all rows of x, up to 16, and a few outputs, so
-# that every weight is read and unpacked once.
-
-
-def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
-    weight = w * scales[:, None].float()  # (N, K)
-    return F.linear(x.float(), weight).to(x.dtype)
-
-
-def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
-    return _nibbles_linear_reference(x, nibbles, scales, zeros)
-
-
-def packed_int4_linear_reference(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    return _nibbles_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
-
-
-def _nibbles_linear_reference(
-    x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor,
-) -> Tensor:
-    values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
-    weight = values * scales[..., None] + zeros[..., None]
-    return F.linear(x.float(), weight.view(len(nibbles), -1)).to(x.dtype)
-
-
-def experts_linear_reference(
-    x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None,
-) -> Tensor:
-    R, n_active = ids.shape
-    vectors = x[:, None].expand(R, n_active, -1) if x.dim() == 2 else x
-    y = []
-    for vector, expert in zip(vectors.flatten(0, 1), ids.flatten().tolist()):
-        if scales is None:
-            y.append(F.linear(vector.float(), w[expert].float()).to(x.dtype))
-        elif scales.dtype == torch.uint8:
-            y.append(packed_mxfp4_linear_reference(vector, w[expert], scales[expert]))
-        elif scales.dtype == torch.int32:
-            y.append(packed_int4_linear_reference(vector, w[expert], scales[expert]))
-        else:
-            y.append(int8_linear_reference(vector, w[expert], scales[expert]))
-    if not y:
-        return x.new_empty(R, n_active, w.shape[1])
-    return torch.stack(y).view(R, n_active, -1)
-
-
-def packed_mxfp4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    nibbles = split_planes(packed, x.shape[-1])
-    return F.linear(x.float(), mxfp4_values(nibbles, scales)).to(x.dtype)
-
-
-def mxfp4_values(nibbles: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 weights, nibbles [..., K] and scales [..., K / 32], both uint8 -> float32 [..., K]:
-    E2M1 numbers times 2 ** (scale - 127) for every 32 (the OCP's Microscaling Formats, 1.0)."""
-    values = torch.tensor(E2M1, device=nibbles.device)[nibbles.int()]
-    values = values.unflatten(-1, (-1, 32))  # (..., K / 32, 32)
-    return torch.ldexp(values, scales[..., None].int() - 127).flatten(-2)
-
-
-# a sign, two bits of exponent and one of mantissa
-E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-
-
-def pack_int4(w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """int4_linear's weights, scales and zeros in bfloat16, for packed_int4_linear:
-
-    packed [N, blocks, 32] int8: byte c of a block of 64 inputs has input c in its low and input
-        32 + c in its high nibble, as two's complements; zeros behind the last input
-    lines int32: the bits of a scale below those of its zero; [1, N, K / group] for groups of 64 or
-        128, [2, N, blocks] for groups of 32, those of the low nibbles before those of the high"""
-    N, groups = scales.shape
-    K = 2 * w.shape[1]
-    if scales.dtype != torch.bfloat16 or zeros.dtype != torch.bfloat16:
-        raise ValueError("pack_int4: scales and zeros must be torch.bfloat16, "
-                         f"got {scales.dtype} and {zeros.dtype}")
-    packed = pack_planes(w ^ 0x88)  # nibble - 8 as a two's complement is nibble ^ 8
-
-    pairs = torch.stack((scales, zeros), -1)  # (N, groups, 2)
-    lines = pairs.view(torch.int32).squeeze(-1)  # (N, groups)
-    if K == 32 * groups:
-        lines = F.pad(lines, (0, groups % 2)).view(N, -1, 2)
-        return packed, lines.permute(2, 0, 1).contiguous()
-    return packed, lines[None]
-
-
-def pack_planes(w: Tensor) -> Tensor:
-    """Nibbles [N, K / 2] uint8, the even input in the low half -> [N, blocks, 32] int8: byte c of a
-    block of 64 inputs has input c in its low and input 32 + c in its high nibble; zeros behind the
-    last input."""
-    nibbles = torch.stack((w & 15, w >> 4), -1).flatten(1)  # (N, K)
-    nibbles = F.pad(nibbles, (0, -nibbles.shape[1] % 64))
-    low, high = nibbles.view(len(w), -1, 2, 32).unbind(2)  # (N, blocks, 32)
-    return (low | high << 4).view(torch.int8)
-
-
-def split_planes(packed: Tensor, K: int) -> Tensor:
-    """What pack_planes has packed: nibbles [N, K] uint8, a byte each."""
-    bits = packed.view(torch.uint8)
-    nibbles = torch.stack((bits & 15, bits >> 4), 2)  # (N, blocks, 2, 32)
-    return nibbles.view(len(packed), -1)[:, :K]
-
-
-def unpack_int4(packed: Tensor, lines: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What pack_int4 has packed of K inputs: nibbles [N, K] uint8, a byte each, and scales and
-    zeros [N, K / group] bfloat16."""
-    N = len(packed)
-    nibbles = split_planes(packed, K) ^ 8
-
-    lines = lines.permute(1, 2, 0).flatten()
-    pairs = lines.view(torch.bfloat16).view(N, -1, 2)  # (N, groups, 2)
-    if K % 64:  # groups of 32, one more than there are
-        pairs = pairs[:, :-1]
-    scales, zeros = pairs.unbind(-1)
-    return nibbles, scales, zeros
-
-
-def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
-    """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in
-    float32; [..., N]. On a GPU up to 16 vectors are taken in 16-bit steps, as said above."""
-    if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
-        raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
-                         f"got {[list(t.shape) for t in (x, w, scales)]}")
-    return torch.ops.gpt_flash.quantized_linear(x, w, scales, None)
-
-
-def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the
-    high one, and scales and zeros [N, K / group] for groups of 32, 64 or 128:
-    weight = (nibble - 8) * scale + zero. Result [..., N].
-
-    On a GPU every call packs w anew: call packed_int4_linear where that counts."""
-    N, groups = scales.shape
-    K = x.shape[-1]
-    grouped = K in (32 * groups, 64 * groups, 128 * groups)
-    if not grouped or zeros.shape != scales.shape or w.shape != (N, K // 2):
-        raise ValueError("int4_linear: needs x [..., K], w [N, K / 2], scales and zeros "
-                         "[N, K / group], group 32, 64 or 128, "
-                         f"got {[list(t.shape) for t in (x, w, scales, zeros)]}")
-    return torch.ops.gpt_flash.quantized_linear(x, w, scales, zeros)
-
-
-def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 16 vectors are
-    taken in 16-bit steps, as said above."""
-    K = x.shape[-1]
-    blocks = (K + 63) // 64
-    N = len(packed)
-    plain = len(lines) == 1 and K in (64 * lines.shape[2], 128 * lines.shape[2])
-    halves = len(lines) == 2 and K % 32 == 0 and lines.shape[2] == blocks
-    if packed.shape != (N, blocks, 32) or lines.shape[1] != N or not (plain or halves):
-        raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
-                         f"got {[list(t.shape) for t in (x, packed, lines)]}")
-    return torch.ops.gpt_flash.packed_int4_linear(x, packed, lines)
-
-
-def experts_linear(
-    x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None,
-) -> Tensor:
-    """Products with the weights that each token chose of a stack: x [R, K], or [R, n_active, K]
-    with a vector for each choice, and ids [R, n_active], integers that differ within a token,
-    -> [R, n_active, N]. What w and scales may be, float32 sums as in the products of one weight:
-
-    floating point  w [E, N, K]
-    int8            w [E, N, K] and scales [E, N]
-    int4            w [E, N, blocks, 32] and int32 scales [E, ...]: stacks of what pack_int4 returns
-    MXFP4           w [E, N, blocks, 32] of pack_planes, and uint8 scales [E, N, K / 32]
-
-    On a GPU a chosen weight is read once for up to 16 tokens; what nobody chose is not read, and
-    the host does not learn what was chosen."""
-    R, n_active = ids.shape
-    if x.shape[:-1] not in ((R,), (R, n_active)) or not _fit_experts(x.shape[-1], w, scales):
-        shapes = [None if t is None else list(t.shape) for t in (x, ids, w, scales)]
-        raise ValueError("experts_linear: needs x [R, K] or [R, n_active, K], ids [R, n_active], "
-                         f"and a stack of weights with their scales, got {shapes}")
-    return torch.ops.gpt_flash.experts_linear(x, ids, w, scales)
-
-
-def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
-    """Whether w and scales are a stack that experts_linear knows, of weights with K inputs."""
-    E, N = w.shape[:2]
-    if scales is None:
-        return w.is_floating_point() and w.shape == (E, N, K)
-    if scales.dim() == 2:
-        return w.shape == (E, N, K) and scales.shape == (E, N)
-    if w.shape != (E, N, (K + 63) // 64, 32):
-        return False
-    if scales.dtype == torch.uint8:
-        return K % 32 == 0 and scales.shape == (E, N, K // 32)
-    halves = scales.shape[1] == 2 and scales.shape[3] == w.shape[2] and K % 32 == 0
-    plain = scales.shape[1] == 1 and K in (64 * scales.shape[3], 128 * scales.shape[3])
-    return scales.shape[:3:2] == (E, N) and (halves or plain)
-
-
-@jit
-def _max_or_nan(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit
-def _largest(x):
-    return tl.reduce(tl.abs(x), 2, _max_or_nan)
-
-
-@jit
-def _step(largest):
-    """The step in which so large a value is 127 * 256, never 0."""
-    return (largest + 1e-30) / 32512
-
-
-@jit
-def _times_steps(w, x, step):
-    """The dot of w (B, N, C), int8, and round(x / step) for x (B, ROWS, C), step (B, ROWS): exact
-    in int32, as 128 * 32512 * C is below 2^31 for C up to 512; (B, N, ROWS) in float32."""
-    # next to 1.5 * 2^23 a float's lowest bits are an integer; 128 more, so that high is rounded
-    steps = x * (1 / step)[:, :, None] + (12582912.0 + 128)
-    steps = steps.to(tl.int32, bitcast=True)
-    high = (steps >> 8).to(tl.int8)
-    low = steps.to(tl.int8) ^ -128  # less the 128
-    dot = tl.dot(w, tl.permute(high, 0, 2, 1), out_dtype=tl.int32) * 256
-    dot = tl.dot(w, tl.permute(low, 0, 2, 1), dot, out_dtype=tl.int32)
-    return dot.to(tl.float32)
-
-
-@jit
-def _store_outputs(y_ptr, y, n, row, live, N):
-    """y (outputs n, rows) into [rows, N], of the live rows."""
-    y_ptrs = y_ptr + row[None, :] * N + n[:, None]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), (n < N)[:, None] & live[None, :])
-
-
-@jit
-def _choices(ids_ptr, pair, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr,
-             BLOCK_M: tl.constexpr):
-    """Of a pair of token and expert: the expert, and where each token of its block, BLOCK_M of
-    them, has the same one: the numbers of these pairs, -1 for a token that has not."""
-    token = pair // (BLOCK_M * N_ACTIVE) * BLOCK_M + tl.arange(0, BLOCK_M)
-    choice = tl.arange(0, ACTIVE)
-    pairs = token[:, None] * N_ACTIVE + choice[None, :]
-    live = (token < ROWS)[:, None] & (choice < N_ACTIVE)[None, :]
-    ids = tl.load(ids_ptr + pairs, live, other=-1)
-    expert = tl.load(ids_ptr + pair)
-    return expert.to(tl.int64), tl.max(tl.where(ids == expert, pairs, -1), 1)
-
-
-@jit
-def _rows(ids_ptr, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
-          BLOCK_M: tl.constexpr):
-    """What a program multiplies: the number of its weight, the rows of x and of y, which of them
-    are live, and whether there is anything to do. Without ids: all rows by the only weight. With
-    them: a pair of token and expert, together with the same expert's of the tokens behind it; what
-    a token before it has begun is nothing to do."""
-    if ids_ptr is None:
-        expert = 0
-        y_row = tl.arange(0, BLOCK_M)
-        live = y_row < ROWS
-        begins = True
-    else:
-        pair = tl.program_id(1)
-        expert, y_row = _choices(ids_ptr, pair, ROWS, N_ACTIVE, ACTIVE, BLOCK_M)
-        live = y_row >= 0
-        begins = tl.min(tl.where(live, y_row, pair)) == pair
-    x_row = y_row if X_PER_PAIR else y_row // N_ACTIVE
-    return expert, x_row, y_row, live, begins
-
-
-@jit
-def _float_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, y_ptr, ROWS, N, K: tl.constexpr, N_ACTIVE: tl.constexpr,
-    ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):
-    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
-    expert, x_row, y_row, row_live, begins = _rows(
-        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
-    if not begins:
-        return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_rows = w_ptr + (expert * N + n)[None, :, None] * K
-    acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
-        k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
-        live = row_live[None, :, None] & (k < K)
-        x = tl.load(x_ptr + x_row[None, :, None] * K + k, live, other=0)
-        live = (n < N)[None, :, None] & (k < K)
-        w = tl.load(w_rows + k, live, other=0, eviction_policy="evict_first")
-        acc = tl.dot(w, tl.permute(x, 0, 2, 1), acc, input_precision="ieee")
-    _store_outputs(y_ptr, tl.sum(acc, 0), n, y_row, row_live, N)
-
-
-@jit
-def _int8_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, scales_ptr, y_ptr, ROWS, N, K: tl.constexpr, N_ACTIVE: tl.constexpr,
-    ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):
-    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
-    expert, x_row, y_row, row_live, begins = _rows(
-        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
-    if not begins:
-        return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * K
-    acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
-        # a chunk of inputs, with a step of its own, for each warp
-        k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
-        live = row_live[None, :, None] & (k < K)
-        x = tl.load(x_ptr + x_row[None, :, None] * K + k, live, other=0).to(tl.float32)
-        live = (n < N)[None, :, None] & (k < K)
-        w = tl.load(w_rows + k, live, other=0, eviction_policy="evict_first")
-        step = _step(_largest(x))  # (CHUNKS, BLOCK_M)
-        acc += _times_steps(w, x, step) * step[:, None, :]
-    scales = tl.load(scales_ptr + expert * N + n, n < N, other=0).to(tl.float32)
-    y = tl.sum(acc, 0) * scales[:, None]
-    _store_outputs(y_ptr, y, n, y_row, row_live, N)
-
-
-@jit
-def _nibbles(w):
-    """16 times the low and the high nibbles of bytes, as int8; on NVIDIA of four bytes at once, for
-    which Triton has no words of its own."""
-    if tl.target_info.is_cuda():
-        low = tl.inline_asm_elementwise(
-            "{.reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xf0f0f0f0;}", "=r,r", [w],
-            dtype=tl.int8, is_pure=True, pack=4)
-        high = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0xf0f0f0f0;", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
-    else:
-        low = w << 4
-        high = w & -16
-    return low, high
-
-
-@jit
-def _e2m1(w):
-    """Twice the E2M1 numbers in the low and the high nibbles of bytes, as int8; on NVIDIA four at
-    once: a nibble without its sign selects a byte of two words."""
-    if tl.target_info.is_cuda():
-        low = tl.inline_asm_elementwise(
-            """{.reg .b32 t, m, p, n;
-            and.b32 t, $1, 0x07070707; shr.b32 m, t, 4; or.b32 t, t, m;
-            prmt.b32 t, t, 0, 0x4420;
-            prmt.b32 p, 0x03020100, 0x0c080604, t;
-            prmt.b32 n, 0xfdfeff00, 0xf4f8fafc, t;
-            shl.b32 m, $1, 4; prmt.b32 m, m, 0, 0xba98;
-            lop3.b32 $0, m, n, p, 0xca;}""", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
-        high = tl.inline_asm_elementwise(
-            """{.reg .b32 t, m, p, n;
-            shr.b32 t, $1, 4; and.b32 t, t, 0x07070707; shr.b32 m, t, 4; or.b32 t, t, m;
-            prmt.b32 t, t, 0, 0x4420;
-            prmt.b32 p, 0x03020100, 0x0c080604, t;
-            prmt.b32 n, 0xfdfeff00, 0xf4f8fafc, t;
-            prmt.b32 m, $1, 0, 0xba98;
-            lop3.b32 $0, m, n, p, 0xca;}""", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
-    else:
-        low = _twice_e2m1(w)
-        high = _twice_e2m1(w >> 4)
-    return low, high
-
-
-@jit
-def _twice_e2m1(w):
-    t = w & 7
-    large = tl.where(t < 6, 2 * t - 4, 4 * t - 16)
-    size = tl.where(t < 4, t, large)
-    return tl.where((w & 8) == 0, size, -size).to(tl.int8)
-
-
-@jit
-def _power_of_two(exponents):
-    """2 ** (exponents - 127) for uint8 ones, float32; 0 for 2 ** -127."""
-    return (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)[:, :, None]
-
-
-@jit
-def _line(lines):
-    """Scales and zeros, float32, out of the bits of both."""
-    scales = (lines << 16).to(tl.float32, bitcast=True)
-    zeros = (lines & -65536).to(tl.float32, bitcast=True)
-    return scales[:, :, None], zeros[:, :, None]
-
-
-@jit
-def _lines(lines_ptr, n, block, live, N, K: tl.constexpr, GROUP: tl.constexpr,
-           MXFP4: tl.constexpr):
-    """Scales and zeros of the low nibbles of blocks (BLOCKS, BLOCK_N), and those of the high ones;
-    MXFP4 has no zeros: what stands for them is not used."""
-    ALL_BLOCKS: tl.constexpr = (K + 63) // 64
-    if MXFP4:
-        line_ptrs = lines_ptr + n * (K // 32) + 2 * block
-        scale_low = _power_of_two(tl.load(line_ptrs, live, other=0))
-        live = live & (2 * block + 1 < K // 32)
-        scale_high = _power_of_two(tl.load(line_ptrs + 1, live, other=0))
-        zero_low = scale_low
-        zero_high = scale_high
-    elif GROUP == 32:
-        line_ptrs = lines_ptr + n * ALL_BLOCKS + block
-        scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
-        scale_high, zero_high = _line(tl.load(line_ptrs + N * ALL_BLOCKS, live, other=0))
-    else:
-        scale_low, zero_low = _line(
-            tl.load(lines_ptr + n * (K // GROUP) + block * 64 // GROUP, live, other=0))
-        scale_high = scale_low
-        zero_high = zero_low
-    return scale_low, zero_low, scale_high, zero_high
-
-
-@jit
-def _int4_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
-    N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-):
-    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
-    ALL_BLOCKS: tl.constexpr = (K + 63) // 64
-    MXFP4: tl.constexpr = lines_ptr.dtype.element_ty == tl.uint8  # else affine
-    expert, x_row, y_row, row_live, begins = _rows(
-        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
-    if not begins:
-        return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    byte = tl.arange(0, 32)[None, None, :]
-    w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * (ALL_BLOCKS * 32)
-    if MXFP4:
-        lines_ptr += expert * N * (K // 32)
-    elif GROUP == 32:
-        lines_ptr += expert * N * (2 * ALL_BLOCKS)
-    else:
-        lines_ptr += expert * N * (K // GROUP)
-    acc = tl.zeros([BLOCKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, ALL_BLOCKS, BLOCKS, num_stages=STAGES):
-        block = at + tl.arange(0, BLOCKS)
-        # inputs of the low nibbles, and 32 further on of the high ones
-        k = block[:, None, None] * 64 + byte
-        x_ptrs = x_ptr + x_row[None, :, None] * K + k
-        live = row_live[None, :, None]
-        x_low = tl.load(x_ptrs, live & (k < K), other=0).to(tl.float32)
-        x_high = tl.load(x_ptrs + 32, live & (k + 32 < K), other=0).to(tl.float32)
-        step = _step(_max_or_nan(_largest(x_low), _largest(x_high)))  # (BLOCKS, BLOCK_M)
-        # their weights, scales and zeros
-        live = (block < ALL_BLOCKS)[:, None] & (n < N)[None, :]  # (BLOCKS, BLOCK_N)
-        w_ptrs = w_rows + block[:, None, None] * 32 + byte
-        w = tl.load(w_ptrs, live[:, :, None], other=0, eviction_policy="evict_first")
-        w_low, w_high = _e2m1(w) if MXFP4 else _nibbles(w)
-        scale_low, zero_low, scale_high, zero_high = _lines(
-            lines_ptr, n[None, :], block[:, None], live, N, K, GROUP, MXFP4)
-        if not MXFP4:
-            acc += zero_low * tl.sum(x_low, 2)[:, None, :]
-            acc += zero_high * tl.sum(x_high, 2)[:, None, :]
-        dot = _times_steps(w_low, x_low, step) * scale_low
-        dot += _times_steps(w_high, x_high, step) * scale_high
-        acc += dot * (step / (2 if MXFP4 else 16))[:, None, :]
-    _store_outputs(y_ptr, tl.sum(acc, 0), n, y_row, row_live, N)
-
-
-def _linear_arguments(
-    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None,
-) -> tuple[Any, tuple[int, int], dict[str, Any]]:
-    """The kernel, its grid and its arguments. scales: or, after pack_int4, lines; ids: of a stack
-    of weights."""
-    x = x.contiguous()
-    K = x.shape[-1]
-    if ids is None:
-        N = len(w)
-        rows, pairs = x.numel() // K, 1
-        of_ids = dict(ids_ptr=None, N_ACTIVE=1, ACTIVE=1, X_PER_PAIR=False)
-        y = x.new_empty(*x.shape[:-1], N)
-    else:
-        N = w.shape[1]
-        rows, n_active = ids.shape
-        pairs = ids.numel()
-        of_ids = dict(
-            ids_ptr=ids.contiguous(), N_ACTIVE=n_active,
-            ACTIVE=triton.next_power_of_2(n_active), X_PER_PAIR=x.dim() == 3)
-        y = x.new_empty(rows, n_active, N)
-    # converting x is paid once for BLOCK_N outputs; many rows need many, and leave room for fewer
-    # inputs at a time
-    BLOCK_M = min(16, triton.next_power_of_2(rows))
-    BLOCK_N = 32 if rows <= 8 else 64
-    most = 1024 if ids is None else 512  # experts are narrow
-    inputs = min(most, 4096 // BLOCK_M)
-    arguments = of_ids | dict(
-        x_ptr=x, w_ptr=w, y_ptr=y, ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        num_warps=4)
-    grid = (triton.cdiv(N, BLOCK_N), pairs)
-    if scales is None:
-        of_floats = dict(CHUNKS=4, CHUNK=inputs // 8)
-        return _float_linear_kernel, grid, arguments | of_floats
-    lines = scales if ids is None else scales[0]  # of a weight
-    if lines.dim() == 1:
-        of_int8 = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
-        return _int8_linear_kernel, grid, arguments | of_int8
-    mxfp4 = lines.dtype == torch.uint8
-    group = 32 if mxfp4 or len(lines) == 2 else K // lines.shape[2]
-    of_int4 = dict(lines_ptr=scales, GROUP=group, BLOCKS=inputs // 64)
-    return _int4_linear_kernel, grid, arguments | of_int4
-
-
-def _takes_kernel(x: Tensor) -> bool:
-    """Whether x is 1 to 16 vectors on a GPU."""
-    return triton is not None and x.is_cuda and 0 < x.numel() <= 16 * x.shape[-1]
-
-
-def _launch_linear(
-    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None,
-) -> Tensor:
-    kernel, grid, arguments = _linear_arguments(x, w, scales, ids)
-    with torch.cuda.device_of(x):
-        kernel[grid](**arguments)
-    return arguments["y_ptr"]
-
-
-def _linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    on_gpu = _takes_kernel(x)
-    if zeros is None:
-        return _launch_linear(x, w, scales) if on_gpu else int8_linear_reference(x, w, scales)
-    if on_gpu and scales.dtype == zeros.dtype == torch.bfloat16:  # else packing would round them
-        return _launch_linear(x, *pack_int4(w, scales, zeros))
-    return int4_linear_reference(x, w, scales, zeros)
-
-
-def _packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    if _takes_kernel(x):
-        return _launch_linear(x, packed, lines)
-    return packed_int4_linear_reference(x, packed, lines)
-
-
-def _experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
-    if triton is not None and x.is_cuda and x.numel() > 0:
-        return _launch_linear(x, w, scales, ids)
-    return experts_linear_reference(x, ids, w, scales)
-
-
-def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], w.shape[0])
-
-
-def _experts_linear_fake(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
-    return x.new_empty(*ids.shape, w.shape[1])
-
-
-_operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales, Tensor? zeros) -> Tensor",
-          _linear, _linear_fake)
-_operator("packed_int4_linear", "(Tensor x, Tensor packed, Tensor lines) -> Tensor",
-          _packed_int4_linear, _linear_fake)
-_operator("experts_linear", "(Tensor x, Tensor ids, Tensor w, Tensor? scales) -> Tensor",
-          _experts_linear, _experts_linear_fake)
-
-if __name__ == "__main__":  # the report is not part of a copy of this file
-    path = Path(__file__).resolve().with_name("benchmarks") / "report.py"
-    if not path.exists():
-        print(f"kernels.py: error: --report needs {path}: run it in gpt-flash's own folder",
-              file=sys.stderr)
+if __name__ == "__main__":  # the report, which a copy of this file is without
+    import runpy
+    import sys
+    from pathlib import Path
+
+    report = Path(__file__).resolve().with_name("benchmarks") / "report.py"
+    if not report.exists():
+        print(f"kernels.py: error: --report needs {report}", file=sys.stderr)
         sys.exit(2)
     sys.modules["kernels"] = sys.modules["__main__"]  # what the report imports
-    runpy.run_path(str(path), run_name="__main__")
+    runpy.run_path(str(report), run_name="__main__")

@@ -1,63 +1,267 @@
-"""The model: a transformer of Llama's kind, families that differ from it, loading checkpoints.
+"""A transformer of Llama's kind with a static KV cache, and loading it.
 
 A step of decode goes through Transformer.decode, Block.forward, Attention.forward and attend, and
 ends in the cache: LayerCache.flash_decode appends the new keys and values and attends to what is
-there."""
+there. What other families, files and devices need is in the folders, which extension() finds."""
 from __future__ import annotations
 
+import importlib
+import json
 import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cache import MAX_DECODE_TOKENS, KVCache, LayerCache, Positions, require_memory
-from config import ModelConfig, Rope, alibi_slopes, distinct, rope_frequencies
-from feedforward import MLP, ClampedMoE, Experts, MoE
-from formats.checkpoint import (
-    WEIGHT_DTYPES, Checkpoint, first_line, nonsense_refused, open_checkpoint, resolve,
-)
-from parallel import ALONE, Ranks, join, local, piece
-from quantize import Linear
-from weights import Weights
+import quantize as quantization
+from kernels import flash_decode_unchecked, quantize_kv, triton
+from quantize import MODES, Linear, calibrate_k_mean, quantize_linear, quantized_layout
 
-# --- rotary position embedding ---
+MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
 
 
-def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
-    """cos and sin of every position in the half-rotated layout, [S, 2, 1, D] float32.
+def extension(name: str, required: bool = True) -> ModuleType | None:
+    """A folder that the core runs without, or a module of one; None, or ValueError where it is
+    required, if this copy of gpt-flash has none. All calls:
 
-    The first half of sin is negated, so that apply_rope needs no negation."""
-    inv_freq, factor = rope_frequencies(rope, max_seq_len)
-    positions = torch.arange(max_seq_len, device=device)[:, None].float()
-    angles = positions * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
-    cos = angles.cos() * factor
-    sin = angles.sin() * factor
-    sin[:, :len(inv_freq)].neg_()
-    return torch.stack((cos, sin), dim=1)[:, :, None]  # (S, 2, 1, D)
+    families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
+    formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
+    cpu, products   what a device multiplies faster with (use_products)
+    batching        more prompts than rows, and proposals (decoder_for)
+    cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
+    folder = name.partition(".")[0]
+    if (Path(__file__).parent / folder / "__init__.py").exists():
+        return importlib.import_module(name)
+    if required:
+        raise ValueError(f"this copy of gpt-flash has no folder {folder}, which this needs")
+    return None
+
+# --- the transformer ---
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, d] float32 of rope_table, where
-    only the first d values turn."""
-    dim = cos.shape[-1]
-    if dim < x.shape[-1]:
-        return torch.cat([apply_rope(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
-    turned = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, turned, sin).to(x.dtype)
+class Transformer(nn.Module):
+    """A decoder. Prefill and decode are two methods; forward picks one by the number of tokens."""
 
-# --- attention ---
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        family = FAMILIES[config.family]
+        self.config = config
+        # nn.Embedding alone would draw numbers, on meta too, which loads half of torch.compile
+        table = torch.empty(config.vocab_size, config.dim)
+        self.embed_tokens = nn.Embedding.from_pretrained(table)
+        self.layers = nn.ModuleList(family.block(config, i) for i in range(config.n_layer))
+        self.norm = family.norm(config.dim, config.norm_eps)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
+        self.cache: KVCache | None = None
+        self.ropes = distinct(config.ropes)
+        self.rope_tables: dict[tuple[Rope, bool], Tensor] = {}
+        # compile_model puts compiled ones here
+        self.decode_block: BlockForward = run_block
+        self.prefill_block: BlockForward = run_block
+        self.decode_head: Callable[[Transformer, Tensor], Tensor] = run_head
+        self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
+        self.compile_options: dict[str, Any] = {}  # of Inductor, beside compile_model's
+        # of several processes with a part of the model each, what the first one says
+        self.broadcast: Callable[[Any], Any] = lambda value: value
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
+        """1 to 16 tokens of each row, as in forward, without a word to the host: lengths stay on
+        the device, shapes never change, so a step can be compiled and captured once."""
+        B, T = tokens.shape
+        rows = slice(0, B)
+        cache = self.check_cache(B, cache)
+        cache.note_written(rows, input_pos, T)
+        positions = self.positions(input_pos, T, cache)
+        compiled = T in self.compiled_lengths
+        block_forward = self.decode_block if compiled else run_block
+        head = self.decode_head if compiled else run_head
+        x = self.run_layers(block_forward, tokens, positions, cache.layers(rows))
+        return head(self, x)  # (B, T, vocab_size)
+
+    @torch.no_grad()
+    def prefill(
+        self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None, *,
+        rows: slice | None = None, cached: int | None = None, last: Tensor | None = None,
+    ) -> Tensor:
+        """Any number of tokens of the given rows of the cache, by default the first ones, behind
+        what they hold; the other rows keep their state.
+
+        cached: the largest input_pos, if the caller knows it: reading it waits for the device.
+        last [B]: which of the T is each row's last token, what follows is padding, and only its
+        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here, nor logits."""
+        B, T = tokens.shape
+        cache = self.check_cache(B, cache)
+        rows = rows or slice(0, B)
+        lengths = [cached] * B
+        if cached is None:
+            lengths = input_pos.tolist()
+            cached = max(lengths)
+            cache.refuse_lost(rows, input_pos)
+        cache.refuse_overflow(cached, T)
+        cache.note_written(rows, input_pos, T if last is None else last + 1)
+        positions = self.positions(input_pos, T, cache, cached, last)
+        x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
+        cache.cached[rows] = [length + T for length in lengths]
+        if last is not None:
+            row = torch.arange(B, device=x.device)
+            x = x[row, last][:, None]  # (B, 1, dim)
+        return self.head(x)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] integer, input_pos [B] int32: tokens of each row that are cached already
+        -> logits [B, T, vocab_size]. cache: model.cache by default.
+
+        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16
+        tokens decode, more prefill. ValueError if they do not fit, or go back to what a sliding
+        window has passed, as far as the host can see."""
+        if tokens.shape[1] > MAX_DECODE_TOKENS:
+            return self.prefill(tokens, input_pos, cache)
+        B, T = tokens.shape
+        cache = self.check_cache(B, cache)
+        cached = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
+        if tokens.device.type == "cpu":
+            cache.refuse_overflow(int(input_pos.max()), T)
+            cache.refuse_lost(slice(0, B), input_pos)
+            cached = (input_pos + T).tolist()
+        logits = self.decode(tokens, input_pos, cache)
+        cache.cached[:B] = cached
+        return logits
+
+    def run_layers(
+        self, block_forward: BlockForward, tokens: Tensor, positions: list[Positions],
+        layers: list[LayerCache],
+    ) -> Tensor:
+        """positions and layers: of each layer. -> what the last one gives, [B, T, dim]."""
+        x = self.embed(tokens)  # (B, T, dim)
+        for block, where, cache in zip(self.layers, positions, layers, strict=True):
+            x = block_forward(block, x, where, cache)
+        return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embed_tokens(tokens)
+
+    def head(self, x: Tensor) -> Tensor:
+        """x [B, T, dim] -> logits [B, T, vocab_size]."""
+        return self.lm_head(self.norm(x))
+
+    def positions(
+        self, input_pos: Tensor, T: int, cache: KVCache, cached: int | None = None,
+        last: Tensor | None = None,
+    ) -> list[Positions]:
+        """For each layer, where T tokens stand behind input_pos; cached: None for decode. last: see
+        prefill."""
+        index = input_pos.long()[:, None]  # (B, 1)
+        if T > 1:
+            index = index + torch.arange(T, device=index.device)  # (B, T)
+        if last is not None:
+            last = input_pos + last
+        positions = Positions(input_pos, index, cached is not None, cached or 0, last=last)
+        return self.turned(positions, index, cache.max_seq_len)
+
+    def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
+        """For each layer, positions with its rotary embedding of the tokens at index [B, T]. A
+        rope's table is made once, for the largest cache; longrope has one for long texts too."""
+        of_rope = {None: positions}
+        for rope in self.ropes:
+            key = rope, rope.kind == "longrope" and max_seq_len > rope.original_context
+            table = self.rope_tables.get(key)
+            if table is None or table.device != index.device or len(table) < max_seq_len:
+                table = self.rope_tables[key] = rope_table(rope, max_seq_len, index.device)
+            cos, sin = table[index].unbind(2)  # (B, T, 1, D) each
+            of_rope[rope] = positions._replace(cos=cos, sin=sin)
+        return [of_rope[rope] for rope in self.config.ropes]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of the weights that are not quantized."""
+        return next(self.parameters()).dtype
+
+    def check_cache(self, batch_size: int, cache: KVCache | None) -> KVCache:
+        cache = self.cache if cache is None else cache
+        if cache is None or batch_size > cache.max_batch_size:
+            raise ValueError(f"call setup_caches for a batch of at least {batch_size} first")
+        if cache.windows not in (None, self.config.windows):
+            raise ValueError("the cache was made for other windows than the model's layers have")
+        return cache
+
+    @torch.no_grad()
+    def setup_caches(
+        self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
+        attention: str = "auto", rings: bool = True,
+    ) -> KVCache:
+        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own dtype, or one
+        that FORMATS has, such as torch.int8. attention: "flash", "math" or "auto", decode's path.
+        rings: layers with a sliding window keep no more tokens than these and MAX_DECODE_TOKENS,
+        so that a row can go back over as many. False: all tokens, to go back to any."""
+        self.cache = None  # the old one goes before the new one comes
+        config = self.config
+        make_cache = KVCache
+        if rings and any(config.windows):
+            make_cache = partial(extension("families").RingKVCache, windows=config.windows)
+        cache = make_cache(
+            config.n_layer, config.n_kv_head, config.head_dim, max_batch_size, max_seq_len,
+            dtype=kv_dtype or self.dtype, device=self.device, attention=attention,
+        )
+        if cache.dtype == torch.int8 and self.layers[0].self_attn.may_shift_scores:
+            calibrate_k_mean(self, cache)
+        self.cache = cache
+        return cache
+
+
+def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+    """What is compiled once for all layers. The block is called as a module, so that its hooks
+    fire and a subclass has its way."""
+    return block(x, positions, cache)
+
+
+def run_head(model: Transformer, x: Tensor) -> Tensor:
+    return model.head(x)
+
+
+BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
+# by device type: what runs blocks from libraries that earlier runs compiled, which cpu/ has. Called
+# with (what runs them otherwise, whether to compile what is missing)
+LIBRARIES: dict[str, Callable[[BlockForward, bool], BlockForward]] = {}
+
+
+class Block(nn.Module):
+    """One layer, its modules named as in Hugging Face's checkpoints."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        family = FAMILIES[config.family]
+        self.input_layernorm = family.norm(config.dim, config.norm_eps)
+        self.self_attn = family.attention(config, layer)
+        self.post_attention_layernorm = family.norm(config.dim, config.norm_eps)
+        self.mlp = family.mlp(config, layer)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
     """Grouped-query attention over the cache; query, key and value projections are one product."""
+
+    may_shift_scores = True  # softmax does not notice where all scores of a query shift alike
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -66,19 +270,14 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.window = config.windows[layer]
         self.softmax_scale = config.softmax_scale
-        self.softcap = config.softcap
         n_heads = self.n_head + 2 * self.n_kv_head
         self.qkv_proj = Linear(config.dim, n_heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(self.n_head * self.head_dim, config.dim, bias=config.o_bias)
-        self.sinks = nn.Parameter(torch.empty(self.n_head)) if config.sinks else None
         self.q_norm, self.k_norm = None, None
-        if config.qk_norm == "head":
+        if config.qk_norm:
             norm = FAMILIES[config.family].norm
             self.q_norm = norm(self.head_dim, config.norm_eps)
             self.k_norm = norm(self.head_dim, config.norm_eps)
-        elif config.qk_norm == "all":
-            self.q_norm = AllHeadsNorm(self.n_head * self.head_dim, config.norm_eps)
-            self.k_norm = AllHeadsNorm(self.n_kv_head * self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
@@ -99,46 +298,51 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Put k, v [B, Hkv, T, D] into the cache; q [B, Hq, T, D] attends to them and to all
         that is before them."""
-        options = self.options(positions)
-        is_decode = positions.start is None
-        if is_decode and cache.flash:  # cost follows the live length
-            return cache.flash_decode(q, k, v, positions.input_pos, **options)
+        if cache.flash and not positions.prefill:  # cost follows the live length
+            return cache.flash_decode(q, k, v, positions.input_pos, **self.options())
+        keys, values, key_pos = cache.places.update(cache, k, v, positions)
+        return self.attend_to(q, keys, values, positions, key_pos)
 
-        keys, values, key_pos = cache.update(k, v, positions)
-        if is_decode:
-            return math_attention(q, keys, values, positions.index, key_pos, **options)
+    def attend_to(
+        self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
+    ) -> Tensor:
+        """The same in PyTorch, for keys and values [B, Hkv, S, D] at positions key_pos [B or 1, S].
+        """
         attention = prefill_attention
-        if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
+        if not positions.prefill:
+            attention = math_attention
+        elif torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
             attention = torch.ops.gpt_flash.prefill_attention
-        return attention(q, keys, values, positions.index, key_pos, **options)
+        return attention(q, keys, values, positions.index, key_pos, **self.options())
 
-    def options(self, positions: Positions) -> dict[str, Any]:
-        """How scores become weights: what flash_decode and prefill_attention take by name."""
-        return {
-            "scale": self.softmax_scale,
-            "window": self.window,
-            "softcap": self.softcap,
-            "alibi_slopes": positions.alibi_slopes,
-            "sinks": None if self.sinks is None else self.sinks.float(),
-        }
+    def options(self) -> dict[str, Any]:
+        """How scores become weights: what flash_decode takes by name."""
+        return {"scale": self.softmax_scale, "window": self.window}
 
 
-class AllHeadsNorm(nn.RMSNorm):
-    """Of all heads of a token together, which may lie on several ranks."""
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
-    mean_over_ranks: Callable[[Tensor], Tensor] | None = None  # parallel.join sets it
+
+class MLP(nn.Module):
+    """The gated feed-forward network; gate and up are one product. ffn_dim: None for config's."""
+
+    def __init__(self, config: ModelConfig, layer: int, ffn_dim: int | None = None):
+        super().__init__()
+        self.act = ACTIVATIONS[config.act]
+        ffn_dim = ffn_dim or config.ffn_dim
+        self.gate_up_proj = Linear(config.dim, 2 * ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)  # (B, T, H * D)
-        if self.mean_over_ranks is None:
-            return super().forward(flat).view_as(x)
-        wide = flat.float()
-        mean_square = self.mean_over_ranks(wide.square().mean(-1, keepdim=True))  # (B, T, 1)
-        normed = wide * torch.rsqrt(mean_square + self.eps)
-        return (normed * self.weight).to(x.dtype).view_as(x)
-
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
 
 # --- attention in PyTorch ---
+
 
 QUERY_TILE = 512  # queries that attend together: their keys end with the last of them
 MAX_SCORES = 2**27  # that they may have: 537 MB in float32
@@ -146,46 +350,41 @@ MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 def prefill_attention(
     q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
-    scale: float | None = None, window: int | None = None, softcap: float | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    scale: float | None = None, window: int | None = None,
 ) -> Tensor:
     """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
     [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
-    as far from the last one as it is from the last query. kernels.flash_decode says what the
-    options are.
+    as far from the last one as it is from the last query.
 
-    The scores of all queries are never in memory, whatever backend PyTorch takes. Its flash
-    kernels need no mask for a prompt from its beginning. Everything else has a mask, which they
-    refuse on a GPU; there the memory-efficient ones refuse fewer key than query heads
-    (ATen/native/transformers/cuda/sdp_utils.cpp), and what is left makes all scores. So query
-    heads ride along as queries of their KV head, in tiles of at most MAX_SCORES scores, but of a
-    query a row at least, whose scores are smaller than the cache."""
-    B, Hq, T, D = q.shape
-    S = keys.shape[2]
-    from_beginning = S == T and (window is None or T <= window)
-    plain = softcap is None and alibi_slopes is None and sinks is None
-    if from_beginning and plain and flash_takes(q, keys, values):
+    The scores of all queries are never in memory. PyTorch's flash kernels take a prompt from its
+    beginning; what has a mask they refuse on a GPU, and the memory-efficient ones refuse fewer key
+    than query heads (ATen/native/transformers/cuda/sdp_utils.cpp). So query heads ride along as
+    queries of their KV head, in tiles of at most MAX_SCORES scores, but of a query at least."""
+    from_beginning = keys.shape[2] == q.shape[2] and (window is None or q.shape[2] <= window)
+    if from_beginning and flash_takes(q, keys, values):
         y = F.scaled_dot_product_attention(
             q, keys, values, is_causal=True, scale=scale, enable_gqa=True
         )
         return y.transpose(1, 2).contiguous().transpose(1, 2)
+    return in_tiles(folded_attention, q, keys, values, index, key_pos, scale=scale, window=window)
 
+
+def in_tiles(
+    attention: Callable[..., Tensor], q: Tensor, keys: Tensor, values: Tensor, index: Tensor,
+    key_pos: Tensor, **options: Any,
+) -> Tensor:
+    """Causal attention, as in prefill_attention, of some queries at a time."""
+    B, Hq, T, D = q.shape
+    S = keys.shape[2]
     tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * S)))
     y = q.new_empty(B, T, Hq, D)
     for first in range(0, T, tile):
         last = min(first + tile, T)
         end = S - T + last
-        some = (
+        part = attention(
             q[:, :, first:last], keys[:, :, :end], values[:, :, :end], index[:, first:last],
-            key_pos[:, :end],
+            key_pos[:, :end], **options,
         )
-        if plain:
-            part = folded_attention(*some, scale=scale, window=window)
-        else:
-            part = math_attention(
-                *some, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
-                sinks=sinks,
-            )
         y[:, first:last] = part.transpose(1, 2)  # (B, tile, Hq, D)
     return y.transpose(1, 2)
 
@@ -205,34 +404,12 @@ def folded_attention(
 
 def math_attention(
     q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
-    scale: float | None, window: int | None, softcap: float | None, alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
+    scale: float | None, window: int | None,
 ) -> Tensor:
     """prefill_attention in plain operators, which make all scores, for keys in any order."""
-    B, Hq, T, D = q.shape
-    Hkv, S = keys.shape[1:3]
     seen = visible(index, key_pos, window)  # (B, 1, T, S)
-    if softcap is None and alibi_slopes is None and sinks is None:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(
-                q, keys, values, seen, scale=scale, enable_gqa=True
-            )
-
-    # in place where possible: scores are the largest tensors of a prefill
-    folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
-    scores = (folded @ keys.mT).view(B, Hq, T, S).float()
-    scores *= D ** -0.5 if scale is None else scale
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    if alibi_slopes is not None:
-        distance = index[:, None, :, None] - key_pos[:, None, None]  # (B, 1, T, S)
-        scores -= alibi_slopes[:, None, None] * distance
-    scores.masked_fill_(~seen, -math.inf)
-    if sinks is not None:  # each is the score of one more key, which has no value
-        sink = sinks[:, None, None].expand(B, Hq, T, 1)
-        scores = torch.cat([scores, sink], dim=-1)  # (B, Hq, T, S + 1)
-    weights = scores.softmax(-1)[..., :S].to(values.dtype)
-    return (weights.reshape(B, Hkv, -1, S) @ values).view(B, Hq, T, D)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, keys, values, seen, scale=scale, enable_gqa=True)
 
 
 def flash_takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -258,7 +435,7 @@ def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
 torch.library.define(
     "gpt_flash::prefill_attention",
     "(Tensor q, Tensor keys, Tensor values, Tensor index, Tensor key_pos, *, float? scale, "
-    "int? window, float? softcap, Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    "int? window) -> Tensor",
 )
 torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
 
@@ -268,429 +445,733 @@ def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
     B, Hq, T, D = q.shape
     return q.new_empty(B, T, Hq, D).transpose(1, 2)
 
-# --- the rest of the transformer ---
+# --- the cache: a format (LayerCache and its subclasses), and places ---
 
 
-class Block(nn.Module):
-    """One layer, its modules named as in Hugging Face's checkpoints."""
+class Positions(NamedTuple):
+    """Where the new tokens of each row stand, and whether a prompt is read or a step is made."""
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        family = FAMILIES[config.family]
-        self.input_layernorm = family.norm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = family.norm(config.dim, config.norm_eps)
-        if config.moe is not None and config.moe.layers[layer]:
-            self.mlp = family.moe(config)
-        else:
-            self.mlp = family.mlp(config)
-        self.residual_scale = config.residual_scale
-
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    input_pos: Tensor  # [B] int32: tokens of each row that are cached already
+    index: Tensor  # [B, T] int64: the position of each new token
+    prefill: bool  # decode has no length on the host
+    cached: int  # prefill: the largest input_pos
+    cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
+    sin: Tensor | None = None  # the same of its sine
+    last: Tensor | None = None  # [B] int64: of each row's last token; None: no row has padding
 
 
-class SandwichBlock(Block):
-    """Gemma 2's: norms before and after."""
+class Places:
+    """Where the tokens of a row lie that has S places: position p at place p."""
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        norm = FAMILIES[config.family].norm
-        self.pre_feedforward_layernorm = norm(config.dim, config.norm_eps)
-        self.post_feedforward_layernorm = norm(config.dim, config.norm_eps)
+    ring = False
 
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(y)
+    def __init__(self, S: int):
+        self.S = S
 
+    def of(self, index: Tensor) -> Tensor:
+        """The place of each position."""
+        return index
 
-class PostNormBlock(Block):
-    """OLMo 2's: norms after, none before."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.post_feedforward_layernorm = self.input_layernorm
-        del self.input_layernorm
-
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(x, positions, cache))
-        return x + self.post_feedforward_layernorm(self.mlp(x))
-
-
-class ScaledBlock(Block):
-    """Granite's: what is added to x is scaled."""
-
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        scale = self.residual_scale
-        x = x + scale * self.self_attn(self.input_layernorm(x), positions, cache)
-        return x + scale * self.mlp(self.post_attention_layernorm(x))
+    def update(
+        self, cache: LayerCache, k: Tensor, v: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the new tokens' k, v [B, Hkv, T, D] into the cache -> the keys and values that they
+        attend to, [B, Hkv, S, D] each, and at which positions these stand, [B or 1, S]; positions
+        that no new token sees may be among them."""
+        cache.write(k, v, positions.index)
+        if positions.prefill and positions.cached == 0:  # which needs nothing of the cache
+            return k, v, positions.index
+        end = self.S  # decode does not know the lengths: it reads everything
+        if positions.prefill:
+            end = positions.cached + k.shape[2]
+        keys, values = cache.read(end, k.dtype)
+        return keys, values, torch.arange(end, device=k.device)[None]
 
 
-class GemmaNorm(nn.RMSNorm):
-    """Its weights are distances from 1, and it multiplies in float32."""
+class LayerCache:
+    """The keys and values of one layer for some rows, in floating point as they come.
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = 1 + self.weight.float()
-        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+    kv [2, B, Hkv, S, D]: both out of one tensor, since torch.compile would copy two inputs that
+    share memory. Another format is a subclass, by its dtype in FORMATS: pack and unpack are enough;
+    with a flash_decode of its own it need not be unpacked for that."""
+
+    def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
+        self.tensors = tensors  # what pack makes and unpack takes: [2, B, Hkv, S, ...] each
+        self.kv = tensors[0]
+        self.places = places
+        self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
+
+    @classmethod
+    def allocate(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> list[Tensor]:
+        """The tensors of a layer whose kv has this shape, each with a storage of its own."""
+        return [torch.zeros(shape, dtype=dtype, device=device)]
+
+    def rows(self, rows: slice) -> LayerCache:
+        """The cache of some of the rows."""
+        return type(self)([tensor[:, rows] for tensor in self.tensors], self.places, self.flash)
+
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """k, v [B, Hkv, T, D] in the cache's format: [2, B, Hkv, T, ...] each."""
+        return [torch.stack((k, v)).to(self.kv.dtype)]
+
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, T, D] of what pack made."""
+        keys, values = tensors[0].to(dtype).unbind(0)
+        return keys, values
+
+    def write(self, k: Tensor, v: Tensor, place: Tensor) -> None:
+        """Put k, v [B, Hkv, T, D] to the places [B, T] of their rows."""
+        row = row_numbers(place)
+        for tensor, new in zip(self.tensors, self.pack(k, v)):
+            tensor[:, row, :, place] = new.movedim((1, 3), (0, 1))  # (B, T, 2, Hkv, ...)
+
+    def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values at the first `end` places of every row, [B, Hkv, end, D] each."""
+        return self.unpack([tensor[:, :, :, :end] for tensor in self.tensors], dtype)
+
+    def flash_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+    ) -> Tensor:
+        """Append k, v [B, Hkv, T, D] at input_pos [B] and attend with q [B, Hq, T, D].
+
+        kernels.flash_decode says what the options are, and what a call without k and v is."""
+        if self.kv.dtype != q.dtype:  # the kernel does not know the format
+            return self.decode_unpacked(q, k, v, input_pos, options)
+        keys, values = self.kv.unbind(0)
+        return flash_decode_unchecked(
+            q, keys, values, input_pos, k, v, ring=self.places.ring, **options
+        )
+
+    def decode_unpacked(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """The same over unpacked keys and values, on a CPU those of live tokens only."""
+        if k is not None:
+            new = torch.arange(k.shape[2], device=q.device)
+            self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
+            input_pos = input_pos + k.shape[2]
+        end = self.places.S
+        if q.is_cpu and not self.places.ring and not torch.compiler.is_compiling():
+            end = int(input_pos.max())
+        keys, values = self.read(end, q.dtype)
+        return flash_decode_unchecked(
+            q, keys, values, input_pos, ring=self.places.ring, **options
+        )
 
 
-def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-    """What is compiled once for all layers. The block is called as a module, so that its hooks
-    fire and a subclass has its way."""
-    return block(x, positions, cache)
+class Int8LayerCache(LayerCache):
+    """The same in int8, with a float32 scale per token and head: scale [2, B, Hkv, S].
+
+    k_mean [Hkv, 1, D] is subtracted from every key: that shifts all scores of a query alike, which
+    softmax does not notice. (It would under a softcap or with sinks; there it has to be zeros.)"""
+
+    def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
+        super().__init__(tensors[:2], places, flash)
+        _, self.scale, self.k_mean = tensors
+
+    @classmethod
+    def allocate(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> list[Tensor]:
+        *heads, S, D = shape
+        # torch.compile copies an input that does not start at 16 bytes, to and back, each step
+        aligned = 4 * math.ceil(S / 4)
+        scale = torch.zeros(*heads, aligned, device=device)[..., :S]
+        k_mean = torch.zeros(heads[-1], 1, D, device=device)
+        return [*super().allocate(shape, dtype, device), scale, k_mean]
+
+    def rows(self, rows: slice) -> LayerCache:
+        views = [tensor[:, rows] for tensor in self.tensors]
+        return type(self)([*views, self.k_mean], self.places, self.flash)
+
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        return list(quantize_kv(torch.stack((self.centred(k), v))))
+
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        values, scale = tensors
+        keys, values = (values * scale[..., None]).to(dtype).unbind(0)
+        return keys, values
+
+    def flash_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+    ) -> Tensor:
+        keys, values = self.kv.unbind(0)
+        k_scale, v_scale = self.scale.unbind(0)
+        if k is not None:
+            k = self.centred(k)
+        return flash_decode_unchecked(
+            q, keys, values, input_pos, k, v, k_scale=k_scale, v_scale=v_scale,
+            ring=self.places.ring, **options,
+        )
+
+    def centred(self, k: Tensor) -> Tensor:
+        return (k - self.k_mean).to(k.dtype)
 
 
-def run_head(model: Transformer, x: Tensor) -> Tensor:
-    return model.head(x)
+# the format of a cache by its dtype, or of all other dtypes by the device type; else LayerCache
+FORMATS: dict[torch.dtype | str, type[LayerCache]] = {torch.int8: Int8LayerCache}
 
 
-class Transformer(nn.Module):
-    """A decoder. Prefill and decode are two methods; forward picks one by the number of tokens."""
+def row_numbers(index: Tensor) -> Tensor:
+    return torch.arange(len(index), device=index.device)[:, None]  # (B, 1)
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        family = FAMILIES[config.family]
-        self.config = config
-        # nn.Embedding alone would draw numbers, on meta too, which loads half of torch.compile
-        table = torch.empty(config.vocab_size, config.dim)
-        self.embed_tokens = nn.Embedding.from_pretrained(table)
-        self.layers = nn.ModuleList(family.block(config, i) for i in range(config.n_layer))
-        self.norm = family.norm(config.dim, config.norm_eps)
-        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
-        self.cache: KVCache | None = None
-        self.ranks = ALONE  # the processes that share it
-        # rope_table of each, for short and for long texts, made when a cache needs it
-        self.rope: dict[tuple[Rope, bool], Tensor] = {}
-        self.slopes: Tensor | None = None
-        # compile_model puts compiled ones here
-        self.decode_block: Callable = run_block
-        self.prefill_block: Callable = run_block
-        self.decode_head: Callable = run_head
-        self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
+
+class KVCache:
+    """Keys and values of all layers, each in a static allocation of its own.
+
+    attention says how decode attends: "flash", "math" or "auto". whole: the cache of each layer for
+    all rows. cached: tokens of each row, as far as the host knows. nbytes: of what is allocated.
+    It takes plain numbers, so that a program without a ModelConfig can use it.
+    ValueError if the device has not the memory."""
+
+    windows: tuple[int | None, ...] | None = None  # that decide what is kept: families/rings.py
+
+    def __init__(
+        self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
+        dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+        attention: str = "auto",
+    ):
+        if min(max_batch_size, max_seq_len) < 1:
+            raise ValueError(f"a KV cache of {max_batch_size} x {max_seq_len} tokens holds none")
+        if dtype not in FORMATS and not getattr(dtype, "is_floating_point", False):
+            raise ValueError(f"a KV cache has a floating-point dtype or torch.int8, not {dtype}")
+        self.max_batch_size = max_batch_size
+        self.max_seq_len = max_seq_len
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.attention = choose_attention(attention, self.device, max_seq_len)
+        self.cached = [0] * max_batch_size
+        self.grows = False  # made to fit one call of generate, which may make a larger one
+        kind = FORMATS.get(dtype) or FORMATS.get(self.device.type, LayerCache)
+        places = self.places(n_layer)
+        shapes = [(2, max_batch_size, n_kv_head, each.S, head_dim) for each in places]
+        self.nbytes = sum(tensor_bytes(kind.allocate(shape, dtype, "meta")) for shape in shapes)
+        require_memory(
+            self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
+            "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
+        )
+        self.whole: list[LayerCache] = []
+        for shape, each in zip(shapes, places):
+            tensors = kind.allocate(shape, dtype, device)
+            self.whole.append(kind(tensors, each, self.attention == "flash"))
+        self.views: dict[tuple[int, int], list[LayerCache]] = {}
+
+    def places(self, n_layer: int) -> list[Places]:
+        return [Places(self.max_seq_len)] * n_layer
+
+    def layers(self, rows: slice) -> list[LayerCache]:
+        """Each layer's cache of those rows, made once: the storage never moves."""
+        key = (rows.start, rows.stop)
+        if key not in self.views:
+            self.views[key] = [layer.rows(rows) for layer in self.whole]
+        return self.views[key]
+
+    def note_written(self, rows: slice, input_pos: Tensor, n: Tensor | int) -> None:
+        """Rows are given n tokens, [B] or as many for each, behind input_pos [B]."""
+
+    def refuse_lost(self, rows: slice, cached: Tensor | int) -> None:
+        """ValueError unless rows still have all that tokens behind their first `cached` ones see,
+        an int or [B]: this cache keeps all tokens."""
+
+    def refuse_overflow(self, cached: int, new: int) -> None:
+        if cached < 0 or cached + new > self.max_seq_len:
+            tokens = f"{cached} cached and {new} new tokens"
+            raise ValueError(f"{tokens} exceed the cache of {self.max_seq_len}")
+
+
+def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> str:
+    """"flash" or "math" as asked; "auto" takes what works on the device, and on a CPU what was
+    measured faster there at any size of cache: flash, which reads live tokens only."""
+    if attention not in ("auto", "flash", "math"):
+        raise ValueError(f"no attention {attention!r}; there are auto, flash and math")
+    if attention != "auto":
+        return attention
+    # a guess, not measured on a GPU: math is plain PyTorch, but reads all the room each step
+    math_pays = max_seq_len <= 1024 or triton is None
+    return "math" if math_pays and device.type != "cpu" else "flash"
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+def require_memory(nbytes: float, device: torch.device | str, what: str, advice: str) -> None:
+    """ValueError if a device has not this many bytes free, as far as that is known."""
+    free = nbytes
+    meminfo = Path("/proc/meminfo")
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+    elif meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+    if nbytes > free:
+        there = f"{device} has {free / 1e9:.1f} GB free"
+        raise ValueError(f"{what} needs {nbytes / 1e9:.1f} GB but {there}; {advice}")
+
+# --- rotary position embedding ---
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """A rotary embedding: how far the pairs of a head's values turn from one token to the next."""
+
+    theta: float
+    dim: int  # how many of a head's values turn, the first ones
+    kind: str  # a key of ROPES
+    hf: dict = field(repr=False)  # the model's settings, with those of this kind among them
 
     @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def original_context(self) -> int:
+        """How long texts were before their positions were scaled."""
+        trained = positive(self.hf, "max_position_embeddings", 2048)
+        return positive(self.hf, "original_max_position_embeddings", trained)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of activations, and of the weights that are not quantized."""
-        return next(self.parameters()).dtype
 
-    @torch.no_grad()
-    def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T] integer, input_pos [B] int32: tokens of each row that are cached already
-        -> logits [B, T, vocab_size]. cache: model.cache by default.
+Frequencies = tuple[Tensor, float]  # [D/2], and the factor on cos and sin
 
-        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16
-        tokens decode, more prefill. ValueError if they do not fit, or go back to what a sliding
-        window has passed, as far as the host can see."""
-        if tokens.shape[1] > MAX_DECODE_TOKENS:
-            return self.prefill(tokens, input_pos, cache)
-        B, T = tokens.shape
-        cache = self.check_cache(B, cache)
-        held = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
-        if tokens.device.type == "cpu":
-            refuse_overflow(cache, int(input_pos.max()), T)
-            cache.refuse_lost(slice(0, B), input_pos)
-            held = (input_pos + T).tolist()
-        logits = self.decode(tokens, input_pos, cache)
-        cache.held[:B] = held
-        return logits
 
-    @torch.no_grad()
-    def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
-        """1 to 16 tokens of each row, as in forward, without a word to the host: lengths stay on
-        the device, shapes never change, so a step can be compiled and captured once."""
-        cache = self.check_cache(len(tokens), cache)
-        rows = slice(0, len(tokens))
-        layers = cache.layers(rows)
-        cache.note_written(rows, input_pos, tokens.shape[1])
-        positions = self.positions(input_pos, tokens.shape[1], cache)
-        compiled = tokens.shape[1] in self.compiled_lengths
-        block_forward = self.decode_block if compiled else run_block
-        head = self.decode_head if compiled else run_head
-        return head(self, self.run_layers(block_forward, tokens, positions, layers))
+def linear_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
+    return scaled(rope, inv_freq, 0.0), 1.0
 
-    @torch.no_grad()
-    def prefill(
-        self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None, *,
-        rows: slice | None = None, start: int | None = None, last: Tensor | None = None,
-    ) -> Tensor:
-        """Any number of tokens of the given rows of the cache, by default the first ones, behind
-        what they hold; the other rows keep their state.
 
-        start: the largest input_pos, if the caller knows it: reading it waits for the device.
-        last [B]: which of the T is each row's last token, what follows is padding, and only its
-        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here, nor logits."""
-        B, T = tokens.shape
-        cache = self.check_cache(B, cache)
-        if rows is None:
-            rows = slice(0, B)
-        cached = [start] * B
-        if start is None:
-            cached = input_pos.tolist()
-            start = max(cached)
-            cache.refuse_lost(rows, input_pos)
-        refuse_overflow(cache, start, T)
-        cache.note_written(rows, input_pos, T if last is None else last + 1)
-        positions = self.positions(input_pos, T, cache, start, last)
-        x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
-        cache.held[rows] = [length + T for length in cached]
-        if last is not None:
-            row = torch.arange(B, device=x.device)
-            x = x[row, last][:, None]  # (B, 1, dim)
-        return self.head(x)
+def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
+    """What is kept of a frequency depends on its turns over the original context."""
+    low = positive(rope.hf, "low_freq_factor", kind=float)
+    high = positive(rope.hf, "high_freq_factor", kind=float)
+    turns = rope.original_context * inv_freq / (2 * math.pi)
+    return scaled(rope, inv_freq, ((turns - low) / (high - low)).clamp(0, 1)), 1.0
 
-    def run_layers(
-        self, block_forward: Callable, tokens: Tensor, positions: list[Positions],
-        layers: list[LayerCache],
-    ) -> Tensor:
-        """positions and layers: of each layer. -> what the last one gives, [B, T, dim]."""
-        x = self.embed_tokens(tokens)  # (B, T, dim)
-        if self.config.embedding_scale != 1:
-            # rounded as the embedding is: families with a scale were trained so
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        for block, where, cache in zip(self.layers, positions, layers, strict=True):
-            x = block_forward(block, x, where, cache)
-        return x
 
-    def head(self, x: Tensor) -> Tensor:
-        """x [B, T, dim] -> logits [B, T, vocab_size]."""
-        logits = self.lm_head(self.norm(x))
-        if self.config.logits_scale != 1:
-            logits = logits * self.config.logits_scale
-        softcap = self.config.logits_softcap
-        if softcap is not None:
-            logits = (logits / softcap).tanh() * softcap
-        return logits
+def scaled(rope: Rope, inv_freq: Tensor, kept: Tensor | float) -> Tensor:
+    """A share of each frequency is kept, and the rest divided by a factor, or one for each."""
+    factors = rope.hf.get("factors") or positive(rope.hf, "factor", kind=float)
+    return inv_freq * (kept + (1 - kept) / torch.tensor(factors, dtype=torch.float64))
 
-    def positions(
-        self, input_pos: Tensor, T: int, cache: KVCache, start: int | None = None,
-        last: Tensor | None = None,
-    ) -> list[Positions]:
-        """For each layer, where T tokens stand behind input_pos; start: None for decode. last: see
-        prefill."""
-        index = input_pos.long()[:, None]  # (B, 1)
-        if T > 1:
-            index = index + torch.arange(T, device=index.device)  # (B, T)
-        if last is not None:
-            last = input_pos + last
-        positions = Positions(input_pos, index, start, self.alibi_slopes(), last=last)
-        return self.turned(positions, index, cache.max_seq_len)
 
-    def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
-        """For each layer, positions with its rotary embedding of the tokens at index [B, T]."""
-        of_rope = {None: positions}
-        for rope, table in zip(distinct(self.config.ropes), self.rope_upto(max_seq_len)):
-            cos, sin = table[index].unbind(2)  # (B, T, 1, D) each
-            of_rope[rope] = positions._replace(cos=cos, sin=sin)
-        return [of_rope[rope] for rope in self.config.ropes]
+# by the rope_type of config.json: from (rope, unscaled frequencies, room for a text)
+ROPES: dict[str, Callable[[Rope, Tensor, int], Frequencies]] = {
+    "default": lambda rope, inv_freq, max_seq_len: (inv_freq, 1.0),
+    "linear": linear_rope,
+    "llama3": llama3_rope,
+}
 
-    def rope_upto(self, max_seq_len: int) -> list[Tensor]:
-        """Each rope_table of at least that many positions, made once for the largest cache."""
-        tables = []
-        for rope in distinct(self.config.ropes):
-            key = (rope, rope.is_long(max_seq_len))
-            table = self.rope.get(key)
-            if table is None or table.device != self.device or len(table) < max_seq_len:
-                table = rope_table(rope, max_seq_len, self.device)
-                self.rope[key] = table
-            tables.append(table)
-        return tables
 
-    def alibi_slopes(self) -> Tensor | None:
-        """[Hq] float32 where scores fall with distance, made once."""
-        if not self.config.alibi:
-            return None
-        if self.slopes is None or self.slopes.device != self.device:
-            n_head = self.config.n_head
-            slopes = alibi_slopes(n_head * self.ranks.size)  # of all ranks' heads
-            self.slopes = piece(slopes, (n_head,), self.ranks).to(self.device)
-        return self.slopes
+def rope_frequencies(rope: Rope, max_seq_len: int) -> Frequencies:
+    half = rope.dim // 2
+    inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    inv_freq, factor = ROPES[rope.kind](rope, inv_freq, max_seq_len)
+    return inv_freq.float(), factor
 
-    def check_cache(self, batch_size: int, cache: KVCache | None) -> KVCache:
-        cache = self.cache if cache is None else cache
-        if cache is None or batch_size > cache.max_batch_size:
-            raise ValueError(f"call setup_caches for a batch of at least {batch_size} first")
-        if cache.ring is not None and cache.windows != self.config.windows:
-            raise ValueError("the cache was made for other windows than the model's layers have")
-        return cache
 
-    @torch.no_grad()
-    def setup_caches(
-        self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
-        attention: str = "auto", rings: bool = True,
-    ) -> KVCache:
-        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own dtype,
-        torch.int8 for a quantized cache. attention: "flash", "math" or "auto", decode's path.
-        rings: layers with a sliding window keep no more tokens than these and MAX_DECODE_TOKENS,
-        so that a row can go back over as many. False: all tokens, to go back to any."""
-        self.cache = None  # the old one goes before the new one comes
-        config = self.config
-        cache = KVCache(
-            config.n_layer, config.n_kv_head, config.head_dim, max_batch_size, max_seq_len,
-            dtype=kv_dtype or self.dtype, device=self.device, attention=attention,
-            windows=config.windows if rings else None,
+def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
+    """cos and sin of every position in the half-rotated layout, [S, 2, 1, D] float32.
+
+    The first half of sin is negated, so that apply_rope needs no negation."""
+    inv_freq, factor = rope_frequencies(rope, max_seq_len)
+    positions = torch.arange(max_seq_len, device=device)[:, None].float()
+    angles = positions * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
+    cos = angles.cos() * factor
+    sin = angles.sin() * factor
+    sin[:, :len(inv_freq)].neg_()
+    return torch.stack((cos, sin), dim=1)[:, :, None]  # (S, 2, 1, D)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, D] in the half-rotated layout; cos, sin [B, T, 1, d] float32 of rope_table, where
+    only the first d values turn."""
+    dim = cos.shape[-1]
+    if dim < x.shape[-1]:
+        return torch.cat([apply_rope(x[..., :dim], cos, sin), x[..., dim:]], dim=-1)
+    turned = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, turned, sin).to(x.dtype)
+
+
+def make_rope(hf: dict) -> Rope:
+    """The rotary embedding of settings that rope_settings unfolded."""
+    head_dim = positive(hf, "head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+    share = positive(hf, "partial_rotary_factor", 1.0, float)
+    dim = int(head_dim * share)
+    if dim % 2 or dim > head_dim or not dim:
+        values = f"{dim} of a head's {head_dim} values"
+        raise ValueError(f"unsupported partial_rotary_factor {share}: {values}")
+    kind = str(hf.get("rope_type") or hf.get("type") or "default")
+    kind = {"none": "default", "su": "longrope"}.get(kind, kind)
+    if entry(ROPES, kind) is None:
+        raise ValueError(f"unsupported rope type {kind!r}; supported: {', '.join(ROPES)}")
+    theta = positive(hf, "rope_theta", 1e4, float)
+    if theta <= 1:
+        raise ValueError(f"the model's configuration has rope_theta = {theta}, not above 1")
+    return Rope(theta, dim, kind, hf)
+
+
+def rope_settings(hf: dict, kind: str = "full_attention") -> dict:
+    """A copy with the entries of rope_scaling and rope_parameters for layers of that kind beside
+    all others. transformers 5 writes the latter, with rope_theta in it, or one for each kind of
+    layer; older files have rope_scaling."""
+    settings = dict(hf)
+    for key in ("rope_scaling", "rope_parameters"):
+        given = hf.get(key) or {}
+        if any(isinstance(value, dict) for value in given.values()):
+            given = given.get(kind) or {}
+        settings.update(given)
+    return settings
+
+
+def distinct(ropes: Iterable[Rope | None]) -> list[Rope]:
+    return [rope for rope in dict.fromkeys(ropes) if rope is not None]
+
+# --- what a model is ---
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is. The names are those of the papers; from_hf reads Hugging Face's."""
+
+    family: str  # a key of FAMILIES
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    dim: int
+    ffn_dim: int
+    max_seq_len: int  # the context that the model was trained for
+    norm_eps: float
+    act: str  # of the feed-forward's gate: a key of ACTIVATIONS
+    hf: dict = field(repr=False)  # what this was made from
+    windows: tuple[int | None, ...]  # per layer: tokens a query sees, itself included; None: all
+    ropes: tuple[Rope | None, ...]  # per layer; layers of one kind share one; None: no positions
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # of every query and key alone
+    tied: bool = False  # the output layer is the embedding
+    softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    moe: Any = None  # a MoEConfig of families/experts.py
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> ModelConfig:
+        """A Hugging Face config.json as a dict -> ModelConfig.
+
+        ValueError names what is missing or unsupported."""
+        name, family = family_of(hf)
+        hf = family.defaults | hf
+        n_layer = positive(hf, "num_hidden_layers")
+        n_head = positive(hf, "num_attention_heads")
+        dim = positive(hf, "hidden_size")
+        bias = bool(hf.get("attention_bias"))
+        settings: dict[str, Any] = dict(
+            family=name,
+            vocab_size=positive(hf, "vocab_size"),
+            n_layer=n_layer,
+            n_head=n_head,
+            n_kv_head=positive(hf, "num_key_value_heads", n_head),
+            head_dim=positive(hf, "head_dim", dim // n_head),
+            dim=dim,
+            ffn_dim=positive(hf, "intermediate_size"),
+            max_seq_len=positive(hf, "max_position_embeddings", hf.get("model_max_length", 2048)),
+            norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
+            act=hf.get("hidden_activation") or hf.get("hidden_act") or "silu",
+            hf=hf,
+            windows=windows_of,
+            ropes=lambda hf: (make_rope(rope_settings(hf)),) * n_layer,
+            qkv_bias=bias,
+            o_bias=bias,
+            mlp_bias=bool(hf.get("mlp_bias")),
+            tied=bool(hf.get("tie_word_embeddings")),
         )
-        # a softcap or sinks would notice that all scores of a query are shifted
-        if cache.dtype == torch.int8 and config.softcap is None and not config.sinks:
-            self.calibrate_k_mean(cache)
-        self.cache = cache
-        return cache
+        for key, value in (settings | family.fields).items():
+            settings[key] = value(hf) if callable(value) else value
+        config = cls(**settings)
+        config.check()
+        return config
 
-    def calibrate_k_mean(self, cache: KVCache) -> None:
-        """Fill an int8 cache's k_mean: the mean key of each head over random tokens.
-
-        Keys have outlier channels that one int8 scale a token handles badly; subtracting a fixed
-        vector removes them, and softmax does not notice (SageAttention, arXiv 2410.02367). The
-        tokens are spread over the cache, because keys turn with their position: with 64 of them
-        the mean KL on SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
-        config = self.config
-        n = min(128, cache.max_seq_len)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(config.vocab_size, (1, n), generator=generator)
-        input_pos = torch.zeros(1, dtype=torch.int32, device=self.device)
-        spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(self.device)
-        [positions, *_] = self.positions(input_pos, n, cache, start=0)
-        positions = self.turned(positions, spread[None], cache.max_seq_len)
-        scratch = KVCache(  # not quantized, and with all n tokens of every layer
-            config.n_layer, config.n_kv_head, config.head_dim, 1, n, dtype=self.dtype,
-            device=self.device,
-        )
-        layers = scratch.layers(slice(0, 1))
-        self.run_layers(self.prefill_block, tokens.to(self.device), positions, layers)
-        keys = scratch.kv[:, 0, 0].float()  # (layer, Hkv, n, D)
-        cache.k_mean.copy_(keys.mean(2, keepdim=True))
-
-    def weight_bytes(self, rows: int = 1) -> int:
-        """Bytes of weights that a decode step of so many tokens reads: all but the embedding, whose
-        rows are few, and, of experts, as many as Experts.share expects the tokens to choose."""
-        nbytes = tensor_bytes(self) - tensor_bytes(self.embed_tokens)
-        for module in self.modules():
-            if isinstance(module, Experts):
-                nbytes -= tensor_bytes(module) * (1 - module.share(rows))
-        return round(nbytes)
+    def check(self) -> None:
+        """ValueError if settings do not go together."""
+        if self.act not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"unsupported hidden_act {self.act!r}; supported: {names}")
+        if self.n_head % self.n_kv_head:
+            heads = f"{self.n_head} query heads do not divide into {self.n_kv_head}"
+            raise ValueError(f"{heads} key/value heads")
+        if self.head_dim % 8 or self.head_dim > 256:
+            raise ValueError(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
+        for rope in distinct(self.ropes):
+            for room in (1, self.max_seq_len):  # some kinds have other frequencies for each
+                rope_frequencies(rope, room)
 
 
-def refuse_overflow(cache: KVCache, cached: int, new: int) -> None:
-    if cached < 0 or cached + new > cache.max_seq_len:
-        raise ValueError(
-            f"{cached} cached and {new} new tokens exceed the cache of {cache.max_seq_len}"
-        )
+def windows_of(hf: dict) -> tuple[int | None, ...]:
+    """Per layer, how many tokens a query sees: all of them here; families/ knows windows."""
+    n_layer = positive(hf, "num_hidden_layers")
+    has_windows = hf.get("sliding_window") and hf.get("use_sliding_window")
+    if has_windows or hf.get("layer_types") not in (None, ["full_attention"] * n_layer):
+        return extension("families").windows_of(hf)
+    return (None,) * n_layer
 
 
-def tensor_bytes(module: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in module.state_dict().values())
+def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:
+    """A setting as a number above 0 of that kind; ValueError if it is anything else."""
+    value = default if hf.get(key) is None else hf[key]
+    if not is_number(value, kind) or not value > 0:
+        what = f"{key} = {value!r}, not a positive {kind.__name__}"
+        raise ValueError(f"the model's configuration has {what}")
+    return kind(value)
+
+
+def is_number(value: Any, kind: type = float) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
 
 # --- families ---
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a family of models is built of, where that is not what a Llama is built of."""
+    """What a family of models is, where that is not what a Llama is."""
 
+    defaults: dict[str, Any] = field(default_factory=dict)  # of config.json's keys
+    # of ModelConfig, whatever config.json says: values, or functions of its entries
+    fields: dict[str, Any] = field(default_factory=dict)
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
-    mlp: type[nn.Module] = MLP  # called with (config)
-    moe: type[nn.Module] | None = None  # in its place in layers with experts
-    block: type[nn.Module] = Block  # called with (config, layer)
+    attention: type[nn.Module] = Attention  # called with (config, layer), as the next two
+    mlp: Callable[[ModelConfig, int], nn.Module] = MLP
+    block: type[nn.Module] = Block
+    model: type[Transformer] = Transformer  # called with (config)
     # joined products that checkpoints have as one tensor too, and its name there
     stored_joined: dict[str, str] = field(default_factory=dict)
+    # what changes a tensor that was read, if it is to be: (config, our parameter's name)
+    convert: Callable[[ModelConfig, str], Callable[[Tensor], Tensor] | None] = lambda *_: None
+    gguf: dict[str, Any] | None = None  # what formats/architectures.py is to know of GGUF files
 
 
-# By the model_type of config.json; config.SETTINGS says how that is read.
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "gemma": Family(norm=GemmaNorm),
-    "gemma2": Family(norm=GemmaNorm, block=SandwichBlock),
-    "gemma3_text": Family(norm=GemmaNorm, block=SandwichBlock),
-    "phi3": Family(stored_joined={"qkv_proj": "qkv_proj", "gate_up_proj": "gate_up_proj"}),
-    "olmo2": Family(block=PostNormBlock),
-    "olmo3": Family(block=PostNormBlock),
-    "smollm3": Family(),
-    "granite": Family(block=ScaledBlock),
-    "baichuan": Family(stored_joined={"qkv_proj": "W_pack"}),
-    "mixtral": Family(moe=MoE),
-    "qwen2_moe": Family(moe=MoE),
-    "qwen3_moe": Family(moe=MoE),
-    "gpt_oss": Family(moe=ClampedMoE),
+MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, use_sliding_window=True,
+               sliding_window=4096)
+QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096,
+             max_window_layers=28)
+NO_WINDOW = {"sliding_window": None}  # the default above is one that most files do not use
+# By the model_type of config.json; families/ has the others.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(gguf=dict(name="llama", interleaved=True)),
+    "mistral": Family(MISTRAL),
+    "qwen2": Family(QWEN2, {"qkv_bias": True}, gguf=dict(name="qwen2", means=NO_WINDOW)),
+    "qwen3": Family(
+        QWEN2 | {"head_dim": 128}, {"qk_norm": True}, gguf=dict(name="qwen3", means=NO_WINDOW)
+    ),
 }
+
+
+def entry(table: dict[str, Any], key: str) -> Any | None:
+    """table[key]; where FAMILIES or ROPES has no such row, families/ is imported, which adds its
+    own. None: nobody knows it."""
+    if key not in table:
+        extension("families")
+    return table.get(key)
+
+
+def family_of(hf: dict) -> tuple[str, Family]:
+    """The name and row of the family that a configuration belongs to; ValueError if it has none."""
+    name = hf.get("model_type")
+    architectures = hf.get("architectures") or []
+    causal = all(str(each).endswith("ForCausalLM") for each in architectures)
+    family = entry(FAMILIES, name) if causal else None
+    if family is None:
+        which = f"architecture {(architectures or [name])[0]!r} (model_type {name!r})"
+        raise ValueError(f"unsupported {which}; supported model types: {', '.join(FAMILIES)}")
+    return name, family
 
 # --- loading ---
 
 
 @torch.no_grad()
 def load_model(
-    path: str | Path, *, device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = torch.bfloat16, quantize: str | None = None, group_size: int = 32,
-    ranks: Ranks = ALONE,
+    path: str | Path | None = None, *, device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
-    or, for benchmarks, a bare config.json, which gives random weights.
+    or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
 
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading, so that a
     model that fits only when quantized can be loaded; "auto": as the file is, so that the integers
-    of a GGUF file stay what they are, but for Q6_K's, whose groups are joined in 8 bits; None:
-    dequantized. dtype None: float32 where the integers of a file stay, else bfloat16. ranks: of
-    several processes, of which each gets its part of the model. ValueError says what is wrong."""
-    check_target(device, dtype)
-    path = resolve(path)
-    checkpoint = open_checkpoint(path)
-    with nonsense_refused(path):
-        config = ModelConfig.from_hf(checkpoint.config)
-    if dtype is None:
-        dtype = default_dtype(checkpoint, quantize == "auto")
-    with torch.device("meta"):
-        whole = Transformer(config).to(dtype)
-        model = rank_model(whole, ranks)
-    stored_joined = FAMILIES[config.family].stored_joined
-    weights = Weights(model, whole, checkpoint, ranks, stored_joined)
-    weights.choose_layers(quantize, device)
-    stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
-    require_memory(nbytes, device, f"loading {path}", "take a smaller model, or --quantize")
-    weights.load(device, quantize, group_size)
-    join(model, ranks)
-    for module in model.modules():
-        if hasattr(module, "stack"):
-            module.stack()
-    return model.eval()
+    of a GGUF file stay what they are, but for Q6_K's, whose groups are joined in 8 bits; "none":
+    dequantized. dtype None: float32 where the integers of a file stay, else bfloat16. ValueError
+    says what is wrong."""
+    check_target(device, dtype, quantize)
+    checkpoint = open_checkpoint(path, device)
+    model = checkpoint.empty_model()
+    return fill_model(model, checkpoint, device, dtype, quantize, group_size)
 
 
-def check_target(device: torch.device | str, dtype: torch.dtype | None) -> None:
-    """ValueError if there is no such device, or if weights have no such dtype."""
+def check_target(
+    device: torch.device | str, dtype: torch.dtype | None, quantize: str | None
+) -> None:
+    """ValueError for what no model can be. Imports what the device multiplies faster with: that
+    adds to quantize.LAYOUTS and FORMATS."""
     try:
         torch.empty(1, device=device).tolist()
     except Exception as e:  # of many kinds, from PyTorch and from what it would import
         raise ValueError(f"no model can be on device {device}: {first_line(e)}") from None
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
+    if dtype not in (None, *WEIGHT_DTYPES):
         names = ", ".join(map(str, WEIGHT_DTYPES))
         raise ValueError(f"no model can have the dtype {dtype}; there are {names}")
+    if quantize not in (None, "none", "auto", *MODES):
+        raise ValueError(f"no quantize {quantize!r}; there are auto, none, {', '.join(MODES)}")
+    folder = {"cpu": "cpu", "cuda": "products"}.get(torch.device(device).type)
+    if folder is not None:
+        extension(folder, required=False)
 
 
-def rank_model(whole: Transformer, ranks: Ranks) -> Transformer:
-    """A rank's part of a model without weights."""
-    if ranks.size == 1:
-        return whole
-    dtype = whole.dtype
-    config = whole.config
-    model = Transformer(local(config, ranks)).to(dtype)
-    # of the vocabulary, the last rank's part is padded
-    rows = math.ceil(config.vocab_size / ranks.size)
-    model.lm_head = Linear(config.dim, rows, bias=False).to(dtype)
+def fill_model(
+    model: Transformer, checkpoint: Checkpoint, device: torch.device | str,
+    dtype: torch.dtype | None, quantize: str | None, group_size: int,
+) -> Transformer:
+    """Read a model on meta onto a device, layer by layer, and quantize what is to be."""
+    model.to(dtype or checkpoint.default_dtype(quantize)).eval()
+    fill_layers = checkpoint.put_layers(model, quantize, device)
+    stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
+    nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
+    advice = "take a smaller model, or --quantize"
+    require_memory(nbytes, device, f"loading {checkpoint.path}", advice)
+    fill_layers()
+    for prefix, module in quantization.progress(list(model.named_modules()), "loading"):
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for key, x in own:
+            if not x.is_meta:  # it was computed, or is filled already
+                tensor = x.to(device)
+            elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
+                tensor = model.embed_tokens.weight
+            else:
+                tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
+                tensor = tensor.to(device, x.dtype, copy=True)
+                checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
+            if isinstance(x, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(module, key, tensor)
+        if isinstance(module, Linear) and quantize in MODES:
+            module = quantize_linear(module, quantize, group_size, prefix)
+            model.set_submodule(prefix, module)
+        if hasattr(module, "pack"):
+            module.pack()
+    for module in model.modules():
+        if hasattr(module, "stack"):  # of experts
+            module.stack()
     return model
 
 
-def default_dtype(checkpoint: Checkpoint, keep: bool) -> torch.dtype:
-    """Of activations: float32 where the integers of a file are kept. On SmolLM2 in Q4_1 that is a
-    mean KL of 8.9e-4 from the dequantized model, of which scales in bfloat16 are 2.2e-4 and
-    products in it the rest; everything in bfloat16 is 1.3e-3."""
-    if keep and checkpoint.is_quantized():
-        return torch.float32
-    return torch.bfloat16
+# our products, and the layers of Hugging Face that they do at once
+JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors of our parameter x, one below the other, and their shapes. Our names
+    are theirs but for joined products, and the number of an expert, which ours have last."""
+    config = model.config
+    if not name.startswith("lm_head."):
+        name = "model." + re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)
+    path, module, kind = ["", *name.rsplit(".", 2)][-3:]
+    parts, rows = (module,), [len(x)]
+    if module in FAMILIES[config.family].stored_joined:
+        parts = (FAMILIES[config.family].stored_joined[module],)
+    elif module in JOINED:
+        parts, rows = JOINED[module], joined_rows(module, len(x), config)
+    names = [f"{path}.{part}.{kind}".removeprefix(".") for part in parts]
+    return {part: (n, *x.shape[1:]) for part, n in zip(names, rows, strict=True)}
+
+
+def joined_rows(module: str, n_rows: int, config: ModelConfig) -> list[int]:
+    """How many rows of a joined product belong to each of its layers."""
+    if module == "gate_up_proj":
+        return [n_rows // 2] * 2
+    kv_size = config.n_kv_head * config.head_dim
+    return [n_rows - 2 * kv_size, kv_size, kv_size]
+
+
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Checkpoint:
+    """A configuration and named tensors of a folder with safetensors. Those of formats/ are
+    subclasses, which check more, and hold the integers of other files as they are."""
+
+    path: Path
+    config: dict  # as in Hugging Face's config.json
+    tensors: dict[str, Any] = field(repr=False)  # by the file's own names, in mapped memory
+
+    @classmethod
+    def from_folder(cls, folder: Path, files: Iterable[Path] = ()) -> Checkpoint:
+        """files: by default all. Nothing is read before it is used."""
+        file = folder / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            tensors = {}
+            for file in files or sorted(folder.glob("model*.safetensors")):
+                tensors |= load_file(file)
+        except Exception as e:  # of JSON, safetensors and the file system
+            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+        return cls(folder, config, tensors)
+
+    def empty_model(self) -> Transformer:
+        """On meta. The configuration comes before: torch.arange there loads torch.compile."""
+        config = ModelConfig.from_hf(self.config)
+        with torch.device("meta"):
+            return FAMILIES[config.family].model(config)
+
+    def default_dtype(self, quantize: str | None) -> torch.dtype:
+        return torch.bfloat16
+
+    def put_layers(
+        self, model: Transformer, quantize: str | None, device: torch.device | str
+    ) -> Callable[[], None]:
+        """Put empty quantized layers into a model where the file has integers -> what fills those
+        that are not read by parameter."""
+        if quantized_layout(model, self.config) and quantize in MODES:
+            raise ValueError(f"{self.path} is quantized already; leave out --quantize {quantize}")
+        return lambda: None
+
+    def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
+        """What our parameter x is read from; a folder that save_quantized wrote has our names."""
+        parts = sources(model, name, x)
+        if "gpt_flash" in self.config:
+            parts = {name: tuple(x.shape)}
+        tensors = [self.read(part, shape) for part, shape in parts.items()]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of that Hugging Face name in the dtype of the file. ValueError if there is
+        none, or one of another shape."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} has no tensor {name}")
+        return self.checked(name, self.tensors[name], shape)
+
+    def checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        return tensor
+
+    def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        """ValueError if a module's tensor on its device is none that a model can have."""
+
+
+def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
+    """A checkpoint of any form. ValueError says what is missing or cannot be read."""
+    folder = Path(path or "")
+    plain = os.path.exists(folder / "config.json") and any(folder.glob("model*.safetensors"))
+    formats = extension("formats", required=not plain)
+    return formats.open_checkpoint(path, device) if formats else Checkpoint.from_folder(folder)
+
+
+def first_line(e: BaseException) -> str:
+    """What an exception says, in one line of at most 200 characters; of one that means little
+    without its name, with that."""
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    if isinstance(e, KeyError):
+        return f"there is no {lines[0][:200]}"
+    if isinstance(e, (AttributeError, IndexError, TypeError)):
+        return f"{type(e).__name__}: {lines[0]}"[:200]
+    return lines[0][:200]

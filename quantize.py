@@ -1,105 +1,54 @@
-"""int8 and int4 weights: the layers that decode with them, saving them, what they cost in quality.
+"""int8 and int4 weights: layers that decode with them, rounding, and saving them.
 
-A library: `python generate.py --quantize int8 --save FOLDER` writes a checkpoint like any other,
-and `python benchmarks/quality.py --perplexity FILE` prints what the modes cost on a text."""
+A layer keeps plain tensors, which any device can multiply with: Int8Linear is the whole idea. Where
+a device has an operator that reads the weights as they are, or in an order of its own, a Layout
+does: cpu/ and products/ have them, and put them into LAYOUTS."""
+from __future__ import annotations
+
+import fcntl
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-import kernels
-from formats.workspace import workspace
-
-BF16 = torch.cpu._is_avx512_bf16_supported()
+T = TypeVar("T")
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
+BF16 = torch.cpu._is_avx512_bf16_supported()
 
+# --- layers ---
 
-# --- quantizing ---
-
-def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Module:
-    """Quantize a loaded model's linear layers in place -> the model, which then needs setup_caches
-    again. The embedding stays as it is, also where the output layer shares it."""
-    modules = list(model.named_modules())
-    for name, module in tqdm(modules, "quantizing", unit=" layers", disable=None, leave=False):
-        if isinstance(module, Linear):
-            layer = quantize_linear(module, mode, group_size, name)
-            model.set_submodule(name, layer.pack())
-    for module in model.modules():
-        if hasattr(module, "stack"):
-            module.stack()
-    model.cache = None
-    return model
-
-
-@torch.no_grad()
-def quantize_linear(
-    linear: "Linear", mode: str, group_size: int = 32, name: str = "",
-    over_ranks: Callable[[Tensor], Tensor] | None = None,
-) -> "Linear | QuantizedLinear":
-    """A Linear's quantized counterpart, not packed yet, its relative error in .error; the Linear
-    itself where its shape does not fit, said on stderr. ValueError for an unknown mode or group
-    size. over_ranks: of a layer whose rows lie on several ranks, see weights.py.
-
-    The output layer gets int8 in int4 mode too: in int4 it costs SmolLM2-135M a mean KL of 0.053,
-    in int8 0.002, and llama.cpp does not go below 6 bits for it either."""
-    if mode not in MODES or group_size not in (32, 64, 128):
-        raise ValueError(
-            f"no quantization {mode!r} in groups of {group_size}; "
-            "there are int8, int4 and 32, 64, 128"
-        )
-    if name == "lm_head":
-        mode = "int8"
-    try:
-        layer = MODES[mode](linear, group_size)
-    except ValueError as e:
-        say_once(f"{e}: it keeps its precision")
-        return linear
-    layer.over_ranks = over_ranks
-    weight = linear.stored()["weight"]  # (N, K)
-    error = torch.zeros((), device=weight.device)
-    size = torch.zeros((), device=weight.device)
-    for start in range(0, len(weight), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        w = weight[rows].float()
-        error += (layer.quantize(rows, w) - w).square().sum()
-        size += w.square().sum()
-    layer.error = float((error / size.clamp_min(1e-30)).sqrt())
-    return layer
-
-
-@lru_cache
-def say_once(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-# --- quantized layers ---
 
 class QuantizedLinear(nn.Module):
     """What quantized layers share. One starts out empty, with the shape and device of a Linear.
 
-    quantize(rows, w) fills a slice of rows from float32 and returns the values they stand for now;
-    stored() gives the plain tensors that are saved, dense(dtype) the weight by slices. What may
-    hold integers from a file also has take(rows, ...), and rows(index) for an embedding.
+    A mode defines quantize(rows, w), which fills a slice of rows from float32 and returns the
+    values that they stand for now; stored(), the plain tensors that are saved; and dense(dtype),
+    the weight by slices of rows.
 
-    Up to few_rows, the most that were measured faster so, go to product(x), which reads the weight
-    as it is kept, with x in bfloat16 (rounding it is a fifth of int8's own error). More rows, as
-    in prefill, pay for dequantizing the weight once."""
+    A few rows of x go to the operator of the layer's layout, in bfloat16 (rounding them is a fifth
+    of int8's own error). More rows, as in prefill, pay for dequantizing the weight once."""
+
     mode: str
     group_size: int | None
+    layout: Layout | None = None  # None: the tensors are plain
+    few_rows = 0  # the most that go to its operator
     error = 0.0  # relative, of the weight that quantize_linear has quantized
-    # the largest values of rows of which this is a part, from those of the part
+    # of rows that lie on several ranks: see Linear
     over_ranks: Callable[[Tensor], Tensor] | None = None
-    packed = False
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -107,8 +56,24 @@ class QuantizedLinear(nn.Module):
         self.in_features = linear.in_features
         self.bias = linear.bias
 
-    def pack(self) -> "QuantizedLinear":
-        return self
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= self.few_rows:
+            y = self.product(rows.bfloat16())
+        else:
+            dtype = many_rows_dtype(x.device)
+            rows = rows.to(dtype)
+            y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [rows, in_features] bfloat16 -> [rows, out_features], by the layout's operator."""
+        return self.layout.product(self, x)
+
+    def pack(self) -> QuantizedLinear:
+        """Bring the tensors into the layout of their device, if there is one for this mode."""
+        return pack(self, self.mode)
 
     def slices(self) -> Iterator[slice]:
         """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
@@ -118,21 +83,11 @@ class QuantizedLinear(nn.Module):
         for start in range(0, self.out_features, n):
             yield slice(start, min(start + n, self.out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if rows.shape[0] <= self.few_rows(x.device.type):
-            y = self.product(rows.bfloat16())
-        else:
-            dtype = many_rows_dtype(x.device)
-            rows = rows.to(dtype)
-            y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
-        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
 
 class Int8Linear(QuantizedLinear):
     """x @ (weight * scales).T with weight [N, K] int8, scales [N] bfloat16: symmetric, one scale
     per output channel."""
+
     mode = "int8"
     group_size = None
 
@@ -161,35 +116,15 @@ class Int8Linear(QuantizedLinear):
         for rows in self.slices():
             yield self.weight[rows].to(dtype) * self.scales[rows].to(dtype)[:, None]
 
-    def few_rows(self, device: str) -> int:
-        """A CPU's operator reads 16 inputs at a time, without looking."""
-        if device == "cuda":
-            return 16  # what the kernel takes
-        if device == "cpu" and self.in_features % 16 == 0:
-            return 24
-        return 0
-
-    def product(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            return torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scales)
-        if len(x) == 1 and torch.compiler.is_compiling():
-            # a launch less a layer: Inductor fuses one row with the norm before it. It spends 4 to
-            # 7 instructions on a byte where our kernel spends 1: which is faster is to be measured.
-            # More rows it would multiply after writing the whole weight in bfloat16
-            return F.linear(x, self.weight.to(x.dtype)) * self.scales
-        return kernels.int8_linear(x, self.weight, self.scales)
-
 
 class Int4Linear(QuantizedLinear):
     """x @ w.T with w = (nibble - 8) * scale + zero: affine, in groups of 32, 64 or 128 inputs.
 
     weight [N, K/2] uint8 (the low nibble is the even input); scales, zeros [N, K/group_size]
-    bfloat16. Packed for a CPU: N a multiple of 64, weight in the operator's layout, scales
-    [K/group_size, N, 2] with the zeros beside them. Packed for a GPU: weight and scales are what
-    kernels.pack_int4 returns, the zeros again with the scales."""
+    bfloat16. A layout has other tensors under these names, zeros may be None there."""
+
     mode = "int4"
     nibbles = 1  # of a weight
-    layout: tuple[int, int] | None = None  # of weight packed for a CPU, see cpu_unpack
 
     def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
         super().__init__(linear)
@@ -232,74 +167,12 @@ class Int4Linear(QuantizedLinear):
         self.zeros[rows] = best_zero.squeeze(-1)
         return (best_q * best_scale + best_zero).flatten(1)  # (rows, K)
 
-    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
-        """From q * scale + zero, q [rows, K] uint8, scale and zero [rows, K/group_size] float32:
-        only the rounding of scales and zeros is lost. middle: half of q's range; that is where our
-        zeros are taken, since they are small there, and so is their rounding."""
-        self.weight[rows] = pack_nibbles(q + (8 - middle))
-        self.scales[rows] = scale
-        self.zeros[rows] = zero + middle * scale
-
-    def pack(self) -> "Int4Linear":
-        """Bring the tensors into the layout of the device's operator, where there is a known
-        one."""
-        device = self.weight.device.type
-        if self.packed:
-            return self
-        if device == "cuda":
-            self.pack_for_gpu()
-        elif device == "cpu" and cpu_layout() is not None:
-            self.pack_for_cpu(cpu_layout())
-        return self
-
-    def pack_for_gpu(self) -> None:
-        self.weight, self.scales = kernels.pack_int4(self.weight, self.scales, self.zeros)
-        self.zeros = None
-        self.packed = True
-
-    def pack_for_cpu(self, layout: tuple[int, int]) -> None:
-        # rows of zeros up to a multiple of 64
-        missing = -self.out_features % 64
-        weight, scales, zeros = [
-            F.pad(x, (0, 0, 0, missing)) if missing else x
-            for x in (self.weight, self.scales, self.zeros)
-        ]
-        # in place and by slices, so that packing takes no memory beside the layer
-        for part in weight.split(rows_at_once(self.in_features)):
-            part.copy_(cpu_pack(unpack_nibbles(part), *layout))
-        self.weight = weight
-        self.scales = torch.stack((scales.t(), zeros.t()), -1)  # (K/group_size, N, 2)
-        self.zeros = None
-        self.layout = layout
-        self.packed = True
-
-    def unpack_for_gpu(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        lines = self.scales[:, rows]
-        return kernels.unpack_int4(self.weight[rows], lines, self.nibbles * self.in_features)
-
-    def plain(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Some of the rows, from a multiple of 64 on: nibbles [rows, K] uint8, scales and zeros
-        [rows, K/group_size]."""
-        if not self.packed:
-            return unpack_nibbles(self.weight[rows]), self.scales[rows], self.zeros[rows]
-        if self.layout is None:
-            return self.unpack_for_gpu(rows)
-        whole = slice(rows.start, 64 * math.ceil(rows.stop / 64))
-        nibbles = cpu_unpack(self.weight[whole], *self.layout)[:rows.stop - rows.start]
-        scales, zeros = self.scales[:, rows].transpose(0, 1).unbind(-1)
-        return nibbles, scales, zeros
-
-    def rows(self, index: Tensor) -> Tensor:
-        """The rows of an index [n] -> [n, K] float32, as an embedding gives them."""
-        if not self.packed:
-            nibbles = unpack_nibbles(self.weight[index])
-            scales, zeros = self.scales[index], self.zeros[index]
-        elif self.layout is None:
-            nibbles, scales, zeros = self.unpack_for_gpu(index)
-        else:
-            nibbles = cpu_unpack_rows(self.weight, index, *self.layout)
-            scales, zeros = self.scales[:, index].transpose(0, 1).unbind(-1)
-        return self.line(nibbles, scales, zeros, torch.float32)
+    def plain(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Some of the rows (a slice of slices(), or an index): nibbles [rows, K] uint8, scales and
+        zeros [rows, K/group_size]."""
+        if self.layout is not None:
+            return self.layout.plain(self, rows)
+        return unpack_nibbles(self.weight[rows]), self.scales[rows], self.zeros[rows]
 
     def stored(self) -> dict[str, Tensor]:
         parts = [self.plain(rows) for rows in self.slices()]
@@ -316,129 +189,127 @@ class Int4Linear(QuantizedLinear):
         """The weights that some rows of plain() stand for."""
         return affine(nibbles, 8, scales, zeros, dtype)
 
-    def few_rows(self, device: str) -> int:
-        if device == "cuda" and self.packed:
-            return 16  # what the kernel takes
-        if device == "cpu" and self.packed:
-            return 128 // self.nibbles
-        return 0
 
-    def product(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda":
-            return kernels.packed_int4_linear(x, self.weight, self.scales)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, self.weight, self.group_size * self.nibbles, self.scales
-        )
-        if y.shape[1] > self.out_features:  # rows that fill 64
-            y = y[:, :self.out_features].contiguous()
-        return y
+MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-class GroupedInt8Linear(Int4Linear):
-    """8-bit weights in affine groups, of 32 for what is stored with 5 to 8 bits in a file.
+class Linear(nn.Linear):
+    """A layer in the model's own precision. A device may keep its weight in another order."""
 
-    No operator of PyTorch takes int8 in groups. But a byte is two nibbles, and so K such weights
-    are 2K of int4's: byte b = 16 * high + low is high times 16 x plus low times x. With int4's
-    nibble - 8 on both sides, w = (b - 136) * scale + 17 * zero. It is also as fast as the operator
-    for int8 with a scale per channel.
+    layout: Layout | None = None
+    # of rows that lie on several ranks: what makes the largest values of the parts those of the
+    # whole rows, so that a part gets the integers that it has in the whole
+    over_ranks: Callable[[Tensor], Tensor] | None = None
 
-    weight [N, K] uint8; scales, zeros [N, K/group_size] bfloat16; packed as int4 is, with 2K
-    inputs in groups of 2 * group_size."""
-    mode = "int8_grouped"
-    nibbles = 2
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layout is not None:
+            return self.layout.product(self, x)
+        return F.linear(x, self.weight, self.bias)
 
-    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
-        """As Int4Linear's; groups of the file may be smaller than ours, as those of Q6_K."""
-        if scale.shape[1] > self.scales.shape[1]:
-            q, scale, zero = in_larger_groups(q, scale, zero, middle, self.group_size)
-            middle = 128
-        shift = min(136 - middle, 256 - 2 * middle)  # all of q + shift is a byte
-        self.weight[rows] = q + shift
-        self.scales[rows] = scale
-        self.zeros[rows] = (zero + (136 - shift) * scale) / 17
-
-    def line(
-        self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        return affine(pack_nibbles(nibbles), 136, scales, 17 * zeros.float(), dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        return super().product(self.for_nibbles(x))
-
-    def for_nibbles(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., 2K], what the low and the high nibbles of a weight are multiplied
-        by."""
-        return torch.stack((x, 16 * x), -1).flatten(-2)
-
-
-class MXFP4Linear(QuantizedLinear):
-    """gpt-oss's experts as its files have them: E2M1 numbers, times a power of two for every 32.
-
-    weight [N, K/2] uint8 (the low nibble is the even input), scales [N, K/32] uint8, see
-    kernels.mxfp4_values. On a GPU weight is what kernels.pack_planes returns. On a CPU there is no
-    operator for it; there GroupedInt8Linear holds the same numbers exactly."""
-    mode = "mxfp4"
-
-    def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
-        super().__init__(linear)
-        N, K = linear.out_features, linear.in_features
-        if K % group_size or group_size != 32:
-            raise ValueError(f"a layer of {K} inputs in groups of {group_size} is not MXFP4")
-        self.group_size = group_size
-        device = linear.weight.device
-        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scales", torch.empty(N, K // 32, dtype=torch.uint8, device=device))
-
-    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
-        """From (q - 16) * scale, where q - 16 is twice an E2M1 number and scale half the power."""
-        twice = 2 * torch.tensor(kernels.E2M1[:8])
-        values = q.int() - 16
-        nibbles = torch.bucketize(values.abs(), twice) + 8 * (values < 0)
-        self.weight[rows] = pack_nibbles(nibbles.to(torch.uint8))
-        _, exponent = torch.frexp(scale)  # of mantissas from 0.5 on
-        self.scales[rows] = (exponent + 127).to(torch.uint8)
-
-    def pack(self) -> "MXFP4Linear":
-        if self.weight.device.type == "cuda" and not self.packed:
-            self.pack_for_gpu()
-        return self
-
-    def pack_for_gpu(self) -> None:
-        self.weight = kernels.pack_planes(self.weight)
-        self.packed = True
+    def pack(self) -> Linear:
+        return pack(self, "float")
 
     def stored(self) -> dict[str, Tensor]:
-        weight = self.weight
-        if self.packed:
-            weight = pack_nibbles(kernels.split_planes(weight, self.in_features))
-        return {"weight": weight, "scales": self.scales}
-
-    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        nibbles = unpack_nibbles(self.stored()["weight"])
-        for rows in self.slices():
-            yield kernels.mxfp4_values(nibbles[rows], self.scales[rows]).to(dtype)
-
-    def few_rows(self, device: str) -> int:
-        return 0  # the kernel is for stacks
+        return {"weight": self.weight if self.layout is None else self.weight.to_dense()}
 
 
-class QuantizedEmbedding(nn.Module):
-    """An embedding whose table is a quantized layer, perhaps that of a tied output layer."""
+class Layout(Protocol):
+    """How the operator of a device wants a layer's tensors."""
 
-    def __init__(self, table: Int4Linear, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.table = table
-        self.dtype = dtype  # of what it gives
+    def pack(self, layer: nn.Module) -> bool:
+        """Bring the tensors into this layout -> whether that can be: otherwise they stay."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        rows = self.table.rows(tokens.flatten()).to(self.dtype)
-        return rows.view(*tokens.shape, -1)  # (B, T, dim)
+    def plain(self, layer: nn.Module, rows: slice | Tensor) -> tuple[Tensor, ...]:
+        """Some rows as they were before, as Int4Linear.plain says."""
+
+    few_rows: int  # the most rows of x for which product was measured faster than dequantizing
+
+    def product(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """x [rows, in_features] times the weight -> [rows, out_features]."""
 
 
-# what can be made of a model's own weights
-MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
-# what a saved model can consist of
-LAYERS = {**MODES, "int8_grouped": GroupedInt8Linear, "mxfp4": MXFP4Linear}
+# by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
+LAYOUTS: dict[tuple[str, str], Layout] = {}
+Layer = TypeVar("Layer", Linear, QuantizedLinear)
+
+
+def pack(layer: Layer, mode: str) -> Layer:
+    layout = LAYOUTS.get((mode, layer.weight.device.type))
+    if layer.layout is None and layout is not None and layout.pack(layer):
+        layer.layout = layout
+        layer.few_rows = layout.few_rows
+    return layer
+
+
+def many_rows_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which many rows multiply fastest: bfloat16, by 2x, but on a CPU without
+    instructions for it float32, by 3x."""
+    if BF16 or device.type != "cpu":
+        return torch.bfloat16
+    return torch.float32
+
+# --- quantizing ---
+
+
+def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Module:
+    """Quantize a loaded model's linear layers in place -> the model, which then needs setup_caches
+    again. The embedding stays as it is, also where the output layer shares it."""
+    for name, module in progress(list(model.named_modules()), "quantizing"):
+        if isinstance(module, Linear):
+            layer = quantize_linear(module, mode, group_size, name)
+            model.set_submodule(name, layer.pack())
+    for module in model.modules():
+        if hasattr(module, "stack"):  # of experts
+            module.stack()
+    model.cache = None
+    return model
+
+
+@torch.no_grad()
+def quantize_linear(
+    linear: Linear, mode: str, group_size: int = 32, name: str = ""
+) -> Linear | QuantizedLinear:
+    """A Linear's quantized counterpart, not packed yet, its relative error in .error; the Linear
+    itself where its shape does not fit, said on stderr. ValueError for an unknown mode or group
+    size.
+
+    The output layer gets int8 in int4 mode too: in int4 it costs SmolLM2-135M a mean KL of 0.053,
+    in int8 0.002, and llama.cpp does not go below 6 bits for it either."""
+    if mode not in MODES or group_size not in (32, 64, 128):
+        raise ValueError(
+            f"no quantization {mode!r} in groups of {group_size}; "
+            "there are int8, int4 and 32, 64, 128"
+        )
+    if name == "lm_head":
+        mode = "int8"
+    try:
+        layer = MODES[mode](linear, group_size)
+    except ValueError as e:
+        say_once(f"{e}: it keeps its precision")
+        return linear
+    layer.over_ranks = linear.over_ranks
+    weight = linear.stored()["weight"]  # (N, K)
+    error = torch.zeros((), device=weight.device)
+    size = torch.zeros((), device=weight.device)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        w = weight[rows].float()
+        error += (layer.quantize(rows, w) - w).square().sum()
+        size += w.square().sum()
+    layer.error = float((error / size.clamp_min(1e-30)).sqrt())
+    return layer
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """The items, one after the other. On a terminal cli/ puts a bar in the place of this."""
+    return items
+
+
+@lru_cache
+def say_once(message: str) -> None:
+    print(message, file=sys.stderr)
+
+# --- rounding ---
 
 
 def round_to_line(
@@ -474,29 +345,6 @@ def affine(
     return w.flatten(1).to(dtype)
 
 
-def in_larger_groups(
-    q: Tensor, scales: Tensor, zeros: Tensor, middle: int, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Affine weights, q [rows, K] uint8 below 2 * middle, scales and zeros [rows, groups] float32,
-    in fewer groups, of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K
-    in groups of 32 is about a quarter of what it was, so that this adds a sixteenth to the square
-    of the error that the file has itself."""
-    groups = q.shape[1] // group_size
-    scales = scales.unflatten(1, (groups, -1))  # (rows, groups, old groups in each)
-    zeros = zeros.unflatten(1, (groups, -1))
-    ends = torch.stack((zeros, zeros + (2 * middle - 1) * scales))
-    low = ends.amin((0, 3))  # (rows, groups)
-    high = ends.amax((0, 3))
-    steps = ((high - low) / 254).bfloat16().float()  # as stored; 254: their rounding needs room
-    # the lines from the old integers to the new ones
-    divisor = steps.clamp_min(1e-30)[..., None]
-    scales = scales / divisor
-    zeros = (zeros - low[..., None]) / divisor
-    line = q.view(*scales.shape, -1).float()  # (rows, groups, old groups in each, inputs)
-    line.mul_(scales[..., None]).add_(zeros[..., None]).round_()
-    return line.flatten(1).to(torch.uint8), steps, low
-
-
 def pack_nibbles(nibbles: Tensor) -> Tensor:
     """[N, K] -> [N, K/2], the even inputs in the low halves of the bytes. Two bytes at a time,
     which is six times as fast as taking the even and the odd ones apart."""
@@ -509,152 +357,33 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     pairs = packed.to(torch.int16)
     return (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
 
-
-def cpu_unpack(packed: Tensor, block: int, dim: int) -> Tensor:
-    """PyTorch's int4 layout for a CPU, [N, K/2] uint8 -> nibbles [N, K]: byte j of a block of rows
-    holds, for each input, rows j and j + block/2 (dim -2, AVX-512 and AVX2) or rows 2j and 2j + 1
-    (dim -1)."""
-    K = 2 * packed.shape[1]
-    tiles = packed.view(-1, K, block // 2)
-    pairs = tiles.transpose(1, 2).contiguous()  # (N/block, block/2, K)
-    halves = (pairs & 15, pairs >> 4)
-    if dim == -2:
-        return torch.cat(halves, 1).view(-1, K)
-    return torch.stack(halves, 2).view(-1, K)
+# --- the int8 cache ---
 
 
-def cpu_pack(nibbles: Tensor, block: int, dim: int) -> Tensor:
-    """nibbles [N, K] -> PyTorch's int4 layout for a CPU, as in cpu_unpack: in a fifth of the time
-    of PyTorch's own conversion, and without its int32."""
-    N, K = nibbles.shape
-    if dim == -2:
-        low, high = nibbles.view(-1, 2, block // 2, K).unbind(1)
-    else:
-        low, high = nibbles.view(-1, block // 2, 2, K).unbind(2)
-    tiles = low | high << 4  # (N/block, block/2, K)
-    return transpose_bytes(tiles).view(N, K // 2)
+@torch.no_grad()
+def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
+    """Fill an int8 cache's k_mean: the mean key of each head over random tokens.
 
-
-def transpose_bytes(x: Tensor) -> Tensor:
-    """[n, R, K] uint8 -> [n, K, R], R a multiple of 4. Single bytes move slowly: four rows are
-    joined into one of int32 first, which is three times as fast."""
-    pairs = x.short()
-    pairs = pairs[:, 0::2] | pairs[:, 1::2] << 8  # (n, R/2, K)
-    fours = pairs.int() & 0xFFFF
-    fours = fours[:, 0::2] | fours[:, 1::2] << 16  # (n, R/4, K)
-    return fours.transpose(1, 2).contiguous().view(torch.uint8)
-
-
-def cpu_unpack_rows(packed: Tensor, index: Tensor, block: int, dim: int) -> Tensor:
-    """Single rows [n] of the same layout -> nibbles [n, K]."""
-    K = 2 * packed.shape[1]
-    tiles = packed.view(-1, K, block // 2)
-    row = index % block
-    if dim == -2:
-        byte = row % (block // 2)
-        high = row >= block // 2
-    else:
-        byte = row // 2
-        high = row % 2 == 1
-    columns = tiles[index // block, :, byte]  # (n, K)
-    return torch.where(high[:, None], columns >> 4, columns & 15)
-
-
-@lru_cache
-def cpu_layout() -> tuple[int, int] | None:
-    """(block, dim) of cpu_unpack on this CPU, None if it is none of the known ones."""
+    Keys have outlier channels that one int8 scale a token handles badly; subtracting a fixed vector
+    removes them, and softmax does not notice (SageAttention, arXiv 2410.02367). The tokens are
+    spread over the cache, because keys turn with their position: with 64 of them the mean KL on
+    SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
+    n = min(128, cache.max_seq_len)
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(16, (64, 2), generator=generator, dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1)
-    nibbles = probe.to(torch.uint8)
-    for block in (64, 32, 16):
-        for dim in (-2, -1):
-            if torch.equal(cpu_pack(nibbles, block, dim), packed):
-                return block, dim
-    return None
-
-
-def rows_at_once(K: int) -> int:
-    """How many rows of K inputs are repacked at a time: what a CPU's cache holds, and a multiple of
-    the 64 rows that are packed together."""
-    return 64 * max(1, 2**13 // K)
-
-
-# --- layers in the model's own precision ---
-
-class Linear(nn.Linear):
-    """nn.Linear that a CPU runs from weights prepacked for oneDNN: measured 1.6x plain F.linear at
-    batch 1 in bf16."""
-    packed = False
-
-    def pack(self) -> "Linear":
-        """Prepack the weight where oneDNN multiplies its dtype on this CPU."""
-        if self.weight.device.type != "cpu" or self.packed:
-            return self
-        if not onednn_takes(self.weight.dtype):
-            return self
-        weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.packed = True
-        return self
-
-    def stored(self) -> dict[str, Tensor]:
-        return {"weight": self.weight.to_dense() if self.packed else self.weight}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():  # it cannot look into packed weights
-            return packed_linear_op(x, self.weight, self.bias)
-        return packed_linear(x, self.weight, self.bias)  # spares itself an operator's dispatch
-
-
-def onednn_takes(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-def many_rows_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which many rows multiply fastest: bfloat16, by 2x, but on a CPU without
-    instructions for it float32, by 3x."""
-    if BF16 or device.type != "cpu":
-        return torch.bfloat16
-    return torch.float32
-
-
-def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] @ weight.T + bias with weight [N, K] in oneDNN's own blocked layout."""
-    slow = x.dtype == torch.bfloat16 and many_rows_dtype(x.device) != x.dtype
-    if slow and x.numel() > 256 * x.shape[-1]:
-        if bias is not None:
-            bias = bias.float()
-        return F.linear(x.float(), weight.to_dense().float(), bias).to(x.dtype)
-    one_row = x.numel() == x.shape[-1]
-    if one_row and x.dtype == torch.bfloat16 and BF16 and weight.numel() >= 2**22:
-        # oneDNN reads a weight 10 to 15% faster for four rows than for one
-        four = x.view(1, -1).expand(4, -1).contiguous()
-        y = torch.ops.mkldnn._linear_pointwise(four, weight, bias, "none", [], "")
-        return y[:1].view(*x.shape[:-1], -1)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-# one operator in a graph. torch.library.custom_op would do the same, with 40 us around each call
-torch.library.define(
-    "gpt_flash::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
-)
-torch.library.impl("gpt_flash::packed_linear", "default", packed_linear)
-packed_linear_op = torch.ops.gpt_flash.packed_linear.default
-
-
-@torch.library.register_fake("gpt_flash::packed_linear")
-def packed_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
+    tokens = torch.randint(model.config.vocab_size, (1, n), generator=generator).to(model.device)
+    spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(model.device)
+    input_pos = torch.zeros(1, dtype=torch.int32, device=model.device)
+    [positions, *_] = model.positions(input_pos, n, cache, cached=0)
+    positions = model.turned(positions, spread[None], cache.max_seq_len)
+    # not quantized, and with all n tokens of every layer
+    scratch = model.setup_caches(1, n, rings=False).layers(slice(0, 1))
+    model.run_layers(model.prefill_block, tokens, positions, scratch)
+    for layer, measured in zip(cache.whole, scratch, strict=True):
+        keys = measured.kv[0, 0].float()  # (Hkv, n, D)
+        layer.k_mean.copy_(keys.mean(1, keepdim=True))
 
 # --- saving and loading ---
+
 
 @torch.no_grad()
 def save_quantized(
@@ -704,14 +433,16 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def quantized_layout(model: nn.Module, hf: dict) -> bool:
+def quantized_layout(
+    model: nn.Module, hf: dict, put: Callable[..., nn.Module] | None = None
+) -> bool:
     """Put empty quantized layers where save_quantized's config.json has them -> whether hf is one.
-    ValueError where they do not fit the model."""
+    put: put_layer, or one that knows more modes. ValueError where they do not fit the model."""
     if "gpt_flash" not in hf:
         return False
     try:
         for name, (mode, group_size) in hf["gpt_flash"]["layers"].items():
-            put_layer(model, name, mode, group_size)
+            (put or put_layer)(model, name, mode, group_size)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(
             f"the gpt_flash entry of config.json does not fit the model: {e}"
@@ -720,19 +451,10 @@ def quantized_layout(model: nn.Module, hf: dict) -> bool:
 
 
 def put_layer(model: nn.Module, name: str, mode: str, group_size: int | None) -> nn.Module:
-    """Put an empty quantized layer in the place of a Linear -> the layer. The embedding's is its
-    table, embed_tokens.table, which a tied output layer shares."""
-    if name != "embed_tokens.table":
-        layer = LAYERS[mode](model.get_submodule(name), group_size)
-        model.set_submodule(name, layer)
-        return layer
-    weight = model.embed_tokens.weight  # (vocab_size, dim)
-    vocab_size, dim = weight.shape
-    table = LAYERS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
-    model.embed_tokens = QuantizedEmbedding(table, weight.dtype)
-    if model.config.tied and model.lm_head.out_features == vocab_size:
-        model.lm_head = table
-    return table
+    """Put an empty quantized layer in the place of a Linear -> the layer."""
+    layer = MODES[mode](model.get_submodule(name), group_size)
+    model.set_submodule(name, layer)
+    return layer
 
 
 def refuse_existing(folder: Path) -> None:
@@ -742,49 +464,48 @@ def refuse_existing(folder: Path) -> None:
         raise ValueError(f"{folder} exists already; remove it or choose another folder")
 
 
-# --- quality ---
-
-@torch.no_grad()
-def perplexity(
-    model: nn.Module, ids: list[int], context: int = 512, kv_dtype: torch.dtype | None = None,
-    reference: nn.Module | None = None,
-) -> float | tuple[float, float]:
-    """exp of the mean negative log-likelihood of ids[1:], read in pieces of `context` tokens;
-    kv_dtype as in setup_caches. With a reference model: (perplexity, mean KL divergence of the next
-    token from the reference's).
-
-    The text goes through 16 tokens a call, as in decoding, so that attention sees the cache as it
-    is stored. ValueError for fewer than 2 tokens, or some outside the vocabulary."""
-    vocab_size = model.config.vocab_size
-    if len(ids) < 2 or min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(
-            f"perplexity takes at least 2 tokens of the {vocab_size} of the vocabulary"
-        )
-    model.setup_caches(1, context, kv_dtype)
-    if reference is not None:
-        reference.setup_caches(1, context)
-    tokens = torch.tensor(ids, device=model.device)
-    pieces = list(zip(tokens[:-1].split(context), tokens[1:].split(context)))
-    nll = 0.0
-    kl = 0.0
-    for piece, targets in tqdm(pieces, "reading", disable=None, leave=False):
-        for start in range(0, len(piece), 16):
-            read = piece[start:start + 16]
-            expected = targets[start:start + 16]
-            logp = log_probabilities(model, read, start)  # (16, vocab_size)
-            nll += F.nll_loss(logp, expected, reduction="sum").item()
-            if reference is not None:
-                theirs = log_probabilities(reference, read, start)
-                kl += F.kl_div(logp, theirs, reduction="sum", log_target=True).item()
-    n = len(ids) - 1
-    if reference is None:
-        return math.exp(nll / n)
-    return math.exp(nll / n), kl / n
+def cache_folder() -> Path:
+    """Where what can be made again is kept. RuntimeError: the user has no home."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "gpt-flash"
 
 
-def log_probabilities(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
-    """tokens [T] at positions from start -> the model's log probabilities of the token behind each,
-    [T, vocab_size] float32."""
-    input_pos = torch.tensor([start], dtype=torch.int32, device=tokens.device)
-    logits = model(tokens[None], input_pos)  # (1, T, vocab_size)
-    return logits[0].float().log_softmax(-1)
+@contextmanager
+def workspace(parent: Path, name: str) -> Iterator[Path]:
+    """A new hidden folder in `parent` to write into until all is there; gone at the end, by an
+    exception too.
+
+    A process that is killed leaves its own, so those of the same name that no process has locked
+    are removed first: the lock ends with the process that has it."""
+    prefix = f".gpt-flash-{name[:100]}-"
+    for folder in parent.iterdir():
+        if folder.name.startswith(prefix) and not folder.is_symlink():
+            remove_abandoned(folder)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder:
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks: none removes it there
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield Path(folder)
+        finally:
+            os.close(lock)
+
+
+def remove_abandoned(folder: Path) -> None:
+    with suppress(OSError):  # another user's, or gone meanwhile
+        if time.time() - folder.stat().st_mtime < 1:  # perhaps not locked yet
+            return
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+
+def __getattr__(name: str) -> Any:
+    """perplexity, what quantizing costs on a text, is benchmarks/quality.py's."""
+    if name != "perplexity":
+        raise AttributeError(f"module 'quantize' has no attribute {name!r}")
+    from benchmarks.quality import perplexity
+    return perplexity

@@ -1,4 +1,4 @@
-"""The model, generation and the command line; `python tests.py` runs this file and checks/.
+"""The promises of the core files, and of the seam; `python tests.py` runs this file and checks/.
 
 Arguments go to pytest, as in `python tests.py -k cache`; where one names a file, only that runs.
 Without a GPU the Triton kernels run in Triton's interpreter; with one the tests also run there.
@@ -8,41 +8,35 @@ import checks  # before Triton is imported: it says whether Triton interprets
 import ast
 import copy
 import dataclasses
-import functools
-import io
-import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from checks.common import CHECKPOINTS, CONFIG, CPU_ENV, DEVICES, HERE, PROMPTS
-from checks.common import close, hf_logits, run_cli
-from engine import Engine, compile_model
-from formats.tokenizer import Tokenizer
-from generate import generate
+from batching import Engine
+from checks.common import CHECKPOINTS, CPU_ENV, DEVICES, HERE, PROMPTS
+from checks.common import close, hf_folder, hf_logits
+from generate import (
+    FILTERS, Decoder, Filter, Request, Sampling, Tokenizer, compile_model, generate, kind_of,
+    sample,
+)
 from kernels import flash_decode_reference
 from model import FAMILIES, Block, KVCache, LayerCache, Transformer, load_model
-from sampling import Request, Sampling, kind_of, sample
 
+pytest_plugins = ["checks.fixtures"]  # see checks/conftest.py
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
-Run = tuple[int, str, str]  # exit code, stdout, stderr
 
 # --- every family equals transformers ---
 
@@ -128,7 +122,8 @@ def test_dead_positions_are_never_seen(checkpoint: Checkpoint, attention: str) -
 
     def decode(capacity: int, poison: float) -> Tensor:
         model.setup_caches(1, capacity, attention=attention)
-        model.cache.kv.fill_(poison)
+        for layer in model.cache.whole:
+            layer.kv.fill_(poison)
         model(tokens[:, :20], positions(0))
         steps = [model(tokens[:, i:i + 1], positions(i)) for i in range(20, 25)]
         return torch.cat(steps)
@@ -143,14 +138,14 @@ def test_a_cache_needs_no_model() -> None:
     cache = KVCache(2, 2, 16, max_batch_size=3, max_seq_len=32, dtype=torch.float32)
     assert len(cache.layers(slice(0, 3))) == 2
     torch.manual_seed(0)
-    for layer, kv in zip(cache.layers(slice(1, 3)), cache.kv):
+    for whole, layer in zip(cache.whole, cache.layers(slice(1, 3))):
         q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16)
-        kv.normal_()
+        whole.kv.normal_()
         # the reference appends too: it gets a copy of rows 1 and 2
-        keys, values = kv[:, 1:3].clone()
+        keys, values = whole.kv[:, 1:3].clone()
         want = flash_decode_reference(q, keys, values, positions(5, 20), k, v)
         close(layer.flash_decode(q, k, v, positions(5, 20)), want, 1e-5)
-        assert torch.equal(kv[0, 1:3], keys) and torch.equal(kv[1, 1:3], values)
+        assert torch.equal(whole.kv[:, 1:3], torch.stack((keys, values)))
 
 
 @pytest.mark.parametrize("max_seq_len", [1, 3, 2047, 2048])
@@ -158,16 +153,21 @@ def test_a_cache_needs_no_model() -> None:
 def test_every_layer_of_an_int8_cache_is_aligned(
     rows: int, n_kv_head: int, head_dim: int, max_seq_len: int
 ) -> None:
-    """torch.compile copies inputs that do not start at 16 bytes. No layer's values share memory."""
+    """torch.compile copies inputs that do not start at 16 bytes. No layers share memory: a view
+    into a common storage would be written to in another layer."""
     cache = KVCache(3, n_kv_head, head_dim, rows, max_seq_len, dtype=torch.int8)
     for layer in cache.layers(slice(0, rows)):
         assert layer.kv.data_ptr() % 16 == 0
         assert layer.scale.data_ptr() % 16 == 0
         assert layer.scale.shape == (2, rows, n_kv_head, max_seq_len)
         layer.scale += 1
-    assert (cache.scale == 1).all()
-    allocated = cache.kv.untyped_storage().nbytes() + cache.scale.untyped_storage().nbytes()
-    assert cache.nbytes == allocated
+    assert all((layer.scale == 1).all() for layer in cache.whole)
+    storages = {}
+    for layer in cache.whole:
+        for tensor in (layer.kv, layer.scale, layer.k_mean):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert len(storages) == 9
+    assert cache.nbytes == sum(storages.values())
 
 
 def test_two_caches_in_turn(checkpoint: Checkpoint) -> None:
@@ -194,84 +194,11 @@ def test_prefill_of_some_rows(checkpoint: Checkpoint) -> None:
     layers = model.cache.layers(slice(0, 1))
     kept = [layer.kv.clone() for layer in layers]
     swapped = tokens[[2, 1]]  # rows 1 and 2 get the tokens of rows 2 and 1
-    model.prefill(swapped[:, :20], positions(0, 0), rows=slice(1, 3), start=0)
+    model.prefill(swapped[:, :20], positions(0, 0), rows=slice(1, 3), cached=0)
     last = torch.tensor([9, 4])
-    got = model.prefill(swapped[:, 20:], positions(20, 20), rows=slice(1, 3), start=20, last=last)
+    got = model.prefill(swapped[:, 20:], positions(20, 20), rows=slice(1, 3), cached=20, last=last)
     close(got, torch.stack([expected[2, 29:30], expected[1, 24:25]]))
     assert all(torch.equal(layer.kv, before) for layer, before in zip(layers, kept, strict=True))
-
-
-class Largest(TorchDispatchMode):
-    """Keeps the number of elements of the largest tensor that an operator makes."""
-
-    n = 0
-
-    def __torch_dispatch__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and not func.is_view:
-            self.n = max(self.n, out.numel())
-        return out
-
-
-@pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["default", "math"])
-@pytest.mark.parametrize("name, cached", [
-    ("llama", 0), ("llama", 30), ("mistral", 0), ("gemma2", 0), ("gemma2", 30),
-])
-def test_prefill_never_holds_all_scores(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, cached: int,
-    backend: SDPBackend | None,
-) -> None:
-    """Not from the beginning, behind a prefix or with a window, and not if PyTorch has no kernel
-    that does without them; the logits are the same."""
-    model = loaded(checkpoint, name)
-    model.setup_caches(1, 80)
-    tokens = random_tokens(1, 80)
-    last = torch.tensor([49])
-
-    def prefill() -> Tensor:
-        if cached:
-            model.prefill(tokens[:, :cached], positions(0))
-        return model.prefill(tokens[:, cached:cached + 50], positions(cached), last=last)
-
-    want = prefill()
-    bound = 50 * 160  # the product with most outputs
-    assert model.config.n_head * 50 * (cached + 50) > bound
-    monkeypatch.setattr("model.MAX_SCORES", bound)
-    with nullcontext() if backend is None else sdpa_kernel(backend), Largest() as largest:
-        close(prefill(), want, 1e-5)
-    assert largest.n <= bound
-
-
-@pytest.fixture
-def tokens_before_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention's result lies in memory as that of PyTorch's memory-efficient kernels on a GPU."""
-    attention = F.scaled_dot_product_attention
-
-    def as_on_a_gpu(*args: Any, **options: Any) -> Tensor:
-        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3"])
-@pytest.mark.parametrize("tile", [1, 7, 50])
-def test_tiles_of_queries_change_nothing(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tokens_before_heads: None, name: str,
-    tile: int,
-) -> None:
-    """Nor rows of different depths."""
-    monkeypatch.setattr("model.QUERY_TILE", tile)
-    folder, hf = checkpoint(name)
-    model = load_model(folder, dtype=torch.float32)
-    model.setup_caches(2, 64)
-    tokens = random_tokens(2, 60)
-    close(model.prefill(tokens[:, :20], positions(0, 0)), hf_logits(hf, tokens)[:, :20])
-    behind = torch.stack((tokens[0, 20:60], tokens[1, 9:49]))
-    logits = model.prefill(behind, positions(20, 9))
-    close(logits[:1], hf_logits(hf, tokens[:1])[:, 20:])
-    close(logits[1:], hf_logits(hf, tokens[1:])[:, 9:49])
 
 
 def test_a_copy_of_a_model_has_its_own_attention(
@@ -312,14 +239,14 @@ def test_the_old_cache_goes_before_the_new_one_comes(
     model = loaded(checkpoint)
     if compiled:
         compile_model(model)
-    memory = [StorageWeakRef(model.setup_caches(1, 32).kv.untyped_storage())]
+    memory = [weak(model.setup_caches(1, 32))]
     freed = []
     allocate = KVCache.__init__
 
     def watched(cache: KVCache, *args: object, **options: object) -> None:
         freed.append(memory.pop().expired())
         allocate(cache, *args, **options)
-        memory.append(StorageWeakRef(cache.kv.untyped_storage()))
+        memory.append(weak(cache))
 
     monkeypatch.setattr(KVCache, "__init__", watched)
     model.setup_caches(1, 48)
@@ -327,6 +254,10 @@ def test_the_old_cache_goes_before_the_new_one_comes(
     generate(model, PROMPTS[:2], 40, compile=compiled)  # more tokens
     generate(model, PROMPTS, 40, compile=compiled)  # more rows
     assert len(freed) >= 3 and all(freed)
+
+
+def weak(cache: KVCache) -> StorageWeakRef:
+    return StorageWeakRef(cache.whole[0].kv.untyped_storage())
 
 # --- sampling ---
 
@@ -338,13 +269,13 @@ def request(prompt: list[int] = PROMPTS[0], n: int = 12, **settings: object) -> 
     return Request(prompt, n, **settings)
 
 
-def draw(logits: Tensor, requests: list[Request], kind: str | None = None) -> Tensor:
+def draw(logits: Tensor, requests: list[Request]) -> Tensor:
     """A token [B] for each row of logits [B, V], always with the same random numbers, of one
     stream."""
     requests = [dataclasses.replace(each, seed=0) for each in requests]
-    sampling = Sampling.of(requests, logits.shape[1], torch.device("cpu"))
+    sampling = Sampling.of(requests, torch.device("cpu"))
     position = torch.arange(len(requests), dtype=torch.int32)
-    return sample(logits, sampling, kind or kind_of(requests), position)
+    return sample(logits, sampling, kind_of(requests), position)
 
 
 def draws(settings: dict, n: int = 4000) -> Tensor:
@@ -374,38 +305,36 @@ def test_sampling_distribution(settings: dict, want: list[float]) -> None:
     assert torch.equal(got > 0, expected > 0)
 
 
-SETTINGS = [
-    dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    for temperature, top_k, top_p, min_p
-    in itertools.product((0.0, 0.7, 1.5), (None, 1, 40, 700), (None, 0.4, 1.0), (None, 0.1))
-]
+def drop_likeliest(probs: Tensor, setting: Tensor) -> Tensor:
+    """A filter of a fork: none of as many of the likeliest tokens as the setting says."""
+    rank = torch.arange(probs.shape[1])
+    return probs.masked_fill(rank < setting, 0)
 
 
-def test_a_few_kinds_of_step_draw_for_all_settings() -> None:
-    requests = [request(**settings) for settings in SETTINGS]
-    pairs = itertools.combinations_with_replacement(requests, 2)
-    assert len({kind_of(pair) for pair in pairs}) <= 4
+@dataclasses.dataclass(frozen=True)
+class ForksRequest(Request):
+    dropped: int | None = dataclasses.field(default=None, kw_only=True)
 
 
-def test_settings_differ_by_row() -> None:
-    """A row draws what it draws among rows like itself, and a greedy one the likeliest token."""
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(len(SETTINGS), 1000)
-    requests = [request(**settings) for settings in SETTINGS]
-    together = draw(logits, requests)
-    for row, mine in enumerate(requests):
-        alone = draw(logits, [mine] * len(requests))
-        assert together[row] == alone[row]
-        if mine.temperature == 0:
-            assert together[row] == logits[row].argmax()
-
-
-def test_a_cheaper_kind_of_step_draws_the_same() -> None:
-    torch.manual_seed(0)
-    logits = 3 * torch.randn(len(SETTINGS), 1000)
-    for mine in (request(**settings) for settings in SETTINGS):
-        requests = [mine] * len(logits)
-        assert torch.equal(draw(logits, requests), draw(logits, requests, "filtered"))
+@pytest.mark.parametrize("settings", [
+    {}, dict(top_k=3), dict(top_p=0.9), dict(min_p=0.01), dict(top_k=3, top_p=0.9),
+], ids=str)
+def test_a_sampler_that_is_added_to_filters_is_never_skipped(
+    monkeypatch: pytest.MonkeyPatch, settings: dict
+) -> None:
+    """It is on for every row, or as the setting of its name says; other rows do without."""
+    plain = request(temperature=1.0, **settings)
+    fork = ForksRequest(PROMPTS[0], 12, 1.0, **settings)
+    logits = torch.tensor(PROBABILITIES).log().repeat(999, 1)
+    assert (draw(logits, [plain] * 999) == 0).any()
+    monkeypatch.setitem(FILTERS, "dropped", Filter(drop_likeliest, 1.0))
+    assert (draw(logits, [plain] * 999) > 0).all()  # no setting of that name
+    monkeypatch.setitem(FILTERS, "dropped", Filter(drop_likeliest, 0.0))
+    assert (draw(logits, [fork] * 999) == 0).any()
+    drops = dataclasses.replace(fork, dropped=1)
+    assert (draw(logits, [drops] * 999) > 0).all()
+    mixed = draw(logits, [fork, drops, plain] * 333).view(-1, 3)
+    assert ((mixed == 0).any(0) == torch.tensor([True, False, True])).all()
 
 # --- generate ---
 
@@ -451,7 +380,7 @@ def test_long_prompts_prefill_in_chunks(
 ) -> None:
     model = loaded(checkpoint)
     whole = generate(model, PROMPTS, 8)
-    monkeypatch.setattr("engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("generate.PREFILL_CHUNK", 7)
     assert generate(model, PROMPTS, 8) == whole
 
 
@@ -480,112 +409,61 @@ def test_generate_refuses_before_it_allocates(
     assert model.cache is None
 
 
-# --- the engine ---
-REQUESTS = [
-    request(PROMPTS[0], 9),
-    request(PROMPTS[2], 2),
-    request(PROMPTS[1], 14),
-    request([40, 41], 1),
-    request(list(range(60, 77)), 30),
-    request(list(range(90, 130)), 5),
-]
+def is_last(last: int, tokens: list[int]) -> bool:
+    """Request.ends: once that token comes; each comes in a list of its own."""
+    return tokens == [last]
 
 
-def alone(model: Transformer, requests: list[Request]) -> list[list[int]]:
-    """What generate gives to each greedy request by itself."""
-    return [generate(model, [each.prompt], each.max_new_tokens)[0] for each in requests]
-
-
-def test_rows_inserted_at_different_times(checkpoint: Checkpoint) -> None:
-    """A prefill of one row is nothing to the others: each gets what it gets alone."""
-    model = loaded(checkpoint, "mistral")
-    requests = [request(prompt, 16) for prompt in PROMPTS]
-    expected = alone(model, requests)
-    model.setup_caches(3, 64)
-    engine = Engine(model)
-    got = [[], [], []]
-    for row in (1, 0, 2):
-        engine.insert(row, [requests[row]])
-        got[row].append(int(engine.token[row]))
-        started = [row for row in range(3) if got[row]]
-        for _ in range(4):
-            engine.step()
-            for row in started:
-                got[row].append(int(engine.token[row]))
-    assert [len(tokens) for tokens in got] == [9, 13, 5]
-    for tokens, want in zip(got, expected):
-        assert tokens == want[:len(tokens)]
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 8])
-def test_more_requests_than_rows(checkpoint: Checkpoint, rows: int) -> None:
-    """Rows that are free take what waits; no request feels its neighbours or its predecessor."""
-    model = loaded(checkpoint, "qwen3")
-    expected = alone(model, REQUESTS)
-    assert collect(model, REQUESTS, rows) == expected
-
-
-def test_a_request_ends_at_its_own_eos(checkpoint: Checkpoint) -> None:
-    model = loaded(checkpoint)
-    requests = []
-    expected = []
-    for each, full in zip(REQUESTS, alone(model, REQUESTS)):
-        eos = full[len(full) // 2]
-        requests.append(dataclasses.replace(each, eos_ids=frozenset({eos})))
-        expected.append(full[:full.index(eos) + 1])
-    assert collect(model, requests, rows=3) == expected
-
-
-def test_greedy_rows_beside_sampled_ones(checkpoint: Checkpoint) -> None:
-    """Rows may differ in their settings; the greedy ones get exactly their tokens."""
-    model = loaded(checkpoint)
-    expected = alone(model, REQUESTS)
-    sampled = [
-        request(temperature=1.0),
-        request(temperature=2.0, top_k=5),
-        request(temperature=0.7, top_p=0.9, min_p=0.01),
+def ragged_requests(cached: int, free: list[list[int]]) -> list[Request]:
+    """Greedy and sampled ones of all lengths, of which some end early. free: what the greedy ones
+    say if nothing ends them."""
+    every = dict(cached=cached)
+    return [
+        request(PROMPTS[0], 9, **every),
+        request(PROMPTS[2], 14, temperature=1.5, top_p=0.9, seed=3, **every),
+        request(PROMPTS[1], 12, eos_ids=frozenset({free[1][5]}), **every),
+        request([40, 41], 1, **every),
+        request(list(range(60, 77)), 99, temperature=0.7, top_k=9, seed=1, **every),
+        request(PROMPTS[2], 12, ends=partial(is_last, free[2][4]), **every),
+        request([7] * 5, 20, temperature=1.0, min_p=0.05, seed=2, **every),
     ]
-    mixed = [each for pair in zip(REQUESTS, sampled * 2) for each in pair]
-    got = collect(model, mixed, rows=3)
-    assert got[::2] == expected
-    assert all(len(tokens) == 12 for tokens in got[1::2])
 
 
-def test_inserted_by_hand_or_by_run(checkpoint: Checkpoint) -> None:
-    """Rows that insert was given step as run has them step, sampled ones too."""
+@pytest.mark.parametrize("rows", [7, 3], ids=["a row for each", "fewer rows"])
+@pytest.mark.parametrize("name, kv_dtype, cached", [
+    ("llama", None, 0), ("mistral", None, 0), ("qwen3", torch.int8, 0), ("llama", None, 20),
+])
+def test_decoder_and_engine_say_the_same_tokens(
+    checkpoint: Checkpoint, name: str, kv_dtype: torch.dtype | None, cached: int, rows: int
+) -> None:
+    """Whatever the requests are, and however many rows the Engine has to refill."""
+    model = loaded(checkpoint, name)
+    prefix = random_tokens(20).tolist()[:cached]
+    free = generate(model, [prefix + prompt for prompt in PROMPTS], 12)
+    requests = ragged_requests(cached, free)
+    answers = []
+    for kind, n in ((Decoder, 7), (Engine, rows)):
+        model.setup_caches(n, 90, kv_dtype)
+        decoder = kind(model)
+        if cached:
+            generate(model, [prefix] * n, 1, engine=decoder)
+        out = [[] for _ in requests]
+        for number, tokens in decoder.run(requests):
+            out[number] += tokens
+        answers.append((out, dict(decoder.finish_reasons)))
+    assert answers[0] == answers[1]
+    out, reasons = answers[0]
+    assert reasons[2] == "eos" and reasons[5] == "stop" and reasons[4] == "context"
+    assert [len(out[i]) for i in (0, 1, 3, 6)] == [9, 14, 1, 20]
+
+
+def test_a_decoder_has_a_row_for_each_prompt(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
-    mine = request(PROMPTS[0], 12, temperature=1.5, top_p=0.9)
-    model.setup_caches(1, 64)
-    want = generate(model, [mine.prompt], 12, temperature=1.5, top_p=0.9, seed=3)[0]
-    engine = Engine(model)
-    engine.insert(0, [dataclasses.replace(mine, seed=3)])
-    got = [int(engine.token)]
-    for _ in range(11):
-        engine.step()
-        got.append(int(engine.token))
-    assert got == want
-
-
-def test_generate_with_an_engine(checkpoint: Checkpoint) -> None:
-    """A series of calls shares one; prompts beyond its rows wait their turn."""
-    model = loaded(checkpoint)
-    expected = generate(model, PROMPTS, 12)
     model.setup_caches(2, 64)
-    engine = Engine(model)
-    assert generate(model, PROMPTS, 12, engine=engine) == expected
-    sampled = generate(model, PROMPTS, 12, temperature=1.5, seed=1, engine=engine)
-    assert generate(model, PROMPTS, 12, engine=engine) == expected
-    again = generate(model, PROMPTS, 12, temperature=1.5, seed=1, engine=engine)
-    assert again == sampled != expected
-
-
-def collect(model: Transformer, requests: list[Request], rows: int) -> list[list[int]]:
-    """What an engine of that many rows yields for each request."""
-    model.setup_caches(rows, 64)
-    out = [[] for _ in requests]
-    for number, tokens in Engine(model).run(requests):
-        out[number] += tokens
-    return out
+    with pytest.raises(ValueError, match="a batch of at least 3"):
+        generate(model, PROMPTS, 4, engine=Decoder(model))
+    with pytest.raises(ValueError, match="the same number of tokens cached"):
+        list(Decoder(model).run([request(), request(cached=1)]))
 
 # --- compile ---
 
@@ -615,60 +493,11 @@ def test_a_compiled_row_attends_without_python(
     tokens = random_tokens(1, 24)
     model.setup_caches(1, 24)
     eager = [model.decode(tokens[:, i:i + 1], positions(i)) for i in range(24)]
-    monkeypatch.setattr("cache.flash_decode", None)
+    monkeypatch.setattr("model.flash_decode_unchecked", None)
     compile_model(model)
     for i, expected in enumerate(eager):
         close(model.decode(tokens[:, i:i + 1], positions(i)), expected)
     assert graphs() == 1
-
-
-def test_compiled_prefill(checkpoint: Checkpoint, dynamo: None) -> None:
-    model = loaded(checkpoint, "qwen3")
-    eager = [generate(model, [prompt], 6) for prompt in PROMPTS]
-    compile_model(model, prefill=True)
-    assert [generate(model, [prompt], 6) for prompt in PROMPTS] == eager
-
-
-def test_prefill_compiles_once_behind_any_prefix(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
-) -> None:
-    """However many tiles of queries there are: the graphs are one for prompts from the beginning,
-    one for those behind a prefix."""
-    monkeypatch.setattr("model.QUERY_TILE", 8)
-    model = loaded(checkpoint)
-    model.setup_caches(1, 96)
-    tokens = random_tokens(1, 96)
-    eager = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
-    eager += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
-    compile_model(model, prefill=True)
-    model.prefill(tokens[:, :20], positions(0))
-    model.prefill(tokens[:, 20:40], positions(20))
-    compiled = graphs()
-    again = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
-    again += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
-    assert graphs() == compiled
-    for a, b in zip(again, eager):
-        close(a, b)
-
-
-def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
-    """More of them than torch.compile allows a function to be compiled anew."""
-    model = loaded(checkpoint, "mistral")
-    eager = generate(model, PROMPTS[:1], 4)
-    compile_model(model)
-    for size in range(10):
-        model.setup_caches(1, 16 + 8 * size)
-        assert generate(model, PROMPTS[:1], 4, compile=True) == eager
-
-
-def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
-    """The same where generate itself replaces the cache, in a model whose layers differ."""
-    model = loaded(checkpoint, "qwen2-window")
-    eager = generate(model, PROMPTS[:1], 60)[0]
-    model.cache = None
-    compile_model(model)
-    for n in range(4, 60, 10):
-        assert generate(model, PROMPTS[:1], n, compile=True) == [eager[:n]]
 
 # --- what a fork changes is obeyed ---
 
@@ -760,250 +589,98 @@ def test_capital_of_france(smollm: tuple[Transformer, Tokenizer]) -> None:
     out = generate(model, [ids], 50, eos_ids=tokenizer.eos_ids)[0]
     assert tokenizer.decode(out) == "The capital of France is Paris." and out[-1] == 2
 
-# --- the command line ---
+# --- the seam: every folder can be deleted ---
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture) -> Callable[..., Run]:
-    """generate.py's main on the CPU."""
-    return functools.partial(run_cli, capfd, "--device", "cpu")
-
-
-def test_default_run(cli: Callable[..., Run]) -> None:
-    code, out, err = cli()
-    assert code == 0 and out == "The capital of France is Paris.\n"
-    for said in ("tokens/s", "first token after", "peak memory"):
-        assert said in err
-
-
-def test_prompts_file(
-    cli: Callable[..., Run], tmp_path: Path, smollm: tuple[Transformer, Tokenizer]
-) -> None:
-    model, tokenizer = smollm
-    lines = [
-        "The capital of France is",
-        "One, two,",
-        "The capital of Italy, a country in southern Europe, is",
-    ]
-    file = tmp_path / "p.txt"
-    file.write_text("\n\n".join(lines) + "\n")
-    alone = []
-    for line in lines:
-        new = generate(model, [tokenizer.encode(line)], 6)[0]
-        alone.append(tokenizer.decode(new))
-    words = ["--quantize", "none", "--batch_size", 2, "--max_new_tokens", 6]
-    code, out, err = cli("--prompts", file, *words, "--json")
-    records = sorted(map(json.loads, out.splitlines()), key=lambda record: record["index"])
-    assert code == 0 and [record["text"] for record in records] == alone
-    assert {record["finish_reason"] for record in records} == {"length"}
-    assert "18 new tokens" in err
-    code, out, _ = cli("--prompts", file, *words)
-    shown = [f"[{i}] {line}\n{text}\n\n" for i, (line, text) in enumerate(zip(lines, alone))]
-    assert code == 0 and out == "".join(shown)
-
-
-def test_interactive_keeps_the_cache(
-    cli: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, smollm: tuple[Transformer, Tokenizer]
-) -> None:
-    """The second turn prefills only what is new, and answers as the whole conversation does."""
-    model, tokenizer = smollm
-    fed = []
-    prefill = Transformer.prefill
-
-    def watched(model: Transformer, tokens: Tensor, *args: object, **options: object) -> Tensor:
-        fed.append(tokens[0].tolist())
-        return prefill(model, tokens, *args, **options)
-
-    monkeypatch.setattr(Transformer, "prefill", watched)
-    question, more = "What is the capital of France?", "And of Italy?"
-    chat_with(monkeypatch, model, f"{question}\n{more}")
-    code, out, _ = cli("--interactive", "--max_new_tokens", 12)
-    assert code == 0 and len(fed) == 2
-    first, second = out.splitlines()
-    ids = tokenizer.chat([
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": first},
-        {"role": "user", "content": more},
-    ])
-    assert len(fed[1]) < 20 and ids[-len(fed[1]):] == fed[1]
-    model.setup_caches(1, 200)
-    whole = generate(model, [ids], 12, eos_ids=tokenizer.eos_ids)[0]
-    assert second == tokenizer.decode(whole)
-
-
-def test_interactive_says_when_the_context_is_full(
-    cli: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, smollm: tuple[Transformer, Tokenizer]
-) -> None:
-    chat_with(monkeypatch, smollm[0], "Tell me a story.\n" * 3 + "/clear\nHi\n")
-    code, out, err = cli("--interactive", "--max_seq_len", 64)
-    assert code == 0 and len(out.splitlines()) >= 2
-    assert err.count("the context of 64 tokens is full") == 3
-
-
-def chat_with(monkeypatch: pytest.MonkeyPatch, model: Transformer, said: str) -> None:
-    """The next command line gets this model, and this on standard input."""
-    def load(*args: object, **options: object) -> Transformer:
-        return model
-
-    monkeypatch.setattr("generate.load_model", load)
-    monkeypatch.setattr("sys.stdin", io.StringIO(said))
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ("--temperature -1", "--temperature: -1 is not at least 0"),
-    ("--temperature warm", "invalid number value"),
-    ("--temperature nan", "--temperature"),
-    ("--top_p 0", "above 0"),
-    ("--top_p 1.5", "at most 1"),
-    ("--top_k 0", "--top_k"),
-    ("--min_p 2", "--min_p"),
-    ("--max_new_tokens 0", "--max_new_tokens"),
-    ("--batch_size 1.5", "whole number"),
-    ("--batch_size 1000000000000", "--batch_size"),
-    ("--batch_size 4000 --prompt 8000", "KV cache"),
-    ("--num_samples 1000000000000", "--num_samples"),
-    ("--seed -3", "--seed"),
-    ("--device abacus", "--device abacus"),
-    ("--device cuda:99", "--device cuda:99"),
-    ("--dtype int3", "--dtype"),
-    ("--quantize int9", "--quantize"),
-    ("--nonsense", "--nonsense"),
-    ("--prompt x --interactive", "exclude"),
-    ("--interactive --json", "--interactive"),
-    ("--prompt @/no/such/file", "/no/such/file"),
-    ("--prompts /no/such/file", "/no/such/file"),
-    ("--prompt @/", "cannot read"),
-    ("--prompt=", "empty"),
-    ("--prompt 0", "empty"),
-    ("--prompt 9000", "context of 8192"),
-    ("--prompt 20 --max_seq_len 20", "no room"),
-    ("--max_seq_len 9000", "8192"),
-    ("--checkpoint_path /no/such/model", "/no/such/model"),
-    ("--checkpoint_path /etc/hostname", "hostname"),
-    ("--checkpoint_path /etc", "/etc"),
-    ("--checkpoint_path=", "no such file"),
-    ("--benchmark --prompt hello", "number of random tokens"),
-    ("--compile_prefill", "goes with --compile"),
-    ("--save never-made", "--quantize"),
-    ("--save never-made --quantize int8 --prompt x", "--save"),
-    ("--save /tmp --quantize int8", "exists already"),
-    ("--quantize int4 --group_size 48", "--group_size"),
-])
-def test_mistakes_get_one_sentence(
-    cli: Callable[..., Run], arguments: str, message: str
-) -> None:
-    code, out, err = cli(*arguments.split())
-    last = err.strip().splitlines()[-1]
-    assert code == 2 and out == "" and "Traceback" not in err
-    assert last.startswith("generate.py: error: ") and message in last
-
-
-def test_swapped_tokenizer(
-    cli: Callable[..., Run], checkpoint: Checkpoint, tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    folder, _ = checkpoint("llama")
-    shutil.copy(folder / "config.json", tmp_path)
-    shutil.copy(folder / "model.safetensors", tmp_path)
-    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path)
-    code, _, err = cli("--checkpoint_path", tmp_path, "--prompt", "x")
-    assert code == 2 and "the tokenizer has 600 tokens but the model only 131" in err
-
-
-@pytest.fixture
-def shape(tmp_path: Path) -> Path:
-    """A bare config.json, which gives random weights."""
-    path = tmp_path / "shape.json"
-    path.write_text(json.dumps(CONFIG))
-    return path
-
-
-def test_benchmark(cli: Callable[..., Run], shape: Path) -> None:
-    options = "--benchmark --prompt 20 --max_new_tokens 5 --json --compile".split()
-    code, out, _ = cli("--checkpoint_path", shape, *options)
-    result = json.loads(out.splitlines()[-1])
-    assert code == 0 and result["compile_s"] > 0
-    assert (result["prompt_tokens"], result["new_tokens"]) == (20, 5)
-    steps = [result[f"ms_per_step{suffix}"] for suffix in ("_p10", "", "_p90")]
-    assert steps == sorted(steps)
-
-
-def test_profile(cli: Callable[..., Run], shape: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "t.json"
-    code, _, err = cli("--checkpoint_path", shape, "--prompt", 20, "--profile", trace)
-    assert code == 0 and "_linear_pointwise" in err and "self_attn.qkv_proj" in err
-    assert json.loads(trace.read_text())["traceEvents"]
-
-
-@pytest.fixture
-def ctrl_c_counts() -> Iterator[None]:
-    """Programs that a test starts are interrupted as from a terminal, though the shell that runs
-    the tests ignores it, as for a job in its background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_ends_cleanly(ctrl_c_counts: None) -> None:
-    """A real process, interrupted while it writes a long text."""
-    command = [sys.executable, HERE / "generate.py", "--device", "cpu"]
-    command += ["--prompt", "Once upon a time", "--max_new_tokens", "5000"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=CPU_ENV)
-    assert process.stdout.read(20)  # it is writing
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"Traceback" not in err
-
-# --- imports point one way ---
-
-
-# what a file, or a folder's files, may import of all that lies in this repository
-MAY_IMPORT = {
-    "generate": {"engine", "ahead", "sampling", "model", "parallel", "quantize", "cli", "formats"},
-    "engine": {"ahead", "sampling", "speculate", "model", "parallel", "cli", "formats"},
-    "ahead": {"cache", "feedforward", "quantize", "formats"},
-    "sampling": {"cli"},
-    "speculate": {"model", "quantize", "kernels", "formats"},
-    "model": {"cache", "config", "feedforward", "weights", "parallel", "quantize", "formats"},
-    "cache": {"kernels"},
-    "weights": {"parallel", "quantize", "formats"},
-    "parallel": set(),
-    "feedforward": {"config", "quantize", "kernels"},
-    "config": set(),
-    "quantize": {"kernels", "formats"},
+# what each core file may import of the others
+CORE = {
+    "generate": {"model", "quantize"},
+    "model": {"quantize", "kernels"},
+    "quantize": {"benchmarks"},  # late, for perplexity: a public name that has moved there
     "kernels": set(),
-    "cli": {"cli", "formats"},
-    "formats": {"formats"},
 }
-# huggingface_hub is slow to import, and needed for hub ids only
-HIDDEN = {("formats/checkpoint.py", "huggingface_hub")}
-FILES = [f"{name}.py" for name in MAY_IMPORT if (HERE / f"{name}.py").exists()]
-for name in ("cli", "formats"):
-    FILES += [f"{name}/{path.name}" for path in sorted(HERE.glob(f"{name}/*.py"))]
+LIBRARIES = {"torch", "triton", "sentencepiece", "safetensors", *sys.stdlib_module_names}
+PARTS = ["families", "formats", "products", "batching", "parallel", "cpu", "cli"]
+FOLDERS = [*PARTS, "checks", "benchmarks", "examples"]
+NEEDS = {"cli": {"batching", "formats", "parallel"}}  # of other folders
+def modules(tree: ast.AST) -> set[str]:
+    """What is imported anywhere in it, by full names; "": something relative."""
+    names = set()
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        if isinstance(statement, ast.ImportFrom):
+            names.add("" if statement.level else statement.module)
+    return names
 
 
-def modules(statement: ast.AST) -> list[str]:
-    """What an import statement imports, by full names; a relative one keeps its dots."""
-    if isinstance(statement, ast.Import):
-        return [alias.name for alias in statement.names]
-    if isinstance(statement, ast.ImportFrom):
-        return ["." * statement.level + (statement.module or "")]
-    return []
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_imports_point_one_way(file: str) -> None:
-    ours = {child.stem for child in HERE.iterdir() if child.is_dir() or child.suffix == ".py"}
-    tree = ast.parse((HERE / file).read_text())
-    imported = {name.split(".")[0] for node in ast.walk(tree) for name in modules(node)}
-    assert imported & ours <= MAY_IMPORT[file.split("/")[0].removesuffix(".py")]
-    assert "" not in imported  # none is relative
-
+def check_late_imports(tree: ast.AST, allowed: set[str]) -> None:
+    """Functions import nothing but what is slow to import and seldom needed."""
     for function in ast.walk(tree):
-        if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        hidden = {(file, name) for node in ast.walk(function) for name in modules(node)}
-        assert hidden <= HIDDEN
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            assert {module.split(".")[0] for module in modules(function)} <= allowed
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_the_core_imports_itself_and_four_libraries(name: str) -> None:
+    tree = ast.parse((HERE / f"{name}.py").read_text())
+    imported = {module.split(".")[0] for module in modules(tree)}
+    assert imported <= LIBRARIES | CORE[name]
+    check_late_imports(tree, CORE[name] - set(CORE))
+
+
+@pytest.mark.parametrize("folder", PARTS)
+def test_folders_import_the_core_and_themselves(folder: str) -> None:
+    others = {*FOLDERS, "tests"} - {folder} - NEEDS.get(folder, set())
+    for path in (HERE / folder).glob("*.py"):
+        tree = ast.parse(path.read_text())
+        imported = {module.split(".")[0] for module in modules(tree)}
+        assert not imported & (others | {""}), path  # "": none is relative
+        check_late_imports(tree, {folder, "huggingface_hub"})
+
+
+NO_FOLDER = "this copy of gpt-flash has no folder {}, which this needs"
+# by folder: the sentences of a copy that is without, to what checks/in_copies.py wants
+LACKS = {
+    "families": [NO_FOLDER.format("families")] * 3,
+    "formats": [NO_FOLDER.format("formats")] * 2 + ["stop strings (x) need a tokenizer that "
+                                                    "formats/ made"],
+    "batching": [NO_FOLDER.format("batching")],
+}
+
+
+def copy_without(missing: list[str], copy: Path) -> Path:
+    """The tree in another place, without some of its folders; the others are links."""
+    copy.mkdir()
+    for name in CORE:
+        shutil.copy(HERE / f"{name}.py", copy)
+    for folder in set(FOLDERS) - set(missing):
+        (copy / folder).symlink_to(HERE / folder)
+    return copy
+
+
+def test_every_folder_can_be_deleted(tmp_path: Path) -> None:
+    """Alone and with all others: a Llama says the same, and what is missing says so."""
+    checkpoint = hf_folder(tmp_path / "model")
+    SentencePieceTrainer.train(
+        input=__file__, model_prefix=str(checkpoint / "tokenizer"), vocab_size=300,
+        model_type="bpe", minloglevel=2,
+    )
+    without = [[], *([folder] for folder in FOLDERS), FOLDERS]
+    copies = [copy_without(missing, tmp_path / str(i)) for i, missing in enumerate(without)]
+    command = [sys.executable, HERE / "checks/in_copies.py", checkpoint, *copies]
+    done = subprocess.run(command, capture_output=True, text=True, env=CPU_ENV)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(copies), done.stderr
+    whole = answers[0]
+    assert whole["n_modules"] <= 4  # with `import model`
+    assert len(set(whole["tokens"][0])) > 1 and whole["text"].strip()
+    for missing, answer in zip(without, answers):
+        assert answer["tokens"] == whole["tokens"], missing
+        if "cpu" not in missing:  # whose products round bfloat16 otherwise
+            assert answer["text"] == whole["text"], missing
+        lacks = [sentence for folder in LACKS if folder in missing for sentence in LACKS[folder]]
+        assert answer["lacks"] == lacks, missing
 
 
 def run_tests(arguments: list[str]) -> int:

@@ -26,13 +26,12 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from benchmarks.decode import add_machine, device_facts
-from cli.arguments import DTYPES, Parser, number, say
-from cli.stats import Stats
-from engine import Engine, compile_model
-from formats.checkpoint import first_line, read_json
-from model import load_model
-from sampling import Request, kind_of
+from batching import Engine, Stats
+from benchmarks.decode import DTYPES, add_machine, device_facts
+from cli.arguments import Parser, number
+from formats.files import read_json
+from generate import Request, compile_model, kind_of, say
+from model import first_line, load_model
 
 
 @dataclass
@@ -133,14 +132,15 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     hf = read_json(args.shape)
     model = load_model(
-        args.shape, device=args.device, dtype=DTYPES[args.dtype], quantize=args.quantize
+        args.shape, device=args.device, dtype=getattr(torch, args.dtype), quantize=args.quantize
     )
     requests = make_requests(args, model.config.vocab_size)
     model.setup_caches(args.batch_size, 2 * args.longest)
     if args.compile:
         compile_model(model)
     engine = Engine(model, compiled=args.compile)
-    engine.prepare_once(kind_of(requests))
+    engine.kind = kind_of(requests)
+    engine.prepare_all()
     contestants: dict[str, Callable[..., Turn]] = {"continuous": continuous, "fixed": fixed}
     if args.transformers:
         contestants["transformers"] = Transformers(hf, args.device)

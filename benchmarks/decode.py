@@ -37,15 +37,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from cli.arguments import Parser, number, say
-from cli.stats import copy_bandwidth
-from engine import Engine, compile_model
-from formats.checkpoint import first_line, open_checkpoint
+from cli.arguments import Parser, number
+from cli.stats import bytes_read, copy_bandwidth, weight_bytes
+from generate import Decoder, compile_model, say
 from kernels import triton
-from model import ModelConfig, load_model
+from model import ModelConfig, first_line, load_model, open_checkpoint
 
+DTYPES = ("bfloat16", "float16", "float32")
 
 # --- measuring ---
+
 
 class Case(NamedTuple):
     """Rows decoded at once, tokens cached in each, and the cache's room."""
@@ -181,33 +182,31 @@ class Ours(Contestant):
         self.model = load_model(
             shape, device=device, dtype=self.variant.dtype, quantize=self.variant.quantize
         )
-        self.engine: Engine | None = None
+        self.decoder: Decoder | None = None
         self.context = 0
         if compiled:
             compile_model(self.model, keep=True)
 
     def setup(self, batch: int, capacity: int) -> float:
-        self.engine = None  # its graphs hold the cache before
+        self.decoder = None  # its graphs hold the cache before
         self.model.setup_caches(batch, capacity, self.variant.kv_dtype, self.variant.attention)
-        self.engine = Engine(self.model, compiled=self.compiled)
-        if not self.compiled:
-            return 0.0
-        return self.engine.prepare()
+        self.decoder = Decoder(self.model, compiled=self.compiled)
+        return self.decoder.prepare()
 
     def prefill(self, tokens: Tensor) -> None:
         B, T = tokens.shape
         input_pos = torch.zeros(B, dtype=torch.int32, device=tokens.device)
         last = torch.full((B,), T - 1, device=tokens.device)
-        self.model.prefill(tokens, input_pos, start=0, last=last)
+        self.model.prefill(tokens, input_pos, cached=0, last=last)
         self.context = T
 
     def step(self) -> None:
-        self.engine.input_pos.fill_(self.context)
-        self.engine.step()
+        self.decoder.input_pos.fill_(self.context)
+        self.decoder.step()
 
     def bytes_read(self, case: Case) -> float:
-        cache = self.model.cache
-        return self.model.weight_bytes(case.batch) + case.batch * cache.bytes_read(case.context)
+        of_cache = case.batch * bytes_read(self.model.cache, case.context)
+        return weight_bytes(self.model, case.batch) + of_cache
 
 
 def label(name: str, device: str, compiled: bool) -> str:

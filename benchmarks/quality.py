@@ -7,19 +7,24 @@ the mean KL divergence of the next token from the unquantized model's, and megab
 cache that a decoded token reads."""
 import argparse
 import copy
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cli.arguments import DTYPES, Parser, say
+from cli.arguments import Parser
 from cli.prompts import read_text
-from formats.checkpoint import default_model, first_line, resolve
-from formats.tokenizer import load_tokenizer
-from model import load_model
-from quantize import MODES, perplexity
+from cli.stats import weight_bytes
+from generate import load_tokenizer, say
+from model import first_line, load_model
+from quantize import MODES
 
 CONTEXT = 512  # tokens that are read at a time
 
@@ -38,13 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the table: every mode with a KV cache in --dtype and in int8. ValueError says what
     cannot be read."""
-    source = resolve(args.checkpoint_path or default_model())
+    source = args.checkpoint_path
     ids = load_tokenizer(source).encode(read_text(f"@{args.perplexity}"))
     load = partial(
-        load_model, source, device=args.device, dtype=DTYPES[args.dtype],
+        load_model, source, device=args.device, dtype=getattr(torch, args.dtype),
         group_size=args.group_size,
     )
-    reference = load()
+    reference = load(quantize="none")
     context = min(CONTEXT, len(ids))
     print(f"{len(ids)} tokens, {context} at a time; MB: weights and cache that a token reads")
     print("   weights       cache  perplexity   change   mean KL        MB")
@@ -56,13 +61,59 @@ def run(args: argparse.Namespace) -> None:
             ppl, kl = perplexity(model, ids, context, kv_dtype, reference)
             first = first or ppl
             change = ppl / first - 1
-            megabytes = (model.weight_bytes() + model.cache.nbytes) / 1e6
+            megabytes = (weight_bytes(model) + model.cache.nbytes) / 1e6
             weights = mode or args.dtype
             cache = "int8" if kv_dtype else args.dtype
             print(
                 f"{weights:>10}  {cache:>10} {ppl:11.4f} {change:+8.2%} {kl:9.2e} {megabytes:9.1f}",
                 flush=True,
             )
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, ids: list[int], context: int = 512, kv_dtype: torch.dtype | None = None,
+    reference: nn.Module | None = None,
+) -> float | tuple[float, float]:
+    """exp of the mean negative log-likelihood of ids[1:], read in pieces of `context` tokens;
+    kv_dtype as in setup_caches. With a reference model: (perplexity, mean KL divergence of the next
+    token from the reference's).
+
+    The text goes through 16 tokens a call, as in decoding, so that attention sees the cache as it
+    is stored. ValueError for fewer than 2 tokens, or some outside the vocabulary."""
+    vocab_size = model.config.vocab_size
+    if len(ids) < 2 or min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(
+            f"perplexity takes at least 2 tokens of the {vocab_size} of the vocabulary"
+        )
+    model.setup_caches(1, context, kv_dtype)
+    if reference is not None:
+        reference.setup_caches(1, context)
+    tokens = torch.tensor(ids, device=model.device)
+    pieces = list(zip(tokens[:-1].split(context), tokens[1:].split(context)))
+    nll = 0.0
+    kl = 0.0
+    for piece, targets in tqdm(pieces, "reading", disable=None, leave=False):
+        for start in range(0, len(piece), 16):
+            read = piece[start:start + 16]
+            expected = targets[start:start + 16]
+            logp = log_probabilities(model, read, start)  # (16, vocab_size)
+            nll += F.nll_loss(logp, expected, reduction="sum").item()
+            if reference is not None:
+                theirs = log_probabilities(reference, read, start)
+                kl += F.kl_div(logp, theirs, reduction="sum", log_target=True).item()
+    n = len(ids) - 1
+    if reference is None:
+        return math.exp(nll / n)
+    return math.exp(nll / n), kl / n
+
+
+def log_probabilities(model: nn.Module, tokens: Tensor, start: int) -> Tensor:
+    """tokens [T] at positions from start -> the model's log probabilities of the token behind each,
+    [T, vocab_size] float32."""
+    input_pos = torch.tensor([start], dtype=torch.int32, device=tokens.device)
+    logits = model(tokens[None], input_pos)  # (1, T, vocab_size)
+    return logits[0].float().log_softmax(-1)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -79,7 +130,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="inputs to an int4 scale; default: 32")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, ...; default: cuda")
-    add("--dtype", choices=DTYPES, default="bfloat16",
+    add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
         help="of activations and other weights; default: bfloat16")
     args = p.parse_args(argv)
     try:

@@ -11,7 +11,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from cli.arguments import Parser, say
+from cli.arguments import Parser
+from generate import say
 
 README = HERE / "README.md"
 BEGIN = "<!-- benchmarks: begin, written by benchmarks/render.py -->"

@@ -28,6 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
 from kernels import triton
+from products import linear
 
 # KB of shared memory per SM
 SMEM = {
@@ -245,7 +246,7 @@ def int8_linear(rows: int) -> Case:
     x = tensor(torch.bfloat16, rows, K)
     w = tensor(torch.int8, N, K)
     scales = tensor(torch.bfloat16, N)
-    kernel, _, arguments = kernels._linear_arguments(x, w, scales)
+    kernel, _, arguments = linear._linear_arguments(x, w, scales)
     needed = arguments["BLOCK_N"] * arguments["CHUNKS"] * arguments["CHUNK"]
     return f"int8_linear rows={rows}", kernel, arguments, needed
 
@@ -257,7 +258,7 @@ def int4_linear(rows: int, group: int) -> Case:
     lines = tensor(torch.int32, 1, N, K // group)
     if group == 32:
         lines = tensor(torch.int32, 2, N, K // 64)
-    kernel, _, arguments = kernels._linear_arguments(x, packed, lines)
+    kernel, _, arguments = linear._linear_arguments(x, packed, lines)
     needed = arguments["BLOCK_N"] * arguments["BLOCKS"] * 32
     return f"int4_linear rows={rows} group={group}", kernel, arguments, needed
 
@@ -275,7 +276,7 @@ def experts_linear(form: str, rows: int) -> Case:
         "int4": (packed, tensor(torch.int32, E, 2, N, K // 64)),
         "mxfp4": (packed, tensor(torch.uint8, E, N, K // 32)),
     }[form]
-    kernel, _, arguments = kernels._linear_arguments(x, w, scales, ids)
+    kernel, _, arguments = linear._linear_arguments(x, w, scales, ids)
     outputs = arguments["BLOCK_N"]
     if "BLOCKS" in arguments:
         needed = outputs * arguments["BLOCKS"] * 32
@@ -437,7 +438,12 @@ def main() -> int:
     what.add_argument(
         "--step", nargs="*", metavar="WORD",
         help="what a compiled decode step launches, of the variants with these words, or of all")
+    what.add_argument("--house", action="store_true", help="measures of the code itself")
     options = parser.parse_args()
+    if options.house:
+        import house
+        house.main()
+        return 0
     if not triton:
         parser.error("the report needs Triton")
     if options.step is None:

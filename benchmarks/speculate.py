@@ -24,15 +24,11 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from benchmarks.decode import add_machine, device_facts
-from cli.arguments import DTYPES, Parser, number, say
-from cli.stats import Stats
-from engine import Engine, compile_model
-from formats.checkpoint import default_model, first_line
-from formats.tokenizer import load_tokenizer
-from generate import generate
-from model import Transformer, load_model
-from sampling import Request, Sampling, sample
+from batching import Engine, Stats
+from benchmarks.decode import DTYPES, add_machine, device_facts
+from cli.arguments import Parser, number
+from generate import Request, Sampling, compile_model, generate, load_tokenizer, sample, say
+from model import Transformer, first_line, load_model
 
 CODE = '''import math
 
@@ -137,7 +133,7 @@ def agreement(model: Transformer, draft: Transformer, text: list[int]) -> dict[s
     logits = []
     for each in (model, draft):
         each.setup_caches(1, len(text))
-        logits.append(each.prefill(tokens, input_pos, start=0)[0].float())  # (T, V)
+        logits.append(each.prefill(tokens, input_pos, cached=0)[0].float())  # (T, V)
     p, q = [x.softmax(-1) for x in logits]
     overlap = torch.minimum(p, q).sum(-1).mean()
     agreed = [same_draws(*logits, seed) for seed in range(AGREEMENT_SEEDS)]
@@ -151,10 +147,8 @@ def agreement(model: Transformer, draft: Transformer, text: list[int]) -> dict[s
 
 def same_draws(logits: Tensor, other: Tensor, seed: int) -> float:
     """The share of rows [T, V] of which both draw the same token."""
-    T, V = logits.shape
-    sampling = Sampling.of(
-        [Request([], 1, temperature=1.0, seed=seed)] * T, V, logits.device
-    )
+    T = len(logits)
+    sampling = Sampling.of([Request([], 1, temperature=1.0, seed=seed)] * T, logits.device)
     position = torch.arange(T, dtype=torch.int32, device=logits.device)
     one, two = [sample(x, sampling, "plain", position) for x in (logits, other)]
     return float((one == two).float().mean())
@@ -162,12 +156,12 @@ def same_draws(logits: Tensor, other: Tensor, seed: int) -> float:
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    path = args.checkpoint_path or default_model()
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(args.checkpoint_path)
 
     def load(quantize: str | None) -> Transformer:
         model = load_model(
-            path, device=args.device, dtype=DTYPES[args.dtype], quantize=quantize
+            args.checkpoint_path, device=args.device, dtype=getattr(torch, args.dtype),
+            quantize=quantize,
         )
         if args.compile:
             compile_model(model)

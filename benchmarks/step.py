@@ -2,7 +2,7 @@
 
 PyTorch needs no GPU to compile for one. Here a CPU build of it is made to believe in an H100:
 tensors on "cuda" are fake, a device guard does nothing, and torch.cuda answers from a table. The
-engine's own step is compiled; Inductor writes its Triton kernels, which are logged instead of
+decoder's own step is compiled; Inductor writes its Triton kernels, which are logged instead of
 launched, and the code that launches them runs on the fake tensors. A line for each variant says
 
     layer        launches in a layer: Inductor's kernels, and operators called between them
@@ -19,6 +19,7 @@ import collections
 import ctypes
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -48,10 +49,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from engine import Engine, compile_model
-from feedforward import StackedLinear
-from model import ModelConfig, Transformer, rank_model, tensor_bytes
-from parallel import ALONE, Ranks, join
+import products  # the layouts of a GPU
+from cli.stats import module_bytes
+from generate import Decoder, compile_model
+from model import FAMILIES, ModelConfig, Transformer
+from parallel import ALONE, Ranks
+from parallel.ranks import join, local
 from quantize import MODES, Linear, QuantizedLinear
 
 N_LAYER = 3  # as many as show whether layers are alike
@@ -191,9 +194,10 @@ def build(variant: Variant) -> Transformer:
     config = ModelConfig.from_hf(hf | {"num_hidden_layers": N_LAYER})
     ranks = pretend_ranks(variant.ranks)
     with torch.device("meta"):
-        whole = Transformer(config).to(torch.bfloat16)
-        model = rank_model(whole, ranks).eval().requires_grad_(False)
-    join(model, ranks)
+        model = FAMILIES[config.family].model(local(config, ranks))
+        rows = math.ceil(config.vocab_size / ranks.size)
+        model.lm_head = Linear(config.dim, rows, bias=False)
+    model.to(torch.bfloat16).eval().requires_grad_(False)
     if variant.weights != "bf16":
         quantize(model, variant.weights)
     with FAKE:
@@ -202,11 +206,14 @@ def build(variant: Variant) -> Transformer:
             if isinstance(module, QuantizedLinear):
                 module.pack()
         for module in model.modules():
-            if isinstance(module, StackedLinear):
+            if hasattr(module, "stack"):  # of experts
                 module.stack()
+        if ranks.size > 1:
+            join(model, ranks)
         kv_dtype = torch.int8 if variant.kv == "int8" else None
         model.setup_caches(variant.batch, variant.room, kv_dtype, variant.attention)
-        model.rope_upto(variant.room)  # else the first step makes it
+        start = torch.zeros(1, dtype=torch.int32, device=model.device)
+        model.positions(start, 1, model.cache)  # else the first step makes the rope tables
     return model
 
 
@@ -227,9 +234,9 @@ def measure(variant: Variant) -> tuple[Transformer, Step, Step]:
     compile_model(model)
     # no random numbers are drawn: a generator on the CPU stands for the GPU's
     with FAKE, mock.patch.object(torch, "Generator", always(torch.Generator())):
-        engine = Engine(model, compiled=True)
-    first = run_step(model, engine.advance)
-    second = run_step(model, engine.advance)
+        decoder = Decoder(model, compiled=True)
+    first = run_step(model, decoder.advance)
+    second = run_step(model, decoder.advance)
     return model, first, second
 
 
@@ -245,8 +252,8 @@ def describe(variant: Variant) -> str:
     line = (
         f"{variant}: layer {len(layers[-1])} = {n_kernels} kernels{called}; "
         f"head {len(launches(second.head))}, rest {len(launches(second.rest))}; "
-        f"weights {tensor_bytes(model.layers[0]) / 1e6:.1f} MB and "
-        f"{tensor_bytes(model.lm_head) / 1e6:.1f} MB, "
+        f"weights {module_bytes(model.layers[0]) / 1e6:.1f} MB and "
+        f"{module_bytes(model.lm_head) / 1e6:.1f} MB, "
         f"buffers {in_layers:.2f} and {largest(second.head):.2f} MB, cache {cache:.2f} MB; "
         f"graphs {first.graphs} + {second.graphs}"
     )
@@ -269,7 +276,6 @@ def pretend_ranks(n: int) -> Ranks:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
         torch.library.register_fake("symm_mem::one_shot_all_reduce_out", give_back)
     return Ranks(0, n, dist.group.WORLD)
-
 
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import ahead
-from ahead import (
+from checks.common import HERE, close, run_cli
+from cpu import ahead
+from cpu.ahead import (
     AheadOfTime, FunctionOfTensors, NoLibrary, can_be_exported, fingerprint, structure_of,
 )
-from cache import LayerCache, Positions
-from checks.common import HERE, close, run_cli
-from model import Transformer, load_model, run_block
+from cpu.cache import CPULayerCache
+from model import LayerCache, Places, Positions, Transformer, load_model, run_block
 from quantize import quantize_model
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
@@ -109,24 +109,26 @@ def test_libraries_give_what_blocks_give(
     cache = model.setup_caches(rows, room)
     model.decode_block = run_block
     expected = decoded(model, 24)
-    kv = cache.kv.clone()
-    cache.kv.fill_(7)
+    kept = [layer.kv.clone() for layer in cache.whole]
+    for layer in cache.whole:
+        layer.kv.fill_(7)
     ahead_of_time = AheadOfTime(run_block if rows > 1 else refuse, rows > 1, folder)
     model.decode_block = ahead_of_time
     for got, want in zip(decoded(model, 24), expected, strict=True):
         close(got, want, 2e-4 if dtype == torch.float32 else 3e-2)
     [library] = ahead_of_time.libraries.values()
     assert library is not None
-    own = cache.kv[:, :, :1, :, :24].float()
-    close(own, kv[:, :, :1, :, :24].float(), 2e-4 if dtype == torch.float32 else 3e-2)
-    assert (cache.kv[:, :, 1:] == 7).all()
-    assert (cache.kv[..., 24:, :] == 7).all()
+    for layer, kv in zip(cache.whole, kept, strict=True):
+        own = layer.kv[:, :1, :, :24].float()
+        close(own, kv[:, :1, :, :24].float(), 2e-4 if dtype == torch.float32 else 3e-2)
+        assert (layer.kv[:, 1:] == 7).all()
+        assert (layer.kv[..., 24:, :] == 7).all()
 
 
 LATER = """
 import sys, torch
 from pathlib import Path
-from ahead import AheadOfTime
+from cpu.ahead import AheadOfTime
 from model import load_model, run_block
 
 def refuse(*arguments):
@@ -183,7 +185,7 @@ def test_a_run_takes_what_an_earlier_one_compiled(
     [library] = tmp_path.glob("gpt-flash/blocks/*")
     taken = []
     load = ahead.load
-    monkeypatch.setattr("ahead.load", lambda path: taken.append(path) or load(path))
+    monkeypatch.setattr("cpu.ahead.load", lambda path: taken.append(path) or load(path))
     code, again, said = run_cli(capfd, *flags)
     assert (code, again) == (0, text)
     assert taken == [library]
@@ -238,9 +240,9 @@ def test_fingerprints_tell_blocks_apart(
     seen.append(names(model)[0])
     monkeypatch.setattr(type(model.layers[0].mlp), "forward", lambda self, x: -x)
     seen.append(names(model)[0])
-    monkeypatch.setattr("ahead.sources", lambda function: ["other lines"])
+    monkeypatch.setattr("cpu.ahead.sources", lambda function: ["other lines"])
     seen.append(names(model)[0])
-    monkeypatch.setattr("ahead.processor", lambda: "another")
+    monkeypatch.setattr("cpu.ahead.processor", lambda: "another")
     seen.append(names(model)[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     seen.append(names(model)[0])
@@ -309,10 +311,10 @@ def test_a_block_is_looked_at_once(
     cache = models[0].setup_caches(1, 32)
     looked, recorded = [], []
     monkeypatch.setattr(
-        "ahead.structure_of", lambda *given: looked.append(given) or structure_of(*given)
+        "cpu.ahead.structure_of", lambda *given: looked.append(given) or structure_of(*given)
     )
     monkeypatch.setattr(
-        "ahead.fingerprint", lambda *given: recorded.append(given) or fingerprint(*given)
+        "cpu.ahead.fingerprint", lambda *given: recorded.append(given) or fingerprint(*given)
     )
     _, otherwise = calls
     both = AheadOfTime(otherwise, folder=tmp_path)
@@ -366,14 +368,15 @@ def test_caches_of_another_layout_go_another_way(
     else:
         kv = kv.bfloat16()
     x = torch.zeros(1, 1, model.config.dim)
-    assert not can_be_exported(model.layers[0], x, LayerCache(kv, flash=True))
     plain = kv.float().clone(memory_format=torch.contiguous_format)
-    assert can_be_exported(model.layers[0], x, LayerCache(plain, flash=True))
+    for kind in (LayerCache, CPULayerCache):
+        assert not can_be_exported(model.layers[0], x, kind([kv], Places(32), flash=True))
+        assert can_be_exported(model.layers[0], x, kind([plain], Places(32), flash=True))
 
 
 def test_old_libraries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a new one comes, all but those that were used last."""
-    monkeypatch.setattr("ahead.KEPT", 2)
+    monkeypatch.setattr("cpu.ahead.KEPT", 2)
     monkeypatch.setattr(
         torch._inductor, "aoti_compile_and_package",
         lambda program, package_path: Path(package_path).touch(),
@@ -383,8 +386,8 @@ def test_old_libraries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         os.utime(tmp_path / f"{name}.pt2", (1e9 - age, 1e9 - age))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
     block = torch.nn.Linear(2, 2)
-    where = Positions(positions(0), positions(0)[:, None], None, None)
-    cache = LayerCache(torch.zeros(2, 1, 1, 1, 1), flash=True)
+    where = Positions(positions(0), positions(0)[:, None], prefill=False, cached=0)
+    cache = LayerCache([torch.zeros(2, 1, 1, 1, 1)], Places(1), flash=True)
     ahead.compile_to(tmp_path / "newest.pt2", FunctionOfTensors(block, where, cache), [])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt2", "newest.pt2"]
 

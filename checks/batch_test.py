@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from batching import Engine
+from batching.engine import Launch
 from checks.common import CPU_ENV, HERE, run_cli
-from cli.arguments import SETTINGS
 from cli.batch import Answer, InOrder, News, Records, Run, answer_file, answer_live
-from cli.prompts import Job, Line, read_jobs, read_lines, read_text, samples
-from engine import Engine, Launch
+from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
 from parallel import Team
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
@@ -158,15 +158,15 @@ BAD_LINES = [
     ('{"messages": [{"role": "user"}]}', "a message is an object of role and content, not {"),
     ('{"messages": [{"role": "user", "content": 1}]}', "content must be a text, not 1"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', 'role must be a text, not ["user"]'),
-    ('{"prompt": "x", "temperature": "1"}', 'temperature must be a number, not "1"'),
+    ('{"prompt": "x", "temperature": "1"}', "temperature must be a number, not '1'"),
     ('{"prompt": "x", "temperature": -1}', "temperature: -1 is not at least 0 and at most 1000"),
     ('{"prompt": "x", "temperature": NaN}', "temperature: nan is not at least 0 and at most"),
     ('{"prompt": "x", "temperature": 1e999}', "temperature: inf is not at least 0 and at most"),
     ('{"prompt": "x", "temperature": 1' + 400 * "0" + "}", "a number of 401 digits"),
-    ('{"prompt": "x", "temperature": null}', "temperature must be a number, not null"),
+    ('{"prompt": "x", "temperature": null}', "temperature must be a number, not None"),
     ('{"prompt": "x", "top_k": 0}', "top_k: 0 is not at least 1"),
     ('{"prompt": "x", "top_k": 5.5}', "top_k must be a whole number, not 5.5"),
-    ('{"prompt": "x", "top_k": true}', "top_k must be a whole number, not true"),
+    ('{"prompt": "x", "top_k": true}', "top_k must be a whole number, not True"),
     ('{"prompt": "x", "top_k": 9999999999}', "top_k: 9999999999 is not at least 1 and at most"),
     ('{"prompt": "x", "top_p": 0}', "top_p: 0 is not above 0 and at most 1"),
     ('{"prompt": "x", "min_p": 1.1}', "min_p: 1.1 is not at least 0 and at most 1"),

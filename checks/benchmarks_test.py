@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType
 
 from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
-from formats.checkpoint import default_model
-from formats.tokenizer import save_tokenizer
+from formats import save_tokenizer
+from formats.default import default_model
 from model import ModelConfig, load_model
 
 

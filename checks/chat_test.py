@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from checks.common import CPU_ENV, HERE
-from cli.chat import Chat, Show, common_prefix
+from cli.chat import Chat, Show
 from cli.progress import LONG, with_bar
 
 END = 0  # the token that ends a turn
@@ -189,15 +189,6 @@ def test_an_answer_says_why_it_ended(
     talk(monkeypatch, ["hi"], [answer], room)
     err = capsys.readouterr().err
     assert said.format(room) in err and ("cut" in err) == bool(said)
-
-
-@pytest.mark.parametrize("a, b, length", [
-    ([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2], [1, 2, 3], 2), ([1, 2], [3, 2], 0),
-    ([1, 2, 3], [1, 4, 3], 1),
-])
-def test_common_prefix(a: list[int], b: list[int], length: int) -> None:
-    assert common_prefix(a, b) == length
-    assert common_prefix(b, a) == length
 
 
 def test_what_the_cache_has_lost_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:

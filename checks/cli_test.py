@@ -14,10 +14,11 @@ from torch.autograd import DeviceType
 
 import cli.stats
 import generate
+from batching import Stats
 from checks.common import CPU_ENV, HERE
-from cli.arguments import add_measuring, add_sampling, add_speed, add_text, number, parse_args
-from cli.stats import PROFILED, Memory, Stats, copy_bandwidth, profile, say_kernels, summarize
-from formats.checkpoint import default_model
+from cli.arguments import is_plain, make_parser, number, parse_args, setting
+from cli.stats import PROFILED, Memory, copy_bandwidth, profile, say_kernels, summarize
+from formats.default import default_model
 
 CPU = ["--device", "cpu"]
 
@@ -54,7 +55,7 @@ def ten_gb_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_summary(ten_gb_s: None, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summarize(STATS, MEMORY)
+    summary = summarize(STATS, MEMORY, measure=True)
     # four requests hold 15 prompt tokens and, on average, 5 new ones, at 100,000 bytes; a step has
     # 3.6 of them
     read = 10**9 + 72 * 100_000
@@ -72,23 +73,35 @@ def test_summary(ten_gb_s: None, capsys: pytest.CaptureFixture[str]) -> None:
         "wall_tokens_per_s": 50.0,
         "useful_row_steps": 0.9,
         "bytes_per_step": read,
+        "kv_cache_bytes": 400_000_000,
         "bandwidth_gb_s": 10.0,
         "bandwidth_share": read / 0.002 / 1e10,
-        "kv_cache_bytes": 400_000_000,
     }
     assert summary.pop("peak_memory_gb") > 0
     assert summary == pytest.approx(want)
     assert list(summary) == list(want)
     json.dumps(summary)
 
-    ready, speed, memory = capsys.readouterr().err.splitlines()
+    ready, speed, memory, reading = capsys.readouterr().err.splitlines()
     assert ready == "loaded in 1.5 s; 60 prompt tokens, first token after 0.38 s"
     assert speed == (
-        "40 new tokens in 0.80 s, 50.0 tokens/s; decoding alone 1636.4 tokens/s (2.00 ms a step, "
-        "median; 90% of its rows had work), reading 1.007 GB a step: 5036% of the 10 GB/s this "
-        "machine copies at"
+        "40 new tokens in 0.80 s, 50.0 tokens/s; 2.00 ms a step, median; 90% of its rows had work"
     )
     assert memory.startswith("KV cache 400.0 MB, peak memory ")
+    assert reading == (
+        "a step reads 1.007 GB: 5036% of the 10 GB/s this machine copies at"
+    )
+
+
+def test_bandwidth_is_measured_by_a_benchmark_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes half a second and memory of its own."""
+
+    def bandwidth(device: torch.device, nbytes: int) -> float:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(cli.stats, "copy_bandwidth", bandwidth)
+    summary = summarize(STATS, MEMORY)
+    assert not {"bandwidth_gb_s", "bandwidth_share"} & summary.keys()
 
 
 def test_summary_of_a_compiled_run_of_one_token(
@@ -182,7 +195,7 @@ def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
     (number(int, 1, 4), ["1", "4"], ["0", "5"], "{} is not at least 1 and at most 4"),
     (number(float, 0), ["0", "inf", "1e9"], ["-0.1", "nan"], "{} is not at least 0"),
     (number(float, 0, 1), ["0", "1"], ["-1", "1.1"], "{} is not at least 0 and at most 1"),
-    (number(float, 0, above=True), ["1e-9", "1"], ["0", "-1"], "{} is not above 0"),
+    (setting("top_p"), ["1e-9", "1"], ["0", "-1"], "{} is not above 0 and at most 1"),
 ])
 def test_number(
     parse: Callable[[str], float], good: list[str], bad: list[str], message: str
@@ -206,14 +219,12 @@ def test_number_names_its_type() -> None:
 def test_defaults() -> None:
     args = parse_args(CPU)
     assert args.device == torch.device("cpu")
-    assert args.dtype == "float32"
+    assert args.dtype is None  # the file says it
     assert args.compile is None  # what an earlier run compiled
     assert args.group_size == 32
     assert args.save is None
     assert args.prompt is None
     assert args.quantize == "auto"
-    assert parse_args([*CPU, "--checkpoint_path", "x"]).dtype == "bfloat16"
-    assert parse_args([*CPU, "--checkpoint_path", "x.gguf"]).dtype is None  # the file says it
     assert parse_args([*CPU, "--compile"]).compile is True
 
 
@@ -299,15 +310,36 @@ def test_impossible_values_get_one_sentence(
 
 
 def test_every_flag_says_what_its_default_is() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    for add_flags in (add_text, add_sampling, add_speed, add_measuring):
-        add_flags(parser.add_argument_group())
-    for action in parser._actions:
+    for action in make_parser()._actions:
         assert action.help
         # a switch is off, and three flags say in words what is done without them
         if action.nargs == 0 or action.dest in ("prompts", "profile"):
             continue
         assert "default" in action.help, action.dest
+
+
+@pytest.mark.parametrize("words", [
+    "", "--prompt x", "--prompt @x", "--prompt -", "--prompt= --threads 3", "--quantize int8",
+    "--temperature 1 --top_k 5 --max_new_tokens 9 --no-compile",
+])
+def test_one_prompt_is_answered_by_generate_run(words: str) -> None:
+    """So that what somebody changes there takes effect."""
+    assert is_plain(parse_args([*CPU, *words.split()]))
+
+
+@pytest.mark.parametrize("words", [
+    "--prompt 12", "--prompts x", "--interactive", "--json", "--num_samples 2", "--batch_size 2",
+    "--stop x", "--chat", "--seed 3 --temperature 1", "--tp 1", "--checkpoint_path x.json",
+    "--speculate_k 2", "--dtype float32", "--kv_dtype int8", "--profile x", "--benchmark",
+    "--quantize int4 --group_size 64", "--save x --quantize int8", "--max_seq_len 9",
+])
+def test_what_generate_run_does_not_know_is_not_left_to_it(words: str) -> None:
+    assert not is_plain(parse_args([*CPU, *words.split()]))
+
+
+def test_one_of_several_processes_is_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_plain(parse_args(CPU))
 
 
 # --- threads ---

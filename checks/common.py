@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import generate
-from formats.tokenizer import PRE_TOKENIZERS
+from formats.checked import CheckedCheckpoint
+from formats.pretokenizers import PRE_TOKENIZERS
+from model import Transformer
 
 HERE = Path(__file__).resolve().parent.parent  # where generate.py is
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # a reference; its sources have vocabularies
@@ -276,6 +278,12 @@ def random_blocks(shape: tuple[int, int], kind: GGML) -> np.ndarray:
 
 
 # --- random checkpoints that need no transformers ---
+
+def empty_model(hf: dict) -> Transformer:
+    """What load_model makes of a configuration before it reads a tensor."""
+    with torch.device("meta"):
+        return CheckedCheckpoint(Path("model"), hf, {}).empty_model()
+
 
 SMALL = dict(
     model_type="llama",

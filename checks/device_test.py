@@ -4,6 +4,7 @@ Tensors stay on the CPU. The functions of torch.cuda that an engine calls are re
 keep which device was the current one."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 import cli.stats
-from cache import choose_attention
+from batching import Engine, Stats
 from checks.common import hf_folder, run_cli
-from cli.stats import Memory, Stats, copy_bandwidth, summarize
-from engine import Drawn, Engine, StepFailed
-from model import KVCache, load_model
-from sampling import Request
+from checks.engine_test import insert
+from cli.errors import refusals
+from cli.stats import Memory, copy_bandwidth, summarize
+from generate import Drawn, Request
+from model import KVCache, choose_attention, load_model
 
 GPU_1 = torch.device("cuda", 1)
 
@@ -133,14 +135,14 @@ def test_all_trials_of_a_step_write_at_the_same_place(
 ) -> None:
     """A row may have room for one step only."""
     engine.device = torch.device("cpu")
-    engine.insert(0, [Request([1, 2, 3], 5)])
+    insert(engine, 0, Request([1, 2, 3], 5))
     engine.device = GPU_1
     advance = engine.advance
     places = []
 
-    def noted(k: int) -> Drawn:
+    def noted() -> Drawn:
         places.append(engine.input_pos.tolist())
-        return advance(k)
+        return advance()
 
     monkeypatch.setattr(engine, "advance", noted)
     engine.prepare()
@@ -183,8 +185,20 @@ def test_copies_are_waited_for_where_they_run(
 def raised_in(module: str, error: Exception) -> Callable[[], None]:
     """A function of that module which raises error."""
     names = {"__name__": module, "error": error}
-    exec("def fail(k=0):\n    raise error", names)
+    exec("def fail():\n    raise error", names)
     return names["fail"]
+
+
+def told(
+    run: Callable[[], object], device: torch.device = GPU_1, attention: str = "auto",
+    compile: bool = True,
+) -> str:
+    """What the command line, with these flags, says of what run raises."""
+    flags = argparse.Namespace(device=device, attention=attention, compile=compile)
+    with pytest.raises(ValueError) as e, refusals(flags):
+        run()
+    assert e.value.__cause__ is not None
+    return str(e.value)
 
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee ...")
@@ -206,39 +220,36 @@ def test_no_memory_for_a_capture(
     gpu.capture_fails = capture_fails
     advance = engine.advance
 
-    def advance_once_captured(k: int) -> Drawn:
+    def advance_once_captured() -> Drawn:
         if gpu.capture_streams:
             raise OUT_OF_MEMORY
-        return advance(k)
+        return advance()
 
     monkeypatch.setattr(engine, "advance", advance_once_captured)
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory. Tried to allocate"):
-        engine.step()
+    assert told(engine.step) == "CUDA out of memory. Tried to allocate 2.00 GiB."
     assert gpu.current == 0
 
 
 @pytest.mark.parametrize("fail, says", REFUSED)
-@pytest.mark.parametrize("attention, compiled, advice", [
-    ("flash", True, "try --attention math or --no-compile"),
-    ("flash", False, "try --attention math"),
-    ("math", True, "try --no-compile"),
-    ("math", False, "try --device cpu"),
+@pytest.mark.parametrize("device, attention, compiled, advice", [
+    ("cuda:1", "auto", True, "; try --attention math or --no-compile"),
+    ("cuda:1", "flash", False, "; try --attention math"),
+    ("cuda:1", "math", True, "; try --no-compile"),
+    ("cuda:1", "math", False, "; try --device cpu"),
+    ("cpu", "flash", True, "; try --no-compile"),
+    ("cpu", "auto", False, ""),
 ])
 def test_a_kernel_that_the_device_refuses(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], None], says: str,
-    attention: str, compiled: bool, advice: str,
+    device: str, attention: str, compiled: bool, advice: str,
 ) -> None:
+    """The sentence names the flags that may help, and no others."""
     engine.compiled = compiled
-    engine.cache.attention = attention
     monkeypatch.setattr(engine, "advance", fail)
-    with pytest.raises(StepFailed) as e:
-        engine.step()
-    message = str(e.value)
-    assert message.startswith("a step does not compile or run on cuda:1, as ")
-    assert says in message
-    assert message.endswith(f"; {advice}")
-    assert "\n" not in message
-    assert e.value.__cause__ is not None
+    message = told(engine.step, torch.device(device), attention, compiled)
+    assert message.startswith(f"a step does not compile or run on {device}, as ")
+    assert says in message and "\n" not in message
+    assert message.endswith(advice) and message.count("; try ") == bool(advice)
 
 
 def test_a_masked_kernel_error_is_the_one_that_is_told(
@@ -246,9 +257,21 @@ def test_a_masked_kernel_error_is_the_one_that_is_told(
 ) -> None:
     fail, says = REFUSED[0]
     gpu.capture_fails = True
-    monkeypatch.setattr(engine, "advance", lambda k: gpu.capture_streams and fail())
-    with pytest.raises(StepFailed, match=says):
-        engine.prepare()
+    monkeypatch.setattr(engine, "advance", lambda: gpu.capture_streams and fail())
+    assert says in told(engine.prepare)
+
+
+@pytest.mark.parametrize("error", [
+    KeyError("x"), RuntimeError("shapes differ"), TypeError("no"), TOO_BIG, LAUNCH, OUT_OF_MEMORY,
+], ids=repr)
+def test_python_callers_see_the_error_itself(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(engine, "advance", raised_in("model", error))
+    engine.compiled = False
+    with pytest.raises(type(error)) as e:
+        engine.step()
+    assert e.value is error
 
 
 @pytest.mark.parametrize("bug", [KeyError("x"), RuntimeError("shapes differ"), TypeError("no")])
@@ -256,7 +279,8 @@ def test_a_bug_stays_what_it_is(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, bug: Exception
 ) -> None:
     monkeypatch.setattr(engine, "advance", raised_in("model", bug))
-    with pytest.raises(type(bug)) as e:
+    flags = argparse.Namespace(device=GPU_1, attention="auto", compile=True)
+    with pytest.raises(type(bug)) as e, refusals(flags):
         engine.step()
     assert e.value is bug
 
@@ -268,7 +292,7 @@ def test_the_command_says_it_in_one_sentence(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     fail: Callable[[], None], says: str,
 ) -> None:
-    monkeypatch.setattr(Engine, "advance", lambda engine, k: fail())
+    monkeypatch.setattr(Engine, "advance", lambda engine: fail())
     folder = hf_folder(tmp_path / "model")
     (tmp_path / "shape.json").write_text((folder / "config.json").read_text())
     code, out, err = run_cli(
@@ -292,6 +316,6 @@ def test_auto_is_careful_on_a_gpu(room: int, attention: str) -> None:
 
 
 def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cache.triton", None)
+    monkeypatch.setattr("model.triton", None)
     assert choose_attention("auto", GPU_1, 10**6) == "math"
     assert KVCache(1, 1, 8, 1, 4).attention == "flash"  # on a CPU it is PyTorch

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from batching import Engine
+from batching.engine import CHUNK
 from checks.common import PROMPTS
-from engine import CHUNK, Engine
-from formats.tokenizer import Tokenizer
-from generate import generate
+from generate import (
+    Request, Sampling, Tokenizer, filter_probs, generate, key_of, kind_of, noise, sample,
+)
 from model import Transformer, load_model
-from sampling import Request, Sampling, filter_probs, key_of, noise, sample
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 
@@ -113,7 +114,7 @@ def test_draws_follow_the_probabilities(settings: dict, shares: list[float], ove
     seeds = range(n) if over == "seeds" else [1] * n
     positions = torch.full((n,), 9) if over == "seeds" else torch.arange(n)
     requests = [Request([1], 1, temperature=1.0, seed=seed, **settings) for seed in seeds]
-    sampling = Sampling.of(requests, 4, torch.device("cpu"))
+    sampling = Sampling.of(requests, torch.device("cpu"))
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().repeat(n, 1)
     drawn = sample(logits, sampling, "filtered", positions.int())
     counts = torch.bincount(drawn, minlength=4)
@@ -124,7 +125,7 @@ def test_draws_follow_the_probabilities(settings: dict, shares: list[float], ove
 
 def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
     request = Request([5], 1, temperature=1.0, top_k=2, top_p=0.5)
-    sampling = Sampling.of([request], 4, torch.device("cpu"))
+    sampling = Sampling.of([request], torch.device("cpu"))
     probs, ids = filter_probs(torch.tensor([[0.3, 0.4, 0.1, 0.2]]), sampling, 4)
     assert ids.tolist() == [[1, 0, 3, 2]]
     assert probs.count_nonzero() == 1  # 0.4 is more than half of 0.7
@@ -166,11 +167,151 @@ def test_a_tiny_temperature_is_greedy(kind: str) -> None:
     """Logits over it are no float32."""
     logits = torch.tensor([[1.0, 90.0, -3.0, 89.0]])
     request = Request([1], 1, temperature=1e-38, top_k=4)
-    sampling = Sampling.of([request], 4, torch.device("cpu"))
+    sampling = Sampling.of([request], torch.device("cpu"))
     for position in range(20):
         assert sample(logits, sampling, kind, torch.tensor([position])).tolist() == [1]
 
+def draw(logits: Tensor, requests: Iterable[Request], kind: str | None = None) -> Tensor:
+    """A token [B] for each row of logits [B, V], always with the same random numbers, of one
+    stream."""
+    requests = [dataclasses.replace(each, seed=0) for each in requests]
+    sampling = Sampling.of(requests, torch.device("cpu"))
+    position = torch.arange(len(requests), dtype=torch.int32)
+    return sample(logits, sampling, kind or kind_of(requests), position)
+
+
+SETTINGS = [
+    dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    for temperature, top_k, top_p, min_p
+    in itertools.product((0.0, 0.7, 1.5), (None, 1, 40, 700), (None, 0.4, 1.0), (None, 0.1))
+]
+
+
+def test_a_few_kinds_of_step_draw_for_all_settings() -> None:
+    requests = [Request([5], 1, **settings) for settings in SETTINGS]
+    pairs = itertools.combinations_with_replacement(requests, 2)
+    assert len({kind_of(pair) for pair in pairs}) <= 4
+
+
+def test_settings_differ_by_row() -> None:
+    """A row draws what it draws among rows like itself, and a greedy one the likeliest token."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(len(SETTINGS), 1000)
+    requests = [Request([5], 1, **settings) for settings in SETTINGS]
+    together = draw(logits, requests)
+    for row, mine in enumerate(requests):
+        alone = draw(logits, [mine] * len(requests))
+        assert together[row] == alone[row]
+        if mine.temperature == 0:
+            assert together[row] == logits[row].argmax()
+
+
+def test_a_cheaper_kind_of_step_draws_the_same() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(len(SETTINGS), 1000)
+    for mine in (Request([5], 1, **settings) for settings in SETTINGS):
+        requests = [mine] * len(logits)
+        assert torch.equal(draw(logits, requests), draw(logits, requests, "filtered"))
+
 # --- rows that are refilled ---
+
+
+def insert(engine: Engine, row: int, request: Request) -> None:
+    """Read a request's prompt into a row, while the others stand where they do."""
+    prefill = engine.prefill(slice(row, row + 1), [request])
+    while not engine.read_on(prefill):
+        pass
+
+
+def test_rows_filled_at_different_times(checkpoint: Checkpoint) -> None:
+    """A prefill of one row is nothing to the others: each gets what it gets alone."""
+    model = loaded(checkpoint, "mistral")
+    requests = [Request(prompt, 16) for prompt in PROMPTS]
+    expected = alone(model, requests)
+    engine = engine_of(model, 3)
+    got = [[], [], []]
+    for row in (1, 0, 2):
+        insert(engine, row, requests[row])
+        got[row].append(int(engine.token[row]))
+        started = [row for row in range(3) if got[row]]
+        for _ in range(4):
+            engine.step()
+            for row in started:
+                got[row].append(int(engine.token[row]))
+    assert [len(tokens) for tokens in got] == [9, 13, 5]
+    for tokens, want in zip(got, expected):
+        assert tokens == want[:len(tokens)]
+
+
+def test_filled_by_hand_or_by_run(checkpoint: Checkpoint) -> None:
+    """Rows that were filled by hand step as run has them step, sampled ones too."""
+    model = loaded(checkpoint)
+    mine = Request(PROMPTS[0], 12, temperature=1.5, top_p=0.9, seed=3)
+    [want] = alone(model, [mine])
+    engine = engine_of(model, 1)
+    engine.kind = kind_of([mine])
+    insert(engine, 0, mine)
+    got = [int(engine.token)]
+    for _ in range(11):
+        engine.step()
+        got.append(int(engine.token))
+    assert got == want
+
+
+REQUESTS = [
+    Request(PROMPTS[0], 9),
+    Request(PROMPTS[2], 2),
+    Request(PROMPTS[1], 14),
+    Request([40, 41], 1),
+    Request(list(range(60, 77)), 30),
+    Request(list(range(90, 130)), 5),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_more_requests_than_rows(checkpoint: Checkpoint, rows: int) -> None:
+    """Rows that are free take what waits; no request feels its neighbours or its predecessor."""
+    model = loaded(checkpoint, "qwen3")
+    expected = [generate(model, [each.prompt], each.max_new_tokens)[0] for each in REQUESTS]
+    assert collect(engine_of(model, rows), REQUESTS) == expected
+
+
+def test_a_request_ends_at_its_own_eos(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    requests = []
+    expected = []
+    for each, full in zip(REQUESTS, alone(model, REQUESTS)):
+        eos = full[len(full) // 2]
+        requests.append(dataclasses.replace(each, eos_ids=frozenset({eos})))
+        expected.append(full[:full.index(eos) + 1])
+    assert collect(engine_of(model, 3), requests) == expected
+
+
+def test_greedy_rows_beside_sampled_ones(checkpoint: Checkpoint) -> None:
+    """Rows may differ in their settings; the greedy ones get exactly their tokens."""
+    model = loaded(checkpoint)
+    expected = alone(model, REQUESTS)
+    sampled = [
+        Request(PROMPTS[0], 12, temperature=1.0),
+        Request(PROMPTS[0], 12, temperature=2.0, top_k=5),
+        Request(PROMPTS[0], 12, temperature=0.7, top_p=0.9, min_p=0.01),
+    ]
+    mixed = [each for pair in zip(REQUESTS, sampled * 2) for each in pair]
+    got = collect(engine_of(model, 3), mixed)
+    assert got[::2] == expected
+    assert all(len(tokens) == 12 for tokens in got[1::2])
+
+
+def test_generate_with_an_engine(checkpoint: Checkpoint) -> None:
+    """A series of calls shares one; prompts beyond its rows wait their turn."""
+    model = loaded(checkpoint)
+    expected = generate(model, PROMPTS, 12)
+    engine = engine_of(model, 2)
+    assert generate(model, PROMPTS, 12, engine=engine) == expected
+    sampled = generate(model, PROMPTS, 12, temperature=1.5, seed=1, engine=engine)
+    assert generate(model, PROMPTS, 12, engine=engine) == expected
+    again = generate(model, PROMPTS, 12, temperature=1.5, seed=1, engine=engine)
+    assert again == sampled != expected
 
 
 @pytest.fixture
@@ -278,7 +419,7 @@ def test_the_context_ends_a_request_and_says_so(checkpoint: Checkpoint) -> None:
     assert [len(tokens) for tokens in got] == [6, 1, 20, 19]
     reasons = [engine.finish_reasons[number] for number in range(4)]
     assert reasons == ["context", "context", "length", "context"]
-    with pytest.raises(ValueError, match="does not fit into 96"):
+    with pytest.raises(ValueError, match="of 96 tokens leaves no room .* in the context of 96"):
         collect(engine, [Request(random_prompt(96), 1)])
 
 
@@ -353,7 +494,8 @@ def test_an_eager_step_asks_no_operator_about_gradients(checkpoint: Checkpoint) 
     """And what it leaves behind can be changed outside of inference mode too."""
     engine = engine_of(loaded(checkpoint), 2)
     assert engine.step().tokens.is_inference()
-    for state in (engine.token, engine.input_pos, engine.active, engine.cache.kv):
+    caches = [layer.kv for layer in engine.cache.whole]
+    for state in (engine.token, engine.input_pos, engine.active, *caches):
         state.zero_()
 
 

@@ -10,20 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import feedforward
-from checks.common import CHECKPOINTS, CONFIG, HERE, close, hf_logits
-from config import ACTIVATIONS, SETTINGS, ModelConfig, rope_frequencies
-from engine import compile_model
-from generate import generate
+import families
+from checks.common import CHECKPOINTS, CONFIG, HERE, close, empty_model, hf_folder, hf_logits
+from families.blocks import AlibiAttention, prefill_special, special_attention
+from generate import compile_model, generate
 from kernels import flash_decode_reference
-from model import FAMILIES, Transformer, load_model, math_attention, prefill_attention
+from model import (
+    ACTIVATIONS, FAMILIES, Family, ModelConfig, Transformer, load_model, math_attention,
+    prefill_attention, rope_frequencies,
+)
 from quantize import quantize_model, save_quantized
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
@@ -105,17 +108,25 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("attention", [math_attention, prefill_attention])
-@pytest.mark.parametrize("chosen", [
-    ["scale"], ["softcap"], ["alibi_slopes"], ["sinks"], ["window", "sinks"], list(OPTIONS),
-], ids="-".join)
+OF_ALL = ["scale", "window"]  # the others are of families with an attention of their own
+CHOSEN = [
+    ["scale"], ["softcap"], ["alibi_slopes"], ["sinks"], ["window", "sinks"], OF_ALL, list(OPTIONS),
+]
+
+
+@pytest.mark.parametrize("attention, chosen", [
+    *[(attention, OF_ALL[:n]) for attention in (math_attention, prefill_attention) for n in (1, 2)],
+    *[(attention, chosen) for attention in (special_attention, prefill_special)
+      for chosen in CHOSEN],
+], ids=lambda value: "-".join(value) if isinstance(value, list) else value.__name__)
 def test_options_mean_what_they_mean_to_the_kernel(
     attention: Callable, chosen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In prefill, also in tiles, and in decode by math."""
     monkeypatch.setattr("model.QUERY_TILE", 3)
     torch.manual_seed(0)
-    options = {name: OPTIONS[name] if name in chosen else None for name in OPTIONS}
+    known = OPTIONS if attention in (special_attention, prefill_special) else OF_ALL
+    options = {name: OPTIONS[name] if name in chosen else None for name in known}
     q = 2 * torch.randn(2, 6, 11, 16)
     keys, values = torch.randn(2, 2, 2, 20, 16)
     want = flash_decode_reference(q, keys, values, start(20, 20), **options)
@@ -131,7 +142,7 @@ def test_keys_are_shifted_only_where_softmax_does_not_notice(
     """k_mean of an int8 cache: under a softcap it has to be zeros."""
     model, hf = loaded(checkpoint, name)
     cache = model.setup_caches(1, 64, torch.int8)
-    assert cache.k_mean.any() == shifted
+    assert all(layer.k_mean.any() == shifted for layer in cache.whole)
     tokens = random_tokens(1, 30)
     model.prefill(tokens[:, :20], start(0))
     got = torch.cat([model.decode(tokens[:, i:i + 1], start(i)) for i in range(20, 30)], dim=1)
@@ -276,7 +287,8 @@ def test_baichuan_is_its_formulas(tmp_path: Path, change: dict, attention: str) 
     hf = {**BAICHUAN, **change}
     tensors = baichuan_folder(tmp_path / "baichuan", hf)
     model = load_model(tmp_path / "baichuan", dtype=torch.float32)
-    assert model.config.alibi == ("max_position_embeddings" not in hf)
+    is_alibi = isinstance(model.layers[0].self_attn, AlibiAttention)
+    assert is_alibi == ("max_position_embeddings" not in hf)
     model.setup_caches(2, 64, attention=attention)
     tokens = random_tokens(2, 50)
     want = torch.stack([baichuan_logits(tensors, hf, row) for row in tokens])
@@ -365,17 +377,18 @@ def class_settings(model_type: str) -> dict:
     return hf
 
 
-DENSE = [family for family in SETTINGS if family in transformers.CONFIG_MAPPING]
+IN_TRANSFORMERS = [family for family in FAMILIES if family in transformers.CONFIG_MAPPING]
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
 def test_every_setting_of_a_family_is_read_or_harmless(family: str) -> None:
-    source = (HERE / "config.py").read_text()
+    files = [HERE / "model.py", HERE / "formats/checked.py", *(HERE / "families").glob("*.py")]
+    source = "".join(file.read_text() for file in files)
     known = {key for key in class_settings(family) if f'"{key}"' in source}
     assert class_settings(family).keys() - known <= HARMLESS
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
 def test_a_setting_left_out_means_what_it_means_in_transformers(family: str) -> None:
     """Or it is asked for by name."""
     hf = class_settings(family)
@@ -415,10 +428,8 @@ MODEL_TYPES = """
 def test_a_family_is_shown_right_or_refused_by_name(model_type: str) -> None:
     """With the default fields of its class; one sentence says which."""
     hf = class_settings(model_type)
-    if model_type in SETTINGS:
+    if model_type in FAMILIES:
         ModelConfig.from_hf(hf)
-        compared = {getattr(transformers, f"{name}Config") for name, _ in CHECKPOINTS.values()}
-        assert model_type in {each.model_type for each in compared}  # in tests.py
         return
     with pytest.raises(ValueError, match=model_type) as refused:
         ModelConfig.from_hf(hf)
@@ -426,12 +437,80 @@ def test_a_family_is_shown_right_or_refused_by_name(model_type: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_family_is_read_and_built() -> None:
-    assert SETTINGS.keys() == FAMILIES.keys()
+def test_every_family_is_compared() -> None:
+    """With transformers in tests.py, or with its formulas here."""
+    compared = {getattr(transformers, f"{name}Config") for name, _ in CHECKPOINTS.values()}
+    in_tests = {each.model_type for each in compared}
+    assert families and FAMILIES.keys() == in_tests | {BAICHUAN["model_type"]}
+    assert FAMILIES.keys() - {"baichuan"} <= set(MODEL_TYPES)
 
 
-def test_an_activation_is_read_and_computed() -> None:
-    assert set(ACTIVATIONS) == feedforward.ACTIVATIONS.keys()
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_that_of_transformers(name: str) -> None:
+    config = ModelConfig.from_hf(class_settings("gemma2") | {"hidden_activation": name})
+    assert config.act == name
+    x = torch.linspace(-5, 5, 1001)
+    torch.testing.assert_close(ACTIVATIONS[config.act](x), ACT2FN[name](x))
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "", None])
+def test_an_unknown_family_is_one_sentence(tmp_path: Path, model_type: str | None) -> None:
+    """Which names it, and the ones that there are."""
+    folder = hf_folder(tmp_path / "model", model_type=model_type)
+    with pytest.raises(ValueError) as refused:
+        load_model(folder)
+    known = ", ".join(FAMILIES)
+    assert str(refused.value) == (
+        f"unsupported architecture {model_type!r} (model_type {model_type!r}); "
+        f"supported model types: {known}"
+    )
+
+# --- a family of one's own ---
+
+
+class NormedTransformer(Transformer):
+    """A Llama with a norm behind the embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.embed_norm = torch.nn.RMSNorm(config.dim, config.norm_eps)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embed_norm(super().embed(tokens))
+
+
+@pytest.mark.parametrize("mode", ["none", "int8"])
+def test_a_family_of_ones_own_is_a_row(
+    checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A norm behind the embedding is loaded, used, saved and loaded again."""
+    folder, hf = checkpoint("llama")
+    tensors = load_file(folder / "model.safetensors")
+    weight = 1 + 0.3 * torch.randn(hf.config.hidden_size)
+    tensors["model.embed_norm.weight"] = weight
+    config = json.loads((folder / "config.json").read_text())
+    config |= dict(model_type="normed", architectures=["NormedForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="'NormedForCausalLM'"):
+        load_model(tmp_path)
+
+    monkeypatch.setitem(FAMILIES, "normed", Family(model=NormedTransformer))
+    model = load_model(tmp_path, dtype=torch.float32, quantize=mode)
+    if mode == "int8":
+        save_quantized(model, tmp_path / "saved")
+        model = load_model(tmp_path / "saved", dtype=torch.float32)
+    model.setup_caches(1, 32)
+    tokens = random_tokens(1, 25)
+    x = F.rms_norm(hf.model.embed_tokens(tokens), weight.shape, weight, hf.config.rms_norm_eps)
+    with torch.no_grad():
+        want = hf(inputs_embeds=x).logits
+    tol = 2e-4 if mode == "none" else 0.1
+    close(model(tokens[:, :20], start(0)), want[:, :20], tol)
+    for i in range(20, 25):
+        close(model(tokens[:, i:i + 1], start(i)), want[:, i:i + 1], tol)
+
+# --- settings that are refused ---
 
 
 @pytest.mark.parametrize("n_first", [0, None])
@@ -472,5 +551,6 @@ def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None
     ("granite", dict(quantization_config={"quant_method": "fp8"}), "fp8"),
 ])
 def test_what_would_go_wrong_is_refused(family: str, change: dict, message: str) -> None:
+    """Before any tensor is read."""
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf(class_settings(family) | change)
+        empty_model(class_settings(family) | change)

@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from checks.common import (
-    AWKWARD, CONFIG, LLAMA3_ROPE, byte_level_tokenizer, close, write_gguf)
-from formats.tokenizer import (
-    PRE_TOKENIZERS, TextStream, Tokenizer, any_of, load_tokenizer, save_tokenizer)
-from config import ModelConfig, rope_frequencies
-from model import Transformer, load_model
+    AWKWARD, CONFIG, LLAMA3_ROPE, byte_level_tokenizer, close, empty_model, write_gguf)
+from formats.pretokenizers import PRE_TOKENIZERS
+from formats.settings import check_settings
+from formats.text import TextStream
+from formats.tokenizer import JSONTokenizer, any_of, load_tokenizer, save_tokenizer
+from generate import Tokenizer
+from model import ModelConfig, Transformer, load_model, rope_frequencies
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]
 Tensors = dict[str, Tensor]
@@ -152,8 +154,10 @@ def test_random_weights_are_announced(
     (dict(rope_theta=0.0), "rope_theta"),
 ])
 def test_refused_configurations(change: dict, message: str) -> None:
+    hf = {**CONFIG, **change}
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_hf({**CONFIG, **change})
+        check_settings(hf)
+        empty_model(hf)
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -477,7 +481,7 @@ def test_a_stream_of_bytes_stays_whole_characters() -> None:
         tokenizers.decoders.Replace("\u2581", " "), tokenizers.decoders.ByteFallback(),
         tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0),
     ])
-    tokenizer = Tokenizer(backend, len(names), {}, None, set(), None)
+    tokenizer = JSONTokenizer(backend, len(names), {}, None, set(), None)
     text = "\u0f40\U0001f642\u00e9" * 5
     ids = [1, *(2 + byte for byte in text.encode()), 1]
     stream = TextStream(tokenizer)

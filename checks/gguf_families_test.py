@@ -16,10 +16,9 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from checks.common import BASE, close, hf_logits, interleave, random_blocks, write_gguf
-from config import ModelConfig
 from formats.architectures import hf_config
 from formats.checkpoint import open_checkpoint
-from model import FAMILIES, load_model
+from model import FAMILIES, ModelConfig, load_model
 
 
 class Case(NamedTuple):
@@ -246,7 +245,8 @@ def test_an_experts_blocks_are_its_own(tmp_path: Path) -> None:
         name = f"model.layers.0.mlp.experts.{number}.up_proj.weight"
         want = gguf.dequantize(raw[number], GGML.Q8_0)
         assert np.array_equal(checkpoint.read(name, (64, 32)), want)
-        q, scale, zero = checkpoint.blocks(name, (64, 32)).affine(slice(5, 60))
+        [blocks] = checkpoint.blocks(name, (64, 32))
+        q, scale, zero = blocks.affine(slice(5, 60))
         assert np.allclose(q * scale + zero, want[5:60], atol=1e-6)
     checkpoint.config["num_experts"] = 3
     with pytest.raises(ValueError, match="shape .*, not an entry for each of 3 experts"):
@@ -263,6 +263,12 @@ def metadata(arch: str, settings: dict[str, int]) -> dict[str, int | str]:
     return {"general.architecture": arch, **own}
 
 
+def config_of(meta: dict[str, int | str]) -> ModelConfig:
+    """Of a file without tensors."""
+    hf, _ = hf_config(meta, {})
+    return ModelConfig.from_hf(hf | {"vocab_size": 100})
+
+
 @pytest.mark.parametrize("arch, experts", [
     ("qwen2", {}),
     ("qwen3", {}),
@@ -271,17 +277,17 @@ def metadata(arch: str, settings: dict[str, int]) -> dict[str, int | str]:
 ])
 def test_a_qwen_has_a_window_only_if_its_file_says_so(arch: str, experts: dict[str, int]) -> None:
     meta = metadata(arch, {"block_count": 40, **experts})
-    config = ModelConfig.from_hf({**hf_config(meta, {}), "vocab_size": 100})
+    config = config_of(meta)
     assert set(config.windows) == {None}
     meta[f"{arch}.attention.sliding_window"] = 8
-    config = ModelConfig.from_hf({**hf_config(meta, {}), "vocab_size": 100})
+    config = config_of(meta)
     assert 8 in config.windows
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "qwen3moe", "gpt-oss"])
 def test_impossible_numbers_of_layers_are_not_gone_through(arch: str) -> None:
     with pytest.raises(ValueError, match="num_hidden_layers = 100000: it must be at most 2048"):
-        hf_config(metadata(arch, {"block_count": 100_000}), {})
+        config_of(metadata(arch, {"block_count": 100_000}))
 
 
 @pytest.mark.parametrize("arch, setting, message", [

@@ -17,19 +17,20 @@ import transformers
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
+from benchmarks.quality import perplexity
 from checks.common import (
     CPU_ENV, HERE, byte_level_tokenizer, random_blocks, run_cli, write_gguf,
 )
+from cpu.products import tile, tiling, untile, untile_rows
 from formats.blocks import KINDS, Blocks
-from formats.checkpoint import default_model, read_gguf
-from formats.tokenizer import Tokenizer
-from generate import generate
-from kernels import int4_linear_reference, packed_int4_linear
+from formats.default import default_model
+from formats.gguf_file import read_gguf
+from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
+from generate import Tokenizer, generate
 from model import Transformer, load_model
-from quantize import (
-    GroupedInt8Linear, Int4Linear, Linear, QuantizedEmbedding, cpu_layout, cpu_pack, cpu_unpack,
-    cpu_unpack_rows, perplexity, say_once, save_quantized,
-)
+from products import Int4OnGPU
+from products.linear import int4_linear_reference
+from quantize import Linear, say_once, save_quantized
 
 NAMES = [kind.name for kind in KINDS]
 MIXED = "Q4_K_M"  # as llama.cpp mixes: v and down of some layers in 6 bits, and the vocabulary
@@ -83,7 +84,7 @@ def test_blocks_are_exactly_what_gguf_reads(
     _, tensors = read_gguf(path)
     stored = tensors["blk.1.ffn_down.weight"]
     blocks = Blocks(path, stored, None)
-    kind = KINDS[GGML[name]]
+    kind, _ = KINDS[GGML[name]]
     parts = [blocks.affine(rows) for rows in blocks.slices(100)]
     q, scale, zero = [torch.cat(part) for part in zip(*parts)]
     assert q.shape == blocks.shape == (256, 512)
@@ -98,7 +99,7 @@ def test_a_single_block_is_read_like_many(kind: GGML) -> None:
     """Its parts count as contiguous wherever they begin."""
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     data = torch.from_numpy(random_blocks((3, block), kind)).view(3, nbytes)
-    unpack = KINDS[kind].unpack
+    _, unpack = KINDS[kind]
     one_by_one = [unpack(row[None]) for row in data]
     for part, parts in zip(unpack(data), zip(*one_by_one)):
         assert torch.equal(part, torch.cat(parts))
@@ -107,15 +108,15 @@ def test_a_single_block_is_read_like_many(kind: GGML) -> None:
 # --- layers ---
 
 def test_packing_for_a_cpu_is_pytorchs() -> None:
-    layout = cpu_layout()
+    layout = tiling()
     if layout is None:
         pytest.skip("an unknown layout of int4 weights on this CPU")
     nibbles = torch.randint(16, (192, 64), dtype=torch.uint8)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-    assert torch.equal(cpu_pack(nibbles, *layout), packed)
-    assert torch.equal(cpu_unpack(packed, *layout), nibbles)
+    assert torch.equal(tile(nibbles, *layout), packed)
+    assert torch.equal(untile(packed, *layout), nibbles)
     index = torch.tensor([0, 191, 63, 64, 64, 5])
-    assert torch.equal(cpu_unpack_rows(packed, index, *layout), nibbles[index])
+    assert torch.equal(untile_rows(packed, index, *layout), nibbles[index])
 
 
 @pytest.mark.parametrize("N, K, group_size, bits", [
@@ -130,7 +131,7 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     scale = (torch.rand(N, K // group_size) + 0.5).bfloat16().float()
     zero = -2.0**(bits - 1) * scale
     w = (q.view(N, -1, group_size) * scale[..., None] + zero[..., None]).flatten(1)
-    layer = GroupedInt8Linear(Linear(K, N, False), 32)
+    layer = AffineInt8Linear(Linear(K, N, False), 32)
     layer.take(slice(0, N), q, scale, zero, 2**(bits - 1))
 
     # the kernels for int4 read a byte as two nibbles
@@ -143,8 +144,9 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
 
     # also as a GPU's has them
     on_gpu = copy.deepcopy(layer)
-    on_gpu.pack_for_gpu()
-    y = packed_int4_linear(pairs, on_gpu.weight, on_gpu.scales)
+    on_gpu.layout = Int4OnGPU()
+    assert on_gpu.layout.pack(on_gpu)
+    y = on_gpu.product(x)
     assert (y - expected).norm() < bound * expected.norm()
     for name, tensor in on_gpu.stored().items():
         assert torch.equal(tensor, getattr(layer, name))
@@ -177,8 +179,8 @@ def mean_kl(model: Transformer, reference: Transformer) -> float:
 @pytest.mark.parametrize("mix", [*NAMES, MIXED])
 def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: str) -> None:
     path = file_of(mix)
-    dequantized = load_model(path, dtype=torch.float32)
-    model = load_model(path, quantize="auto", dtype=None)
+    dequantized = load_model(path, dtype=torch.float32, quantize="none")
+    model = load_model(path)
     assert model.dtype == torch.float32
 
     # four bits are the int4 layer's, the rest takes bytes
@@ -187,7 +189,7 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
               block.mlp.down_proj, model.lm_head, model.embed_tokens.table]
     small = {"Q4_0": layers, "Q4_1": layers, "Q4_K": layers, MIXED: layers[1:3]}.get(mix, [])
     for layer in layers:
-        assert type(layer) is (Int4Linear if layer in small else GroupedInt8Linear)
+        assert type(layer) is (FileInt4Linear if layer in small else AffineInt8Linear)
 
     # nothing is lost but the precision of scales: q and k are in Hugging Face's order too
     exact = dequantized.layers[0].self_attn.qkv_proj.stored()["weight"]
@@ -205,12 +207,12 @@ def test_one_table_serves_a_tied_output_layer(
 ) -> None:
     """Also in a folder that was saved, which says the same."""
     path = file_of("Q8_0", True)
-    model = load_model(path, quantize="auto")
+    model = load_model(path, dtype=torch.bfloat16)
     assert model.lm_head is model.embed_tokens.table
-    assert mean_kl(model, load_model(path)) < 5e-4
+    assert mean_kl(model, load_model(path, quantize="none")) < 5e-4
     tokens = generate(model, [[1, 2, 3]], 8)
     save_quantized(model, tmp_path / "q")
-    again = load_model(tmp_path / "q", quantize="auto")
+    again = load_model(tmp_path / "q")
     assert again.lm_head is again.embed_tokens.table
     again.setup_caches(1, 128)
     assert generate(again, [[1, 2, 3]], 8) == tokens
@@ -220,18 +222,18 @@ def test_types_that_no_layer_holds_are_dequantized_and_said(
     file_of: Callable[[str, bool], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     say_once.cache_clear()
-    model = load_model(file_of("Q2_K"), quantize="auto")
+    model = load_model(file_of("Q2_K"), dtype=torch.bfloat16)
     assert capsys.readouterr().err.count("Q2_K weights are dequantized") == 1
     assert type(model.layers[0].mlp.down_proj) is Linear
-    assert mean_kl(model, load_model(file_of("Q2_K"))) == 0
+    assert mean_kl(model, load_model(file_of("Q2_K"), quantize="none")) == 0
 
 
 @pytest.mark.parametrize("mix, dtype", [("F32", torch.bfloat16), ("Q4_0", torch.float32)])
 def test_activations_take_their_precision_from_the_file(
     file_of: Callable[[str, bool], Path], mix: str, dtype: torch.dtype
 ) -> None:
-    assert load_model(file_of(mix), quantize="auto", dtype=None).dtype == dtype
-    assert load_model(file_of(mix), dtype=None).dtype == torch.bfloat16
+    assert load_model(file_of(mix)).dtype == dtype
+    assert load_model(file_of(mix), quantize="none").dtype == torch.bfloat16
 
 
 def test_what_auto_made_is_saved(
@@ -276,7 +278,7 @@ def test_the_default_model_keeps_its_answers(
 ) -> None:
     """Mean KL from the dequantized model on the first 512 tokens of a text."""
     reference, _ = smollm
-    model = load_model(default_model(), quantize="auto", dtype=None)
+    model = load_model()
     _, kl = perplexity(model, gpl[:513], reference=reference)
     assert 1e-4 < kl < 1e-3
 
@@ -294,7 +296,7 @@ def peak() -> int:
     return 1024 * int(line.split()[1])
 
 def run(path: str) -> None:
-    model = load_model(Path(path), quantize="auto", dtype=None)
+    model = load_model(Path(path))
     model.setup_caches(1, 64)
     model(torch.ones(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.int32))
 
@@ -375,8 +377,8 @@ def test_files_of_llama_cpps_quantizer(
     assert failed == 0
 
     ids = torch.arange(3, 103)
-    dequantized = load_model(path, dtype=torch.float32)
-    kept = load_model(path, quantize="auto", dtype=None)
+    dequantized = load_model(path, dtype=torch.float32, quantize="none")
+    kept = load_model(path)
     logps = []
     for model in (dequantized, kept):
         model.setup_caches(1, 128)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import generate  # once: the runs are forked from here, so that starting them takes no time
+import cli.program  # once: the runs are forked from here, so that starting them takes no time
+import generate
 
 TIMES = ("queued_s", "first_token_s", "total_s")
 

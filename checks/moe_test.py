@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checks.common import BASE, close, hf_logits, random_hf
-from engine import compile_model
-from feedforward import Experts, StackedLinear
-from formats.blocks import MXFP4Blocks
-from kernels import mxfp4_values
+from cli.stats import weight_bytes
+from families.experts import Experts
+from formats.layers import FORMS
+from formats.mxfp4 import MXFP4Blocks
+from generate import compile_model
 from model import ModelConfig, Transformer, load_model
-from quantize import LAYERS, Linear, quantize_linear, quantize_model, save_quantized
+from products.linear import mxfp4_values
+from quantize import Linear, quantize_linear, quantize_model, save_quantized
 
 Checkpoint = Callable[[str], tuple[Path, transformers.PreTrainedModel]]
 FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss"]
@@ -101,9 +103,9 @@ def test_a_step_counts_the_experts_that_it_reads(checkpoint: Checkpoint) -> None
     nbytes = sum(x.numel() * 4 for module in experts for x in module.parameters())
     all_bytes = sum(x.numel() * 4 for x in model.parameters())
     others = all_bytes - nbytes - model.embed_tokens.weight.numel() * 4
-    assert model.weight_bytes() == others + nbytes * 3 // 8
-    assert model.weight_bytes(2) == round(others + nbytes * (1 - (5 / 8) ** 2))
-    assert model.weight_bytes(200) == others + nbytes
+    assert weight_bytes(model) == others + nbytes * 3 // 8
+    assert weight_bytes(model, 2) == round(others + nbytes * (1 - (5 / 8) ** 2))
+    assert weight_bytes(model, 200) == others + nbytes
 
 
 def test_copied_experts_are_their_own() -> None:
@@ -153,7 +155,7 @@ def test_quantized_experts_are_what_each_is_alone_and_come_back(
 @pytest.mark.parametrize("mode", [None, "int8", "int4", "int8_grouped", "mxfp4"])
 @pytest.mark.parametrize("rows, T", [(1, 1), (3, 1), (2, 16)])
 def test_stacked_experts_give_what_single_ones_do(
-    monkeypatch: pytest.MonkeyPatch, mode: str | None, rows: int, T: int
+    gpu_layouts: None, mode: str | None, rows: int, T: int
 ) -> None:
     """As on a GPU; more than 16 tokens a row take the layers out of the stacks."""
     experts = small_experts()
@@ -165,14 +167,13 @@ def test_stacked_experts_give_what_single_ones_do(
     expected = experts(x, weights, ids)
     for stack in (experts.gate_up_proj, experts.down_proj):
         for layer in stack:
-            if hasattr(layer, "pack_for_gpu"):
-                layer.pack_for_gpu()
-        monkeypatch.setattr(StackedLinear, "devices", ("cpu",))
+            layer.pack()
+            assert (layer.layout is None) == (mode is None)
         stack.stack()
-    # the expected products were in bfloat16, if of quantized layers
+    # the products of quantized layers are in bfloat16
     close(experts(x, weights, ids), expected, 1e-4 if mode is None else 1e-2)
-    if not hasattr(experts.down_proj[0], "zeros"):  # a CPU does not multiply as a GPU packs those
-        close(experts.one_by_one(x, weights, ids), expected, 1e-5)
+    by_kernel = mode in ("int8", "int4", "int8_grouped")  # that of a single layer
+    close(experts.one_by_one(x, weights, ids), expected, 1e-2 if by_kernel else 1e-5)
 
 
 def random_layer(linear: Linear, mode: str | None) -> torch.nn.Module:
@@ -181,7 +182,7 @@ def random_layer(linear: Linear, mode: str | None) -> torch.nn.Module:
         return linear
     if mode in ("int8", "int4"):
         return quantize_linear(linear, mode)
-    layer = LAYERS[mode](linear, 32)
+    layer = FORMS[mode](linear, 32)
     N, K = linear.weight.shape
     for rows in layer.slices():
         layer.take(rows, *mxfp4_blocks(N, K).affine(rows), 16)
@@ -226,7 +227,7 @@ def test_mxfp4_files_equal_transformers(
     mxfp4_checkpoint: tuple[Path, transformers.PreTrainedModel]
 ) -> None:
     folder, hf = mxfp4_checkpoint
-    check_decode(load_model(folder, dtype=torch.float32), hf)
+    check_decode(load_model(folder, dtype=torch.float32, quantize="none"), hf)
 
 
 def test_mxfp4_stays_what_it_is(
@@ -234,7 +235,7 @@ def test_mxfp4_stays_what_it_is(
 ) -> None:
     """quantize="auto": 8-bit integers stand for the same numbers, without any rounding."""
     folder, hf = mxfp4_checkpoint
-    plain = load_model(folder, dtype=torch.float32)
+    plain = load_model(folder, dtype=torch.float32, quantize="none")
     model = load_model(folder, dtype=torch.float32, quantize="auto")
     for ours, theirs in zip(model.layers, plain.layers):
         for stack in ("gate_up_proj", "down_proj"):
@@ -246,10 +247,10 @@ def test_mxfp4_stays_what_it_is(
     check_decode(model, hf, tol=2e-2)  # activations are rounded to bfloat16
 
 
-def test_mxfp4_layer_holds_the_numbers_of_the_file() -> None:
+def test_mxfp4_layer_holds_the_numbers_of_the_file(gpu_layouts: None) -> None:
     blocks = mxfp4_blocks(70, 96)
     linear = Linear(96, 70, bias=False)
-    layer = LAYERS["mxfp4"](linear)
+    layer = FORMS["mxfp4"](linear)
     for rows in blocks.slices(16):
         layer.take(rows, *blocks.affine(rows), 16)
     assert torch.equal(layer.scales, blocks.exponents)
@@ -257,7 +258,7 @@ def test_mxfp4_layer_holds_the_numbers_of_the_file() -> None:
     expected = mxfp4_values(nibbles, blocks.exponents)
     assert torch.equal(torch.cat(list(layer.dense(torch.float32))), expected)
     stored = layer.stored()["weight"].clone()
-    layer.pack_for_gpu()
+    assert layer.pack().layout is not None
     assert torch.equal(layer.stored()["weight"], stored)
     assert torch.equal(torch.cat(list(layer.dense(torch.float32))), expected)
 

@@ -10,18 +10,20 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine import compile_model
-from generate import generate
-from model import Transformer, load_model
-from parallel import Ranks, Team, piece
+import parallel
+from cli.stats import weight_bytes
+from generate import compile_model, generate
+from model import JOINED, ModelConfig, Transformer, joined_rows, load_model
+from parallel import Ranks, Team
+from parallel.ranks import piece
 from quantize import QuantizedLinear
-from weights import joined_rows, split_rows
 
 
 def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """Load a rank's part and generate -> what each rank got, and the share of weights it has."""
-    whole = load_model(case["path"], dtype=torch.float32, quantize=case["quantize"])
-    model = load_model(case["path"], dtype=torch.float32, quantize=case["quantize"], ranks=ranks)
+    options = dict(dtype=torch.float32, quantize=case["quantize"])
+    whole = load_model(case["path"], **options)
+    model = parallel.load_model(case["path"], ranks, **options)
     n_same = compare_integers(model, whole, ranks)
     kv_dtype = torch.int8 if case["int8_kv"] else None
     model.setup_caches(len(case["prompts"]), 64, kv_dtype, case["attention"])
@@ -37,7 +39,7 @@ def run_case(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return {
         "tokens": of_all,
         "logits": logits[0, -1].tolist(),
-        "share": model.weight_bytes() / whole.weight_bytes(),
+        "share": weight_bytes(model) / weight_bytes(whole),
         "layers_compared": n_same,
     }
 
@@ -50,14 +52,20 @@ def compare_integers(model: Transformer, whole: Transformer, ranks: Ranks) -> in
             continue
         theirs = whole.get_submodule(name).stored()
         for kind, tensor in layer.stored().items():
-            rows = joined_rows(name, len(theirs[kind]), whole.config)
-            ours = joined_rows(name, len(tensor), model.config)
+            rows = rows_of(name, len(theirs[kind]), whole.config)
+            ours = rows_of(name, len(tensor), model.config)
             parts = []
-            for part, n_rows in zip(split_rows(theirs[kind], rows), ours, strict=True):
+            for part, n_rows in zip(theirs[kind].split(rows), ours, strict=True):
                 parts.append(piece(part, (n_rows, *tensor.shape[1:]), ranks))
             assert torch.equal(tensor, torch.cat(parts)), (name, kind)
         n += 1
     return n
+
+
+def rows_of(name: str, n_rows: int, config: ModelConfig) -> list[int]:
+    """How many of a layer's rows belong to each of the layers that it joins."""
+    module = name.split(".")[-1]
+    return joined_rows(module, n_rows, config) if module in JOINED else [n_rows]
 
 
 def main() -> None:

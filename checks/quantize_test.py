@@ -12,15 +12,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import cpu.products  # puts what a CPU has into LAYOUTS
 import generate
-import kernels
 import quantize
+from benchmarks.quality import perplexity
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
-from formats.checkpoint import default_model
-from formats.tokenizer import Tokenizer, load_tokenizer
+from cli.stats import weight_bytes
+from formats.default import default_model
+from generate import Tokenizer, load_tokenizer
 from model import KVCache, Transformer, load_model
+from products.linear import int4_linear
 from quantize import (
-    Int4Linear, Int8Linear, Linear, QuantizedLinear, perplexity, quantize_linear, quantize_model,
+    Int4Linear, Int8Linear, Linear, QuantizedLinear, quantize_linear, quantize_model,
     save_quantized,
 )
 
@@ -76,6 +79,7 @@ def test_layer_computes_with_what_it_stores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(quantize, "BF16", bf16)
+    monkeypatch.setattr(cpu.products, "BF16", bf16)
     linear = random_linear(N, K, N % 2 == 1, dtype)
     dense = linear.weight.float()
     layer = quantize_linear(linear.pack(), mode, group_size)
@@ -91,6 +95,7 @@ def test_layer_computes_with_what_it_stores(
 
     # and it is what the packed layer multiplies with
     layer = layer.pack()
+    assert (layer.layout is None) == (mode == "int8" and K % 16 > 0)
     assert torch.equal(whole(layer), stored)
     bias = None if linear.bias is None else linear.bias.float()
     for rows in (1, 3, 24, 25, 128, 129):
@@ -133,18 +138,20 @@ def test_extreme_weights(mode: str) -> None:
 
 
 @pytest.mark.parametrize("K, group_size", [(96, 32), (128, 64), (256, 128)])
-def test_int4_packed_for_a_gpu_is_the_same_layer(K: int, group_size: int) -> None:
+def test_int4_packed_for_a_gpu_is_the_same_layer(
+    gpu_layouts: None, K: int, group_size: int
+) -> None:
     """What is saved, and what many and few rows are multiplied with."""
     layer = quantize_linear(random_linear(70, K), "int4", group_size)
     stored = {name: tensor.clone() for name, tensor in layer.stored().items()}
     weight = whole(layer)
     x = torch.randn(3, K)
-    expected = kernels.int4_linear(x, *layer.stored().values())
-    layer.pack_for_gpu()
+    expected = int4_linear(x, *layer.stored().values())
+    assert layer.pack().layout is not None
     for name, tensor in layer.stored().items():
         assert torch.equal(tensor, stored[name])
     assert torch.equal(whole(layer), weight)
-    assert torch.equal(kernels.packed_int4_linear(x, layer.weight, layer.scales), expected)
+    assert torch.equal(layer.product(x), expected)
 
 
 def test_int4_beats_plain_ranges() -> None:
@@ -230,7 +237,7 @@ def new_tokens(model: Transformer, kv_dtype: torch.dtype | None = None) -> list[
 def test_save_load_generate(tmp_path: Path, mode: str, tied: bool, dtype: torch.dtype) -> None:
     source = hf_folder(tmp_path / "m", tie_word_embeddings=tied)
     model = load_model(source, dtype=dtype)
-    before = model.weight_bytes()
+    before = weight_bytes(model)
     embedding = model.embed_tokens.weight.clone()
 
     # every linear layer is quantized, the output layer to int8, and the embedding is not
@@ -243,7 +250,7 @@ def test_save_load_generate(tmp_path: Path, mode: str, tied: bool, dtype: torch.
     assert set(kinds.values()) == {Int8Linear if mode == "int8" else Int4Linear}
     assert torch.equal(model.embed_tokens.weight, embedding)
     bounds = {("int8", 4): 0.3, ("int4", 4): 0.25, ("int8", 2): 0.6, ("int4", 2): 0.5}
-    assert model.weight_bytes() < before * bounds[mode, dtype.itemsize]
+    assert weight_bytes(model) < before * bounds[mode, dtype.itemsize]
 
     # saved and loaded, and quantized while loading, it says the same
     tokens = new_tokens(model)
@@ -416,11 +423,11 @@ def test_large_key_biases_survive_the_int8_cache(
     model = load_model(hf_folder(tmp_path / "m", model_type="qwen2"), dtype=torch.float32)
     ids = random_ids(120).tolist()
 
-    def leave(cache: KVCache) -> None:
+    def leave(model: Transformer, cache: KVCache) -> None:
         """In place of calibrate_k_mean: nothing is subtracted from keys."""
 
     _, smoothed = perplexity(model, ids, 120, torch.int8, copy.copy(model))
-    monkeypatch.setattr(model, "calibrate_k_mean", leave)
+    monkeypatch.setattr("model.calibrate_k_mean", leave)
     _, plain = perplexity(model, ids, 120, torch.int8, copy.copy(model))
     assert smoothed < 0.2 * plain  # 0.14: keys turn by up to 1.2 rad in this context
 

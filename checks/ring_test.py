@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from batching import Engine
+from batching.engine import CHUNK
+from batching.speculate import Gauge
 from checks.common import close, hf_logits, run_cli
-from engine import CHUNK, Engine, compile_model
-from generate import generate
-from model import MAX_DECODE_TOKENS, KVCache, Transformer, load_model
-from sampling import Request
-from speculate import Gauge
+from cli.stats import bytes_read
+from families import RingKVCache
+from generate import Request, compile_model, generate
+from model import (
+    FORMATS, MAX_DECODE_TOKENS, KVCache, LayerCache, Transformer, load_model,
+)
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 
@@ -47,13 +51,13 @@ def whole_cache(
     model: Transformer, rows: int, kv_dtype: torch.dtype | None = None, attention: str = "auto"
 ) -> KVCache:
     cache = model.setup_caches(rows, ROOM, kv_dtype, attention, rings=False)
-    assert cache.ring is None
+    assert not isinstance(cache, RingKVCache)
     return cache
 
 
 def ring_cache(
     model: Transformer, rows: int, kv_dtype: torch.dtype | None = None, attention: str = "auto"
-) -> KVCache:
+) -> RingKVCache:
     cache = model.setup_caches(rows, ROOM, kv_dtype, attention)
     assert cache.ring_len < ROOM / 2
     return cache
@@ -70,10 +74,10 @@ def test_only_layers_without_a_window_have_room_for_all(
     rooms = [layer.kv.shape[3] for layer in cache.layers(slice(0, 3))]
     assert rooms == [ROOM, 7 + MAX_DECODE_TOKENS, 7 + MAX_DECODE_TOKENS]
     allocated = 0
-    for storage in (cache.full, cache.ring):
-        allocated += storage.kv.untyped_storage().nbytes()
-        if storage.scale is not None:
-            allocated += storage.scale.untyped_storage().nbytes()
+    for layer in cache.whole:
+        of_layer = [tensor for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+        assert len(of_layer) == (1 if kv_dtype is None else 3)  # int8 has scales and a mean
+        allocated += sum(tensor.untyped_storage().nbytes() for tensor in of_layer)
     assert cache.nbytes == allocated
     for layer in cache.layers(slice(0, 3)):
         for tensor in layer.tensors:
@@ -88,7 +92,7 @@ def test_a_ring_is_made_where_it_is_smaller(
 ) -> None:
     model = loaded(checkpoint, "mistral")
     cache = model.setup_caches(1, room)
-    assert cache.is_ring == [is_ring] * 3
+    assert [layer.places.ring for layer in cache.whole] == [is_ring] * 3
     token = 2 * model.config.n_kv_head * model.config.head_dim * 4
     assert cache.nbytes == 3 * token * 25
 
@@ -96,13 +100,13 @@ def test_a_ring_is_made_where_it_is_smaller(
 def test_a_long_context_costs_what_its_windows_keep() -> None:
     """32 layers of which every other one sees 1024 tokens of 131072."""
     windows = [1024, None] * 16
-    cache = KVCache(
+    cache = RingKVCache(
         32, 8, 128, 1, 131072, dtype=torch.bfloat16, device="meta", windows=windows
     )
     token = 2 * 8 * 128 * 2
     assert cache.nbytes == 16 * token * (131072 + 1024 + MAX_DECODE_TOKENS)
-    assert cache.bytes_read(100) == 32 * token * 100
-    assert cache.bytes_read(100_000) == 16 * token * (100_000 + 1024)
+    assert bytes_read(cache, 100) == 32 * token * 100
+    assert bytes_read(cache, 100_000) == 16 * token * (100_000 + 1024)
 
 
 @pytest.mark.parametrize("rings", [True, False])
@@ -113,13 +117,13 @@ def test_a_larger_cache_has_rings_where_the_smaller_one_had(
     model.setup_caches(1, ROOM, rings=rings)
     generate(model, [[5], [6]], 2)
     assert model.cache.max_batch_size == 2
-    assert (model.cache.ring is not None) == rings
+    assert isinstance(model.cache, RingKVCache) == rings
 
 
 def test_a_cache_of_other_windows_is_refused(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint, "mistral")
     config = model.config
-    cache = KVCache(3, config.n_kv_head, config.head_dim, 1, ROOM, windows=[5, 5, 5])
+    cache = RingKVCache(3, config.n_kv_head, config.head_dim, 1, ROOM, windows=[5, 5, 5])
     with pytest.raises(ValueError, match="other windows"):
         model(random_tokens(1, 1), positions(0), cache)
 
@@ -237,13 +241,111 @@ def test_a_row_goes_back_over_as_many_tokens_as_a_step_may_reject(
     for written in (30, 41, 60):
         for back in range(MAX_DECODE_TOKENS + 1):
             write(written)
-            assert ring.intact(slice(0, 1), written - back)
+            assert ring.keeps(slice(0, 1), written - back)
             assert same(written - back)
         write(written)
         too_far = written - MAX_DECODE_TOKENS - 2
         with pytest.raises(ValueError, match=f"behind its first {too_far} tokens"):
             model(tokens[:, :T], positions(too_far), ring)
         assert not same(too_far)
+
+# --- formats of one's own ---
+
+
+class ScaledFloat8(LayerCache):
+    """float8 with a scale for each token and head: pack and unpack, and nothing else."""
+
+    @classmethod
+    def allocate(
+        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> list[Tensor]:
+        *places, _ = shape
+        return [*super().allocate(shape, dtype, device), torch.zeros(*places, device=device)]
+
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        kv = torch.stack((k, v))  # (2, B, Hkv, T, D)
+        scale = kv.abs().amax(-1) / torch.finfo(self.kv.dtype).max
+        return [(kv / scale[..., None]).to(self.kv.dtype), scale]
+
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        values, scale = tensors
+        keys, values = (values.float() * scale[..., None]).to(dtype).unbind(0)
+        return keys, values
+
+
+class Int16(LayerCache):
+    """Whole numbers of 1/1000, where no dtype is of floating point."""
+
+    def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [(1000 * torch.stack((k, v))).round().to(torch.int16)]
+
+    def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = (tensors[0].to(dtype) / 1000).unbind(0)
+        return keys, values
+
+
+FLOAT8 = torch.float8_e4m3fn
+# of two rows: how many tokens each has cached, and how many it is given
+COURSE = [
+    ([0, 0], 33), ([33, 20], 30), ([60, 50], 16), *[([76 + i, 66 + i], 1) for i in range(6)],
+    ([82, 65], 5), ([87, 68], 2), ([0, 70], 17),
+]
+
+
+@pytest.mark.parametrize("own, kv_dtype, tol", [
+    (ScaledFloat8, FLOAT8, 0.07), (Int16, torch.int16, 1e-3), (None, FLOAT8, 0.08),
+    (None, torch.bfloat16, 6e-3),
+], ids=["own-float8", "own-int16", "float8", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", *WINDOWS])
+def test_any_format_works_by_flash_and_math_in_plain_caches_and_rings(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str,
+    own: type[LayerCache] | None, kv_dtype: torch.dtype, tol: float,
+) -> None:
+    """A prompt, a chunk behind it, proposals, single tokens, and some of them again. own: a class
+    of a user's; None: keys and values are rounded to the dtype."""
+    if own is not None:
+        monkeypatch.setitem(FORMATS, kv_dtype, own)
+    folder, hf = checkpoint(name)
+    model = load_model(folder, dtype=torch.float32)
+    tokens = random_tokens(2, ROOM)
+    logits = hf_logits(hf, tokens)
+
+    def parts_of(rows: Tensor, depths: list[int], n: int) -> Tensor:
+        return torch.stack([row[at:at + n] for row, at in zip(rows, depths)])
+
+    want = torch.cat([parts_of(logits, *part) for part in COURSE], 1)  # (2, T, V)
+    got = {}
+    for attention in ("flash", "math"):
+        cache = model.setup_caches(2, ROOM, kv_dtype, attention)
+        assert isinstance(cache, RingKVCache) == (name in WINDOWS)
+        assert {layer.kv.dtype for layer in cache.whole} == {kv_dtype}
+        parts = [model(parts_of(tokens, *part), positions(*part[0])) for part in COURSE]
+        got[attention] = torch.cat(parts, 1)
+        assert relative_error(got[attention], want) < tol
+    assert relative_error(got["flash"], got["math"]) < 1e-4
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@PATHS
+@pytest.mark.parametrize("name", ["llama", *WINDOWS])
+def test_texts_of_a_format_are_the_same_refilled_and_compiled(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, attention: str,
+    dynamo: None, no_inductor: None,
+) -> None:
+    monkeypatch.setitem(FORMATS, FLOAT8, ScaledFloat8)
+    model = loaded(checkpoint, name)
+    prompts = [request.prompt for request in REFILLS[2:6]]
+    expected = []
+    for prompt in prompts:
+        model.setup_caches(1, ROOM, FLOAT8, attention)
+        expected += generate(model, [prompt], 12)
+    model.setup_caches(2, ROOM, FLOAT8, attention)
+    assert generate(model, prompts, 12) == expected
+    compile_model(model)
+    assert generate(model, prompts, 12, compile=True) == expected
 
 # --- the same texts ---
 
@@ -310,7 +412,9 @@ def test_prompts_of_any_lengths_are_read_together(
     expected = generate(model, prompts, 11)
     ring_cache(model, 4)
     engine = Engine(model, speculate_k=k)
-    engine.insert(0, [Request(prompt, 11) for prompt in prompts])
+    reading = engine.prefill(slice(0, 4), [Request(prompt, 11) for prompt in prompts])
+    while not engine.read_on(reading):
+        pass
     assert engine.token[:, 0].tolist() == [tokens[0] for tokens in expected]
     assert generate(model, prompts, 11, speculate_k=k, engine=engine) == expected
 
@@ -404,8 +508,8 @@ def test_a_conversation_that_goes_back_is_read_again(
         return out
 
     assert talk(rings=True) == talk(rings=False)
-    assert [cache.ring is None for cache in caches] == [False, True]
-    assert not caches[0].intact(slice(0, 1), 2)
+    assert [isinstance(cache, RingKVCache) for cache in caches] == [True, False]
+    assert not caches[0].keeps(slice(0, 1), 2)
 
 
 def test_the_summary_counts_the_bytes_of_rings(
@@ -416,4 +520,5 @@ def test_the_summary_counts_the_bytes_of_rings(
                         "--max_seq_len", 512, "--kv_dtype", "int8")
     slots = 9 + MAX_DECODE_TOKENS
     of_a_head = slots * 16 + (slots + 3) // 4 * 4 * 4  # values, and scales to whole 16 bytes
-    assert json.loads(out)["kv_cache_bytes"] == 2 * 2 * 2 * of_a_head
+    mean_key = 16 * 4  # in float32
+    assert json.loads(out)["kv_cache_bytes"] == 2 * 2 * (2 * of_a_head + mean_key)

@@ -27,14 +27,14 @@ import gguf
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli.stats
-import generate as program  # once: the runs are forked from here, so that starting takes no time
+import cli.program  # once: the runs are forked from here, so that starting takes no time
+import generate as program
+from batching import Engine
 from checks.common import CHATML, byte_level_tokenizer, hf_folder
-from engine import Engine
+from cli.errors import become_a_program
 from formats.tokenizer import sentencepiece_bpe
-from generate import generate
+from generate import Request, generate
 from model import load_model
-from sampling import Request
 
 LIMIT_S = 60  # that a run may take; most take a tenth of a second
 MEMORY = 8 * 2**30  # addresses that a run may have
@@ -51,7 +51,8 @@ class Soak:
     def __init__(self, folder: Path, draw: random.Random):
         self.folder = folder
         self.draw = draw
-        self.base = [*"--device cpu --dtype float32 --prompt hello --max_new_tokens 3".split()]
+        self.plain = "--device cpu --prompt hello --max_new_tokens 3".split()
+        self.base = [*self.plain, "--dtype", "float32"]
         self.checkpoints = make_checkpoints(folder / "checkpoints")
         self.model = load_model(self.checkpoints["safetensors"], dtype=torch.float32)
         self.model.setup_caches(3, 64)
@@ -92,8 +93,9 @@ class Soak:
         draw = self.draw
         prompt = [draw.randrange(600) for _ in range(draw.choice([1, 2, 7, 30, 60]))]
         return Request(
-            prompt, draw.randint(1, 30), draw.choice([0, 0, 0.7, 2.0]), draw.choice([None, 1, 40]),
-            draw.choice([None, 0.5, 0.99]), seed=draw.randrange(2**40),
+            prompt, draw.randint(1, 30), draw.choice([0, 0, 0.7, 2.0]),
+            top_k=draw.choice([None, 1, 40]), top_p=draw.choice([None, 0.5, 0.99]),
+            seed=draw.randrange(2**40),
         )
 
     # --- files ---
@@ -115,7 +117,8 @@ class Soak:
         else:
             content = spoil_bytes(content, self.draw)
         file.write_bytes(content)
-        code, err = self.run(["--checkpoint_path", spoiled, *self.base])
+        flags = self.draw.choice([self.plain, self.base])  # which take two ways of loading
+        code, err = self.run(["--checkpoint_path", spoiled, *flags])
         return problem_of(code, err, {0, 2})
 
     def full_disk(self) -> str | None:
@@ -218,7 +221,7 @@ def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) 
         if most_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error and not a signal
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-        program.become_a_program()
+        become_a_program()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
         program.main(flags)
         code = 0
@@ -370,11 +373,6 @@ def spoil_json(content: bytes, draw: random.Random) -> bytes:
 # --- the program ---
 
 
-def instant_bandwidth(device: object, nbytes: int) -> float:
-    """In place of a measurement of half a second a run."""
-    return 1e10
-
-
 def resident() -> int:
     """Bytes of memory that this process has."""
     gc.collect()
@@ -389,7 +387,6 @@ def main() -> None:
     parser.add_argument("--only", metavar="NUMBER", type=int, help="run this case alone")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork takes none along
-    cli.stats.copy_bandwidth = instant_bandwidth
     finds, ran = [], Counter()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), random.Random(args.seed))

@@ -12,16 +12,14 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
+from batching import Engine
+from batching.speculate import Gauge, PromptLookup
 from checks.common import run_cli
 from checks.engine_test import alone, chi_squared, collect, is_last, loaded, random_prompt
-from engine import Engine, compile_model
-from formats.checkpoint import default_model
-from formats.tokenizer import Tokenizer
-from generate import generate
+from formats.default import default_model
+from generate import Request, Sampling, Tokenizer, compile_model, generate
 from model import KVCache, Transformer, load_model
 from quantize import quantize_model
-from sampling import Request, Sampling
-from speculate import Gauge, PromptLookup
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 
@@ -169,7 +167,8 @@ def test_checking_steps_are_compiled(
     compile_model(model)
     engine = speculating(model, 2, 3, model if how == "itself" else None, compiled=True)
     for k in (0, 3):
-        assert engine.prepare_once("greedy", k) > 0
+        engine.k_now = k
+        assert engine.prepare() > 0
     n_graphs = counters["stats"]["unique_graphs"]
     assert n_graphs == (3 if how == "itself" else 2)
     assert collect(engine, GREEDY) == expected
@@ -258,12 +257,13 @@ def test_the_distribution_is_the_models(
     engine.model = Fixed(TARGET)
     engine.drafter.model = Fixed(DRAFTS[draft])
     requests = [Request([1], 9, temperature=1.0, seed=seed, **settings) for seed in range(n)]
-    engine.sampling = Sampling.of(requests, VOCABULARY, torch.device("cpu"))
+    engine.sampling = Sampling.of(requests, torch.device("cpu"))
     engine.kind = "filtered"
     engine.active.fill_(1)
     engine.input_pos.fill_(1)
     before = engine.token[:, 0].clone()
-    drawn = engine.step(2)
+    engine.k_now = 2
+    drawn = engine.step()
     shares = TARGET[:kept] / TARGET[:kept].sum()
     counted = torch.ones(n, dtype=torch.bool)
     for position in range(3):
@@ -298,7 +298,7 @@ def test_prompt_lookup(text: list[int], proposals: list[int]) -> None:
     cache = KVCache(1, 1, 8, max_batch_size=2, max_seq_len=16)
     drafter = PromptLookup(cache)
     drafter.history.fill_(2)  # what is behind a row's end is not looked at
-    drafter.read(torch.tensor([text]), torch.tensor([0]), slice(1, 2), 0, last=None)
+    drafter.read(torch.tensor([text]), slice(1, 2), cached=0, last=None)
     input_pos = torch.tensor([len(text) - 1], dtype=torch.int32)
     got = drafter.propose(torch.tensor([text[-1:]]), input_pos, slice(1, 2), 3, None)
     assert got.tolist() == [proposals]

@@ -5,7 +5,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from formats.templates import MAX_STEPS, render_template
-from formats.tokenizer import Tokenizer, load_tokenizer
+from formats.tokenizer import ChatTokenizer, load_tokenizer
 
 FAMILIES = [
     "google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct", "openai-gpt-oss-120b",
@@ -33,7 +33,7 @@ def transformers_text(template: str, messages: list[dict[str, str]]) -> str:
 def assert_rendered_alike(template: str, messages: list[dict[str, str]]) -> None:
     """Both write the same, or both refuse the messages."""
     special = {"<bos>": 1, "<eos>": 2}
-    tokenizer = Tokenizer(None, 3, special, 1, {2}, template)
+    tokenizer = ChatTokenizer(None, 3, special, 1, {2}, template)
     try:
         want = transformers_text(template, messages)
     except Exception as refused:

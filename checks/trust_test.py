@@ -22,18 +22,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate as program
-from cache import require_memory
+from batching import Engine
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
 from checks.soak import make_checkpoints
-from engine import Engine
-from formats import checkpoint as files
+from cli.errors import become_a_program
+from formats.default import default_model
 from formats.settings import check_settings
-from formats.tokenizer import load_tokenizer
-from formats.workspace import workspace
-from generate import generate
-from model import Transformer, load_model
-from quantize import quantize_model, save_quantized
-from sampling import Request
+from generate import Request, generate, load_tokenizer
+from model import Transformer, load_model, require_memory
+from quantize import quantize_model, save_quantized, workspace
 
 PROMPT = list(range(10, 30))
 Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
@@ -78,7 +75,7 @@ def test_cached_tokens_are_kept_or_refused(model: Transformer) -> None:
     want = generate(model, [PROMPT + whole[:7] + more], 8)
     model.cache = None
     generate(model, [PROMPT], 20)  # makes a cache that holds these and no more
-    with pytest.raises(ValueError, match="no cache with 27 tokens cached that has room"):
+    with pytest.raises(ValueError, match="no cache with 27 tokens cached has 1 rows with room"):
         generate(model, [more], 30, cached=27)
     generate(model, [PROMPT], 8)
     assert generate(model, [more], 8, cached=27) == want
@@ -166,15 +163,14 @@ def test_arguments_that_make_no_sense_are_refused_by_name(
 
 
 @pytest.mark.parametrize("prompts, message", [
-    ("hello", "prompts must be a list of prompts.*not a str"),
-    (torch.tensor([[1, 2]]), "prompts must be a list.*tolist.*not a Tensor"),
-    (iter([[1]]), "prompts must be a list"),
-    (None, "prompts must be a list"),
-    (["hello"], "a prompt must be a list of token ids.*has a str"),
-    ([torch.tensor([1, 2])], "a prompt must be a list of token ids.*tolist.*has a Tensor"),
-    ([1, 2], "a prompt must be a list.*has a int"),
-    ([[1.5]], "a prompt must be a list.*has a float"),
-    ([[True]], "a prompt must be a list.*has a bool"),
+    ("hello", "prompt must be a list of token ids.*not 'h'"),
+    (torch.tensor([[1, 2]]), "prompt must be a list of token ids.*tolist.*not tensor"),
+    (["hello"], "prompt must be a list of token ids.*not 'hello'"),
+    ([torch.tensor([1, 2])], "prompt must be a list of token ids.*tolist.*not tensor"),
+    ([1, 2], "prompt must be a list.*not 1"),
+    ([[1.5]], r"prompt must be a list.*not \[1.5\]"),
+    ([[True]], r"prompt must be a list.*not \[True\]"),
+    ([], "there is no prompt"),
     ([[5], []], "a prompt is empty"),
     ([[600]], "token 600, outside the vocabulary of 600"),
 ])
@@ -268,12 +264,15 @@ def test_weights_that_are_not_finite_are_refused(copied: Path, name: str, value:
         load_model(copied, dtype=torch.bfloat16)
 
 
+WINDOW = dict(use_sliding_window=True, sliding_window=8)
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(model_type=["llama"]), r'model_type = \["llama"\]: it must be a text'),
     (dict(architectures=5), "architectures = 5: it must be a list of texts"),
     (dict(layer_types="x"), 'layer_types = "x": it must be a list of texts'),
-    (dict(layer_types=["foo", "bar"]), "'bar'.*: only full_attention and sliding_attention are"),
-    (dict(layer_types=["full_attention"]), "layer_types = .*, not an entry for each of 2 layers"),
+    (dict(WINDOW, layer_types=["foo", "bar"]), "'bar'.*: only full_attention and sliding_attent"),
+    (dict(WINDOW, layer_types=["full_attention"]), "layer_types = .*, not an entry for each of 2"),
     (dict(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"]),
      "unsupported architecture"),
     (dict(num_experts=2**12), "num_experts = 4096: it must be at most 2048"),
@@ -501,27 +500,32 @@ def test_settings_that_do_nothing_are_named(
     assert code == 0 and (note in err) == (named is not None) == ("note: " in err)
 
 
+@pytest.mark.parametrize("words", [[], ["--dtype", "float32"]], ids=["plain", "more"])
 @pytest.mark.parametrize("size", [2**50, 2**62])
 def test_a_cpu_without_the_memory_says_so(
-    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, size: int
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, size: int,
+    words: list[str],
 ) -> None:
-    def too_large(*_: object) -> None:
+    def too_large(*_: object, **options: object) -> None:
         torch.empty(size, dtype=torch.uint8)
 
-    monkeypatch.setattr(program, "make_engine", too_large)
-    code, _, err = cli("--prompt", "x")
+    monkeypatch.setattr("generate.Decoder.__init__", too_large)  # and that of an Engine
+    code, _, err = run_cli(
+        capfd, "--checkpoint_path", folder, "--device", "cpu", "--prompt", "x", *words
+    )
     assert code == 2 and "there is not enough memory; lower --max_seq_len" in err
 
 
+@pytest.mark.parametrize("words", [[], ["--dtype", "float32"]], ids=["plain", "more"])
 def test_a_bug_stays_a_traceback(
-    cli: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, folder: Path, words: list[str]
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **options: object) -> None:
         torch.ones(2) @ torch.ones(3)
 
-    monkeypatch.setattr(program, "make_engine", broken)
+    monkeypatch.setattr("generate.Decoder.__init__", broken)
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        cli("--prompt", "x")
+        program.main(["--checkpoint_path", str(folder), "--device=cpu", "--prompt", "x", *words])
 
 # --- as a process: streams, signals, what is left behind ---
 
@@ -540,7 +544,7 @@ def in_a_process(
             sys.stdout = open(1, "w", encoding=encoding, closefd=False)
             sys.stderr = open(2, "w", closefd=False)
             torch.set_num_threads(1)  # those of the parent did not come along
-            program.become_a_program()
+            become_a_program()
             work()
             code = 0
         except SystemExit as e:
@@ -592,7 +596,7 @@ def test_sigterm_while_saving_leaves_nothing(
     def slowly(*_: object) -> None:
         time.sleep(60)
 
-    monkeypatch.setattr(program, "save_tokenizer", slowly)  # the last of what is written
+    monkeypatch.setattr("cli.program.save_tokenizer", slowly)  # the last of what is written
     target = tmp_path / "to" / "saved"
     work = commanded(folder, "--quantize", "int8", "--save", target)
     process, _ = in_a_process(work, tmp_path / "out", wait=False)
@@ -669,7 +673,7 @@ def test_a_failed_download_says_why_and_what_to_do_offline(
 def test_absurd_cache_folders_get_a_sentence(monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     with pytest.raises(ValueError, match="cannot keep the default model .*set XDG_CACHE_HOME"):
-        files.default_model()
+        default_model()
 
 
 @pytest.mark.parametrize("after", [0.2, 0.8, 1.6])

@@ -12,10 +12,11 @@ import gguf
 import pytest
 
 from checks.common import AWKWARD, LLAMA_CPP
-from formats import tokenizer as tokenizer_module
-from formats.checkpoint import read_gguf
+from formats import gguf_file
+from formats.gguf_file import read_gguf
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
-from formats.tokenizer import Tokenizer, load_tokenizer
+from formats.tokenizer import load_tokenizer
+from generate import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "qwen2", "qwen35", "refact", "starcoder", "mpt", "command-r",
                 "deepseek-coder", "llama-spm", "phi-3", "baichuan"]
@@ -103,7 +104,7 @@ def test_every_pre_tokenizer_splits_as_llama_cpps(
     path = llama_cpp_files / "ggml-vocab-llama-bpe.gguf"
     meta, tensors = read_gguf(path)
     changed = meta | {"tokenizer.ggml.pre": pre}
-    monkeypatch.setattr(tokenizer_module, "read_gguf", lambda _: (changed, tensors))
+    monkeypatch.setattr(gguf_file, "read_gguf", lambda _: (changed, tensors))
     tokenizer = load_tokenizer(path)
     encode = llama_cpp_encoder(llama_cpp, path, pre)
     for text in awkward_texts(300):

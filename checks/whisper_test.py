@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checks.common import HERE
-from formats.checkpoint import cache_folder
 from kernels import flash_decode_reference
+from quantize import cache_folder
 
 sys.path.insert(0, str(HERE / "examples"))
 import whisper
@@ -245,7 +245,8 @@ def decoded(rows: whisper.Rows, row: int, tokens: Tensor, start: int) -> Tensor:
     """Logits [1, T, V] of tokens [1, T] in a row that has start tokens cached."""
     own = slice(row, row + 1)
     lengths = torch.tensor([start], dtype=torch.int32)
-    return rows.model.decode(tokens, lengths, rows.text[:, :, own], rows.sound[:, :, own])
+    text, sound = [[kv[:, own] for kv in cache] for cache in (rows.text, rows.sound)]
+    return rows.model.decode(tokens, lengths, text, sound)
 
 # --- parity with transformers ---
 
@@ -735,4 +736,4 @@ def test_it_lifts_two_names() -> None:
             lifted |= {(node.module, name.name) for name in node.names}
         if isinstance(node, ast.Import):
             assert not {name.name.split(".")[0] for name in node.names} & ours
-    assert lifted == {("kernels", "flash_decode"), ("cache", "KVCache")}
+    assert lifted == {("kernels", "flash_decode"), ("model", "KVCache")}

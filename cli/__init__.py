@@ -1,1 +1,47 @@
-"""What only a terminal needs: flags, a conversation, files of prompts, what a run took."""
+"""What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+import generate
+from cli.arguments import is_plain, is_one_of_several, parse_args
+from cli.errors import become_a_program, refusals, sentences
+from cli.progress import say_missing_library, show_loading, watch_prompts
+from cli.prompts import read_text
+from cli.stats import say_cuts, say_memory
+from model import extension
+
+
+def main(argv: list[str] | None) -> None:
+    """generate.main with all flags. What it does without this folder, it does itself."""
+    if argv is None:
+        become_a_program()
+    with sentences():
+        if is_one_of_several():
+            extension("parallel").mute_all_but_the_first()  # also of what is wrong with the flags
+        args = parse_args(argv)
+        with refusals(args):
+            do(args)
+
+
+def do(args: Any) -> None:
+    """What the flags ask for: by generate.run, or by cli/program.py where that does not know them.
+    """
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    show_loading()
+    if is_plain(args):
+        if args.prompt is not None:
+            args.prompt = read_text(args.prompt)
+        decoder = generate.run(args, watch_prompts)
+        say_cuts(list(decoder.finish_reasons.values()))
+        say_memory(decoder.device, decoder.cache.nbytes)
+        say_missing_library(decoder.model)
+        return
+    for folder in ("batching", "formats", "parallel"):
+        extension(folder)  # it says so where this copy has none
+    from cli.program import run
+    run(args)

@@ -1,48 +1,37 @@
 """The flags of generate.py: what they are, what they may be, and which go together."""
 import argparse
 import os
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from formats.checkpoint import first_line
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from generate import RANGES, Range, add_flags, say
+from model import first_line
+from quantize import MODES
 
 
 def number(
-    kind: type[int] | type[float], low: float, high: float = float("inf"), above: bool = False
-) -> Callable[[str], Any]:
-    """An argparse type, which takes numbers too: from low (above: just over it) to high."""
-    bounds = f"{'above' if above else 'at least'} {low}"
-    if high < float("inf"):
-        bounds += f" and at most {high}"
+    kind: type, low: float, high: float = float("inf"), above: bool = False
+) -> Callable[[str], int | float]:
+    """An argparse type: a number in a Range of generate.py."""
 
-    def parse(text: str | int | float) -> int | float:
+    def parse(text: str) -> int | float:
         value = kind(text)
-        too_low = above and value == low
-        if too_low or not low <= value <= high:  # NaN fails the second
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        return value
+        try:
+            return Range(kind, low, high, above).check("", value)
+        except ValueError as e:
+            problem = str(e).removeprefix(f": {value}")
+            raise argparse.ArgumentTypeError(text + problem) from None
 
-    # argparse names the type where kind(text) fails
-    parse.__name__ = "whole number" if kind is int else "number"
+    parse.__name__ = "whole number" if kind is int else "number"  # by which argparse calls it
     return parse
 
 
-# what a request may set for itself, by flag or in a line of --prompts, and what it may be
-SETTINGS = {
-    "max_new_tokens": number(int, 1),
-    "temperature": number(float, 0, 1000),
-    "top_k": number(int, 1, 2**31 - 1),
-    "top_p": number(float, 0, 1, above=True),
-    "min_p": number(float, 0, 1),
-    "seed": number(int, 0, 2**63 - 1),
-}
+def setting(name: str) -> Callable[[str], int | float]:
+    """An argparse type: what a request may have for a setting."""
+    return number(*RANGES[name])
 
 
 def stop_text(text: str) -> str:
@@ -52,19 +41,25 @@ def stop_text(text: str) -> str:
     return text
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
+    )
+    add_flags(parser.add_argument_group("a prompt and its answer").add_argument, setting)
+    add_text(parser.add_argument_group("more to say"))
+    add_sampling(parser.add_argument_group("more about drawing tokens"))
+    add_speed(parser.add_argument_group("speed and memory"))
+    add_measuring(parser.add_argument_group("measuring"))
+    return parser
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a command line (None: this process's), checked, with their defaults filled in.
 
     Leaves by exit code 2 and one line on stderr where a value or a combination is impossible.
-    In the result device is a torch.device, dtype a key of DTYPES or None, which leaves it to the
-    file, and compile True, False, or None, which takes what an earlier run compiled."""
-    parser = Parser(
-        "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
-    )
-    add_text(parser.add_argument_group("what to say"))
-    add_sampling(parser.add_argument_group("sampling"))
-    add_speed(parser.add_argument_group("speed and memory"))
-    add_measuring(parser.add_argument_group("measuring"))
+    In the result device is a torch.device, and compile True, False, or None, which takes what an
+    earlier run compiled."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     check_combinations(parser, args)
 
@@ -86,18 +81,32 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # defaults that depend on other flags
     if args.benchmark and not args.prompt:
         args.prompt = "128"
-    if args.group_size is None:
-        args.group_size = 32
-    if args.quantize is None:
-        args.quantize = "auto"
-    if args.dtype is None:
-        args.dtype = default_dtype(args.checkpoint_path)
+    args.group_size = args.group_size or 32
+    args.quantize = args.quantize or "auto"
     if args.compile is None and args.device.type == "cuda":
         args.compile = True
     if args.compile_prefill and not args.compile:
         parser.error("--compile_prefill goes with --compile")
     say_what_does_nothing(args)
     return args
+
+
+def is_plain(args: argparse.Namespace) -> bool:
+    """Whether one prompt, as it stands, and flags that generate.run knows are all there is."""
+    known = ["threads"]  # it is nothing to know of
+    add_flags(lambda flag, **options: known.append(flag.removeprefix("--")))
+    usual = parse_args([f"--device={args.device}"])
+    for name, value in vars(args).items():
+        if name not in known and value != getattr(usual, name):
+            return False
+    is_number = args.prompt is not None and args.prompt.isdecimal()
+    is_json = str(args.checkpoint_path).endswith(".json")
+    return not (is_number or is_json or is_one_of_several())
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun started this process and others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def say_what_does_nothing(args: argparse.Namespace) -> None:
@@ -112,23 +121,9 @@ def say_what_does_nothing(args: argparse.Namespace) -> None:
         say(f"note: {', '.join(given)} changes nothing at --temperature 0, which draws no tokens")
 
 
-def default_dtype(path: str | None) -> str | None:
-    if path is None:
-        return "float32"
-    if path.endswith(".gguf"):
-        return None  # by whether its weights are quantized
-    return "bfloat16"
-
-
 def add_text(group: argparse._ArgumentGroup) -> None:
-    """Which model, which prompts, how many answers and how long."""
+    """Other prompts, and how many answers."""
     add = group.add_argument
-    add("--checkpoint_path", metavar="PATH",
-        help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
-        "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT",
-        help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
-        "text with @; default: a question")
     add("--prompts", metavar="FILE",
         help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
         "begins with {: objects of prompt (text) or messages (a conversation) and, instead of the "
@@ -148,8 +143,6 @@ def add_text(group: argparse._ArgumentGroup) -> None:
     add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1,
         help="answers to each prompt, from 1; with --benchmark or --profile: runs of all rows; "
         "default: 1")
-    add("--max_new_tokens", metavar="N", type=SETTINGS["max_new_tokens"], default=200,
-        help="most new tokens, from 1; default: 200")
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1,
         help="rows at once, 1 to 4096; default: 1")
     add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
@@ -159,59 +152,46 @@ def add_text(group: argparse._ArgumentGroup) -> None:
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     """How the next token is drawn."""
     add = group.add_argument
-    add("--temperature", metavar="T", type=SETTINGS["temperature"], default=0.0,
-        help="0 to 1000, 0 is greedy; default: 0")
-    add("--top_k", metavar="K", type=SETTINGS["top_k"],
-        help="sample from the K likeliest tokens, from 1; default: all")
-    add("--top_p", metavar="P", type=SETTINGS["top_p"],
+    add("--top_p", metavar="P", type=setting("top_p"),
         help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
-    add("--min_p", metavar="P", type=SETTINGS["min_p"],
+    add("--min_p", metavar="P", type=setting("min_p"),
         help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
-    add("--seed", metavar="N", type=SETTINGS["seed"],
+    add("--seed", metavar="N", type=setting("seed"),
         help="of the first answer, the next one has the next; the same seed, the same text; "
         "default: new ones")
 
 
 def add_speed(group: argparse._ArgumentGroup) -> None:
-    """Where the model runs, in which formats, and whether it is compiled."""
+    """In which formats it runs, how, and what is kept of it."""
     add = group.add_argument
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--max_seq_len", metavar="N", type=number(int, 1),
-        help="room in the KV cache; default: prompt and answer")
+        help="room in the KV cache, from 1; default: prompt and answer")
+    add("--dtype", choices=["bfloat16", "float16", "float32"],
+        help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
+        "where the integers of a GGUF file are kept")
+    add("--kv_dtype", choices=["auto", "int8"], default="auto",
+        help="of the KV cache; auto, the default: --dtype")
+    add("--attention", choices=["auto", "flash", "math"], default="auto",
+        help="how decode attends; default: auto")
+    add("--compile_prefill", action="store_true",
+        help="with --compile: prefill too")
     add("--tp", metavar="N", type=number(int, 1, 1024),
         help="split the model over N processes that torchrun starts; with more of them, groups of "
         "N share the prompts of --prompts; default: all processes")
-    add("--device", default=default_device,
-        help="cpu, cuda, ...; default: cuda")
     add("--threads", metavar="N", type=number(int, 1, 1024),
         help="of the CPU; default: one a core, or OMP_NUM_THREADS")
-    add("--dtype", choices=DTYPES,
-        help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
-        "for the default model and where the integers of a GGUF file are kept")
-    add("--quantize", choices=["auto", "none", "int8", "int4"],
-        help="auto: weights as the file has them, those of a quantized GGUF as integers; none: "
-        "dequantized; int8, int4: quantized while loading; default: auto")
     add("--group_size", type=int, choices=[32, 64, 128],
         help="inputs to a scale of --quantize int4; default: 32")
     add("--save", metavar="FOLDER", type=Path,
         help="write what --quantize makes to this new folder and end; default: nothing written")
-    add("--kv_dtype", choices=["auto", "int8"], default="auto",
-        help="of the KV cache; auto, the default: --dtype")
     add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
         help="check K proposed tokens a step, 0 to 15: those of --draft_checkpoint_path, or what "
         "followed in prompt and answer before; the text stays the same; default: 0")
     add("--draft_checkpoint_path", metavar="PATH",
         help="with --speculate_k: a smaller model with the same tokenizer that proposes; default: "
         "none, but prompt and answer themselves")
-    add("--draft_quantize", choices=["int8", "int4"],
+    add("--draft_quantize", choices=MODES,
         help="quantize the draft's weights while loading; default: as the file has them")
-    add("--attention", choices=["auto", "flash", "math"], default="auto",
-        help="how decode attends; default: auto")
-    add("--compile", action=argparse.BooleanOptionalAction,
-        help="compile the decode step; default: on CUDA. On a CPU that takes some 15 "
-        "seconds; later runs find what it made for one row, and decode with it")
-    add("--compile_prefill", action="store_true",
-        help="with --compile: prefill too")
 
 
 def add_measuring(group: argparse._ArgumentGroup) -> None:
@@ -228,48 +208,38 @@ def add_measuring(group: argparse._ArgumentGroup) -> None:
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Leave with a sentence where flags contradict each other."""
-    # one source of prompts
     sources = [args.prompt is not None, args.prompts is not None, args.interactive]
-    if sources.count(True) > 1:
-        parser.error("--prompt, --prompts and --interactive exclude each other")
-    if args.output is not None and (args.prompts is None or args.profile):
-        parser.error("--output goes with --prompts and without --profile")
-    if args.interactive:
-        measured = args.json or args.benchmark or args.profile
-        if measured or args.num_samples > 1 or args.batch_size > 1:
-            parser.error(
-                "--interactive goes without --json, --benchmark, --profile, --num_samples and "
-                "--batch_size"
-            )
-
-    if args.system is not None and not (args.interactive or args.chat):
-        parser.error("--system goes with --interactive or --chat")
-
-    # quantizing, and saving what it makes
-    quantizes = args.quantize in ("int8", "int4")
-    if args.group_size is not None and not quantizes:
-        parser.error("--group_size goes with --quantize")
-    if args.save is not None:
-        if args.quantize in (None, "none"):
-            parser.error("--save goes with --quantize")
-        if any(sources) or args.benchmark or args.profile:
-            parser.error(
-                "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
-            )
-
-    # a draft proposes to somebody
-    if args.draft_checkpoint_path is not None and not args.speculate_k:
-        parser.error("--draft_checkpoint_path goes with --speculate_k")
-    if args.draft_quantize is not None and args.draft_checkpoint_path is None:
-        parser.error("--draft_quantize goes with --draft_checkpoint_path")
-
-    # a benchmark makes no text of tokens, and its prompt is a number of them
-    if args.stop and (args.benchmark or args.profile):
-        parser.error("--stop goes without --benchmark and --profile")
-    if args.benchmark:
-        words = args.prompt and not args.prompt.isdecimal()
-        if args.prompts is not None or words:
-            parser.error("--benchmark takes its --prompt as a number of random tokens")
+    measures = args.benchmark or args.profile is not None
+    several = args.num_samples > 1 or args.batch_size > 1
+    is_number = not args.prompt or args.prompt.isdecimal()
+    contradictions = [
+        (sources.count(True) > 1,
+         "--prompt, --prompts and --interactive exclude each other"),
+        (args.output is not None and (args.prompts is None or args.profile),
+         "--output goes with --prompts and without --profile"),
+        (args.interactive and (args.json or measures or several),
+         "--interactive goes without --json, --benchmark, --profile, --num_samples and "
+         "--batch_size"),
+        (args.system is not None and not (args.interactive or args.chat),
+         "--system goes with --interactive or --chat"),
+        (args.group_size is not None and args.quantize not in MODES,
+         "--group_size goes with --quantize"),
+        (args.save is not None and args.quantize in (None, "none"),
+         "--save goes with --quantize"),
+        (args.save is not None and (any(sources) or measures),
+         "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"),
+        (args.draft_checkpoint_path is not None and not args.speculate_k,
+         "--draft_checkpoint_path goes with --speculate_k"),
+        (args.draft_quantize is not None and args.draft_checkpoint_path is None,
+         "--draft_quantize goes with --draft_checkpoint_path"),
+        (args.stop and measures,
+         "--stop goes without --benchmark and --profile"),
+        (args.benchmark and (args.prompts is not None or not is_number),
+         "--benchmark takes its --prompt as a number of random tokens"),
+    ]
+    for wrong, message in contradictions:
+        if wrong:
+            parser.error(message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -277,12 +247,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {cut(message)}\n")
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Print on stderr: stdout is for what the model says. Nobody has to listen."""
-    with suppress(OSError):
-        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def cut(message: str) -> str:

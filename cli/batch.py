@@ -8,16 +8,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from cli.arguments import say
 from cli.prompts import Job
-from formats.tokenizer import TextStream, Tokenizer
+from formats.text import TextStream
+from generate import Tokenizer, say
+from parallel import Team
 
-# why an answer ends though its model would go on -> what is said of it
-CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
 RECORD_START = b'{"index": '  # of every line that Records writes
 
 
@@ -30,17 +29,6 @@ class News(NamedTuple):
 
 
 Run = Callable[[list[Job]], Iterator[News]]  # runs jobs, and yields tokens as they come
-
-
-class Team(Protocol):
-    """The processes that share a file of prompts: parallel.Team."""
-
-    is_first: bool
-    n_groups: int
-
-    def agree(self, value: Any) -> Any: ...
-    def send(self, number: int, record: dict[str, Any]) -> None: ...
-    def receive(self) -> Iterator[tuple[int, dict[str, Any]]]: ...
 
 
 @dataclass
@@ -107,8 +95,8 @@ def run_answers(
 # --- answers on the screen ---
 
 class InOrder:
-    """Prints several texts one after the other, in the order of their numbers, though their pieces
-    come as they like: those of the first text that has not ended are printed at once."""
+    """Prints several texts in the order of their numbers, though their pieces come as they like:
+    those of the first text that has not ended are printed at once."""
 
     def __init__(self) -> None:
         self.turn = 0  # the number of the text that is being printed
@@ -137,24 +125,15 @@ def answer_live(
     headed = len(jobs) > 1
     several = any(job.sample for job in jobs)
     for answer, _, piece in run_answers(jobs, run, tokenizer):
-        begins = answer.number not in answers
-        answers[answer.number] = answer
         ended = answer.finish_reason is not None
-        if headed and begins:
+        if headed and answer.number not in answers:
             piece = heading(answer.job, several) + piece
+        answers[answer.number] = answer
         if ended:
             piece += "\n\n" if headed else "\n"
         if not quiet and tokenizer is not None:
             screen.push(answer.number, piece, ended)
     return [answers[number] for number in range(len(jobs))]
-
-
-def say_cuts(answers: list[Answer]) -> None:
-    """Say how many answers ended before their model ended them."""
-    for reason, where in CUTS.items():
-        cut = [answer for answer in answers if answer.finish_reason == reason]
-        if cut:
-            say(f"{len(cut)} of {len(answers)} answers cut {where}")
 
 
 # --- the answers to a file ---
@@ -171,6 +150,10 @@ def answer_file(
     heading."""
     screen = InOrder()
     several = any(job.sample for job in jobs)
+    done = {}
+    if records is not None:
+        records.check(jobs)
+        done = records.done
 
     def write(number: int, record: dict[str, Any]) -> None:
         if records is not None:
@@ -178,23 +161,25 @@ def answer_file(
         elif as_json:
             print(json.dumps(record), flush=True)
         else:
-            screen.push(number, under_heading(jobs[number], record, several), ended=True)
-
-    if records is not None:
-        records.check(jobs)
+            text = ""
+            if "text" in record:
+                text = f"{heading(jobs[number], several)}{record['text']}\n\n"
+            screen.push(number, text, ended=True)
 
     left = []
     for number, job in enumerate(jobs):
-        if records is not None and records.has(job):
+        if (job.index, job.sample) in done:
             continue
         if job.error is None:
             left.append(number)
         else:  # a line that is no prompt is done by saying so
             say(job.error)
-            write(number, error_record(job))
-    if records is not None and records.done:
-        say(f"{records.path} has {len(records.done)} answers already; {len(left)} are left")
-    team.agree(left)
+            write(number, {
+                "index": job.index, "sample": job.sample, "error": job.error, "digest": job.digest
+            })
+    if done:
+        say(f"{records.path} has {len(done)} answers already; {len(left)} are left")
+    team.broadcast(left)
     if left:
         answer_left(jobs, left, run, tokenizer, write, team)
 
@@ -204,7 +189,10 @@ def answer_left(
     write: Callable[[int, dict[str, Any]], None], team: Team,
 ) -> None:
     """Answer the jobs of these numbers, and write each record as it comes."""
-    with progress_bar(len(jobs), len(left)) as bar:
+    with tqdm(
+        total=len(jobs), initial=len(jobs) - len(left), unit="prompt", miniters=0, disable=None,
+        nrows=20,  # a terminal without a size says that it has none, which would hide the bar
+    ) as bar:
         n_tokens = 0
         began = time.perf_counter()
         for number, n_new, record in answers_of_all(
@@ -228,57 +216,32 @@ def answers_of_all(
 ) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
     """Work jobs off together with the other groups of the team -> (a job's number, how many new
     tokens it has, its record if it has ended), as they come."""
+    ours = run_answers(jobs, run, tokenizer)
     n_left = len(jobs)
-    for answer, ids, _ in run_answers(jobs, run, tokenizer):
-        record = None
-        if answer.finish_reason is not None:
-            record = answer.record()
-            n_left -= 1
-        yield answer.number, len(ids), record
+    working = True
+    while working or n_left:
+        news = next(ours, None)
+        working = news is not None
+        if working:
+            answer, ids, _ = news
+            record = answer.record() if answer.finish_reason else None
+            n_left -= record is not None
+            yield answer.number, len(ids), record
+        elif n_left:
+            time.sleep(0.01)  # others are still at work
         for number, record in team.receive():
             n_left -= 1
             yield number, record["new_tokens"], record
-    while n_left:  # here nothing is to be done any more
-        for number, record in team.receive():
-            n_left -= 1
-            yield number, record["new_tokens"], record
-        time.sleep(0.01)
 
 
 def help_answer(jobs: list[Job], run: Run, tokenizer: Tokenizer, team: Team) -> None:
     """What the processes of a team do while the first one answers a file."""
-    left = team.agree(None)
+    left = team.broadcast(None)
     if not left:
         return
     for answer, _, _ in run_answers([jobs[number] for number in left], run, tokenizer):
         if answer.finish_reason is not None:
             team.send(answer.number, answer.record())
-
-
-def progress_bar(n_jobs: int, n_left: int) -> tqdm:
-    """A bar of how many are done, if stderr is a terminal."""
-    return tqdm(
-        total=n_jobs, initial=n_jobs - n_left, unit="prompt", miniters=0, disable=None,
-        nrows=20,  # a terminal without a size says that it has none, which would hide the bar
-    )
-
-
-def error_record(job: Job) -> dict[str, Any]:
-    """What --json and --output say of a line that is no prompt."""
-    return {
-        "index": job.index,
-        "sample": job.sample,
-        "error": job.error,
-        "digest": job.digest,
-    }
-
-
-def under_heading(job: Job, record: dict[str, Any], several: bool) -> str:
-    """An answer's text under a heading; nothing if there is no answer. several: each prompt has
-    several."""
-    if job.error is not None:
-        return ""
-    return f"{heading(job, several)}{record['text']}\n\n"
 
 
 def heading(job: Job, several: bool) -> str:
@@ -361,9 +324,6 @@ class Records:
                     f"--output {self.path} answers another prompt {index}, or with other settings: "
                     "give the prompts and flags that it was begun with, or choose another file"
                 )
-
-    def has(self, job: Job) -> bool:
-        return (job.index, job.sample) in self.done
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record and wait until it is on the disk."""

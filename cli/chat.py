@@ -1,18 +1,18 @@
 """A conversation in the terminal that keeps the KV cache between turns."""
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cli.arguments import say
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_system, with_system
-from formats.checkpoint import first_line
-from formats.tokenizer import TextStream, Tokenizer
+from formats.text import TextStream
+from generate import Tokenizer, say
+from model import first_line
+from quantize import workspace
 
 Message = dict[str, str]  # role and content
 Show = Callable[[int, list[int]], None]
@@ -124,7 +124,7 @@ class Chat:
         if len(ids) >= self.room:
             raise ValueError(self.why_no_room(messages[-1:], len(ids)))
         # at least one token is fed, for its logits
-        cached = min(common_prefix(ids, self.held), len(ids) - 1)
+        cached = min(len(os.path.commonprefix([ids, self.held])), len(ids) - 1)
         self.held = ids[:cached]  # what follows is overwritten, however this ends
         try:
             answer, reason = self.show_reply(ids, cached)
@@ -235,11 +235,7 @@ class Chat:
 
     def load(self, argument: str) -> None:
         file = named_file(argument)
-        messages = read_conversation(file)
-        system = None
-        if messages[0]["role"] == "system":
-            system = messages[0]["content"]
-            messages = messages[1:]
+        system, messages = read_conversation(file)
         check_template(self.tokenizer, system)
         self.tokenizer.chat(with_system(system, messages))  # a template may refuse it
         self.system = system
@@ -286,16 +282,6 @@ COMMANDS = {
 }
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many ids two lists have in common at the start."""
-    length = 0
-    for x, y in zip(a, b):
-        if x != y:
-            break
-        length += 1
-    return length
-
-
 # --- conversations in files ---
 
 def named_file(argument: str) -> Path:
@@ -304,44 +290,36 @@ def named_file(argument: str) -> Path:
     return Path(os.path.expanduser(argument))
 
 
-def read_conversation(file: Path) -> list[Message]:
-    """The messages that a file has: perhaps one of the system, then the user's and the
-    assistant's in turn. ValueError: it has anything else, or cannot be read."""
+def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
+    """What a file has: the system message, None where there is none, and those of user and
+    assistant in turn. ValueError: it has anything else, or cannot be read."""
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is no plain file")
         messages = json.loads(file.read_text(encoding="utf-8"))
         check_messages(messages)
-        check_roles([message["role"] for message in messages])
+        system = None
+        if messages[0]["role"] == "system":
+            system = messages.pop(0)["content"]
+        roles = [message["role"] for message in messages]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise ValueError("its messages are not those of user and assistant in turn")
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read a conversation from {file}: {first_line(e)}") from None
-    return messages
-
-
-def check_roles(roles: list[str]) -> None:
-    """ValueError unless each message of a user has an answer."""
-    if roles[0] == "system":
-        roles = roles[1:]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ValueError("its messages are not those of user and assistant in turn")
+    return system, messages
 
 
 def write_conversation(file: Path, messages: list[Message]) -> None:
     """Write messages as JSON, whole or not at all. ValueError: it cannot be written, or is there
     and something else."""
     text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
-    temporary = None
     try:
         if file.exists():
             read_conversation(file)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as f:
-            temporary = f.name
-            f.write(text)
-        os.replace(temporary, file)
+        with workspace(file.parent, "saving") as folder:
+            (folder / "conversation").write_text(text, encoding="utf-8")
+            os.replace(folder / "conversation", file)
     except OSError as e:
         raise ValueError(f"cannot write {file}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

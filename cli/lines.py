@@ -12,25 +12,21 @@ try:
 except ImportError:  # a Python built without it: lines are those of the terminal itself
     readline = None
 
-from cli.arguments import say
+from generate import say
 from cli.prompts import standard_input
 
-PROMPT = "> "
-MORE = "... "  # where a message goes on
 QUOTES = '"""'
 COMMAND = re.compile(r"/[A-Za-z]\w*(?=\s|$)")
-# a line that begins a quoted text, which may be what a command is about
-OPENING = re.compile(rf"({COMMAND.pattern}\s+)?{QUOTES}")
+# quotes that begin a text, perhaps behind a command, and not the doc string of a pasted program
+OPENING = re.compile(rf'((?:{COMMAND.pattern}\s+)?){QUOTES}(?!.*{QUOTES}\s*[^\s"])', re.DOTALL)
 PASTE_S = 0.03  # a line that follows so soon was not typed
-HISTORY = 1000  # lines that are kept
 
 
 class Messages:
     """Reads messages from standard input, one after the other.
 
     A line is a message; so are lines that are pasted together on a terminal, and a text between
-    two times three quotes. On a terminal there are line editing and a history, kept in a file
-    (XDG_STATE_HOME or ~/.local/state, as the XDG base directory specification has it)."""
+    two times three quotes. On a terminal there are line editing and a history."""
 
     def __init__(self) -> None:
         source = standard_input()
@@ -38,92 +34,69 @@ class Messages:
             source.reconfigure(encoding="utf-8", errors="surrogateescape")
         self.on_terminal = source.isatty()
         self.edits = readline is not None and self.on_terminal and sys.stdout.isatty()
-        self.held: str | None = None  # a line that came with a message, and is the next one
-        self.ended = False
-        self.history: Path | None = None
-        if self.edits:
-            # pasted lines become one; Python switches that off, and libedit ignores it
-            readline.parse_and_bind("set enable-bracketed-paste on")
-            self.history = open_history()
+        self.history = start_editing() if self.edits else None
+        self.held: str | None = None  # what was read behind a message: a command, or "", the end
 
     def read(self) -> str:
         """The next message. EOFError: there is none; KeyboardInterrupt: Ctrl-C was typed."""
-        line = self.take_line(PROMPT)
+        line = self.read_line("> ") if self.held is None else self.held
+        self.held = None
+        if not line:
+            raise EOFError
         opening = OPENING.match(line)
-        if opening and is_quoted(line[opening.end():]):
-            return (opening[1] or "") + self.read_quoted(line[opening.end():])
-        if COMMAND.match(line):
-            return line
-        return self.read_pasted(line)
+        if opening:
+            return opening[1] + self.read_quoted(line[opening.end():])
+        if not COMMAND.match(line):
+            line = self.read_pasted(line)
+        return line.removesuffix("\n")
 
     def read_quoted(self, line: str) -> str:
         """The text up to the quotes that end a line, or to the end of the input."""
-        lines = [line]
-        with suppress(EOFError):
-            while not lines[-1].rstrip().endswith(QUOTES):
-                lines.append(self.take_line(MORE))
-        return "\n".join(lines).rstrip().removesuffix(QUOTES)
+        text = line
+        while not line.rstrip().endswith(QUOTES):
+            line = self.read_line("... ")
+            if not line:
+                self.held = line
+                break
+            text += line
+        return text.rstrip().removesuffix(QUOTES)
 
     def read_pasted(self, line: str) -> str:
-        """A line and those that arrived with it, up to a command."""
-        lines = [line]
-        with suppress(EOFError):
-            while self.on_terminal and select.select([sys.stdin], [], [], PASTE_S)[0]:
-                line = self.take_line(MORE)
-                if COMMAND.match(line):
-                    self.held = line
-                    break
-                lines.append(line)
-        return "\n".join(lines)
+        """A line and those that arrived with it, up to a command or the end of the input."""
+        text = line
+        while self.on_terminal and select.select([sys.stdin], [], [], PASTE_S)[0]:
+            line = self.read_line("... ")
+            if not line or COMMAND.match(line):
+                self.held = line
+                break
+            text += line
+        return text
 
-    def take_line(self, prompt: str) -> str:
-        """The next line, without its end. EOFError: there is none, now or any more."""
-        if self.held is not None:
-            line = self.held
-            self.held = None
-            return line
-        if self.ended:
-            raise EOFError
-        if self.edits:
-            return self.edit_line(prompt)
-        say(prompt, end="")
-        line = sys.stdin.readline()
-        self.ended = not line
-        if self.ended:
-            raise EOFError
-        return line.removesuffix("\n")
-
-    def edit_line(self, prompt: str) -> str:
-        """A line that is edited on the terminal, and goes into the history."""
+    def read_line(self, prompt: str) -> str:
+        """The next line, with its end as readline() gives it; "": there is none."""
+        if not self.edits:
+            say(prompt, end="")
+            return sys.stdin.readline()
         try:
             line = input(prompt)
         except EOFError:
-            self.ended = True
-            raise
+            return ""
         if self.history is not None:
             with suppress(OSError):  # a full disk is no reason to end a conversation
                 readline.write_history_file(self.history)
-        return line
+        return f"{line}\n"
 
 
-def is_quoted(text: str) -> bool:
-    """Whether what follows three quotes is a quoted text, or the beginning of one. Lines that were
-    pasted as one are if the next quotes end them; else they may be a program."""
-    if "\n" not in text:
-        return True
-    _, quotes, rest = text.partition(QUOTES)
-    return bool(quotes) and not rest.strip()
-
-
-def open_history() -> Path | None:
-    """Read the history -> its file; None if there can be none."""
-    readline.set_history_length(HISTORY)
-    try:
+def start_editing() -> Path | None:
+    """Set up line editing -> the file of its history, which is read; None if there can be none."""
+    # pasted lines become one; Python switches that off, and libedit ignores it
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    readline.set_history_length(1000)
+    with suppress(OSError, RuntimeError):  # a home that cannot be written, or none
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         file = Path(state) / "gpt-flash" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             readline.read_history_file(file)
-    except (OSError, RuntimeError):  # a home that cannot be written, or none
-        return None
-    return file
+        return file
+    return None

@@ -1,8 +1,14 @@
-"""A bar that shows how far a long prompt is."""
-from collections.abc import Callable, Sequence
+"""Bars that show how far a long prompt is, and loading."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
+
+import quantize
+from generate import Decoder, say
+from model import Transformer
 
 LONG = 512  # tokens; shorter ones are read while rows decode, whose text a bar would cover
 
@@ -34,3 +40,24 @@ def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
         return y
 
     return counted
+
+
+def watch_prompts(decoder: Decoder) -> None:
+    """Show how far a long prompt is; on a GPU, which is asked for all layers at once, nothing."""
+    if decoder.device.type == "cpu":
+        model = decoder.model
+        model.prefill_block = with_bar(model.prefill_block, model.layers)
+
+
+def show_loading() -> None:
+    """From now on loading has a bar, if stderr is a terminal."""
+
+    def bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+        return tqdm(items, what, total, unit=" layers", disable=None, leave=False)
+
+    quantize.progress = bar
+
+
+def say_missing_library(model: Transformer) -> None:
+    if getattr(model.decode_block, "missing", False):
+        say("--compile makes a library, in some 15 seconds, by which all later runs decode faster")

@@ -1,16 +1,16 @@
 """What to answer: prompts as flags and files give them, plain lines or JSON lines, checked."""
 import json
 import sys
-from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from cli.arguments import SETTINGS
-from formats.tokenizer import Tokenizer
+from generate import RANGES, Tokenizer
 
+# what a line may set for itself
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
 # the ids of {"prompt": text} or {"messages": [...]}; ValueError says why there are none
 Encode = Callable[[dict[str, Any]], list[int]]
 
@@ -207,9 +207,9 @@ def whole_number(digits: str) -> int:
 def own_settings(entry: dict[str, Any]) -> dict[str, Any]:
     """The settings that a line gives. ValueError names one that may not be so."""
     settings = {}
-    for name, parse in SETTINGS.items():
+    for name in SETTINGS:
         if name in entry:
-            settings[name] = checked_number(name, entry[name], parse)
+            settings[name] = RANGES[name].check(name, entry[name])
     if "stop" in entry:
         stop = entry["stop"]
         if not isinstance(stop, list):
@@ -220,17 +220,6 @@ def own_settings(entry: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError("stop has an empty text, which would end the answer at once")
         settings["stop"] = stop
     return settings
-
-
-def checked_number(name: str, value: Any, parse: Callable[[Any], Any]) -> int | float:
-    """A setting's value in the range of its flag. ValueError: it is not."""
-    kinds = int if parse.__name__ == "whole number" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ValueError(f"{name} must be a {parse.__name__}, not {brief(value)}")
-    try:
-        return parse(value)
-    except ArgumentTypeError as e:
-        raise ValueError(f"{name}: {e}") from None
 
 
 def check_text(name: str, value: Any) -> None:

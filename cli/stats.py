@@ -1,78 +1,97 @@
 """What a run took: times, tokens, memory, and a profile of the decode step."""
+from __future__ import annotations
+
 import os
 import resource
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn as nn
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.utils.benchmark import Timer
 
-from cli.arguments import say
-from formats.checkpoint import first_line
+from generate import Decoder, say
+from model import MAX_DECODE_TOKENS, KVCache, Transformer, first_line, tensor_bytes
 
+if TYPE_CHECKING:
+    from batching import Stats
+
+# why an answer ends though its model would go on -> what is said of it
+CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
 PROFILED = 16  # decode steps in a trace
-
-
-@dataclass
-class Speculation:
-    """What proposals brought."""
-    checked: int = 0  # row-steps that checked some
-    accepted: list[int] = field(default_factory=list)  # by position: of how many they were right
-    checking_s: list[float] = field(default_factory=list)  # per step that checked some
-    plain_s: list[float] = field(default_factory=list)  # per step that checked none
-
-    def add(self, k: int, agreed: list[int], seconds: float) -> None:
-        """A step that checked k proposals a row; agreed: how many were right in each."""
-        if k == 0:
-            self.plain_s.append(seconds)
-            return
-        self.checking_s.append(seconds)
-        self.checked += len(agreed)
-        self.accepted += [0] * (k - len(self.accepted))
-        for right in agreed:
-            for position in range(right):
-                self.accepted[position] += 1
-
-
-@dataclass
-class Stats:
-    """What a run took: seconds and tokens."""
-    load_s: float = 0.0
-    compile_s: float = 0.0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    first_token_s: list[float] = field(default_factory=list)  # per prefill of prompts
-    steps_s: list[float] = field(default_factory=list)  # per decode step
-    wall_s: float = 0.0  # from a run's first prompt to its last token
-    decode_tokens: int = 0  # that requests got from decode steps
-    row_steps: int = 0  # rows that decode steps worked on
-    useful_row_steps: int = 0  # those whose request got something
-    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass
 class Memory:
     """What a decode step reads, and where it lies."""
+
     device: torch.device
     weight_bytes: int  # that a step reads
     cache_bytes: int  # of the whole KV cache
     row_bytes: Callable[[float], float]  # of it that a step reads for a row of so many tokens
 
 
-def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
-    """Say what a run took -> the same as a dict of plain numbers, which --json prints."""
-    cuda = memory.device.type == "cuda"
-    if cuda:
-        peak = torch.cuda.max_memory_allocated(memory.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_of(decoder: Decoder) -> Memory:
+    cache = decoder.cache
+    model, *drafts = decoder.models()
+    rows = cache.max_batch_size
+    k = getattr(decoder, "k", 0)  # proposals that a step checks
+    nbytes = weight_bytes(model, rows * (k + 1))
+    nbytes += sum(k * weight_bytes(draft, rows) for draft in drafts)  # which a step asks k times
+    return Memory(decoder.device, nbytes, cache.nbytes, partial(bytes_read, cache))
 
-    # after the peak, to which its buffers would add
-    bandwidth = copy_bandwidth(memory.device, 2**30 if cuda else 2**27)
+
+def weight_bytes(model: Transformer, rows: int = 1) -> int:
+    """Bytes of weights that a decode step of so many tokens reads: all but the embedding, whose
+    rows are few, and, of experts, as many as Experts.share expects the tokens to choose."""
+    nbytes = module_bytes(model) - module_bytes(model.embed_tokens)
+    for module in model.modules():
+        if hasattr(module, "share"):
+            nbytes -= module_bytes(module) * (1 - module.share(rows))
+    return round(nbytes)
+
+
+def module_bytes(module: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in module.state_dict().values())
+
+
+def bytes_read(cache: KVCache, length: float) -> float:
+    """Bytes of the cache that a step reads for a row of that length."""
+    nbytes = 0.0
+    for layer in cache.whole:
+        places = layer.places
+        n = min(length, places.S - MAX_DECODE_TOKENS) if places.ring else length
+        nbytes += n * tensor_bytes(layer.tensors) / (cache.max_batch_size * places.S)
+    return nbytes
+
+
+def say_stats(stats: Stats) -> None:
+    """What a run took, in two sentences on stderr."""
+    ready = f"loaded in {stats.load_s:.1f} s"
+    if stats.compile_s:
+        ready += f", compiled in {stats.compile_s:.1f} s"
+    first_s = statistics.median(stats.first_token_s)
+    step_s = statistics.median(stats.steps_s or stats.first_token_s)
+    work = stats.useful_row_steps / stats.row_steps if stats.row_steps else 1
+    say(f"{ready}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
+    say(
+        f"{stats.new_tokens} new tokens in {stats.wall_s:.2f} s, "
+        f"{stats.new_tokens / stats.wall_s:.1f} tokens/s; {1e3 * step_s:.2f} ms a step, median; "
+        f"{work:.0%} of its rows had work"
+    )
+
+
+def summarize(stats: Stats, memory: Memory, measure: bool = False) -> dict[str, float]:
+    """Say what a run took -> the same as a dict of plain numbers, which --json prints. measure:
+    also beside how fast this machine copies, which takes half a second and memory of its own."""
+    say_stats(stats)
+    peak = say_memory(memory.device, memory.cache_bytes)
 
     # a run of single tokens has no decode steps: prefill stands for them
     steps = sorted(stats.steps_s or stats.first_token_s)
@@ -102,15 +121,43 @@ def summarize(stats: Stats, memory: Memory) -> dict[str, float]:
         "wall_tokens_per_s": stats.new_tokens / stats.wall_s,
         "useful_row_steps": useful_share,
         "bytes_per_step": round(read),
-        "bandwidth_gb_s": bandwidth / 1e9,
-        "bandwidth_share": read / step_s / bandwidth,
         "kv_cache_bytes": memory.cache_bytes,
         "peak_memory_gb": peak / 1e9,
     }
-    say_summary(summary)
-    if stats.speculation.checked:
+    if measure:
+        summary |= say_bandwidth(read, step_s, memory.device)
+    if stats.speculation is not None and stats.speculation.checked:
         summary["speculation"] = say_speculation(stats.speculation)
     return summary
+
+
+def say_memory(device: torch.device, cache_bytes: int) -> int:
+    """-> the most bytes that were in use."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    say(f"KV cache {cache_bytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
+    return peak
+
+
+def say_cuts(reasons: list[str]) -> None:
+    """Say how many answers ended before their model ended them. reasons: of each one's end."""
+    for reason, where in CUTS.items():
+        n = reasons.count(reason)
+        if n:
+            say(f"{n} of {len(reasons)} answers cut {where}")
+
+
+def say_bandwidth(read: float, step_s: float, device: torch.device) -> dict[str, float]:
+    """How much of the speed at which a device copies a step makes, that reads so many bytes."""
+    bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**27)
+    share = read / step_s / bandwidth
+    say(
+        f"a step reads {read / 1e9:.3f} GB: {share:.0%} of the {bandwidth / 1e9:.0f} GB/s this "
+        "machine copies at"
+    )
+    return {"bandwidth_gb_s": bandwidth / 1e9, "bandwidth_share": share}
 
 
 def live_rows(stats: Stats) -> tuple[float, float]:
@@ -123,25 +170,7 @@ def live_rows(stats: Stats) -> tuple[float, float]:
     return n_requests / len(stats.first_token_s), length
 
 
-def say_summary(summary: dict[str, float]) -> None:
-    """The summary as three sentences."""
-    ready = "loaded in {load_s:.1f} s"
-    if summary["compile_s"]:
-        ready += ", compiled in {compile_s:.1f} s"
-    prompt = "{prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
-    say(f"{ready}; {prompt}".format(**summary))
-    say(
-        "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; decoding "
-        "alone {tokens_per_s:.1f} tokens/s ({ms_per_step:.2f} ms a step, median; "
-        "{useful_row_steps:.0%} of its rows had work), reading {read_gb:.3f} GB a step: "
-        "{bandwidth_share:.0%} of the {bandwidth_gb_s:.0f} GB/s this machine copies at"
-        .format(**summary, read_gb=summary["bytes_per_step"] / 1e9)
-    )
-    cache_mb = summary["kv_cache_bytes"] / 1e6
-    say(f"KV cache {cache_mb:.1f} MB, peak memory {summary['peak_memory_gb']:.2f} GB")
-
-
-def say_speculation(found: Speculation) -> dict[str, float | list[float]]:
+def say_speculation(found: Any) -> dict[str, float | list[float]]:
     """What proposals brought, as a sentence -> the same as numbers."""
     shares = [right / found.checked for right in found.accepted]
     tokens = 1 + sum(shares)
@@ -180,12 +209,8 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
 
 
 def profile(
-    run_steps: Callable[[int], list[float]],
-    n_layer: int,
-    parts: dict[str, float],
-    head_bytes: int,
-    path: str,
-    device: torch.device,
+    run_steps: Callable[[int], list[float]], n_layer: int, parts: dict[str, float],
+    head_bytes: int, path: str, device: torch.device,
 ) -> None:
     """Trace decode steps, write the trace, and say what a step consists of and must take.
 
@@ -228,7 +253,7 @@ def say_kernels(
     own_time = "self_cpu_time_total"
     if device.type == "cuda":
         # operators and marked regions have their kernels' time too, and would count it again
-        rows = [row for row in rows if is_kernel(row)]
+        rows = [r for r in rows if r.device_type == DeviceType.CUDA and not r.is_user_annotation]
         own_time = "self_device_time_total"
 
     def step_us(row: FunctionEventAvg) -> float:
@@ -247,10 +272,6 @@ def say_kernels(
         share = step_us(row) / wall_us
         call_us = step_us(row) / calls
         say(f"  {share:5.1%}  {calls / n_layer:5.1f} x {call_us:8.1f} us  {row.key[:80]}")
-
-
-def is_kernel(row: FunctionEventAvg) -> bool:
-    return row.device_type == DeviceType.CUDA and not row.is_user_annotation
 
 
 def say_least_times(parts: dict[str, float], head_bytes: int, bandwidth: float) -> None:

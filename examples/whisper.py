@@ -4,7 +4,7 @@
     python examples/whisper.py --checkpoint_path FOLDER recording.mp3
 
 FOLDER is a Hugging Face Whisper: config.json, model.safetensors, tokenizer.json. Two names of
-gpt-flash are used and no others, KVCache of cache.py and flash_decode of kernels.py: the
+gpt-flash are used and no others, KVCache of model.py and flash_decode of kernels.py: the
 decoder's self-attention appends to a cache that grows, its cross-attention reads one that is
 filled once a window (causal=False), and on CUDA a step is one graph.
 
@@ -38,8 +38,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cache import KVCache
 from kernels import flash_decode
+from model import KVCache
 
 RATE = 16000  # samples a second
 HOP = 160  # samples from a frame of the spectrogram to the next: 100 frames a second
@@ -215,17 +215,20 @@ class Whisper:
             x = layer.feed_forward(x)
         return w.norm("layer_norm", x)
 
-    def listen(self, heard: Tensor, sound: Tensor) -> None:
-        """Fill the cross-attention's cache, sound [n_layer, 2, B, H, WINDOW / 2, D]."""
+    def listen(self, heard: Tensor, sound: list[Tensor]) -> None:
+        """Fill the cross-attention's cache, sound [2, B, H, WINDOW / 2, D] of each layer."""
         for layer, kv in zip(self.decoder_layers, sound):
             kv[0], kv[1] = layer.project("encoder_attn", "kv", heard, self.n_head)
 
-    def decode(self, tokens: Tensor, lengths: Tensor, text: Tensor, sound: Tensor) -> Tensor:
+    def decode(
+        self, tokens: Tensor, lengths: Tensor, text: list[Tensor], sound: list[Tensor]
+    ) -> Tensor:
         """tokens [B, T] behind lengths [B] int32 cached ones -> logits [B, T, V] float32.
 
-        text, sound [n_layer, 2, B, H, S, D]: the cache that grows, the one that listen fills."""
+        text, sound [2, B, H, S, D] of each layer: the cache that grows, the one that listen
+        fills."""
         w = self.decoder
-        frames = torch.full_like(lengths, sound.shape[4])
+        frames = torch.full_like(lengths, sound[0].shape[3])
         positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         x = w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions]  # (B, T, C)
         for layer, grows, full in zip(self.decoder_layers, text, sound):
@@ -258,8 +261,10 @@ class Rows:
         shape = config["decoder_layers"], model.n_head, head_dim, batch_size
         table = model.decoder["embed_tokens.weight"]
         kind = dict(dtype=table.dtype, device=table.device)
-        self.text = KVCache(*shape, room or config["max_target_positions"], **kind).kv
-        self.sound = KVCache(*shape, config["max_source_positions"], **kind).kv
+        text = KVCache(*shape, room or config["max_target_positions"], **kind)
+        sound = KVCache(*shape, config["max_source_positions"], **kind)
+        self.text = [layer.kv for layer in text.whole]  # (2, B, H, S, D) each
+        self.sound = [layer.kv for layer in sound.whole]
         with torch.device(kind["device"]):
             self.lengths = torch.zeros(batch_size, dtype=torch.int32)
             # each row's last token, what it was, the earliest timestamp that may come
@@ -303,8 +308,8 @@ class Rows:
     def hear(self, row: int, samples: Tensor) -> None:
         """Fill a row's sound with a window of samples [n]."""
         mel = log_mel(samples, self.model.config["num_mel_bins"])
-        heard = self.model.encode(mel.to(self.sound))
-        self.model.listen(heard, self.sound[:, :, row:row + 1])
+        heard = self.model.encode(mel.to(self.sound[0]))
+        self.model.listen(heard, [kv[:, row:row + 1] for kv in self.sound])
 
     def prompt(self, row: int, ids: list[int], temperature: float) -> Tensor:
         """Begin a row with 1 to 16 tokens and draw the next -> their probabilities [T, V]."""
@@ -331,8 +336,8 @@ class Rows:
 
     def feed(self, rows: slice, tokens: Tensor) -> Tensor:
         """Give rows tokens [B, T] and draw what comes next -> logits [B, T, V]."""
-        text = self.text[:, :, rows]
-        sound = self.sound[:, :, rows]
+        text = [kv[:, rows] for kv in self.text]
+        sound = [kv[:, rows] for kv in self.sound]
         logits = self.model.decode(tokens, self.lengths[rows], text, sound)
         self.lengths[rows] += tokens.shape[1]
         self.lengths.clamp_(max=self.model.config["max_target_positions"] - 1)  # of idle rows

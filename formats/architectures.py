@@ -1,28 +1,25 @@
 """What GGUF files say of a model, in the terms of Hugging Face's config.json.
 
-The names are those of llama.cpp's converter; what an architecture means without saying it stands
-in llama.cpp's loader."""
-from collections.abc import Callable
-from dataclasses import dataclass, field
+The names are those of llama.cpp's converter. How the files of an architecture differ says "gguf"
+in the rows of families, a dictionary:
+
+    name         general.architecture of the file
+    when         the setting by which such a file is of this family, if several have that name
+    means        settings of config.json that go without saying
+    complete     a function that completes a configuration: see families/gguf.py
+    interleaved  whether the two halves of a head of q and k lie in turns
+    norm_shift   what was added to the weights of norms
+    parts        a module of Hugging Face's checkpoints, and what it is called in parts"""
+from __future__ import annotations
+
 from typing import Any
 
 import gguf
 
 from formats.settings import check_settings
+from model import FAMILIES, extension
 
 Tensors = dict[str, gguf.ReaderTensor]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How the files of an architecture differ from Hugging Face's checkpoints."""
-
-    model_type: str  # in config.json
-    interleaved: bool = False  # the two halves of a head of q and k lie in turns
-    norm_shift: float = 0.0  # what was added to the weights of norms
-    means: dict[str, Any] = field(default_factory=dict)  # settings that go without saying
-    # a function that completes a configuration: (config, metadata without prefix, tensors)
-    complete: Callable[[dict, dict, Tensors], None] | None = None
 
 
 # Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
@@ -72,18 +69,20 @@ NEUTRAL = {  # settings that nothing reads, with the value that changes nothing
 }
 
 
-def hf_config(meta: dict, tensors: Tensors) -> dict:
-    """The metadata and tensors of a GGUF file -> a configuration as in a config.json.
+def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
+    """The metadata and tensors of a GGUF file -> a configuration as in a config.json, and the
+    "gguf" of its family.
 
     ValueError names an architecture or a setting that is not known, or one of impossible size."""
-    name, architecture = architecture_of(meta)
+    name = meta.get("general.architecture")
     prefix = f"{name}."
     settings = {
         key.removeprefix(prefix): value for key, value in meta.items() if key.startswith(prefix)
     }
+    model_type, file = family_of(name, settings)
     refuse_unknown(prefix, settings)
-    config = {"model_type": architecture.model_type, "use_sliding_window": True}
-    config |= architecture.means
+    config = {"model_type": model_type, "use_sliding_window": True}
+    config |= file.get("means", {})
     config |= renamed(settings, SETTINGS)
     config["head_dim"] = settings.get("attention.key_length") or usual_head_dim(config)
     config["rope_scaling"] = rope_scaling(settings, tensors)
@@ -97,18 +96,25 @@ def hf_config(meta: dict, tensors: Tensors) -> dict:
     if "token_embd.weight" in tensors:
         config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
     check_settings(config)  # what completes it goes through the layers, as many as it says
-    if architecture.complete:
-        architecture.complete(config, settings, tensors)
-    return config
+    if "complete" in file:
+        file["complete"](config, settings, tensors)
+    return config, file
 
 
-def architecture_of(meta: dict) -> tuple[str, Architecture]:
-    """The architecture of a file, by its name; ValueError if it is not known."""
-    name = meta.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unsupported GGUF architecture {name!r}; "
-                         f"supported: {', '.join(ARCHITECTURES)}")
-    return name, ARCHITECTURES[name]
+def family_of(name: str | None, settings: dict) -> tuple[str, dict[str, Any]]:
+    """The model_type of the files of an architecture, and the "gguf" of its family; ValueError if
+    it is not known."""
+    extension("families", required=False)
+    files = {kind: row.gguf for kind, row in FAMILIES.items() if row.gguf is not None}
+    found = None
+    for kind, file in files.items():
+        if file["name"] == name and ("when" not in file or settings.get(file["when"])):
+            if found is None or "when" in file:
+                found = kind, file
+    if found is None:
+        names = dict.fromkeys(file["name"] for file in files.values())
+        raise ValueError(f"unsupported GGUF architecture {name!r}; supported: {', '.join(names)}")
+    return found
 
 
 def refuse_unknown(prefix: str, settings: dict) -> None:
@@ -147,116 +153,7 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
             scaling["attention_factor"] = settings["rope.scaling.attn_factor"]
     return scaling
 
-# --- what architectures mean without saying it ---
-
-
-def window_every(period: int) -> Callable[[dict, dict, Tensors], None]:
-    """All layers but every period-th one have a window, unless the file says which."""
-
-    def complete(config: dict, settings: dict, tensors: Tensors) -> None:
-        n_layer = config.get("num_hidden_layers")
-        pattern = settings.get("attention.sliding_window_pattern", period)
-        if isinstance(pattern, int):
-            pattern = [layer % pattern != pattern - 1 for layer in range(n_layer or 0)]
-        kinds = {True: "sliding_attention", False: "full_attention"}
-        config["layer_types"] = [kinds[bool(window)] for window in pattern]
-
-    return complete
-
-
-def complete_llama(config: dict, settings: dict, tensors: Tensors) -> None:
-    """Mixtral is a Llama with experts."""
-    if not config.pop("num_experts", 0):
-        config.pop("num_experts_per_tok", None)
-        return
-    config["model_type"] = "mixtral"
-    config["num_local_experts"] = settings["expert_count"]
-
-
-def complete_qwen_moe(config: dict, settings: dict, tensors: Tensors) -> None:
-    """Layers without a router have no experts."""
-    layers = range(config.get("num_hidden_layers") or 0)
-    config["mlp_only_layers"] = [
-        layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors
-    ]
-
-
-def complete_gpt_oss(config: dict, settings: dict, tensors: Tensors) -> None:
-    window_every(2)(config, settings, tensors)
-    config["num_local_experts"] = config.pop("num_experts", None)
-    config["intermediate_size"] = settings.get("expert_feed_forward_length")
-    config["rope_scaling"]["truncate"] = False
-
-
-def gemma(period: int, n_layer_of_27b: int) -> Callable[[dict, dict, Tensors], None]:
-    """Scores are scaled by the size of a head, but in the models of 27B by that of dim / n_head."""
-
-    def complete(config: dict, settings: dict, tensors: Tensors) -> None:
-        window_every(period)(config, settings, tensors)
-        size = config["head_dim"]
-        if config.get("num_hidden_layers") == n_layer_of_27b:
-            size = usual_head_dim(config)
-        config["query_pre_attn_scalar"] = size
-
-    return complete
-
-
-def complete_phi3(config: dict, settings: dict, tensors: Tensors) -> None:
-    """A window of 0 is none."""
-    config["sliding_window"] = config.get("sliding_window") or None
-    scaling = config["rope_scaling"]
-    if "original_max_position_embeddings" in scaling:
-        original = scaling.pop("original_max_position_embeddings")
-        config["original_max_position_embeddings"] = original
-
-
-def complete_olmo2(config: dict, settings: dict, tensors: Tensors) -> None:
-    """OLMo 3 is OLMo 2 with windows."""
-    if config.get("sliding_window"):
-        config["model_type"] = "olmo3"
-        window_every(4)(config, settings, tensors)
-
-
-def complete_granite(config: dict, settings: dict, tensors: Tensors) -> None:
-    if not config.get("attention_multiplier"):
-        config["attention_multiplier"] = config["head_dim"] ** -0.5
-
-
-def complete_baichuan(config: dict, settings: dict, tensors: Tensors) -> None:
-    """The 13B models have ALiBi in place of a rotary embedding; their config.json has another name
-    for the context."""
-    if config.get("num_hidden_layers") == 40:
-        config["model_max_length"] = config.pop("max_position_embeddings", None)
-
-
-GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
-QWEN = {"sliding_window": None}  # Hugging Face's default is one that most of them do not use
-# by general.architecture of a GGUF file
-ARCHITECTURES = {
-    "llama": Architecture("llama", interleaved=True, complete=complete_llama),
-    "qwen2": Architecture("qwen2", means=QWEN),
-    "qwen3": Architecture("qwen3", means=QWEN),
-    "qwen2moe": Architecture(
-        "qwen2_moe", means={**QWEN, "norm_topk_prob": False}, complete=complete_qwen_moe),
-    "qwen3moe": Architecture(
-        "qwen3_moe", means={**QWEN, "norm_topk_prob": True}, complete=complete_qwen_moe),
-    "gpt-oss": Architecture("gpt_oss", complete=complete_gpt_oss),
-    "gemma": Architecture("gemma", norm_shift=1.0, means=GEMMA),
-    "gemma2": Architecture("gemma2", norm_shift=1.0, means=GEMMA, complete=gemma(2, 46)),
-    "gemma3": Architecture(
-        "gemma3_text", norm_shift=1.0, means={**GEMMA, "sliding_window": None},
-        complete=gemma(6, 62)),
-    "phi3": Architecture("phi3", complete=complete_phi3),
-    "olmo2": Architecture("olmo2", complete=complete_olmo2),
-    "smollm3": Architecture("smollm3", interleaved=True, means={"no_rope_layer_interval": 4}),
-    "granite": Architecture("granite", interleaved=True, complete=complete_granite),
-    "baichuan": Architecture("baichuan", interleaved=True, complete=complete_baichuan),
-}
-
 # --- names of tensors ---
-
-# modules of Hugging Face's checkpoints whose parts lie alone in a GGUF file
-JOINED = {"W_pack": ("q_proj", "k_proj", "v_proj")}
 
 
 def names_of(architecture: str, n_layer: int) -> gguf.TensorNameMap:

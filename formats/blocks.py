@@ -4,10 +4,9 @@ Every type here is affine: a weight is q * scale + zero, with one scale and zero
 inputs. The layouts are those of llama.cpp's ggml-common.h."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -15,14 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
-
-class Affine(NamedTuple):
-    """Rows of a weight as they are stored: q * scale + zero in float32, without any rounding but
-    that of the sum."""
-
-    q: Tensor  # [rows, K] uint8
-    scale: Tensor  # [rows, K / group_size] float32
-    zero: Tensor  # [rows, K / group_size] float32
+from formats.mxfp4 import Affine, Kind, twice_e2m1
 
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
@@ -91,16 +83,6 @@ def mxfp4(blocks: Tensor) -> Affine:
     return twice_e2m1(planes(blocks[:, 1:]), blocks[:, :1])
 
 
-def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
-    """nibbles [n, K] and exponents [n, K / 32] of MXFP4."""
-    scale = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 128)
-    return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
-
-
-TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
-TWICE_E2M1_AND_16 = (TWICE_E2M1 + 16).to(torch.uint8)
-
-
 def half(blocks: Tensor, start: int) -> Tensor:
     """The float16 at a byte of each block, [n, 1] float32."""
     return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
@@ -146,24 +128,17 @@ def lines_of_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return d * scales.float(), -m * minima.float()
 
 
-class Kind(NamedTuple):
-    """A type of block: how many bits an integer has, inputs to a scale, and how it is unpacked."""
-
-    bits: int
-    group_size: int
-    unpack: Callable[[Tensor], Affine]
-
-
+# by type: bits of an integer and inputs to a scale, and what unpacks a block
 KINDS = {
-    GGML.Q4_0: Kind(4, 32, q4_0),
-    GGML.Q4_1: Kind(4, 32, q4_1),
-    GGML.Q5_0: Kind(5, 32, q5_0),
-    GGML.Q5_1: Kind(5, 32, q5_1),
-    GGML.Q8_0: Kind(8, 32, q8_0),
-    GGML.Q4_K: Kind(4, 32, q4_k),
-    GGML.Q5_K: Kind(5, 32, q5_k),
-    GGML.Q6_K: Kind(6, 16, q6_k),
-    GGML.MXFP4: Kind(5, 32, mxfp4),
+    GGML.Q4_0: (Kind(4, 32), q4_0),
+    GGML.Q4_1: (Kind(4, 32), q4_1),
+    GGML.Q5_0: (Kind(5, 32), q5_0),
+    GGML.Q5_1: (Kind(5, 32), q5_1),
+    GGML.Q8_0: (Kind(8, 32), q8_0),
+    GGML.Q4_K: (Kind(4, 32), q4_k),
+    GGML.Q5_K: (Kind(5, 32), q5_k),
+    GGML.Q6_K: (Kind(6, 16), q6_k),
+    GGML.MXFP4: (Kind(5, 32), mxfp4),
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
@@ -210,7 +185,8 @@ class Blocks:
     @property
     def kind(self) -> Kind | None:
         """None for a type that only gguf can read."""
-        return KINDS.get(self.stored.tensor_type)
+        kind, _ = KINDS.get(self.stored.tensor_type, (None, None))
+        return kind
 
     def slices(self, n: int) -> Iterator[slice]:
         """All rows, n at a time."""
@@ -222,8 +198,9 @@ class Blocks:
         """Some rows, of a tensor that has a kind."""
         data = torch.from_numpy(self.read(self.rows[rows]))  # (rows, bytes of a row)
         _, block_bytes = gguf.GGML_QUANT_SIZES[self.stored.tensor_type]
+        _, unpack = KINDS[self.stored.tensor_type]
         parts = []
-        for part in self.kind.unpack(data.view(-1, block_bytes)):
+        for part in unpack(data.view(-1, block_bytes)):
             part = part.view(len(data), -1)  # (rows, inputs), or (rows, groups)
             inputs = self.stored.shape[0] // part.shape[1]  # to each of its values
             columns = self.columns
@@ -243,44 +220,3 @@ class Blocks:
         data = np.fromfile(self.path, np.uint8, int(n * row_bytes), offset=offset)
         data = data.reshape(n, row_bytes)
         return data if self.order is None else data[order - first]
-
-
-@dataclass
-class MXFP4Blocks:
-    """The same of a matrix whose nibbles and exponents are two tensors, as gpt-oss's files have
-    them."""
-
-    packed: Tensor  # [N, K / 32, 16] uint8; byte c has input 2c in its low nibble, 2c + 1 above
-    exponents: Tensor  # [N, K / 32] uint8
-
-    type_name = "MXFP4"
-    kind = KINDS[GGML.MXFP4]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        N, groups, _ = self.packed.shape
-        return N, 32 * groups
-
-    def slices(self, n: int) -> Iterator[slice]:
-        """All rows, n at a time."""
-        for start in range(0, len(self.packed), n):
-            yield slice(start, min(start + n, len(self.packed)))
-
-    def narrow(self, dim: int, start: int, length: int) -> MXFP4Blocks:
-        """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
-        if dim == 1:
-            if start % 32 or length % 32:
-                raise ValueError(
-                    f"{length} inputs, a part of {self.shape[1]}, do not divide into MXFP4's "
-                    "groups of 32: take fewer ranks"
-                )
-            start //= 32
-            length //= 32
-        return MXFP4Blocks(
-            self.packed.narrow(dim, start, length), self.exponents.narrow(dim, start, length)
-        )
-
-    def affine(self, rows: slice) -> Affine:
-        packed = self.packed[rows]
-        nibbles = torch.stack((packed & 15, packed >> 4), -1)  # (rows, K / 32, 16, 2)
-        return twice_e2m1(nibbles.flatten(1), self.exponents[rows])

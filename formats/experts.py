@@ -42,3 +42,13 @@ def one_expert(stored: Tensor, part: str, by_turns: bool) -> Tensor:
     else:
         gate, up = stored.chunk(2)
     return gate if part == "gate" else up
+
+
+def check_stack(name: str, stack: Any, config: dict) -> None:
+    """ValueError unless a stack has as many experts as the configuration says."""
+    n_expert = n_experts(config)
+    if tuple(stack.shape[:1]) != (n_expert,):
+        raise ValueError(
+            f"tensor {name} has shape {tuple(stack.shape)}, not an entry for each of {n_expert} "
+            "experts"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 
 TEXTS = ("model_type", "hidden_act", "rope_type", "type")
 TEXT_LISTS = ("architectures", "layer_types")
+TABLES = ("rope_scaling", "rope_parameters", "quantization_config")
 SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 FACTORS = ("factors", "short_factor", "long_factor")  # of rope's frequencies
 # far above any model's, and small enough that making one on no device takes seconds at most
@@ -56,6 +57,8 @@ def problem_of(key: str, value: Any) -> str | None:
         return "it must be a text"
     if key in TEXT_LISTS and not is_text_list(value):
         return "it must be a list of texts"
+    if key in TABLES and not isinstance(value, dict):
+        return "it must be an object with settings"
     if key in SWITCHES and not isinstance(value, bool):
         return "it must be true or false"
     if key in FACTORS:

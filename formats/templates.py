@@ -1,8 +1,9 @@
 """Chat templates: programs in Jinja that come with a checkpoint, run in a sandbox."""
 import json
 import sys
+import time
 from collections.abc import Callable
-from datetime import datetime
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -19,36 +20,28 @@ def render_template(source: str, **values: Any) -> str:
     """A chat template's text, as transformers renders it. Raises what the template raises, and
     ValueError where it runs too long or writes too much."""
     template = TEMPLATES.from_string(source)
+    steps = count(1)  # lines, not time, so that it ends at the same place on every machine
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Callable | None:
+        if frame.f_code.co_filename != "<template>":
+            return None
+        if next(steps) > MAX_STEPS:
+            raise ValueError(f"it runs for more than {MAX_STEPS} steps")
+        return trace
+
+    pieces = []  # adding to a text would copy it for each
+    n_characters = 0
     tracer = sys.gettrace()
-    sys.settrace(step_counter())
+    sys.settrace(trace)
     try:
-        pieces = []
-        n_characters = 0
         for piece in template.generate(**values):
+            pieces.append(piece)
             n_characters += len(piece)
             if n_characters > MAX_CHARACTERS:
                 raise ValueError(f"it writes more than {MAX_CHARACTERS} characters")
-            pieces.append(piece)
-        return "".join(pieces)
     finally:
         sys.settrace(tracer)
-
-
-def step_counter() -> Callable:
-    """A function for sys.settrace that ends a template which loops or recurses for ever. Counting
-    lines, not time, it ends the same template at the same place on every machine."""
-    n_steps = 0
-
-    def count(frame: FrameType, event: str, argument: Any) -> Callable | None:
-        nonlocal n_steps
-        if frame.f_code.co_filename != "<template>":
-            return None
-        n_steps += 1
-        if n_steps > MAX_STEPS:
-            raise ValueError(f"it runs for more than {MAX_STEPS} steps")
-        return count
-
-    return count
+    return "".join(pieces)
 
 
 class Generation(Extension):
@@ -69,9 +62,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise ValueError("it asks for a power")
-        sizes = [x if isinstance(x, int) else len(x) for x in (left, right)
-                 if isinstance(x, (int, str, list, tuple))]
-        if len(sizes) == 2 and abs(sizes[0] * sizes[1]) > MAX_CHARACTERS:
+        times, size = (len(x) if hasattr(x, "__len__") else x for x in (left, right))
+        if isinstance(times * size, int) and abs(times * size) > MAX_CHARACTERS:
             raise ValueError(f"it asks for more than {MAX_CHARACTERS} characters at once")
         return super().call_binop(context, operator, left, right)
 
@@ -90,12 +82,7 @@ def refuse(message: str) -> None:
     raise ValueError(message)
 
 
-def now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
 TEMPLATES = Sandbox(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
 TEMPLATES.filters["tojson"] = to_json
-TEMPLATES.globals["raise_exception"] = refuse
-TEMPLATES.globals["strftime_now"] = now
+TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}

@@ -1,9 +1,10 @@
 """Tokenizers: text <-> token ids, chat templates, and reading and writing vocabularies."""
+from __future__ import annotations
+
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -11,15 +12,21 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
-from formats.checkpoint import first_line, read_gguf, read_json, resolve
+from formats.checkpoint import resolve
+from formats.default import default_model
+from formats.files import read_json
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.templates import render_template
+from formats.text import TextStream
+from generate import Tokenizer
+from model import first_line
 
 
-def load_tokenizer(path: str | Path) -> "Tokenizer":
+def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
     """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model,
-    such a file itself, or the vocabulary inside a .gguf. ValueError says what is wrong."""
-    path = resolve(path)
+    such a file itself, or the vocabulary inside a .gguf; None: the default model's. ValueError says
+    what is wrong."""
+    path = default_model() if path is None else resolve(path)
     try:
         if path.suffix == ".gguf":
             return gguf_tokenizer(path)
@@ -28,37 +35,22 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise ValueError(f"cannot read the tokenizer of {path}: {first_line(e)}") from None
 
 
-@dataclass
-class Tokenizer:
-    """Text <-> token ids."""
-    backend: tokenizers.Tokenizer | SentencePieceProcessor
-    vocab_size: int
-    special: dict[str, int]  # the control tokens
-    bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
-    eos_ids: set[int]
-    chat_template: str | None
+class ChatTokenizer(Tokenizer):
+    """A Tokenizer of a checkpoint that may have a chat template."""
+
     # as a template writes them: encode may begin with none, and a text may end in several ways
     bos_token: str = ""
     eos_token: str = ""
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """The ids of a text. Special tokens written in it are plain text."""
-        if isinstance(self.backend, tokenizers.Tokenizer):
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self.backend.encode(text)
-        if bos and self.bos_id is not None:
-            return [self.bos_id, *ids]
-        return ids
+    def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
+        """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
+        text = TextStream(self, prompt, stop)
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens left out, and those of a model that has more tokens than
-        its tokenizer."""
-        control = set(self.special.values())
-        shown = [i for i in ids if i not in control]
-        if isinstance(self.backend, SentencePieceProcessor):  # which ends the program at others
-            shown = [i for i in shown if i < self.vocab_size]
-        return self.backend.decode(shown)
+        def ends(ids: list[int]) -> bool:
+            text.push(ids)
+            return text.stopped
+
+        return ends
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own
@@ -76,13 +68,17 @@ class Tokenizer:
         hidden = [{**m, "content": re.sub(special, hide, m["content"])} for m in messages]
         text = self.render(hidden)
         show = str.maketrans({char: token for token, char in stand_ins.items()})
-        # without any, the backend itself knows the template's special tokens
-        if isinstance(self.backend, tokenizers.Tokenizer) and text == text.translate(show):
-            self.backend.encode_special_tokens = False
-            ids = self.encode(text, bos=False)
-            self.backend.encode_special_tokens = True
-            return ids
-        # otherwise cut at the template's own special tokens
+        if text == text.translate(show):  # without any
+            return self.template_ids(text)
+        return self.cut_ids(text, show)
+
+    def template_ids(self, text: str) -> list[int]:
+        """The ids of a template's text, in which special tokens are special."""
+        return self.cut_ids(text, {})
+
+    def cut_ids(self, text: str, show: dict[int, str]) -> list[int]:
+        """The same, cut at the special tokens; show: what stands in for some that are none."""
+        special = any_of(self.special)
         ids = []
         for piece in re.split(f"({special})", text):
             if piece in self.special:
@@ -112,90 +108,39 @@ class Tokenizer:
         }
 
 
+class JSONTokenizer(ChatTokenizer):
+    """By a tokenizers.Tokenizer."""
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: list[int]) -> str:
+        control = set(self.special.values())
+        return self.backend.decode([i for i in ids if i not in control])
+
+    def template_ids(self, text: str) -> list[int]:
+        self.backend.encode_special_tokens = False  # it knows them itself
+        ids = self.encode(text, bos=False)
+        self.backend.encode_special_tokens = True
+        return ids
+
+
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return "|".join(re.escape(token) for token in longest_first) or "(?!)"
 
 
-class TextStream:
-    """Turns ids into text piece by piece, up to a stop string.
-
-    context: the ids before the first ones, so that a leading space is right. stop: strings that
-    end the text and are no part of it; the one that is complete first counts. What may still
-    become one is held back, and so is a character until its bytes are all there: the text is the
-    same however the ids are cut into pieces. stopped: a stop string was met."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.ids = self.tail(list(context))
-        self.shown = tokenizer.decode(self.ids)
-        self.stop = stop
-        self.stopped = False
-        self.held = ""  # the start of a stop string, perhaps
-
-    def push(self, ids: list[int], final: bool = False) -> str:
-        """The text that new ids complete; final: no more will come. Nothing behind a stop
-        string."""
-        if self.stopped:
-            return ""
-        text = self.held + self.decode(ids, final)
-        self.held = ""
-
-        # a stop string ends the text in front of it
-        found = [(text.find(stop) + len(stop), stop) for stop in self.stop if stop in text]
-        if found:
-            self.stopped = True
-            end, stop = min(found, key=lambda each: (each[0], -len(each[1])))
-            return text[:end - len(stop)]
-
-        # what may become a stop string waits
-        if not final:
-            n_held = max((overlap(text, stop) for stop in self.stop), default=0)
-            self.held = text[len(text) - n_held:]
-        return text[:len(text) - len(self.held)]
-
-    def decode(self, ids: list[int], final: bool) -> str:
-        """The text of new ids behind those before; nothing while a character lacks bytes."""
-        self.ids += ids
-        text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd") and not final:
-            return ""
-        new = text[len(self.shown):]
-        if new:
-            self.ids = self.tail(self.ids)
-            self.shown = self.tokenizer.decode(self.ids)
-        return new
-
-    def tail(self, ids: list[int]) -> list[int]:
-        """The last ids, enough for a word's leading space: eight, or up to three more where these
-        begin inside a character, since some decoders give up all bytes of a run that has half a
-        character (ByteFallback of tokenizers)."""
-        for n in range(8, 12):
-            if not self.tokenizer.decode(ids[-n:]).startswith("\ufffd"):
-                return ids[-n:]
-        return ids[-8:]
-
-
-def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text are the start of a stop string, not all of it."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
-
-
 # --- Hugging Face folders ---
 
-def folder_tokenizer(path: Path) -> Tokenizer:
+def folder_tokenizer(path: Path) -> ChatTokenizer:
     """From tokenizer.json or tokenizer.model, and the settings in the files beside it."""
     file = tokenizer_file(path)
     if file.name.endswith("tokenizer.json"):
         tokenizer = json_tokenizer(file)
     else:
-        tokenizer = sentencepiece_tokenizer(file)
+        tokenizer = ChatTokenizer.from_model(file)
     add_settings(tokenizer, file.parent)
     return tokenizer
 
@@ -211,7 +156,7 @@ def tokenizer_file(path: Path) -> Path:
     raise ValueError("no tokenizer.json or tokenizer.model there")
 
 
-def json_tokenizer(file: Path) -> Tokenizer:
+def json_tokenizer(file: Path) -> JSONTokenizer:
     backend = tokenizers.Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
@@ -220,18 +165,10 @@ def json_tokenizer(file: Path) -> Tokenizer:
     special = {token.content: i for i, token in added.items() if token.special}
     before_text = backend.encode("").ids
     bos_id = before_text[0] if before_text else None
-    return Tokenizer(backend, backend.get_vocab_size(), special, bos_id, set(), None)
+    return JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
 
 
-def sentencepiece_tokenizer(file: Path) -> Tokenizer:
-    backend = SentencePieceProcessor(model_file=str(file))
-    size = backend.get_piece_size()
-    special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-    bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
-    return Tokenizer(backend, size, special, bos_id, set(), None)
-
-
-def add_settings(tokenizer: Tokenizer, folder: Path) -> None:
+def add_settings(tokenizer: ChatTokenizer, folder: Path) -> None:
     """What a folder's JSON files say about the ends of a text, its start and the chat template."""
     settings = {}
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -279,8 +216,9 @@ END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
 
 
-def gguf_tokenizer(path: Path) -> Tokenizer:
+def gguf_tokenizer(path: Path) -> ChatTokenizer:
     """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
+    from formats.gguf_file import read_gguf  # gguf is slow to import
     meta = {key.removeprefix("tokenizer.ggml."): v for key, v in read_gguf(path)[0].items()}
     tokens = meta.get("tokens")
     kind = meta.get("model")
@@ -307,8 +245,11 @@ def gguf_tokenizer(path: Path) -> Tokenizer:
     ends |= {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
     ends.discard(None)
     template = meta.get("tokenizer.chat_template")
-    return Tokenizer(backend, len(tokens), special, bos_id, ends, template,
-                     bos_token=token_named("bos", meta), eos_token=token_named("eos", meta))
+    kind_of_tokenizer = JSONTokenizer if kind == "gpt2" else ChatTokenizer
+    tokenizer = kind_of_tokenizer(backend, len(tokens), special, bos_id, ends, template)
+    tokenizer.bos_token = token_named("bos", meta)
+    tokenizer.eos_token = token_named("eos", meta)
+    return tokenizer
 
 
 def token_named(name: str, meta: dict) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use: a plugin of pytest, see conftest.py."""
 import json
 import os
 import shutil
@@ -11,15 +11,17 @@ from pathlib import Path
 
 import checks  # before Triton is imported: it says whether Triton interprets
 
+import products  # puts what a GPU has into LAYOUTS
 import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
 
 from checks.common import CHATML, LLAMA_CPP, byte_level_tokenizer, hf_folder, random_hf
-from formats.checkpoint import cache_folder, default_model
-from formats.tokenizer import Tokenizer, load_tokenizer
+from formats.default import default_model
+from generate import Tokenizer, load_tokenizer
 from model import Transformer, load_model
+from quantize import LAYOUTS, cache_folder
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
 
@@ -46,7 +48,8 @@ def checkpoint(
 def smollm() -> tuple[Transformer, Tokenizer]:
     """The default model, in float32, and its tokenizer."""
     path = default_model()
-    return load_model(path, dtype=torch.float32), load_tokenizer(path)
+    model = load_model(path, dtype=torch.float32, quantize="none")
+    return model, load_tokenizer(path)
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +87,17 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
         return compiled(fn, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", trace_only)
+
+
+@pytest.fixture
+def gpu_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on a CPU are packed as on a GPU, and multiplied by its kernels."""
+    for mode, device in list(LAYOUTS):
+        if device == "cpu":
+            monkeypatch.delitem(LAYOUTS, (mode, "cpu"))
+    for (mode, device), layout in list(LAYOUTS.items()):
+        if device == "cuda":
+            monkeypatch.setitem(LAYOUTS, (mode, "cpu"), layout)
 
 
 MakeFolder = Callable[..., Path]

@@ -31,14 +31,12 @@ class Drafter:
 
     def __init__(self, cache: KVCache):
         shape = (cache.max_batch_size, cache.max_seq_len + 1)
-        self.history = torch.zeros(shape, dtype=torch.int64, device=cache.kv.device)
+        self.history = torch.zeros(shape, dtype=torch.int64, device=cache.device)
 
-    def read(
-        self, tokens: Tensor, input_pos: Tensor, rows: slice, start: int, last: Tensor
-    ) -> None:
-        """A chunk of the rows' prompts, tokens [n, T], stands at `start` (input_pos [n]); last [n]
-        is each row's last token, as in Transformer.prefill."""
-        self.history[rows, start:start + tokens.shape[1]] = tokens
+    def read(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> None:
+        """A chunk of the rows' prompts, tokens [n, T], stands behind `cached` tokens; last [n] is
+        each row's last token, as in Transformer.prefill."""
+        self.history[rows, cached:cached + tokens.shape[1]] = tokens
 
     def note(self, tokens: Tensor, position: Tensor, rows: slice) -> None:
         """Tokens [n, T] were drawn for position [n] and those behind it."""
@@ -101,20 +99,16 @@ class DraftModel(Drafter):
     def __init__(self, draft: Transformer, cache: KVCache, compiled: bool):
         super().__init__(cache)
         self.model = draft
-        config = draft.config
-        self.cache = KVCache(
-            config.n_layer, config.n_kv_head, config.head_dim, cache.max_batch_size,
-            cache.max_seq_len, dtype=draft.dtype, device=draft.device,
-            attention=cache.attention, windows=config.windows,
+        self.cache = draft.setup_caches(
+            cache.max_batch_size, cache.max_seq_len, attention=cache.attention
         )
         if compiled:
             draft.compiled_lengths |= {1, 2}
 
-    def read(
-        self, tokens: Tensor, input_pos: Tensor, rows: slice, start: int, last: Tensor
-    ) -> None:
-        super().read(tokens, input_pos, rows, start, last)
-        self.model.prefill(tokens, input_pos, self.cache, rows=rows, start=start, last=last)
+    def read(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> None:
+        super().read(tokens, rows, cached, last)
+        input_pos = torch.full_like(last, cached, dtype=torch.int32)
+        self.model.prefill(tokens, input_pos, self.cache, rows=rows, cached=cached, last=last)
 
     def propose(
         self, token: Tensor, input_pos: Tensor, rows: slice, k: int, draw: Draw
@@ -133,7 +127,19 @@ class DraftModel(Drafter):
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         super().copy_row(source, target, length)
-        self.cache.copy_row(source, target, length)
+        copy_row(self.cache, source, target, length)
+
+
+def copy_row(cache: KVCache, source: int, target: int, length: int) -> None:
+    """Give a row what another one holds in its first `length` positions."""
+    for layer in cache.whole:
+        n = layer.places.S if layer.places.ring else length
+        for tensor in layer.tensors:
+            tensor[:, target, :, :n] = tensor[:, source, :, :n]
+    written = getattr(cache, "written", None)  # of a cache with rings
+    if written is not None:
+        written[target] = written[source]
+    cache.cached[target] = length
 
 
 def make_drafter(

@@ -13,7 +13,6 @@ import os
 import platform
 import warnings
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from cache import LayerCache, Positions, fits_into_graph
-from feedforward import Experts
-from formats.checkpoint import cache_folder, first_line
-from formats.workspace import workspace
-from quantize import say_once
+from cpu.cache import CPULayerCache, fits_into_graph
+from model import BlockForward, LayerCache, Places, Positions, first_line
+from quantize import cache_folder, say_once, workspace
 
 PLACES = 64  # of the cache that a block is recorded and exported with; compiled, it takes any
 KEPT = 64  # libraries, of 2 MB each: those that were used last
-
-BlockForward = Callable[[nn.Module, Tensor, Positions, LayerCache], Tensor]
 
 
 class AheadOfTime:
@@ -109,16 +104,18 @@ class AheadOfTime:
 
 
 def can_be_exported(block: nn.Module, x: Tensor, cache: LayerCache) -> bool:
-    """Whether a library may be for it: only the plain cache's attention is one operator, experts
+    """Whether a library may be for it: only the plain cache's attention is a few operators, experts
     are chosen by Python, and hooks want to be called."""
     kv = cache.kv
-    if type(cache) is not LayerCache or not cache.flash or not kv.is_cpu or kv.dtype != x.dtype:
+    plain = type(cache) in (LayerCache, CPULayerCache) and type(cache.places) is Places
+    if not plain or not cache.flash or not kv.is_cpu or kv.dtype != x.dtype:
         return False
     n_rows, rest = divmod(kv.stride(0), kv[0].numel())
     if not kv[0].is_contiguous() or n_rows < 1 or rest:  # no row of a KVCache: see cache_like
         return False
     for module in block.modules():
-        if isinstance(module, Experts) or module._forward_hooks or module._forward_pre_hooks:
+        has_experts = hasattr(module, "stack")
+        if has_experts or module._forward_hooks or module._forward_pre_hooks:
             return False
     return True
 
@@ -138,7 +135,7 @@ class NoLibrary(Exception):
     """A block does what no library can do."""
 
 
-class ExportedCache(LayerCache):
+class ExportedCache(CPULayerCache):
     """The cache of a block that is being recorded or exported."""
 
     def flash_decode(
@@ -175,7 +172,8 @@ class FunctionOfTensors(nn.Module):
         given = iter(tensors)
         x = next(given)
         where = [next(given) if isinstance(v, Tensor) else v for v in self.positions]
-        cache = ExportedCache(next(given), flash=True)
+        kv = next(given)
+        cache = ExportedCache([kv], Places(kv.shape[3]), flash=True)
         weights = dict(zip(self.weights, given, strict=True))
         [block] = self.blocks
         return torch.func.functional_call(block, weights, (x, Positions(*where), cache))
@@ -225,10 +223,11 @@ def fingerprint(function: FunctionOfTensors, examples: list[Tensor]) -> str:
 def sources(function: FunctionOfTensors) -> list[str]:
     """What is exported may be written in other lines than those that run eagerly."""
     [block] = function.blocks
-    classes = {LayerCache, FunctionOfTensors}
+    classes = {LayerCache}
     for module in block.modules():
         classes.update(type(module).__mro__)
     files = {inspect.getsourcefile(each) for each in classes - {object}}
+    files |= set(map(str, Path(__file__).parent.glob("*.py")))
     return [Path(file).read_text() for file in sorted(files)]
 
 

@@ -1,43 +1,84 @@
-"""What follows attention in a layer: the gated feed-forward network, and mixtures of experts.
+"""Mixtures of experts: every token goes to the few feed-forward networks that a router scores
+highest for it. Decoding reads the bytes of these experts only, so that a model costs what its
+active weights do: 3 of 30 billion in Qwen3-30B-A3B."""
+from __future__ import annotations
 
-In a mixture every token goes to the few experts that a router scores highest for it. Decoding reads
-the bytes of these experts only, so that a model costs what its active weights do: 3 of 30 billion
-in Qwen3-30B-A3B."""
 import itertools
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from config import ModelConfig
-from quantize import GroupedInt8Linear, Linear
+from families.settings import maybe_positive
+from model import ACTIVATIONS, MLP, ModelConfig, is_number, positive
+from quantize import LAYOUTS, Linear
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
+MOST_EXPERTS = 2**16  # of all layers: far above any model's, and each is made of modules
+
+# --- what they are ---
 
 
-class MLP(nn.Module):
-    """The gated feed-forward network; gate and up are one product. ffn_dim: None for config's."""
+@dataclass(frozen=True)
+class MoEConfig:
+    """What the layers with a mixture of experts are."""
 
-    def __init__(self, config: ModelConfig, ffn_dim: int | None = None):
-        super().__init__()
-        self.act = ACTIVATIONS[config.act]
-        ffn_dim = ffn_dim or config.ffn_dim
-        self.gate_up_proj = Linear(config.dim, 2 * ffn_dim, bias=config.mlp_bias)
-        self.down_proj = Linear(ffn_dim, config.dim, bias=config.mlp_bias)
+    n_expert: int
+    n_active: int  # experts that a token goes to
+    ffn_dim: int  # of an expert
+    layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
+    shared_ffn_dim: int = 0  # of an expert that all tokens go to; 0: there is none
+    normalize: bool = True  # the weights of a token's experts add up to 1
+    bias: bool = False  # of the router and of the experts
+    glu_alpha: float | None = None  # of gpt-oss's gated linear unit: see ClampedExperts
+    glu_limit: float | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
 
-# --- mixtures of experts ---
+def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig | None:
+    """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting
+    that has the experts'."""
+    key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
+    if hf[key] is None:
+        raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
+    if hf[key] == 0:
+        return None
+    n_layer = positive(hf, "num_hidden_layers")
+    step = positive(hf, "decoder_sparse_step", 1)
+    dense = hf.get("mlp_only_layers") or []
+    config = MoEConfig(
+        n_expert=positive(hf, key),
+        n_active=positive(hf, "num_experts_per_tok"),
+        ffn_dim=positive(hf, ffn_dim),
+        layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n_layer)),
+        shared_ffn_dim=shared_ffn_dim(hf),
+        normalize=bool(hf.get("norm_topk_prob", True)),
+        bias=bias,
+        glu_alpha=maybe_positive(hf, "swiglu_alpha"),
+        glu_limit=maybe_positive(hf, "swiglu_limit"),
+    )
+    if config.n_active > config.n_expert:
+        raise ValueError(
+            f"num_experts_per_tok is {config.n_active}, but there are {config.n_expert} experts"
+        )
+    if n_layer * config.n_expert > MOST_EXPERTS:
+        raise ValueError(
+            f"the model's configuration has {key} = {config.n_expert} in each of {n_layer} layers: "
+            f"there may be {MOST_EXPERTS} experts in all"
+        )
+    return config
+
+
+def shared_ffn_dim(hf: dict) -> int:
+    """The size of the expert that all tokens go to, 0 if there is none."""
+    key = "shared_expert_intermediate_size"
+    size = hf.get(key)
+    if size is None or (is_number(size, int) and size == 0):
+        return 0
+    return positive(hf, key)
+
+# --- the layers ---
 
 
 class MoE(nn.Module):
@@ -53,10 +94,10 @@ class MoE(nn.Module):
         self.experts = self.make_experts(config)
         self.shared_expert = None
         if moe.shared_ffn_dim:
-            self.shared_expert = MLP(config, moe.shared_ffn_dim)
+            self.shared_expert = MLP(config, 0, moe.shared_ffn_dim)
             self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False)
 
-    def make_experts(self, config: ModelConfig) -> "Experts":
+    def make_experts(self, config: ModelConfig) -> Experts:
         return Experts(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +141,7 @@ class Experts(nn.Module):
 
         Up to 16 tokens a row, as in decode, never wait for the host on a GPU. More, as in prefill,
         are grouped by expert, and so is everything on a CPU, where the host has the numbers."""
-        if self.gate_up_proj.stacked and x.shape[1] <= 16:
+        if self.gate_up_proj.layout is not None and x.shape[1] <= 16:
             rows = x.flatten(0, 1)
             ids = ids.flatten(0, 1)
             hidden = self.glu(self.gate_up_proj(rows, ids))  # (B T, n_active, ffn_dim)
@@ -185,17 +226,18 @@ def one_by_one_fake(x: Tensor, weights: Tensor, ids: Tensor, key: Tensor) -> Ten
 class StackedLinear(nn.ModuleList):
     """The same projection of all experts: a layer each, quantized, saved and loaded like any other.
 
-    On a GPU their tensors lie in one stack [n_expert, ...] each, from which a kernel takes what the
-    tokens chose. On a CPU they lie alone, each as its operator wants it."""
-    devices = ("cuda",)
-    stacked = False
+    Where products/ has a kernel for the device, their tensors lie in one stack [n_expert, ...]
+    each, from which it takes what the tokens chose. Elsewhere they lie alone."""
+
+    layout: Any = None  # quantize.LAYOUTS["experts", device type]; None: there are no stacks
 
     def __init__(self, n: int, in_features: int, out_features: int, bias: bool):
         super().__init__(Linear(in_features, out_features, bias=bias) for _ in range(n))
 
     def stack(self) -> None:
         """Bring the tensors of the layers into stacks, where a kernel reads them."""
-        if self[0].weight.device.type not in self.devices:
+        self.layout = LAYOUTS.get(("experts", self[0].weight.device.type))
+        if self.layout is None:
             return
         first = [*self[0].named_parameters(), *self[0].named_buffers()]
         for name, _ in first:
@@ -205,14 +247,22 @@ class StackedLinear(nn.ModuleList):
                     tensor = nn.Parameter(tensor, requires_grad=False)
                 setattr(layer, name, tensor)
             self.register_buffer(name, stack, persistent=False)
-        self.stacked = True
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [R, K], a vector of each token, or [R, n_active, K], one for each of its experts ->
         [R, n_active, N]: the products with the experts ids [R, n_active]."""
-        if isinstance(self[0], GroupedInt8Linear):
-            x = self[0].for_nibbles(x)
-        y = kernels.experts_linear(x, ids, self.weight, getattr(self, "scales", None))
+        y = self.layout.product(self, x, ids)
         if self[0].bias is not None:
             y = y + self.bias[ids]
         return y
+
+
+def mlp_or_moe(config: ModelConfig, layer: int) -> nn.Module:
+    """A layer's feed-forward network: some layers have no experts."""
+    has_experts = config.moe is not None and config.moe.layers[layer]
+    return MoE(config) if has_experts else MLP(config, layer)
+
+
+def mlp_or_clamped_moe(config: ModelConfig, layer: int) -> nn.Module:
+    has_experts = config.moe is not None and config.moe.layers[layer]
+    return ClampedMoE(config) if has_experts else MLP(config, layer)

@@ -1,0 +1,66 @@
+"""torch.compile over many lengths, prompts and sizes of cache: how many graphs there are."""
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from checks.common import PROMPTS, close
+from checks.prefill_test import loaded, positions, random_tokens
+from generate import compile_model, generate
+
+Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def test_compiled_prefill(checkpoint: Checkpoint, dynamo: None) -> None:
+    model = loaded(checkpoint, "qwen3")
+    eager = [generate(model, [prompt], 6) for prompt in PROMPTS]
+    compile_model(model, prefill=True)
+    assert [generate(model, [prompt], 6) for prompt in PROMPTS] == eager
+
+
+def test_prefill_compiles_once_behind_any_prefix(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
+) -> None:
+    """However many tiles of queries there are: the graphs are one for prompts from the beginning,
+    one for those behind a prefix."""
+    monkeypatch.setattr("model.QUERY_TILE", 8)
+    model = loaded(checkpoint)
+    model.setup_caches(1, 96)
+    tokens = random_tokens(1, 96)
+    eager = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
+    eager += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
+    compile_model(model, prefill=True)
+    model.prefill(tokens[:, :20], positions(0))
+    model.prefill(tokens[:, 20:40], positions(20))
+    compiled = graphs()
+    again = [model.prefill(tokens[:, :n], positions(0)) for n in (24, 45)]
+    again += [model.prefill(tokens[:, n:n + m], positions(n)) for n, m in [(40, 30), (45, 51)]]
+    assert graphs() == compiled
+    for a, b in zip(again, eager):
+        close(a, b)
+
+
+def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
+    """More of them than torch.compile allows a function to be compiled anew."""
+    model = loaded(checkpoint, "mistral")
+    eager = generate(model, PROMPTS[:1], 4)
+    compile_model(model)
+    for size in range(10):
+        model.setup_caches(1, 16 + 8 * size)
+        assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+
+
+def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
+    """The same where generate itself replaces the cache, in a model whose layers differ."""
+    model = loaded(checkpoint, "qwen2-window")
+    eager = generate(model, PROMPTS[:1], 60)[0]
+    model.cache = None
+    compile_model(model)
+    for n in range(4, 60, 10):
+        assert generate(model, PROMPTS[:1], n, compile=True) == [eager[:n]]

@@ -1,0 +1,130 @@
+"""What goes wrong, said in one sentence; and how the program ends."""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cli.arguments import cut
+from generate import say
+from model import first_line
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Where what is asked cannot be done, the program leaves by exit code 2 and one sentence."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where it is known what to say if that fails
+    except ValueError as e:
+        fail(str(e))
+    except KeyboardInterrupt:
+        say("")
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has left, as head does
+        discard_output()
+        sys.exit(141)  # as a process that the signal ends
+    except OSError as e:
+        discard_output()
+        fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
+
+
+def fail(message: str) -> None:
+    say(f"generate.py: error: {cut(message)}")
+    sys.exit(2)
+
+
+def discard_output() -> None:
+    """What stdout still holds goes nowhere, so that Python does not try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def refusals(args: Any) -> Iterator[None]:
+    """Memory that is used up, and what the device refuses, get a sentence too; bugs get none."""
+    try:
+        yield
+    except Exception as e:
+        message = None
+        if not isinstance(e, (ValueError, OSError)):  # these say what they came from
+            message = refused_memory(e)
+        message = message or refused_by_device(e, args)
+        if message is None:
+            raise
+        raise ValueError(message) from e
+
+
+def refused_memory(error: Exception) -> str | None:
+    """What to say of memory that is used up; None: it is not."""
+    for cause in causes(error):
+        if isinstance(cause, torch.OutOfMemoryError):
+            return first_line(cause)
+        if isinstance(cause, MemoryError) or "DefaultCPUAllocator" in str(cause):
+            return (
+                "there is not enough memory; lower --max_seq_len or --batch_size, or take a "
+                "smaller model or --quantize"
+            )
+    return None
+
+
+def refused_by_device(error: Exception, args: Any) -> str | None:
+    """What to say of a step that the device does not compile or run; None: that is not it."""
+    while isinstance(error, torch.AcceleratorError) and error.__context__ is not None:
+        error = error.__context__  # the end of a capture fails too, and masks what broke it
+    if not is_of_the_device(error):
+        return None
+    advice = []
+    if args.attention != "math" and args.device.type != "cpu":  # there it is no kernel
+        advice.append("--attention math")
+    if args.compile:
+        advice.append("--no-compile")
+    if not advice and args.device.type != "cpu":
+        advice.append("--device cpu")
+    error = getattr(error, "inner_exception", error)  # what the compiler stumbled over
+    said = getattr(error, "error_message", None)  # Triton's, without the source around it
+    message = (
+        f"a step does not compile or run on {args.device}, as {type(error).__name__} says: "
+        f"{said or first_line(error)}"
+    )
+    return f"{message}; try {' or '.join(advice)}" if advice else message
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether compiling or launching failed: PyTorch's compiler, a GPU, or anything in Triton."""
+    if isinstance(error, (torch._dynamo.exc.ShortenTraceback, torch.AcceleratorError)):
+        return True
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith("triton.") for frame, _ in frames)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, the one that it came from, and so on."""
+    seen = set()
+    while error is not None and error not in seen:
+        yield error
+        seen.add(error)
+        error = error.__cause__ or error.__context__
+
+
+def become_a_program() -> None:
+    """Signals end this process by exceptions, so that whatever is half-written goes; characters
+    that the terminal cannot show are no reason to end."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end_by_signal)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")
+
+
+def end_by_signal(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # while what is half-written goes
+    sys.exit(128 + number)

@@ -1,0 +1,213 @@
+"""Products of a CPU: PyTorch's operators for int8 and int4 weights, oneDNN's for float ones.
+
+Importing it puts a layout for each into quantize.LAYOUTS."""
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantize import (
+    BF16, LAYOUTS, Int4Linear, Int8Linear, Linear, many_rows_dtype, unpack_nibbles,
+)
+
+
+class Int8OnCPU:
+    """Takes Int8Linear's tensors as they are."""
+
+    few_rows = 24
+
+    def pack(self, layer: Int8Linear) -> bool:
+        return layer.in_features % 16 == 0  # the operator reads 16 inputs at a time, unasked
+
+    def product(self, layer: Int8Linear, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, layer.weight, layer.scales)
+
+
+class Int4OnCPU:
+    """N a multiple of 64, weight in the operator's layout, see untile; scales [K/group_size, N, 2]
+    with the zeros beside them."""
+
+    def __init__(self, few_rows: int):
+        self.few_rows = few_rows
+
+    tiling: tuple[int, int] | None = None  # once it packed: torch.compile cannot look into it
+
+    def pack(self, layer: Int4Linear) -> bool:
+        self.tiling = tiling()
+        if self.tiling is None:
+            return False
+        # rows of zeros up to a multiple of 64
+        missing = -layer.out_features % 64
+        weight, scales, zeros = [
+            F.pad(x, (0, 0, 0, missing)) if missing else x
+            for x in (layer.weight, layer.scales, layer.zeros)
+        ]
+        # in place and by slices, so that packing takes no memory beside the layer
+        for part in weight.split(rows_at_once(layer.in_features)):
+            part.copy_(tile(unpack_nibbles(part), *self.tiling))
+        layer.weight = weight
+        layer.scales = torch.stack((scales.t(), zeros.t()), -1)  # (K/group_size, N, 2)
+        layer.zeros = None
+        return True
+
+    def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A slice begins at a multiple of 64."""
+        if isinstance(rows, Tensor):
+            nibbles = untile_rows(layer.weight, rows, *self.tiling)
+        else:
+            whole = slice(rows.start, 64 * math.ceil(rows.stop / 64))
+            nibbles = untile(layer.weight[whole], *self.tiling)[:rows.stop - rows.start]
+        scales, zeros = layer.scales[:, rows].transpose(0, 1).unbind(-1)
+        return nibbles, scales, zeros
+
+    def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
+        if layer.nibbles == 2:
+            x = layer.for_nibbles(x)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, layer.weight, layer.group_size * layer.nibbles, layer.scales
+        )
+        if y.shape[1] > layer.out_features:  # rows that fill 64
+            y = y[:, :layer.out_features].contiguous()
+        return y
+
+
+class OneDNN:
+    """A float weight in oneDNN's own blocks: measured 1.6x plain F.linear at batch 1 in bf16."""
+
+    few_rows = 0  # it takes any number
+
+    def pack(self, layer: Linear) -> bool:
+        if not onednn_takes(layer.weight.dtype):
+            return False
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return True
+
+    def product(self, layer: Linear, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # it cannot look into packed weights
+            return packed_linear_op(x, layer.weight, layer.bias)
+        return packed_linear(x, layer.weight, layer.bias)  # spares an operator's dispatch
+
+
+LAYOUTS |= {
+    ("float", "cpu"): OneDNN(),
+    ("int8", "cpu"): Int8OnCPU(),
+    ("int4", "cpu"): Int4OnCPU(128),
+    ("int8_grouped", "cpu"): Int4OnCPU(64),  # bytes are two nibbles each
+}
+
+# --- PyTorch's layout of int4 weights ---
+
+
+def untile(packed: Tensor, block: int, dim: int) -> Tensor:
+    """PyTorch's int4 layout for a CPU, [N, K/2] uint8 -> nibbles [N, K]: byte j of a block of rows
+    holds, for each input, rows j and j + block/2 (dim -2, AVX-512 and AVX2) or rows 2j and 2j + 1
+    (dim -1)."""
+    K = 2 * packed.shape[1]
+    tiles = packed.view(-1, K, block // 2)
+    pairs = tiles.transpose(1, 2).contiguous()  # (N/block, block/2, K)
+    halves = (pairs & 15, pairs >> 4)
+    if dim == -2:
+        return torch.cat(halves, 1).view(-1, K)
+    return torch.stack(halves, 2).view(-1, K)
+
+
+def tile(nibbles: Tensor, block: int, dim: int) -> Tensor:
+    """nibbles [N, K] -> PyTorch's int4 layout for a CPU, as in untile: in a fifth of the time
+    of PyTorch's own conversion, and without its int32."""
+    N, K = nibbles.shape
+    if dim == -2:
+        low, high = nibbles.view(-1, 2, block // 2, K).unbind(1)
+    else:
+        low, high = nibbles.view(-1, block // 2, 2, K).unbind(2)
+    tiles = low | high << 4  # (N/block, block/2, K)
+    return transpose_bytes(tiles).view(N, K // 2)
+
+
+def transpose_bytes(x: Tensor) -> Tensor:
+    """[n, R, K] uint8 -> [n, K, R], R a multiple of 4. Single bytes move slowly: four rows are
+    joined into one of int32 first, which is three times as fast."""
+    pairs = x.short()
+    pairs = pairs[:, 0::2] | pairs[:, 1::2] << 8  # (n, R/2, K)
+    fours = pairs.int() & 0xFFFF
+    fours = fours[:, 0::2] | fours[:, 1::2] << 16  # (n, R/4, K)
+    return fours.transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def untile_rows(packed: Tensor, index: Tensor, block: int, dim: int) -> Tensor:
+    """Single rows [n] of the same layout -> nibbles [n, K]."""
+    K = 2 * packed.shape[1]
+    tiles = packed.view(-1, K, block // 2)
+    row = index % block
+    if dim == -2:
+        byte = row % (block // 2)
+        high = row >= block // 2
+    else:
+        byte = row // 2
+        high = row % 2 == 1
+    columns = tiles[index // block, :, byte]  # (n, K)
+    return torch.where(high[:, None], columns >> 4, columns & 15)
+
+
+@lru_cache
+def tiling() -> tuple[int, int] | None:
+    """(block, dim) of untile on this CPU, None if it is none of the known ones."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(16, (64, 2), generator=generator, dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe, 1)
+    nibbles = probe.to(torch.uint8)
+    for block in (64, 32, 16):
+        for dim in (-2, -1):
+            if torch.equal(tile(nibbles, block, dim), packed):
+                return block, dim
+    return None
+
+
+def rows_at_once(K: int) -> int:
+    """How many rows of K inputs are repacked at a time: what a CPU's cache holds, and a multiple of
+    the 64 rows that are packed together."""
+    return 64 * max(1, 2**13 // K)
+
+# --- oneDNN ---
+
+
+def onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] @ weight.T + bias with weight [N, K] in oneDNN's own blocked layout."""
+    slow = x.dtype == torch.bfloat16 and many_rows_dtype(x.device) != x.dtype
+    if slow and x.numel() > 256 * x.shape[-1]:
+        if bias is not None:
+            bias = bias.float()
+        return F.linear(x.float(), weight.to_dense().float(), bias).to(x.dtype)
+    one_row = x.numel() == x.shape[-1]
+    if one_row and x.dtype == torch.bfloat16 and BF16 and weight.numel() >= 2**22:
+        # oneDNN reads a weight 10 to 15% faster for four rows than for one
+        four = x.view(1, -1).expand(4, -1).contiguous()
+        y = torch.ops.mkldnn._linear_pointwise(four, weight, bias, "none", [], "")
+        return y[:1].view(*x.shape[:-1], -1)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# one operator in a graph. torch.library.custom_op would do the same, with 40 us around each call
+torch.library.define(
+    "gpt_flash::packed_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+torch.library.impl("gpt_flash::packed_linear", "default", packed_linear)
+packed_linear_op = torch.ops.gpt_flash.packed_linear.default
+
+
+@torch.library.register_fake("gpt_flash::packed_linear")
+def packed_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

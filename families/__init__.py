@@ -1,0 +1,223 @@
+"""Models that are no Llamas, in one table. Importing it adds its rows to those of model.py, which
+says what a row has. "gguf" is what formats/architectures.py reads."""
+from __future__ import annotations
+
+from families import gguf
+from families.blocks import (
+    AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
+    SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
+    baichuan_ropes, normalize_head,
+)
+from families.experts import mixture_of_experts, mlp_or_clamped_moe, mlp_or_moe
+from families.rings import RingKVCache
+from families.settings import (
+    attention_multiplier, every_other_window, layer_ropes, longrope, pattern_windows, query_scale,
+    window_everywhere, windows_of, yarn,
+)
+from model import FAMILIES, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family
+
+__all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
+
+ROPES |= {"yarn": yarn, "longrope": longrope}
+
+# --- what a config.json means where it leaves a setting out ---
+
+GEMMA = dict(
+    hidden_act="gelu_pytorch_tanh",
+    num_key_value_heads=16,
+    head_dim=256,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+GEMMA2 = GEMMA | dict(
+    hidden_activation="gelu_pytorch_tanh",
+    num_key_value_heads=4,
+    use_sliding_window=True,
+    sliding_window=4096,
+    sliding_window_pattern=2,
+    query_pre_attn_scalar=256,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
+GEMMA3 = GEMMA2 | dict(
+    max_position_embeddings=131072,
+    sliding_window_pattern=6,
+    rope_theta=1e6,
+    rope_local_base_freq=1e4,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+)
+OLMO2 = dict(rms_norm_eps=1e-5)
+OLMO3 = OLMO2 | dict(
+    use_sliding_window=True,
+    sliding_window=4096,
+    sliding_window_pattern=4,
+    rope_theta=5e5,
+    rope_local_base_freq=5e5,
+)
+SMOLLM3 = dict(
+    num_key_value_heads=4,
+    max_position_embeddings=32768,
+    rope_theta=2e6,
+    no_rope_layer_interval=4,
+    tie_word_embeddings=True,
+)
+PHI3 = dict(
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+    original_max_position_embeddings=4096,
+    partial_rotary_factor=1.0,
+    use_sliding_window=True,
+)
+EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
+MIXTRAL = MISTRAL | EXPERTS | dict(
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    sliding_window=None,
+    num_experts_per_tok=2,
+)
+QWEN2_MOE = QWEN2 | EXPERTS | dict(
+    num_key_value_heads=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=1408,
+    shared_expert_intermediate_size=5632,
+    norm_topk_prob=False,
+)
+QWEN3_MOE = EXPERTS | dict(
+    num_key_value_heads=4,
+    max_position_embeddings=32768,
+    sliding_window=4096,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=False,
+)
+GPT_OSS = EXPERTS | dict(
+    head_dim=64,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=150000.0,
+    rope_scaling=dict(
+        rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=4096,
+    ),
+    attention_bias=True,
+    use_sliding_window=True,
+    sliding_window=128,
+    sliding_window_pattern=2,
+    num_experts_per_tok=4,
+    swiglu_alpha=1.702,
+    swiglu_limit=7.0,
+)
+
+# --- the table ---
+
+LAYERWISE = dict(windows=pattern_windows, ropes=layer_ropes)  # layers differ in both
+GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+GEMMA_FILE = dict(norm_shift=1.0, means=GELU)
+MOE_FILE = dict(complete=gguf.qwen_moe)
+
+FAMILIES |= {
+    "gemma": Family(
+        GEMMA,
+        norm=GemmaNorm,
+        model=GemmaTransformer,
+        gguf=dict(GEMMA_FILE, name="gemma"),
+    ),
+    "gemma2": Family(
+        GEMMA2,
+        LAYERWISE | {"softmax_scale": query_scale},
+        norm=GemmaNorm,
+        attention=SoftcapAttention,
+        block=SandwichBlock,
+        model=GemmaTransformer,
+        gguf=dict(GEMMA_FILE, name="gemma2", complete=gguf.gemma(2, 46)),
+    ),
+    "gemma3_text": Family(
+        GEMMA3,
+        LAYERWISE | {"softmax_scale": query_scale, "qk_norm": True},
+        norm=GemmaNorm,
+        attention=SoftcapAttention,
+        block=SandwichBlock,
+        model=GemmaTransformer,
+        gguf=dict(
+            name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma(6, 62)
+        ),
+    ),
+    "phi3": Family(
+        PHI3,
+        stored_joined={"qkv_proj": "qkv_proj", "gate_up_proj": "gate_up_proj"},
+        gguf=dict(name="phi3", complete=gguf.phi3),
+    ),
+    "olmo2": Family(
+        OLMO2,
+        attention=AllHeadsAttention,
+        block=PostNormBlock,
+        gguf=dict(name="olmo2"),
+    ),
+    "olmo3": Family(
+        OLMO3,
+        LAYERWISE,
+        attention=AllHeadsAttention,
+        block=PostNormBlock,
+        gguf=dict(name="olmo2", when="attention.sliding_window", complete=gguf.window_every(4)),
+    ),
+    "smollm3": Family(
+        SMOLLM3,
+        LAYERWISE,
+        gguf=dict(name="smollm3", interleaved=True, means={"no_rope_layer_interval": 4}),
+    ),
+    "granite": Family(
+        {"attention_multiplier": 1.0},
+        {"softmax_scale": attention_multiplier},
+        block=ScaledBlock,
+        model=GraniteTransformer,
+        gguf=dict(name="granite", interleaved=True, complete=gguf.granite),
+    ),
+    "baichuan": Family(
+        fields={"ropes": baichuan_ropes},
+        attention=baichuan_attention,
+        stored_joined={"qkv_proj": "W_pack"},
+        convert=normalize_head,
+        gguf=dict(
+            name="baichuan", interleaved=True, complete=gguf.baichuan,
+            # what lies in parts in these files
+            parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
+        ),
+    ),
+    "mixtral": Family(
+        MIXTRAL,
+        {"moe": lambda hf: mixture_of_experts(hf, "intermediate_size")},
+        mlp=mlp_or_moe,
+        gguf=dict(name="llama", when="expert_count", interleaved=True, complete=gguf.mixtral),
+    ),
+    "qwen2_moe": Family(
+        QWEN2_MOE,
+        {
+            "qkv_bias": True,
+            "windows": every_other_window,
+            "moe": lambda hf: mixture_of_experts(hf, "moe_intermediate_size"),
+        },
+        mlp=mlp_or_moe,
+        gguf=dict(MOE_FILE, name="qwen2moe", means=NO_WINDOW | {"norm_topk_prob": False}),
+    ),
+    "qwen3_moe": Family(
+        QWEN3_MOE,
+        {
+            "qk_norm": True,
+            "windows": window_everywhere,
+            "moe": lambda hf: mixture_of_experts(hf, "moe_intermediate_size"),
+        },
+        mlp=mlp_or_moe,
+        gguf=dict(MOE_FILE, name="qwen3moe", means=NO_WINDOW | {"norm_topk_prob": True}),
+    ),
+    "gpt_oss": Family(
+        GPT_OSS,
+        LAYERWISE | {
+            "moe": lambda hf: mixture_of_experts(hf, "intermediate_size", bias=True),
+        },
+        attention=SinkAttention,
+        mlp=mlp_or_clamped_moe,
+        gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
+    ),
+}

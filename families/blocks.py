@@ -1,0 +1,261 @@
+"""What layers of other families do differently: norms, attention, blocks, embedding and head."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from families.settings import maybe_positive
+from model import (
+    FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
+    fake_prefill_attention, in_tiles, make_rope, positive, rope_settings, visible,
+)
+
+# --- norms ---
+
+
+class GemmaNorm(nn.RMSNorm):
+    """Its weights are distances from 1, and it multiplies in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class AllHeadsNorm(nn.RMSNorm):
+    """Of all heads of a token together, which may lie on several ranks."""
+
+    mean_over_ranks: Callable[[Tensor], Tensor] | None = None  # parallel/ sets it
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)  # (B, T, H * D)
+        if self.mean_over_ranks is None:
+            return super().forward(flat).view_as(x)
+        wide = flat.float()
+        mean_square = self.mean_over_ranks(wide.square().mean(-1, keepdim=True))  # (B, T, 1)
+        normed = wide * torch.rsqrt(mean_square + self.eps)
+        return (normed * self.weight).to(x.dtype).view_as(x)
+
+# --- attention ---
+
+
+class AllHeadsAttention(Attention):
+    """OLMo 2's: the norms of q and k are over all heads."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.q_norm = AllHeadsNorm(self.n_head * self.head_dim, config.norm_eps)
+        self.k_norm = AllHeadsNorm(self.n_kv_head * self.head_dim, config.norm_eps)
+
+
+class SpecialAttention(Attention):
+    """With options that PyTorch's attention does not know."""
+
+    def attend_to(
+        self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
+    ) -> Tensor:
+        attention = special_attention
+        if positions.prefill:
+            attention = prefill_special
+            if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
+                attention = torch.ops.gpt_flash.prefill_special
+        return attention(q, keys, values, positions.index, key_pos, **self.options())
+
+
+def prefill_special(
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, **options: Any
+) -> Tensor:
+    return in_tiles(special_attention, q, keys, values, index, key_pos, **options)
+
+
+def special_attention(
+    q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
+    scale: float | None, window: int | None, softcap: float | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor:
+    """model.math_attention with softcap, alibi_slopes and sinks; kernels.flash_decode says what
+    they are."""
+    B, Hq, T, D = q.shape
+    Hkv, S = keys.shape[1:3]
+    # in place where possible: scores are the largest tensors of a prefill
+    folded = q.reshape(B, Hkv, -1, D)  # (B, Hkv, Hq / Hkv * T, D)
+    scores = (folded @ keys.mT).view(B, Hq, T, S).float()
+    scores *= D ** -0.5 if scale is None else scale
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if alibi_slopes is not None:
+        distance = index[:, None, :, None] - key_pos[:, None, None]  # (B, 1, T, S)
+        scores -= alibi_slopes[:, None, None] * distance
+    scores.masked_fill_(~visible(index, key_pos, window), -math.inf)
+    if sinks is not None:  # each is the score of one more key, which has no value
+        sink = sinks[:, None, None].expand(B, Hq, T, 1)
+        scores = torch.cat([scores, sink], dim=-1)  # (B, Hq, T, S + 1)
+    weights = scores.softmax(-1)[..., :S].to(values.dtype)
+    return (weights.reshape(B, Hkv, -1, S) @ values).view(B, Hq, T, D)
+
+
+# one operator in a compiled prefill, as model.py has one
+torch.library.define(
+    "gpt_flash::prefill_special",
+    "(Tensor q, Tensor keys, Tensor values, Tensor index, Tensor key_pos, *, float? scale, "
+    "int? window, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None) -> Tensor",
+)
+torch.library.impl("gpt_flash::prefill_special", "default", prefill_special)
+torch.library.register_fake("gpt_flash::prefill_special", fake_prefill_attention)
+
+
+class SoftcapAttention(SpecialAttention):
+    """Gemma 2's: scores are c * tanh(score / c)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.softcap = maybe_positive(config.hf, "attn_logit_softcapping")
+        self.may_shift_scores = self.softcap is None
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"softcap": self.softcap}
+
+
+class SinkAttention(SpecialAttention):
+    """gpt-oss's: each head has a logit that only the softmax's denominator sees."""
+
+    may_shift_scores = False
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.sinks = nn.Parameter(torch.empty(self.n_head))
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"sinks": self.sinks.float()}
+
+
+class AlibiAttention(SpecialAttention):
+    """Baichuan 13B's: in place of a rotary embedding, scores fall with distance."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.set_slopes(self.slopes_of(self.n_head))
+
+    def set_slopes(self, slopes: Tensor) -> None:
+        """slopes: [Hq] float32, kept as bits, which no change of the model's dtype rounds."""
+        self.register_buffer("slope_bits", slopes.view(torch.int32), persistent=False)
+
+    @staticmethod
+    def slopes_of(n_head: int) -> Tensor:
+        """How much a head's score falls with each token of distance, [n_head] float32: powers of
+        two from 2^(-8/n) on for n heads, a power of two; other counts take every other slope of
+        twice as many for the rest (arXiv 2108.12409)."""
+        n = 2 ** math.floor(math.log2(n_head))
+        slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+        slopes += [2 ** (-4 * i / n) for i in range(1, 2 * (n_head - n), 2)]
+        return torch.tensor(slopes, device="cpu")
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"alibi_slopes": self.slope_bits.view(torch.float32)}
+
+
+def is_alibi(hf: dict) -> bool:
+    """Told apart as others do: Baichuan's 13B models name no max_position_embeddings."""
+    return "max_position_embeddings" not in hf
+
+
+def baichuan_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    rope = None if is_alibi(hf) else make_rope(rope_settings(hf))
+    return (rope,) * positive(hf, "num_hidden_layers")
+
+
+def baichuan_attention(config: ModelConfig, layer: int) -> Attention:
+    kind = AlibiAttention if is_alibi(config.hf) else Attention
+    return kind(config, layer)
+
+
+def normalize_head(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
+    """The rows of the output layer of Baichuan 2, with its larger vocabulary, have length 1."""
+    if name != "lm_head.weight" or config.vocab_size != 125696:
+        return None
+    return lambda tensor: F.normalize(tensor.float(), dim=-1)
+
+# --- blocks ---
+
+
+class SandwichBlock(Block):
+    """Gemma 2's: norms before and after."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        norm = FAMILIES[config.family].norm
+        self.pre_feedforward_layernorm = norm(config.dim, config.norm_eps)
+        self.post_feedforward_layernorm = norm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
+
+
+class PostNormBlock(Block):
+    """OLMo 2's: norms after, none before."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.post_feedforward_layernorm = self.input_layernorm
+        del self.input_layernorm
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(x, positions, cache))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
+
+
+class ScaledBlock(Block):
+    """Granite's: what is added to x is scaled."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.scale = positive(config.hf, "residual_multiplier", 1.0, float)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        x = x + self.scale * self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + self.scale * self.mlp(self.post_attention_layernorm(x))
+
+# --- embedding and head ---
+
+
+class GemmaTransformer(Transformer):
+    """The embedding is multiplied by the root of its size; Gemma 2's logits have a softcap."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.softcap = maybe_positive(config.hf, "final_logit_softcapping")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x = super().embed(tokens)
+        # rounded as the embedding is: so it was trained
+        return x * torch.tensor(math.sqrt(self.config.dim), dtype=x.dtype)
+
+    def head(self, x: Tensor) -> Tensor:
+        logits = super().head(x)
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return logits
+
+
+class GraniteTransformer(Transformer):
+    """Embedding and logits are scaled."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.embedding_scale = positive(config.hf, "embedding_multiplier", 1.0, float)
+        self.logits_scale = 1 / positive(config.hf, "logits_scaling", 1.0, float)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x = super().embed(tokens)
+        return x * torch.tensor(self.embedding_scale, dtype=x.dtype)
+
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x) * self.logits_scale

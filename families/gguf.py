@@ -1,0 +1,78 @@
+"""What GGUF files of other families mean without saying it, as llama.cpp's loader has it.
+
+A function that completes a configuration has (config, settings, tensors): what is known so far in
+the terms of config.json, the file's settings without the architecture in front, and its tensors."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Complete = Callable[[dict, dict, dict], None]
+
+
+def window_every(period: int) -> Complete:
+    """All layers but every period-th one have a window, unless the file says which."""
+
+    def complete(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+        n_layer = config.get("num_hidden_layers")
+        pattern = settings.get("attention.sliding_window_pattern", period)
+        if isinstance(pattern, int):
+            pattern = [layer % pattern != pattern - 1 for layer in range(n_layer or 0)]
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        config["layer_types"] = [kinds[bool(window)] for window in pattern]
+
+    return complete
+
+
+def gemma(period: int, n_layer_of_27b: int) -> Complete:
+    """Scores are scaled by the size of a head, but in the models of 27B by that of dim / n_head."""
+
+    def complete(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+        window_every(period)(config, settings, tensors)
+        size = config["head_dim"]
+        if config.get("num_hidden_layers") == n_layer_of_27b:
+            size = config["hidden_size"] // config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = size
+
+    return complete
+
+
+def mixtral(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """Mixtral is a Llama with experts."""
+    config["num_local_experts"] = config.pop("num_experts")
+
+
+def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """Layers without a router have no experts."""
+    layers = range(config.get("num_hidden_layers") or 0)
+    config["mlp_only_layers"] = [
+        layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors
+    ]
+
+
+def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    window_every(2)(config, settings, tensors)
+    config["num_local_experts"] = config.pop("num_experts", None)
+    config["intermediate_size"] = settings.get("expert_feed_forward_length")
+    config["rope_scaling"]["truncate"] = False
+
+
+def phi3(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """A window of 0 is none."""
+    config["sliding_window"] = config.get("sliding_window") or None
+    scaling = config["rope_scaling"]
+    if "original_max_position_embeddings" in scaling:
+        original = scaling.pop("original_max_position_embeddings")
+        config["original_max_position_embeddings"] = original
+
+
+def granite(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    if not config.get("attention_multiplier"):
+        config["attention_multiplier"] = config["head_dim"] ** -0.5
+
+
+def baichuan(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """The 13B models have ALiBi in place of a rotary embedding; their config.json has another name
+    for the context."""
+    if config.get("num_hidden_layers") == 40:
+        config["model_max_length"] = config.pop("max_position_embeddings", None)

@@ -1,0 +1,183 @@
+"""What the config.json of other families means: windows, scales and ropes of each layer."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import Rope, is_number, make_rope, positive, rope_settings, scaled
+
+
+def maybe_positive(hf: dict, key: str) -> float | None:
+    """A setting as a float above 0, None where it is not set."""
+    if hf.get(key) is None:
+        return None
+    return positive(hf, key, kind=float)
+
+
+def query_scale(hf: dict) -> float:
+    """Gemma 2's and 3's factor on scores."""
+    return positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5
+
+
+def attention_multiplier(hf: dict) -> float:
+    return positive(hf, "attention_multiplier", kind=float)
+
+# --- which layers have a window, or a rope ---
+
+
+def layer_kinds(hf: dict) -> list[str]:
+    """What each layer sees: "full_attention", or "sliding_attention" as far as its window. A file
+    without layer_types says how many see all, the first ones."""
+    n_layer = positive(hf, "num_hidden_layers")
+    kinds = hf.get("layer_types")
+    if not kinds:
+        n_full = min(n_layer, hf.get("max_window_layers") or 0)
+        kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
+    if not isinstance(kinds, list) or len(kinds) < n_layer:
+        raise ValueError(
+            f"the model's configuration has layer_types = {kinds!r}, not an entry for each of "
+            f"{n_layer} layers"
+        )
+    if not {"full_attention", "sliding_attention"}.issuperset(kinds):
+        raise ValueError(
+            f"unsupported layer_types {kinds!r}: only full_attention and sliding_attention "
+            "are supported"
+        )
+    return kinds[:n_layer]
+
+
+def layer_windows(hf: dict, kinds: list[str]) -> tuple[int | None, ...]:
+    """How many tokens a query of each layer sees, None for all of them."""
+    if not hf.get("sliding_window") or not hf.get("use_sliding_window"):
+        return (None,) * len(kinds)
+    window = positive(hf, "sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def windows_of(hf: dict) -> tuple[int | None, ...]:
+    """Of a file whose first layers see all."""
+    return layer_windows(hf, layer_kinds(hf))
+
+
+def pattern_kinds(hf: dict) -> list[str]:
+    """layer_kinds, also where a file tells by a pattern: the last of every few layers sees all, or
+    those with rope do."""
+    n_layer = positive(hf, "num_hidden_layers")
+    if hf.get("layer_types"):
+        return layer_kinds(hf)
+    if hf.get("sliding_window_pattern"):
+        period = positive(hf, "sliding_window_pattern")
+        full = [layer % period == period - 1 for layer in range(n_layer)]
+    else:
+        full = layers_with_rope(hf)
+    return ["full_attention" if each else "sliding_attention" for each in full]
+
+
+def pattern_windows(hf: dict) -> tuple[int | None, ...]:
+    return layer_windows(hf, pattern_kinds(hf))
+
+
+def every_other_window(hf: dict) -> tuple[int | None, ...]:
+    """Of a Qwen2-MoE that does not name its layers' kinds: among the first ones, of which there are
+    max_window_layers, every other one has a window."""
+    n_layer = positive(hf, "num_hidden_layers")
+    if hf.get("layer_types"):
+        return layer_windows(hf, layer_kinds(hf))
+    n_first = hf.get("max_window_layers") or 0
+    kinds = ["full_attention"] * n_layer
+    for layer in range(0, min(n_layer, n_first), 2):
+        kinds[layer] = "sliding_attention"
+    return layer_windows(hf, kinds)
+
+
+def window_everywhere(hf: dict) -> tuple[int | None, ...]:
+    """Whatever max_window_layers says."""
+    return layer_windows(hf, ["sliding_attention"] * positive(hf, "num_hidden_layers"))
+
+
+def layers_with_rope(hf: dict) -> list[bool]:
+    """Which layers have a rotary embedding; the others know no positions."""
+    n_layer = positive(hf, "num_hidden_layers")
+    if hf.get("no_rope_layers"):  # 1 where there is one, in spite of its name
+        flags = hf["no_rope_layers"]
+        if not isinstance(flags, list) or len(flags) < n_layer:
+            raise ValueError(
+                f"the model's configuration has no_rope_layers = {flags!r}, not an entry for each "
+                f"of {n_layer} layers"
+            )
+        return [bool(flag) for flag in flags[:n_layer]]
+    if hf.get("no_rope_layer_interval"):
+        period = positive(hf, "no_rope_layer_interval")
+        return [layer % period != period - 1 for layer in range(n_layer)]
+    return [True] * n_layer
+
+
+def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """Each layer's rotary embedding. Where layers with a window have a base of their own, what else
+    is said of rope is meant for the other layers."""
+    kinds = pattern_kinds(hf)
+    ropes: dict[str, Rope] = {}
+    for kind in dict.fromkeys(kinds):
+        settings = rope_settings(hf, kind)
+        local = kind == "sliding_attention" and hf.get("rope_local_base_freq") is not None
+        nested = isinstance((hf.get("rope_parameters") or {}).get(kind), dict)
+        if local and not nested:
+            settings = hf | {"rope_theta": hf["rope_local_base_freq"]}
+        rope = make_rope(settings)
+        same = [other for other in ropes.values() if other.hf == rope.hf]
+        ropes[kind] = same[0] if same else rope
+    with_rope = layers_with_rope(hf)
+    return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, with_rope))
+
+# --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
+
+
+def yarn(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:
+    """arXiv 2309.00071"""
+    factor = positive(rope.hf, "factor", kind=float)
+    longer = 0.1 * math.log(max(factor, 1)) + 1
+    scale = positive(rope.hf, "attention_factor", longer, float)
+    return scaled(rope, inv_freq, yarn_share(rope)), scale
+
+
+def yarn_share(rope: Rope) -> Tensor:
+    """How much of each frequency yarn keeps, [D/2]: a ramp between the dimensions that turn
+    beta_fast and beta_slow times over the original context."""
+    half = rope.dim // 2
+    original = rope.original_context
+
+    def dimension(beta: float) -> float:
+        return half * math.log(original / (2 * math.pi * beta), rope.theta)
+
+    low = dimension(positive(rope.hf, "beta_fast", 32, float))
+    high = dimension(positive(rope.hf, "beta_slow", 1, float))
+    if rope.hf.get("truncate", True):
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, rope.dim - 1)
+    ramp = (torch.arange(half) - low) / max(high - low, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def longrope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:
+    """A divisor of each frequency, from one list for texts that fit the original context and from
+    another for longer ones (arXiv 2402.13753).
+
+    Keys in a cache have turned for good: the room for the text decides, not its length so far."""
+    original = rope.original_context
+    name = "long_factor" if max_seq_len > original else "short_factor"
+    factors = rope.hf.get(name)
+    n = len(inv_freq)
+    if not isinstance(factors, list) or len(factors) != n or not all(map(is_number, factors)):
+        raise ValueError(f"longrope needs {name}, a list of {n} numbers, not {factors!r}")
+    if original < 2:
+        raise ValueError(f"unsupported original_max_position_embeddings {original} of longrope")
+    longer = positive(rope.hf, "max_position_embeddings") / original
+    factor = positive(rope.hf, "factor", longer, float)
+    growth = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    attention_factor = positive(rope.hf, "attention_factor", growth, float)
+    return inv_freq / torch.tensor(factors, dtype=torch.float64), attention_factor

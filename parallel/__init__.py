@@ -1,0 +1,10 @@
+"""Several processes: a model over ranks, and groups of them that share work.
+
+    torchrun --nproc_per_node=4 generate.py --checkpoint_path PATH --prompt "The capital is"
+"""
+from __future__ import annotations
+
+from parallel.ranks import ALONE, Ranks, load_model
+from parallel.team import Team, mute_all_but_the_first, n_processes
+
+__all__ = ["ALONE", "Ranks", "Team", "load_model", "mute_all_but_the_first", "n_processes"]
