@@ -17,14 +17,13 @@ import hashlib
 import json
 import os
 import random
-import statistics
 import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from numbers import Integral
 from pathlib import Path
@@ -769,13 +768,16 @@ class Printer:
         self.ids = prompt[-8:]  # so that a leading space is right
         self.shown = tokenizer.decode(self.ids)
 
-    def __call__(self, number: int, ids: list[int]) -> None:
+    def __call__(self, number: int, ids: list[int], final: bool = False) -> None:
         self.times.append(time.perf_counter())
         self.ids = self.ids + ids
         text = self.tokenizer.decode(self.ids)
-        if not text.endswith("\ufffd"):
+        if final or not text.endswith("\ufffd"):
             print(text[len(self.shown):], end="", flush=True)
             self.shown = text
+        tail = self.tokenizer.decode(self.ids[-8:])
+        if len(self.ids) > 64 and text == self.shown and not tail.startswith("\ufffd"):
+            self.ids, self.shown = self.ids[-8:], tail
 
 # --- the command line ---
 
@@ -845,12 +847,13 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
         model, [ids], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
         eos_ids=tokenizer.eos_ids, stream=printer, engine=decoder,
     )
+    printer(0, [], final=True)
     print(flush=True)
-    first, *_, last = *printer.times, time.perf_counter()
-    n = len(printer.times)
+    n, first_s = len(printer.times) - 1, printer.times[0] - loaded
+    step_ms = 1e3 * (printer.times[-1] - printer.times[0]) / max(1, n - 1)
     say(
         f"loaded in {loaded - began:.1f} s; {len(ids)} prompt tokens, first token after "
-        f"{first - loaded:.2f} s; {n} new tokens, {1e3 * (last - first) / n:.2f} ms a token"
+        f"{first_s:.2f} s; {n} new tokens, {step_ms:.2f} ms a token"
     )
     return decoder
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from batching.speculate import Gauge, copy_row, make_drafter
+from batching.speculate import Speculator, copy_row
 from generate import (
-    PREFILL_CHUNK, Decoder, Drawn, Request, kind_of, on_its_device, pads_little,
+    PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device, pads_little,
 )
 from model import KVCache, Transformer
 
@@ -140,84 +140,23 @@ class Stats:
     speculation: Speculation = field(default_factory=Speculation)
 
 
-class Engine(Decoder):
-    """A Decoder whose rows are refilled: each serves one request after the other, and a step may
-    check proposals for a row's next tokens.
-
-    speculate_k: steps may check that many proposals, of a draft model or of prompt lookup: see
-    speculate.py. context: most tokens of a row; steps that check proposals need room for k more."""
+class Engine(Speculator):
+    """A Decoder whose rows are refilled: each serves one request after the other. A step may check
+    proposals: see Speculator."""
 
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
         speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
     ):
-        super().__init__(model, cache, compiled=compiled, context=context)
-        self.k = speculate_k
-        self.k_now = 0  # proposals that the next step checks
-        self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
-        self.gauge: Gauge | None = None  # a draft model is asked at every step
-        if speculate_k and draft is None:
-            self.gauge = Gauge(speculate_k)
+        super().__init__(
+            model, cache, compiled=compiled, speculate_k=speculate_k, draft=draft, context=context
+        )
         self.running: dict[int, Running] = {}  # by rows whose next tokens somebody wants
         self.refills = False  # rows serve one request after the other
         self.started: dict[int, float] = {}  # when run's requests got their rows
-        self.ends = [0] * self.cache.max_batch_size  # at most where the other rows stand
         self.stats = Stats()
 
-    # --- a step ---
-
-    @property
-    def step_key(self) -> tuple[str, int]:
-        return self.kind, self.k_now
-
-    def advance(self) -> Drawn:
-        """Feed each row's last token and k proposals, and keep what is drawn up to the first
-        wrong one. A plain step, k = 0, compares one: a gauge wants to know, and a draft model has
-        to read the row's tokens in any case."""
-        if self.drafter is None:
-            return super().advance()
-        k = self.k_now
-        rows = slice(0, self.width())
-        token = self.token[rows]
-        input_pos = self.input_pos[rows]
-        draw = partial(self.draw, rows)
-        proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
-        feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
-        logits = self.model.decode(feed, input_pos, self.cache)  # (B, k + 1, V)
-        tokens = draw(logits, 1)  # (B, k + 1)
-        self.drafter.note(tokens, input_pos + 1, rows)
-
-        right = tokens[:, :max(k, 1)] == proposals
-        agreed = right.long().cumprod(1).sum(1)  # (B)
-        accepted = agreed.clamp(max=k)
-        last = tokens.gather(1, accepted[:, None])  # (B, 1)
-        self.move(rows, last, self.active[rows] * (accepted + 1))
-        return Drawn(tokens, agreed)
-
-    def prepare(self) -> float:
-        """Not where the trial has no room: a row may be too near the end of the cache."""
-        if max(self.ends) + self.k_now + 1 > self.cache.max_seq_len:
-            return 0.0
-        return super().prepare()
-
-    def prepare_all(self) -> float:
-        """Prepare the steps of self.kind, with proposals and without -> seconds it took."""
-        seconds = 0.0
-        for self.k_now in sorted({0, self.k}, reverse=True):
-            seconds += self.prepare()
-        return seconds
-
-    def models(self) -> list[Transformer]:
-        """The model, and the draft's if there is one."""
-        draft = getattr(self.drafter, "model", None)
-        return [self.model] if draft is None else [self.model, draft]
-
     # --- prompts ---
-
-    def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
-        if self.drafter is not None:
-            self.drafter.read(tokens, rows, cached, last)
-        return super().read_part(tokens, rows, cached, last)
 
     def chunk(self) -> int:
         if not self.running:
@@ -348,7 +287,10 @@ class Engine(Decoder):
     @on_its_device
     def launch(self, began: Mark) -> Launch:
         """Launch a step for the requests that run."""
-        self.k_now = k = self.next_k()
+        ends = list(self.ends)
+        for row, running in self.running.items():
+            ends[row] = running.prompt_end + running.drawn_at_most - 1
+        self.k_now = k = self.next_k(ends)
         rows = dict(self.running)
         if not self.compiled:  # nor is a cheaper kind for these rows
             self.kind = kind_of(running.request for running in rows.values())
@@ -358,18 +300,6 @@ class Engine(Decoder):
             running.drawn_at_least += 1
             running.drawn_at_most += k + 1
         return self.send(drawn, rows, began, is_step=True, k=k)
-
-    def next_k(self) -> int:
-        """How many proposals the next step checks: none where that does not pay, or where a row,
-        whether anybody wants its tokens or not, may be too near the end of the cache."""
-        if self.k == 0 or self.gauge is not None and not self.gauge.pays(self.width()):
-            return 0
-        ends = list(self.ends)
-        for row, running in self.running.items():
-            ends[row] = running.prompt_end + running.drawn_at_most - 1
-        if max(ends) + self.k + 1 > self.cache.max_seq_len:
-            return 0
-        return self.k
 
     def send(
         self, drawn: Drawn, rows: dict[int, Running], began: Mark, is_step: bool = False,

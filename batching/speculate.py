@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from generate import Decoder, Drawn
 from model import MAX_DECODE_TOKENS, KVCache, Transformer
 
 # logits [n, T, V] and how far ahead of the rows' last tokens the first are -> tokens [n, T]
@@ -209,3 +211,84 @@ class Gauge:
         if min(len(plain), len(checking)) < 3:
             return self.COST
         return min(checking) / min(plain)
+
+
+class Speculator(Decoder):
+    """A Decoder whose steps may check proposals for a row's next tokens.
+
+    speculate_k: that many, of a draft model or of prompt lookup. context: most tokens of a row;
+    steps that check proposals need room for k more."""
+
+    def __init__(
+        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
+        speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
+    ):
+        super().__init__(model, cache, compiled=compiled, context=context)
+        self.k = speculate_k
+        self.k_now = 0  # proposals that the next step checks
+        self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
+        self.gauge: Gauge | None = None  # a draft model is asked at every step
+        if speculate_k and draft is None:
+            self.gauge = Gauge(speculate_k)
+        # at most where rows without a request stand
+        self.ends = [0] * self.cache.max_batch_size
+
+    @property
+    def step_key(self) -> tuple[str, int]:
+        return self.kind, self.k_now
+
+    def advance(self) -> Drawn:
+        """Feed each row's last token and k proposals, and keep what is drawn up to the first
+        wrong one. A plain step, k = 0, compares one: a gauge wants to know, and a draft model has
+        to read the row's tokens in any case."""
+        if self.drafter is None:
+            return super().advance()
+        k = self.k_now
+        rows = slice(0, self.width())
+        token = self.token[rows]
+        input_pos = self.input_pos[rows]
+        draw = partial(self.draw, rows)
+        proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
+        feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
+        logits = self.model.decode(feed, input_pos, self.cache)  # (B, k + 1, V)
+        tokens = draw(logits, 1)  # (B, k + 1)
+        self.drafter.note(tokens, input_pos + 1, rows)
+
+        right = tokens[:, :max(k, 1)] == proposals
+        agreed = right.long().cumprod(1).sum(1)  # (B)
+        accepted = agreed.clamp(max=k)
+        last = tokens.gather(1, accepted[:, None])  # (B, 1)
+        self.move(rows, last, self.active[rows] * (accepted + 1))
+        return Drawn(tokens, agreed)
+
+    def prepare(self) -> float:
+        """Not where the trial has no room: a row may be too near the end of the cache."""
+        if max(self.ends) + self.k_now + 1 > self.cache.max_seq_len:
+            return 0.0
+        return super().prepare()
+
+    def prepare_all(self) -> float:
+        """Prepare the steps of self.kind, with proposals and without -> seconds it took."""
+        seconds = 0.0
+        for self.k_now in sorted({0, self.k}, reverse=True):
+            seconds += self.prepare()
+        return seconds
+
+    def models(self) -> list[Transformer]:
+        """The model, and the draft's if there is one."""
+        draft = getattr(self.drafter, "model", None)
+        return [self.model] if draft is None else [self.model, draft]
+
+    def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
+        if self.drafter is not None:
+            self.drafter.read(tokens, rows, cached, last)
+        return super().read_part(tokens, rows, cached, last)
+
+    def next_k(self, ends: list[int]) -> int:
+        """How many proposals the next step checks: none where that does not pay, or where a row may
+        be too near the end of the cache. ends: at most where each stands."""
+        if self.k == 0 or self.gauge is not None and not self.gauge.pays(self.width()):
+            return 0
+        if max(ends) + self.k + 1 > self.cache.max_seq_len:
+            return 0
+        return self.k

@@ -146,7 +146,7 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     on_gpu = copy.deepcopy(layer)
     on_gpu.layout = Int4OnGPU()
     assert on_gpu.layout.pack(on_gpu)
-    y = on_gpu.product(x)
+    y = on_gpu.layout.product(on_gpu, x)
     assert (y - expected).norm() < bound * expected.norm()
     for name, tensor in on_gpu.stored().items():
         assert torch.equal(tensor, getattr(layer, name))

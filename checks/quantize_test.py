@@ -151,7 +151,7 @@ def test_int4_packed_for_a_gpu_is_the_same_layer(
     for name, tensor in layer.stored().items():
         assert torch.equal(tensor, stored[name])
     assert torch.equal(whole(layer), weight)
-    assert torch.equal(layer.product(x), expected)
+    assert torch.equal(layer.layout.product(layer, x), expected)
 
 
 def test_int4_beats_plain_ranges() -> None:

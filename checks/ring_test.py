@@ -274,7 +274,7 @@ class ScaledFloat8(LayerCache):
 
 
 class Int16(LayerCache):
-    """Whole numbers of 1/1000, where no dtype is of floating point."""
+    """Thousandths, in a dtype that is not of floating point."""
 
     def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
         return [(1000 * torch.stack((k, v))).round().to(torch.int16)]
@@ -322,7 +322,7 @@ def test_any_format_works_by_flash_and_math_in_plain_caches_and_rings(
         parts = [model(parts_of(tokens, *part), positions(*part[0])) for part in COURSE]
         got[attention] = torch.cat(parts, 1)
         assert relative_error(got[attention], want) < tol
-    assert relative_error(got["flash"], got["math"]) < 1e-4
+    assert relative_error(got["flash"], got["math"]) < tol / 10  # rounding may go the other way
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,7 +1,6 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch

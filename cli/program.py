@@ -187,7 +187,11 @@ def wanted(
 
 def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
     """As many random tokens as --prompt says. ValueError: there is no room for them."""
-    n_tokens = min(int(args.prompt), room)  # there is none for so many
+    n_tokens = int(args.prompt)
+    if n_tokens >= room:
+        raise ValueError(
+            f"a prompt of {n_tokens} tokens leaves no room for a new one in the context of {room}"
+        )
     generator = torch.Generator().manual_seed(args.seed or 0)
     prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
     Request(prompt, 1).check_fit(config.vocab_size, room)

@@ -34,8 +34,7 @@ class Int4OnCPU:
 
     def __init__(self, few_rows: int):
         self.few_rows = few_rows
-
-    tiling: tuple[int, int] | None = None  # once it packed: torch.compile cannot look into it
+        self.tiling: tuple[int, int] | None = None  # asked for here, where nothing is compiled
 
     def pack(self, layer: Int4Linear) -> bool:
         self.tiling = tiling()
