@@ -155,11 +155,12 @@ def test_requests_without_a_seed_differ(checkpoint: Checkpoint) -> None:
 
 
 def test_prompt_i_draws_with_the_seed_plus_i(checkpoint: Checkpoint) -> None:
+    """And from the largest seed on from 0 again."""
     model = loaded(checkpoint)
     settings = dict(temperature=1.5, top_p=0.95)
     together = generate(model, PROMPTS, 10, seed=2**63 - 2, **settings)
-    for i, prompt in enumerate(PROMPTS):
-        assert generate(model, [prompt], 10, seed=2**63 - 2 + i, **settings) == [together[i]]
+    for seed, prompt, tokens in zip((2**63 - 2, 2**63 - 1, 0), PROMPTS, together):
+        assert generate(model, [prompt], 10, seed=seed, **settings) == [tokens]
 
 
 @pytest.mark.parametrize("kind", ["plain", "top_k", "filtered"])

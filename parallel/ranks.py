@@ -151,8 +151,8 @@ def load_model(
         return core.load_model(path, device=device, **options)
     core.check_target(device, dtype, quantize)
     checkpoint = core.open_checkpoint(path, device)
+    whole = checkpoint.empty_model()
     with torch.device("meta"):
-        whole = checkpoint.empty_model()
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
