@@ -306,8 +306,8 @@ class Attention(nn.Module):
     def attend_to(
         self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
     ) -> Tensor:
-        """The same in PyTorch, for keys and values [B, Hkv, S, D] at positions key_pos [B or 1, S].
-        """
+        """attend in PyTorch, where flash_decode does not: keys and values [B, Hkv, S, D] stand at
+        positions key_pos [B or 1, S]."""
         attention = prefill_attention
         if not positions.prefill:
             attention = math_attention
@@ -1038,8 +1038,8 @@ def fill_model(
     for prefix, module in quantization.progress(list(model.named_modules()), "loading"):
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, x in own:
-            if not x.is_meta:  # it was computed, or is filled already
-                tensor = x.to(device)
+            if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):
+                tensor = x.to(device)  # a value of its own
             elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
                 tensor = model.embed_tokens.weight
             else:
@@ -1134,13 +1134,20 @@ class Checkpoint:
             raise ValueError(f"{self.path} is quantized already; leave out --quantize {quantize}")
         return lambda: None
 
-    def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
+    def parts(self, model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ...]]:
         """What our parameter x is read from; a folder that save_quantized wrote has our names."""
-        parts = sources(model, name, x)
-        if "gpt_flash" in self.config:
-            parts = {name: tuple(x.shape)}
-        tensors = [self.read(part, shape) for part, shape in parts.items()]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        saved = "gpt_flash" in self.config
+        return {name: tuple(x.shape)} if saved else sources(model, name, x)
+
+    def has(self, model: Transformer, name: str, x: Tensor) -> bool:
+        """Whether the file has a tensor for a parameter that has a value of its own."""
+        return all(part in self.tensors for part in self.parts(model, name, x))
+
+    def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
+        tensors = [self.read(*part) for part in self.parts(model, name, x).items()]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        convert = FAMILIES[model.config.family].convert(model.config, name)
+        return tensor if convert is None else convert(tensor)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file. ValueError if there is

@@ -16,6 +16,7 @@ import model
 from checks.common import HERE, PROMPTS, hf_folder
 from generate import FILTERS, Filter, Request
 from model import FAMILIES, FORMATS, load_model
+from quantize import save_quantized
 
 README = (HERE / "README.md").read_text()
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
@@ -114,7 +115,12 @@ def test_gates_of_heads_take_effect(tmp_path: Path) -> None:
         save_file(tensors | gates, file, {"format": "pt"})
         return generate.generate(load_model(folder, dtype=torch.float32), PROMPTS, 8)
 
+    assert generate.generate(load_model(folder, dtype=torch.float32), PROMPTS, 8) == plain
     assert tokens(1.0) == plain
     assert tokens(-2.0) != plain
+    quantized = load_model(folder, dtype=torch.float32, quantize="int8")
+    save_quantized(quantized, tmp_path / "saved")
+    again = load_model(tmp_path / "saved", dtype=torch.float32)
+    assert (again.layers[1].self_attn.gates == -2).all()
 
 

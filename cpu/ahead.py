@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import kernels
+import model
+import quantize
 from cpu.cache import CPULayerCache, fits_into_graph
 from model import BlockForward, LayerCache, Places, Positions, first_line
 from quantize import cache_folder, say_once, workspace
@@ -228,6 +231,7 @@ def sources(function: FunctionOfTensors) -> list[str]:
         classes.update(type(module).__mro__)
     files = {inspect.getsourcefile(each) for each in classes - {object}}
     files |= set(map(str, Path(__file__).parent.glob("*.py")))
+    files |= {model.__file__, kernels.__file__, quantize.__file__}
     return [Path(file).read_text() for file in sorted(files)]
 
 

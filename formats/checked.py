@@ -10,7 +10,7 @@ from torch import Tensor
 
 from formats.integers import fill_layers, put
 from model import (
-    FAMILIES, WEIGHT_DTYPES, Checkpoint, Transformer, family_of, first_line, rope_settings, sources,
+    WEIGHT_DTYPES, Checkpoint, Transformer, family_of, first_line, rope_settings,
 )
 from quantize import MODES, Linear, quantized_layout
 
@@ -37,20 +37,20 @@ class CheckedCheckpoint(Checkpoint):
         saved = quantized_layout(model, self.config, put)
         if saved and quantize in MODES:
             raise ValueError(f"{self.path} is quantized already; leave out --quantize {quantize}")
-        plan = self.plan(model, saved)
+        plan = self.plan(model)
         self.check_names(name for parts in plan.values() for name in parts)
         if quantize != "auto" or saved:
             return lambda: None
         return fill_layers(self, model, plan, device)
 
-    def plan(self, model: Transformer, saved: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+    def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
         """What each parameter of a model is read from."""
         plan = {}
         for name, x in [*model.named_parameters(), *model.named_buffers()]:
             tied = model.config.tied and isinstance(model.lm_head, Linear)
-            if not x.is_meta or tied and name == "lm_head.weight":
-                continue
-            plan[name] = {name: tuple(x.shape)} if saved else sources(model, name, x)
+            own = not x.is_meta and not self.has(model, name, x)  # a value that no file has
+            if not own and not (tied and name == "lm_head.weight"):
+                plan[name] = self.parts(model, name, x)
         return plan
 
     def check_names(self, wanted: Iterable[str]) -> None:
@@ -68,11 +68,6 @@ class CheckedCheckpoint(Checkpoint):
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
         part; None if it is stored in floating point."""
         return None
-
-    def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
-        tensor = super().parameter(model, name, x)
-        convert = FAMILIES[model.config.family].convert(model.config, name)
-        return tensor if convert is None else convert(tensor)
 
     def checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
