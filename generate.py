@@ -21,7 +21,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
@@ -71,6 +71,10 @@ def generate(
     series of calls shares its captured steps. Threads that call this with one model take turns.
     ValueError says what does not fit."""
     RANGES["seed"].check("seed", 0 if seed is None else seed)
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a list of prompts, not {prompts!r:.60}")
+    if not isinstance(eos_ids, (str, Integral)):
+        eos_ids = frozenset(eos_ids)
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(
@@ -85,8 +89,10 @@ def generate(
         if engine is None:
             fit_cache(model, requests, speculate_k)
             engine = decoder_for(model, requests, compile, speculate_k, draft, stats is not None)
-        if stats is not None:
-            engine.stats = stats
+        if hasattr(engine, "stats"):
+            engine.stats = stats or type(engine.stats)()
+        elif stats is not None:
+            raise ValueError("statistics are what a batching.Engine keeps, and not a Decoder")
         for number, tokens in engine.run(requests):
             out[number] += tokens
             if stream:
@@ -210,7 +216,7 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    eos_ids: Iterable[int] = ()
+    eos_ids: Collection[int] = ()
     cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
     seed: int | None = None  # the same, the same text; None: a new one when the request starts
     # called on the host with each new token, in a list of its own; True: it was the last
@@ -221,8 +227,9 @@ class Request:
             value = getattr(self, name)
             if value is not None or name in ("max_new_tokens", "temperature", "cached"):
                 allowed.check(name, value)
-        for name, ids in (("prompt", self.prompt), ("eos_ids", self.eos_ids)):
-            several = isinstance(ids, (list, tuple, set, frozenset))
+        lists = ("prompt", self.prompt, list), ("eos_ids", self.eos_ids, Collection)
+        for name, ids, kind in lists:
+            several = isinstance(ids, kind) and not isinstance(ids, str)
             if not several or any(type(i) is bool or not isinstance(i, Integral) for i in ids):
                 what = "a list of token ids, as tokenizer.encode(text) or tensor.tolist() gives"
                 raise ValueError(f"{name} must be {what}, not {ids!r:.60}")

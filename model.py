@@ -74,7 +74,7 @@ class Transformer(nn.Module):
         self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
         self.compile_options: dict[str, Any] = {}  # of Inductor, beside compile_model's
         # of several processes with a part of the model each, what the first one says
-        self.broadcast: Callable[[Any], Any] = lambda value: value
+        self.broadcast: Callable[[Any], Any] = the_same
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -234,6 +234,10 @@ def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCac
 
 def run_head(model: Transformer, x: Tensor) -> Tensor:
     return model.head(x)
+
+
+def the_same(value: Any) -> Any:
+    return value
 
 
 BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
@@ -642,6 +646,7 @@ class KVCache:
         self.max_seq_len = max_seq_len
         self.dtype = dtype
         self.device = torch.device(device)
+        use_products(self.device)
         self.attention = choose_attention(attention, self.device, max_seq_len)
         self.cached = [0] * max_batch_size
         self.grows = False  # made to fit one call of generate, which may make a larger one
@@ -1007,8 +1012,7 @@ def load_model(
 def check_target(
     device: torch.device | str, dtype: torch.dtype | None, quantize: str | None
 ) -> None:
-    """ValueError for what no model can be. Imports what the device multiplies faster with: that
-    adds to quantize.LAYOUTS and FORMATS."""
+    """ValueError for what no model can be."""
     try:
         torch.empty(1, device=device).tolist()
     except Exception as e:  # of many kinds, from PyTorch and from what it would import
@@ -1018,7 +1022,12 @@ def check_target(
         raise ValueError(f"no model can have the dtype {dtype}; there are {names}")
     if quantize not in (None, "none", "auto", *MODES):
         raise ValueError(f"no quantize {quantize!r}; there are auto, none, {', '.join(MODES)}")
-    folder = {"cpu": "cpu", "cuda": "products"}.get(torch.device(device).type)
+    use_products(torch.device(device))
+
+
+def use_products(device: torch.device) -> None:
+    """Import what a device multiplies faster with: it adds to quantize.LAYOUTS and FORMATS."""
+    folder = {"cpu": "cpu", "cuda": "products"}.get(device.type)
     if folder is not None:
         extension(folder, required=False)
 
@@ -1147,7 +1156,7 @@ class Checkpoint:
         tensors = [self.read(*part) for part in self.parts(model, name, x).items()]
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         convert = FAMILIES[model.config.family].convert(model.config, name)
-        return tensor if convert is None else convert(tensor)
+        return tensor if convert is None or "gpt_flash" in self.config else convert(tensor)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file. ValueError if there is
@@ -1159,6 +1168,11 @@ class Checkpoint:
     def checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+        ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
+        if tensor.dtype not in WEIGHT_DTYPES and not ours:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"tensor {name} has dtype {dtype}; weights are read in {names}")
         return tensor
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:

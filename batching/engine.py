@@ -296,6 +296,7 @@ class Engine(Speculator):
             self.kind = kind_of(running.request for running in rows.values())
         self.stats.row_steps += self.width()
         drawn = self.step()
+        self.k_now = 0
         for running in rows.values():
             running.drawn_at_least += 1
             running.drawn_at_most += k + 1

@@ -101,9 +101,11 @@ class DraftModel(Drafter):
     def __init__(self, draft: Transformer, cache: KVCache, compiled: bool):
         super().__init__(cache)
         self.model = draft
+        own = draft.cache  # is somebody else's business
         self.cache = draft.setup_caches(
             cache.max_batch_size, cache.max_seq_len, attention=cache.attention
         )
+        draft.cache = own
         if compiled:
             draft.compiled_lengths |= {1, 2}
 

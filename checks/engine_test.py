@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import itertools
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from batching import Engine
+from batching import Engine, Stats
 from batching.engine import CHUNK
 from checks.common import PROMPTS
 from generate import (
-    Request, Sampling, Tokenizer, filter_probs, generate, key_of, kind_of, noise, sample,
+    Decoder, Request, Sampling, Tokenizer, filter_probs, generate, key_of, kind_of, noise, sample,
 )
 from model import Transformer, load_model
 
@@ -530,3 +531,31 @@ def test_stop_strings_end_a_text(smollm: tuple[Transformer, Tokenizer], rows: in
     assert engine.finish_reasons == {0: "stop", 1: "stop"}
     with pytest.raises(ValueError, match="need a tokenizer"):
         generate(model, prompts, 12, stop=["x"], engine=engine)
+
+
+def test_statistics_are_those_of_one_call(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    model.setup_caches(1, 32)
+    engine = Engine(model)
+    stats = Stats()
+    generate(model, [[5, 6]], 6, engine=engine, stats=stats)
+    generate(model, [[5, 6]], 6, engine=engine)
+    assert stats.new_tokens == 6
+    with pytest.raises(ValueError, match="not a Decoder"):
+        generate(model, [[5, 6]], 6, engine=Decoder(model), stats=stats)
+
+
+def test_ends_may_be_any_collection_or_iterator(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    texts = generate(model, [[5, 6], [7]], 6, eos_ids=[3])
+    assert generate(model, [[5, 6], [7]], 6, eos_ids=iter([3])) == texts
+    assert generate(model, [[5, 6], [7]], 6, eos_ids={3: 0}.keys()) == texts
+    for prompts in (None, "ab", [(5, 6)], [{5}]):
+        with pytest.raises(ValueError, match="must be a list"):
+            generate(model, prompts, 6)
+
+
+def test_a_model_can_be_pickled(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint("llama")[0], dtype=torch.float16)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.embed_tokens.weight, model.embed_tokens.weight)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from checks.common import CPU_ENV, HERE, SMALL, close, hf_folder, random_hf
 from generate import generate
-from model import ModelConfig, load_model
-from parallel.ranks import Ranks, local, piece
-from quantize import save_quantized
+from model import ModelConfig, load_model, open_checkpoint
+from parallel.ranks import Ranks, local, part_of, piece
+from quantize import quantize_linear, save_quantized
 
 ENV = {**CPU_ENV, "OMP_NUM_THREADS": "1"}
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
@@ -123,6 +123,40 @@ def test_a_rank_of_a_padded_or_shared_dimension() -> None:
     assert torch.equal(shared[0], shared[1])
     assert torch.equal(torch.cat(shared[1:3]), whole)
     assert torch.equal(piece(whole, (10, 3), Ranks(3, 4)), whole)
+
+
+def test_a_rank_reads_its_part_of_saved_experts(tmp_path: Path) -> None:
+    """Whose names have a number last: gate and up are cut each, and a bias is there once."""
+    source = tmp_path / "model"
+    random_hf("gpt-oss", intermediate_size=64, hidden_size=64).save_pretrained(source)
+    save_quantized(load_model(source, quantize="int8"), tmp_path / "saved")
+    checkpoint = open_checkpoint(tmp_path / "saved")
+    whole = checkpoint.empty_model()
+    parts = [part_of(checkpoint, whole, Ranks(rank, 2)) for rank in range(2)]
+    name = "layers.0.mlp.experts.gate_up_proj.1.weight"
+    stored = checkpoint.tensors[name]  # (2 * 64, 64)
+    gate, up = stored.chunk(2)
+    for rank, part in enumerate(parts):
+        half = slice(32 * rank, 32 * rank + 32)
+        assert torch.equal(part.read(name, (64, 64)), torch.cat((gate[half], up[half])))
+    bias = "layers.0.mlp.experts.down_proj.1.bias"
+    assert torch.equal(parts[0].read(bias, (64,)), checkpoint.tensors[bias])
+    assert not parts[1].read(bias, (64,)).any()
+
+
+def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding(
+    tmp_path: Path
+) -> None:
+    folder = hf_folder(tmp_path / "model", **SEVEN)
+    model = load_model(folder)
+    for name, layer in list(model.named_modules()):
+        if name.endswith("_proj"):
+            model.set_submodule(name, quantize_linear(layer, "int8"))
+    save_quantized(model, tmp_path / "saved")
+    checkpoint = open_checkpoint(tmp_path / "saved")
+    part = part_of(checkpoint, checkpoint.empty_model(), Ranks(0, 2))
+    table = checkpoint.tensors["embed_tokens.weight"]  # (331, 448)
+    assert torch.equal(part.read("lm_head.weight", (166, 448)), table[:166])
 
 
 @pytest.mark.parametrize("changes, n, message", [

@@ -415,3 +415,18 @@ def test_a_draft_of_another_tokenizer_is_refused(
     arguments = ("--speculate_k", 2, "--draft_checkpoint_path", tokenizer_folder)
     code, _, err = run_cli(capfd, "--device", "cpu", *arguments)
     assert code == 2 and "has another tokenizer than the model" in err
+
+
+def test_a_draft_keeps_a_cache_of_its_own(checkpoint: Checkpoint, nearly: Transformer) -> None:
+    model = loaded(checkpoint)
+    own = nearly.setup_caches(1, 32)
+    generate(model, [REPEATED], 5, speculate_k=3, draft=nearly)
+    assert nearly.cache is own
+
+
+def test_timed_steps_are_plain_ones(checkpoint: Checkpoint, nearly: Transformer) -> None:
+    model = loaded(checkpoint)
+    engine = speculating(model, 1, 3, nearly)
+    generate(model, [REPEATED], 60, engine=engine)
+    assert engine.k_now == 0
+    assert len(engine.timed_steps(3)) == 3  # a row at the end of the cache has no room for four

@@ -72,6 +72,8 @@ def pattern_kinds(hf: dict) -> list[str]:
         full = [layer % period == period - 1 for layer in range(n_layer)]
     else:
         full = layers_with_rope(hf)
+        if all(full):
+            full = [False] * n_layer
     return ["full_attention" if each else "sliding_attention" for each in full]
 
 

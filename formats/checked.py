@@ -9,9 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from formats.integers import fill_layers, put
-from model import (
-    WEIGHT_DTYPES, Checkpoint, Transformer, family_of, first_line, rope_settings,
-)
+from model import Checkpoint, Transformer, family_of, first_line, rope_settings
 from quantize import MODES, Linear, quantized_layout
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
@@ -68,14 +66,6 @@ class CheckedCheckpoint(Checkpoint):
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
         part; None if it is stored in floating point."""
         return None
-
-    def checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
-        if tensor.dtype not in WEIGHT_DTYPES and not ours:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"tensor {name} has dtype {dtype}; weights are read in {names}")
-        return super().checked(name, tensor, shape)
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """What spoils a file seldom spares its norms and its embedding, so that no more is looked

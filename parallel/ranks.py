@@ -12,6 +12,7 @@ what only one process can know, such as standard input or a clock, the first one
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -230,7 +231,7 @@ class PartOfCheckpoint(Checkpoint):
             return self.checkpoint.read(name, shape)
         stored = self.stored_as(name)
         tensor = self.checkpoint.read(stored, self.shapes[stored])
-        if name.endswith(ADDED_UP_BIASES) and self.ranks.rank > 0:
+        if without_number(name).endswith(ADDED_UP_BIASES) and self.ranks.rank > 0:
             return tensor.new_zeros(shape)  # the sum over ranks is to have it once
         parts = self.pieces(name, [tensor], shape)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -246,7 +247,7 @@ class PartOfCheckpoint(Checkpoint):
         [tensor] = whole
         config = self.whole.config
         ours = {theirs: name for name, theirs in FAMILIES[config.family].stored_joined.items()}
-        module = name.split(".")[-2]
+        module = without_number(name).split(".")[-2]
         module = ours.get(module, module)
         if module not in JOINED:
             return [piece(tensor, shape, self.ranks)]
@@ -273,8 +274,16 @@ def part_of(checkpoint: Checkpoint, whole: Transformer, ranks: Ranks) -> PartOfC
     part.saved = "gpt_flash" in checkpoint.config
     part.shapes = {}
     for name, x in [*whole.named_parameters(), *whole.named_buffers()]:
-        part.shapes |= {name: tuple(x.shape)} if part.saved else sources(whole, name, x)
+        if not part.saved:
+            part.shapes |= sources(whole, name, x)
+        elif name in checkpoint.tensors:  # all but a tied output layer
+            part.shapes[name] = tuple(x.shape)
     return part
+
+
+def without_number(name: str) -> str:
+    """A parameter's name without the number of an expert, which ours have last."""
+    return re.sub(r"\.\d+(?=\.\w+$)", "", name)
 
 
 # of layers that multiply parts of their inputs on each rank: what they give is added up
