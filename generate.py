@@ -849,17 +849,20 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     model.setup_caches(1, min(len(ids) + args.max_new_tokens, model.config.max_seq_len))
     decoder = Decoder(model, compiled=prepare_steps(model, args.compile))
     ready(decoder)
+    compile_s = decoder.prepare()
     printer = Printer(tokenizer, ids)
+    asked = time.perf_counter()
     generate(
         model, [ids], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
         eos_ids=tokenizer.eos_ids, stream=printer, engine=decoder,
     )
     printer(0, [], final=True)
     print(flush=True)
-    n, first_s = len(printer.times) - 1, printer.times[0] - loaded
+    n, first_s = len(printer.times) - 1, printer.times[0] - asked
     step_ms = 1e3 * (printer.times[-1] - printer.times[0]) / max(1, n - 1)
+    compiled = f", compiled in {compile_s:.1f} s" if compile_s else ""
     say(
-        f"loaded in {loaded - began:.1f} s; {len(ids)} prompt tokens, first token after "
+        f"loaded in {loaded - began:.1f} s{compiled}; {len(ids)} prompt tokens, first token after "
         f"{first_s:.2f} s; {n} new tokens, {step_ms:.2f} ms a token"
     )
     return decoder
