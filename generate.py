@@ -43,6 +43,7 @@ from model import LIBRARIES, KVCache, Transformer, extension, load_model, run_bl
 from quantize import MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
+IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
 
 # --- generate ---
@@ -72,7 +73,8 @@ def generate(
     ValueError says what does not fit."""
     RANGES["seed"].check("seed", 0 if seed is None else seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts must be a list of prompts, not {prompts!r:.60}")
+        wanted = f"a list of prompts, each a {IDS_WANTED}"
+        raise ValueError(f"prompts must be {wanted}, not {prompts!r:.60}")
     if not isinstance(eos_ids, (str, Integral)):
         eos_ids = frozenset(eos_ids)
     requests = []
@@ -231,8 +233,7 @@ class Request:
         for name, ids, kind in lists:
             several = isinstance(ids, kind) and not isinstance(ids, str)
             if not several or any(type(i) is bool or not isinstance(i, Integral) for i in ids):
-                what = "a list of token ids, as tokenizer.encode(text) or tensor.tolist() gives"
-                raise ValueError(f"{name} must be {what}, not {ids!r:.60}")
+                raise ValueError(f"{name} must be a {IDS_WANTED}, not {ids!r:.60}")
 
     def check_fit(self, vocab_size: int, context: int) -> None:
         """ValueError if a model does not know one of its tokens, or has no room for a new one."""

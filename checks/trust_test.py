@@ -163,8 +163,10 @@ def test_arguments_that_make_no_sense_are_refused_by_name(
 
 
 @pytest.mark.parametrize("prompts, message", [
-    ("hello", "prompt must be a list of token ids.*not 'h'"),
-    (torch.tensor([[1, 2]]), "prompt must be a list of token ids.*tolist.*not tensor"),
+    ("hello", "prompts must be a list of prompts.*not 'hello'"),
+    (torch.tensor([[1, 2]]), "prompts must be a list.*tolist.*not tensor"),
+    (iter([[1]]), "prompts must be a list"),
+    (None, "prompts must be a list"),
     (["hello"], "prompt must be a list of token ids.*not 'hello'"),
     ([torch.tensor([1, 2])], "prompt must be a list of token ids.*tolist.*not tensor"),
     ([1, 2], "prompt must be a list.*not 1"),
