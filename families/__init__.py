@@ -2,13 +2,15 @@
 says what a row has. "gguf" is what formats/architectures.py reads."""
 from __future__ import annotations
 
+from functools import partial
+
 from families import gguf
 from families.blocks import (
     AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
     SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
     baichuan_ropes, normalize_head,
 )
-from families.experts import mixture_of_experts, mlp_or_clamped_moe, mlp_or_moe
+from families.experts import ClampedMoE, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
     attention_multiplier, every_other_window, layer_ropes, longrope, pattern_windows, query_scale,
@@ -217,7 +219,7 @@ FAMILIES |= {
             "moe": lambda hf: mixture_of_experts(hf, "intermediate_size", bias=True),
         },
         attention=SinkAttention,
-        mlp=mlp_or_clamped_moe,
+        mlp=partial(mlp_or_moe, kind=ClampedMoE),
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
     ),
 }

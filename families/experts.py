@@ -257,12 +257,7 @@ class StackedLinear(nn.ModuleList):
         return y
 
 
-def mlp_or_moe(config: ModelConfig, layer: int) -> nn.Module:
-    """A layer's feed-forward network: some layers have no experts."""
+def mlp_or_moe(config: ModelConfig, layer: int, kind: type[MoE] = MoE) -> nn.Module:
+    """A layer's feed-forward network: some layers have no experts. kind: those of the others."""
     has_experts = config.moe is not None and config.moe.layers[layer]
-    return MoE(config) if has_experts else MLP(config, layer)
-
-
-def mlp_or_clamped_moe(config: ModelConfig, layer: int) -> nn.Module:
-    has_experts = config.moe is not None and config.moe.layers[layer]
-    return ClampedMoE(config) if has_experts else MLP(config, layer)
+    return kind(config) if has_experts else MLP(config, layer)
