@@ -53,7 +53,7 @@ LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens nev
 def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-    min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
+    min_p: float | None = None, eos_ids: Collection[int] = (), seed: int | None = None,
     stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
     stream: Callable[[int, list[int]], None] | None = None, cached: int = 0,
     compile: bool = False, speculate_k: int = 0, draft: Transformer | None = None,
@@ -61,12 +61,12 @@ def generate(
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
-    A text ends with the first of eos_ids (included), where it has one of the stop strings (their
-    tokenizer goes with them), after max_new_tokens, or where the context is full. temperature 0 is
-    greedy; FILTERS has the others. cached: tokens of each row that are in the cache already.
-    stream(number, ids) is called as tokens come. The same seed, the same text; prompt i draws with
-    seed + i. compile: take the steps that compile_model compiled. speculate_k, draft: check that
-    many proposals a step; the text is the same. stats: a batching.Stats to fill.
+    A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
+    tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
+    tokens of each row that are in the cache already. stream(number, ids) is called as tokens come.
+    The same seed, the same text; prompt i draws with seed + i. compile: take the steps that
+    compile_model compiled. speculate_k, draft: check that many proposals a step; the text is the
+    same. stats: a batching.Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
     series of calls shares its captured steps. Threads that call this with one model take turns.
@@ -75,14 +75,16 @@ def generate(
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         wanted = f"a list of prompts, each a {IDS_WANTED}"
         raise ValueError(f"prompts must be {wanted}, not {prompts!r:.60}")
-    if not isinstance(eos_ids, (str, Integral)):
-        eos_ids = frozenset(eos_ids)
+    texts = not isinstance(stop, str) and all(isinstance(text, str) and text for text in stop)
+    if not texts or stop and not hasattr(tokenizer, "ends"):
+        what = "a list of texts, none empty, with a tokenizer of formats/"
+        raise ValueError(f"stop must be {what}, not {stop!r:.60}")
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(
             prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
-            ends=ends_at(stop, tokenizer, prompt) if stop else None,
+            ends=tokenizer.ends(stop, prompt) if stop else None,
         ))
     if not requests:
         raise ValueError("there is no prompt")
@@ -106,8 +108,8 @@ def decoder_for(
     model: Transformer, requests: list[Request], compiled: bool, k: int, draft: Transformer | None,
     measured: bool,
 ) -> Decoder:
-    """What decodes in model.cache. batching/'s Engine does for more requests than rows, proposals
-    and statistics, and better for prompts that are not read together well."""
+    """What decodes in model.cache. batching/'s Engine is for more requests than rows, proposals and
+    statistics, and better for prompts that are not read together well."""
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
     if beyond or not pads_little(requests):
         batching = extension("batching", required=beyond)
@@ -129,8 +131,7 @@ BUSY: WeakSet[Transformer] = WeakSet()
 
 @contextmanager
 def taking_turns(model: Transformer) -> Iterator[None]:
-    """One thread after the other works with a model, which has one cache. ValueError where this
-    thread is at it already, in a stream or ends of its own."""
+    """One thread after the other. ValueError where this one is at it already, in a stream."""
     with LOCKS.setdefault(model, threading.RLock()):
         if model in BUSY:
             raise ValueError("generate is at work with this model; wait until it has returned")
@@ -142,16 +143,13 @@ def taking_turns(model: Transformer) -> Iterator[None]:
 
 
 def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
-    """Make a cache where there is none, or a larger one of the same kind where the model's has not
-    the rows, or was made by this function and has not the length. k: places behind a text."""
-    context = model.config.max_seq_len
-    for request in requests:
-        request.check_fit(model.config.vocab_size, context)
+    """Make a cache, or a larger one where the model's has not the rows, or was made here and has
+    not the length. k: places behind a text."""
     cached = requests[0].cached
-    needed = k + min(context, max(cached + len(r.prompt) + r.max_new_tokens for r in requests))
-    n_rows, kind, grows = len(requests), (), True
-    if model.cache is not None:
-        cache = model.cache
+    longest = max(cached + len(each.prompt) + each.max_new_tokens for each in requests)
+    needed = k + min(model.config.max_seq_len, longest)
+    n_rows, kind, grows, cache = len(requests), (), True, model.cache
+    if cache is not None:
         grows = cache.grows
         if n_rows <= cache.max_batch_size and not (grows and needed > cache.max_seq_len):
             return
@@ -166,15 +164,6 @@ def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
     model.setup_caches(n_rows, needed, *kind).grows = grows
 
 
-def ends_at(stop: Sequence[str], tokenizer: Any, prompt: list[int]) -> Callable[..., bool]:
-    """Request.ends for stop strings. ValueError if they are none, or have no tokenizer."""
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
-    if not hasattr(tokenizer, "ends"):
-        raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
-    return tokenizer.ends(stop, prompt)
-
-
 class Range(NamedTuple):
     """What a setting may be: a number of that kind from low (above: just over it) to high."""
 
@@ -184,7 +173,7 @@ class Range(NamedTuple):
     above: bool = False
 
     def check(self, name: str, value: Any) -> int | float:
-        """The value. ValueError: it is none of these."""
+        """The value, or ValueError."""
         noun, kinds = ("whole number", int) if self.kind is int else ("number", (int, float))
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ValueError(f"{name} must be a {noun}, not {value!r:.60}")
@@ -208,8 +197,7 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What one row is to do: a prompt, how to draw, and when to stop. ValueError names what no row
-    can have."""
+    """What one row is to do: a prompt, how to draw, and when to stop."""
 
     prompt: list[int]
     max_new_tokens: int
@@ -229,14 +217,14 @@ class Request:
             value = getattr(self, name)
             if value is not None or name in ("max_new_tokens", "temperature", "cached"):
                 allowed.check(name, value)
-        lists = ("prompt", self.prompt, list), ("eos_ids", self.eos_ids, Collection)
-        for name, ids, kind in lists:
-            several = isinstance(ids, kind) and not isinstance(ids, str)
-            if not several or any(type(i) is bool or not isinstance(i, Integral) for i in ids):
+        for name, kind in ("prompt", list), ("eos_ids", Collection):
+            ids = getattr(self, name)
+            if not isinstance(ids, kind) or not all(map(is_token, ids)):
                 raise ValueError(f"{name} must be a {IDS_WANTED}, not {ids!r:.60}")
 
-    def check_fit(self, vocab_size: int, context: int) -> None:
-        """ValueError if a model does not know one of its tokens, or has no room for a new one."""
+    def budget(self, vocab_size: int, context: int) -> int:
+        """The most new tokens that it can have. ValueError: none, or a token of its prompt is
+        unknown."""
         if not self.prompt:
             raise ValueError("a prompt is empty: it has no token to start from")
         for i in (min(self.prompt), max(self.prompt)):
@@ -246,10 +234,10 @@ class Request:
         if n >= room:
             why = f"leaves no room for a new one in the context of {room}"
             raise ValueError(f"a prompt of {n} tokens {why}")
+        return min(self.max_new_tokens, room - n)
 
     def ends_with(self, token: int, n: int, budget: int) -> str | None:
-        """Why it ends with its n-th new token, of the `budget` that there is room for: "eos",
-        "stop", "length", "context"; None: it goes on."""
+        """Why it ends with its n-th new token, of at most `budget`; None: it goes on."""
         if token in self.eos_ids:
             return "eos"
         if self.ends is not None and self.ends([token]):
@@ -258,6 +246,10 @@ class Request:
             return "length"
         return "context" if n == budget else None
 
+
+def is_token(i: Any) -> bool:
+    return isinstance(i, Integral) and not isinstance(i, bool)
+
 # --- the decode step ---
 
 
@@ -265,13 +257,12 @@ class Drawn(NamedTuple):
     """The tokens of a step: one a row, or k + 1 where it checks k proposals."""
 
     tokens: Tensor  # int64 [B, k + 1], of which those up to the first wrong proposal count
-    # int64 [B]: how many proposals were right, one after the other; None: there are none
-    agreed: Tensor | None = None
+    agreed: Tensor | None = None  # int64 [B]: how many proposals were right, one after the other
 
 
 def on_its_device(method: Callable) -> Callable:
-    """A method of Decoder with its GPU as the current one, whose streams, events and captures are
-    meant. An eager one on a CPU runs in inference mode, which takes a tenth off a step."""
+    """A method of Decoder with its GPU as the current one. An eager one on a CPU runs in inference
+    mode, which takes a tenth off a step."""
 
     @wraps(method)
     def guarded(decoder: Decoder, *args: Any, **options: Any) -> Any:
@@ -287,11 +278,8 @@ class Decoder:
     """Rows of one cache that decode together, each at its own position with its own request.
 
     Tokens, positions and sampling settings live on the device, so a step needs nothing from the
-    host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling.
-    compile_model compiles what a step runs. One decoder drives a cache at a time.
-
-    context: most tokens of a row, by default all that the cache has room for and the model was
-    made for."""
+    host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling. context:
+    most tokens of a row, by default all that the cache and the model have room for."""
 
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
@@ -380,7 +368,7 @@ class Decoder:
     @on_its_device
     def try_step(self) -> float:
         """Compile a step by running it, and capture it on CUDA -> seconds it took. Rows keep their
-        state: what the trial puts into the cache lies where the next real step writes."""
+        state: a trial writes into the cache where the next step does."""
         began = time.perf_counter()
         state = self.token, self.input_pos, self.active
         before = [tensor.clone() for tensor in state]
@@ -414,9 +402,8 @@ class Decoder:
         return [self.model]
 
     def prefill(self, rows: slice, requests: Sequence[Request]) -> Iterator[bool]:
-        """Put the prompts of neighbouring rows into the cache, a chunk of self.chunk() tokens
-        before each yield, and behind the last draw their first tokens: from now on steps count.
-        Until then others' steps write in these rows too: where the next chunk will."""
+        """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
+        their first tokens. Steps of other rows write in these too: where the next chunk will."""
         cached = requests[0].cached
         if cached:
             self.cache.refuse_lost(rows, cached)
@@ -449,9 +436,9 @@ class Decoder:
 
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
-        input_pos = torch.full_like(last, cached, dtype=torch.int32)
-        options = dict(rows=rows, cached=cached, last=last)
-        return self.model.prefill(tokens, input_pos, self.cache, **options)[:, 0]
+        pos = torch.full_like(last, cached, dtype=torch.int32)
+        logits = self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)
+        return logits[:, 0]
 
     @on_its_device
     def read_on(self, prefill: Iterator[bool]) -> bool:
@@ -463,11 +450,8 @@ class Decoder:
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
         """Requests, each in the row of its number -> (that number, new tokens of it), as they come;
-        on CUDA the host reads LAG steps behind the device.
-
-        finish_reasons has then how each ended. ValueError if one has no room for a token, or builds
-        upon cached tokens that a sliding window has passed; RuntimeError if another run of this
-        decoder has begun meanwhile."""
+        finish_reasons has then how each ended. ValueError if one has no room for a token, or its
+        cached ones are lost; RuntimeError if another run has begun meanwhile."""
         requests = list(requests)
         budgets = [self.budget(request) for request in requests]
         self.model.check_cache(len(requests), self.cache)  # a row for each
@@ -501,9 +485,7 @@ class Decoder:
                     raise RuntimeError("another run of this decoder has begun")
 
     def budget(self, request: Request) -> int:
-        """The most new tokens that a request can have. ValueError: none."""
-        request.check_fit(self.model.config.vocab_size, self.context)
-        return min(request.max_new_tokens, self.context - request.cached - len(request.prompt))
+        return request.budget(self.model.config.vocab_size, self.context)
 
     def start(self, requests: Sequence[Request]) -> object:
         """Give up what the rows did, for these requests -> whose run that is now."""
@@ -587,8 +569,7 @@ def keep_top_k(probs: Tensor, k: Tensor) -> Tensor:
 
 
 def keep_top_p(probs: Tensor, p: Tensor) -> Tensor:
-    """The fewest tokens whose probabilities reach p of what is left, the one that crosses it
-    included."""
+    """The fewest tokens whose probabilities reach p of what is left."""
     likelier = probs.cumsum(-1) - probs  # the mass of likelier tokens
     enough = p * probs.sum(-1, keepdim=True)
     return probs.masked_fill((likelier >= enough) & (p < 1), 0)
@@ -634,8 +615,7 @@ class Sampling(NamedTuple):
 
 
 def key_of(seed: int | None) -> tuple[int, int]:
-    """Two int32 numbers from any seed, by a hash, so that neighbouring seeds share nothing; None:
-    from a new seed."""
+    """Two int32 numbers from a seed, None: a new one, so that neighbouring seeds share nothing."""
     if seed is None:
         seed = random.getrandbits(64)
     digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
@@ -643,10 +623,8 @@ def key_of(seed: int | None) -> tuple[int, int]:
 
 
 def kind_of(requests: Iterable[Request]) -> str:
-    """The cheapest kind of step that draws for all of these rows.
-
-    "greedy": no row samples; "plain": from all tokens; "top_k": from at most CANDIDATES;
-    "filtered": by any filters, which sorts the vocabulary."""
+    """The cheapest kind of step that draws for all of these rows: "greedy" where none samples,
+    "plain" from all tokens, "top_k" from CANDIDATES, "filtered" from the sorted vocabulary."""
     sampled = [request for request in requests if request.temperature > 0]
     if not sampled:
         return "greedy"
@@ -671,22 +649,16 @@ def sample(logits: Tensor, sampling: Sampling, kind: str, position: Tensor) -> T
     if kind == "plain":
         ids = torch.arange(V, device=probs.device)[None]
     else:
-        n_candidates = min(CANDIDATES, V) if kind == "top_k" else V
-        probs, ids = filter_probs(probs, sampling, n_candidates)
+        probs, ids = filter_probs(probs, sampling, min(CANDIDATES, V) if kind == "top_k" else V)
     best = (probs / noise(sampling.key, position, ids)).argmax(-1, keepdim=True)  # (N, 1)
     drawn = ids.expand(N, -1).gather(-1, best)[:, 0]
     return torch.where(greedy, likeliest, drawn)
 
 
-def filter_probs(
-    probs: Tensor, sampling: Sampling, n_candidates: int
-) -> tuple[Tensor, Tensor]:
-    """The n_candidates likeliest of probabilities [N, V], likeliest first, with zeros for what a
-    row's FILTERS drop; and their token ids: [N, n_candidates] each."""
-    if n_candidates < probs.shape[-1]:
-        probs, ids = probs.topk(n_candidates)
-    else:
-        probs, ids = probs.sort(descending=True)
+def filter_probs(probs: Tensor, sampling: Sampling, n: int) -> tuple[Tensor, Tensor]:
+    """The n likeliest of probabilities [N, V], likeliest first, with zeros for what a row's FILTERS
+    drop; and their token ids: [N, n] each."""
+    probs, ids = probs.topk(n) if n < probs.shape[1] else probs.sort(descending=True)
     for setting, each in zip(sampling.filters.unbind(1), FILTERS.values(), strict=True):
         probs = each.keep(probs, setting[:, None])
     return probs, ids
@@ -695,10 +667,10 @@ def filter_probs(
 def noise(key: Tensor, position: Tensor, ids: Tensor) -> Tensor:
     """Exponential noise [N, n] for tokens ids [N, n] at positions [N], from keys [N, 2].
 
-    Each is a hash of its key, position and token and of nothing else (counter-based random numbers:
-    Salmon et al., Random123, SC 2011), so that a request draws the same in any row, batch or order
-    of steps. The position goes into both halves of the key, and each half into a round of its own:
-    with one, keys that differ in a few bits would give the same numbers to such tokens."""
+    Each is a hash of its key, position and token alone (counter-based random numbers: Salmon et
+    al., Random123, SC 2011), so that a request draws the same in any row, batch or order of steps.
+    Each half of the key has a round of its own: with one, keys that differ in a few bits would give
+    the same numbers to such tokens."""
     stream = scramble(key + position[:, None])  # (N, 2)
     bits = scramble(ids.int() ^ stream[:, :1])  # (N, n)
     bits = scramble(bits + stream[:, 1:])
@@ -780,12 +752,13 @@ class Printer:
         self.times.append(time.perf_counter())
         self.ids = self.ids + ids
         text = self.tokenizer.decode(self.ids)
-        if final or not text.endswith("\ufffd"):
-            print(text[len(self.shown):], end="", flush=True)
-            self.shown = text
-        tail = self.tokenizer.decode(self.ids[-8:])
-        if len(self.ids) > 64 and text == self.shown and not tail.startswith("\ufffd"):
-            self.ids, self.shown = self.ids[-8:], tail
+        if text.endswith("\ufffd") and not final:
+            return
+        print(text[len(self.shown):], end="", flush=True)
+        self.shown, tail = text, self.ids[-8:]
+        end = self.tokenizer.decode(tail)
+        if not end.startswith("\ufffd"):
+            self.ids, self.shown = tail, end
 
 # --- the command line ---
 
