@@ -129,18 +129,28 @@ def test_copy_bandwidth() -> None:
     assert 0 < copy_bandwidth("cpu", 2**16) < math.inf
 
 
-def multiply(n: int) -> list[float]:
-    """n steps of a model of two layers, one product each; a step takes 1 ms."""
-    x = torch.ones(64, 64)
-    for _ in range(2 * n):
-        x @ x
-    return [0.001] * n
+@pytest.fixture
+def multiplier() -> SimpleNamespace:
+    """An engine with a model of two layers, one product each; a step takes 1 ms."""
+
+    def timed_steps(n: int) -> list[float]:
+        x = torch.ones(64, 64)
+        for _ in range(2 * n):
+            x @ x
+        return [0.001] * n
+
+    model = SimpleNamespace(layers=[1, 2])
+    return SimpleNamespace(timed_steps=timed_steps, model=model, device=torch.device("cpu"))
 
 
-def test_profile(ten_gb_s: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_profile(
+    multiplier: SimpleNamespace, ten_gb_s: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:
     parts = {"q_proj": 20_000_000, "attention": 5_000_000.0, "of all layers: lm_head": 100_000_000}
+    monkeypatch.setattr(cli.stats, "bytes_of_parts", lambda engine: parts)
     file = tmp_path / "trace.json"
-    profile(multiply, 2, parts, str(file), torch.device("cpu"))
+    profile(multiplier, str(file))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("a decode step takes 1000 us, the kernels ")
     product = next(line for line in lines if line.endswith("aten::mm"))
@@ -190,10 +200,10 @@ def test_a_profile_of_a_gpu_counts_each_kernel_once(capsys: pytest.CaptureFixtur
     ]
 
 
-def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_profile_that_cannot_be_written(multiplier: SimpleNamespace, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "folder.json", tmp_path / "no" / "folder.json.gz"):
         with pytest.raises(ValueError, match=f"cannot write --profile {path}: "):
-            profile(multiply, 2, {}, str(path), torch.device("cpu"))
+            profile(multiplier, str(path))
 
 
 # --- the flags ---

@@ -148,16 +148,18 @@ def answer_file(
 
     left = []
     if team.is_first:
-        done = {} if records is None else records.answers_to(jobs)
+        done = set() if records is None else records.answers_to(jobs)
         for number, job in enumerate(jobs):
-            key = {"index": job.index, "sample": job.sample}
-            if tuple(key.values()) in done:
+            if (job.index, job.sample) in done:
                 continue
             if job.error is None:
                 left.append(number)
             else:  # a line that is no prompt is done by saying so
                 say(job.error)
-                write(number, key | {"error": job.error, "digest": job.digest})
+                write(number, {
+                    "index": job.index, "sample": job.sample, "error": job.error,
+                    "digest": job.digest,
+                })
         if done:
             say(f"{records.path} has {len(done)} answers already; {len(left)} are left")
     left = team.broadcast(left)
@@ -228,14 +230,13 @@ class Records:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.done: dict[tuple[int, int], str] = {}  # (index, sample) -> digest
         try:
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as e:
             raise ValueError(f"cannot write --output {path}: {e.strerror}") from None
         try:
             self.lock()
-            self.read()
+            self.done = self.read()  # (index, sample) -> digest
         except BaseException:
             os.close(self.file)
             raise
@@ -259,8 +260,9 @@ class Records:
         except OSError as e:
             raise ValueError(f"cannot lock --output {self.path}: {e.strerror}") from None
 
-    def read(self) -> None:
-        """Note the answers that are there, and cut off what was not written to its end."""
+    def read(self) -> dict[tuple[int, int], str]:
+        """The answers that are there; what was not written to its end is cut off."""
+        done = {}
         size = 0
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -269,8 +271,7 @@ class Records:
                     break
                 try:
                     record = json.loads(line)
-                    key = int(record["index"]), int(record["sample"])
-                    self.done[key] = str(record["digest"])
+                    done[int(record["index"]), int(record["sample"])] = str(record["digest"])
                 except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
                     raise ValueError(
                         f"line {number} of --output {self.path} is no answer of an earlier run; "
@@ -278,17 +279,19 @@ class Records:
                     ) from None
                 size += len(line)
         os.ftruncate(self.file, size)
+        return done
 
-    def answers_to(self, jobs: list[Job]) -> dict[tuple[int, int], str]:
-        """The answers that are there. ValueError if one is none to these jobs."""
-        digests = {(job.index, job.sample): job.digest for job in jobs}
-        for (index, sample), digest in self.done.items():
-            if digests.get((index, sample)) != digest:
-                raise ValueError(
-                    f"--output {self.path} answers another prompt {index}, or with other settings: "
-                    "give the prompts and flags that it was begun with, or choose another file"
-                )
-        return self.done
+    def answers_to(self, jobs: list[Job]) -> set[tuple[int, int]]:
+        """The (index, sample) of those that are there. ValueError: one is no answer to a job."""
+        asked = {(job.index, job.sample): job.digest for job in jobs}
+        wrong = self.done.items() - asked.items()
+        if wrong:
+            (index, _), _ = min(wrong)
+            raise ValueError(
+                f"--output {self.path} answers another prompt {index}, or with other settings: "
+                "give the prompts and flags that it was begun with, or choose another file"
+            )
+        return set(self.done)
 
     def append(self, record: Record) -> None:
         """Write a record and wait until it is on the disk."""

@@ -19,7 +19,7 @@ from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples,
     title_of, with_system,
 )
-from cli.stats import bytes_read, check_writable, module_bytes, profile, say_cuts, summarize
+from cli.stats import check_writable, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import resolve
 from formats.default import default_model
@@ -57,7 +57,11 @@ def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None
         team.share_input()
         converse(engine, tokenizer, asked.system, args)
     elif args.profile:
-        profile_engine(engine, [job for job in jobs if not job.error], args)
+        prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
+        settings = {name: getattr(args, name) for name in SETTINGS} | {"max_new_tokens": 16}
+        generate(model, prompts, stats=engine.stats, engine=engine, **settings)  # to warm up
+        profile(engine, args.profile)
+        summarize(engine)
     elif args.prompts is not None:
         answer_file(jobs, engine, tokenizer, as_json=args.json, records=records, team=team)
         if engine.stats.new_tokens:
@@ -271,25 +275,6 @@ def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any
 
     Chat(tokenizer, reply, engine.context, args.stop, system).run()
     say_missing_library(engine.model)
-
-
-def profile_engine(engine: Engine, jobs: list[Job], args: Any) -> None:
-    """Trace decode steps, after as many to warm up."""
-    model = engine.model
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"max_new_tokens": 16}
-    prompts = [job.prompt for job in jobs[:args.batch_size]]
-    generate(model, prompts, stats=engine.stats, engine=engine, **settings)
-    parts = {}
-    for name, module in model.layers[0].named_modules():
-        if name.endswith("_proj"):
-            parts[name] = module_bytes(module)
-            if ".experts." in name:  # of which a step reads some
-                parts[name] *= model.layers[0].mlp.experts.share(engine.cache.max_batch_size)
-    live = sum(bytes_read(engine.cache, length) for length in engine.input_pos.tolist())
-    parts["attention"] = live / len(model.layers)
-    parts["of all layers: lm_head"] = module_bytes(model.lm_head)
-    profile(engine.timed_steps, len(model.layers), parts, args.profile, args.device)
-    summarize(engine)
 
 
 def save(args: Any) -> None:

@@ -14,11 +14,8 @@ LONG = 512  # tokens; shorter ones are read while rows decode, whose text a bar 
 
 
 def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
-    """What a model runs of each layer while it reads prompts, with a bar on stderr that counts the
-    layers done, if that is a terminal.
-
-    A pass over a long prompt calls block_forward(block, x, ...) for each of the layers in turn,
-    with x [B, T, dim]; on a CPU each call returns when it is done."""
+    """What runs each layer in turn over prompts, x [B, T, dim], with a bar on stderr that counts the
+    layers done of a long one, if that is a terminal. On a CPU a call returns when it is done."""
     bar = None
 
     def counted(block: Any, x: Any, *rest: Any) -> Any:
@@ -27,17 +24,19 @@ def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
         if n_tokens < LONG:
             return block_forward(block, x, *rest)
         if block is layers[0]:
-            bar = tqdm(total=len(layers), desc=f"reading {n_tokens} tokens", unit="layer",
-                       disable=None, leave=False, delay=0.5)
+            bar = tqdm(
+                total=len(layers), desc=f"reading {n_tokens} tokens", unit="layer", disable=None,
+                leave=False, delay=0.5,
+            )
+        ended = True
         try:
             y = block_forward(block, x, *rest)
-        except BaseException:  # Ctrl-C too
-            bar.close()
-            raise
-        bar.update()
-        if block is layers[-1]:
-            bar.close()
-        return y
+            bar.update()
+            ended = block is layers[-1]
+            return y
+        finally:
+            if ended:  # by Ctrl-C too
+                bar.close()
 
     return counted
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import os
 import resource
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,10 +61,13 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
         )
     steps = sorted(stats.steps_s)
     tenth = len(steps) // 10
-    # the tokens that a step finds cached in a row, on average
-    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
-    n_rows = stats.useful_row_steps / len(steps)
-    read = step_bytes(engine) + n_rows * bytes_read(engine.cache, length)
+    # a step reads all weights, a draft's once for each proposal, and the tokens cached
+    model, *drafts = engine.models()
+    rows = engine.cache.max_batch_size
+    read = weight_bytes(model, rows * (engine.k + 1))
+    read += sum(engine.k * weight_bytes(draft, rows) for draft in drafts)
+    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests  # of a row, on average
+    read += stats.useful_row_steps / len(steps) * bytes_read(engine.cache, length)
     summary = {
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
@@ -89,14 +91,6 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
     if stats.speculation.checked:
         summary["speculation"] = say_speculation(stats.speculation)
     return summary
-
-
-def step_bytes(engine: Engine) -> int:
-    """Bytes of weights that a step reads: a draft's once for each proposal."""
-    model, *drafts = engine.models()
-    rows = engine.cache.max_batch_size
-    nbytes = weight_bytes(model, rows * (engine.k + 1))
-    return nbytes + sum(engine.k * weight_bytes(draft, rows) for draft in drafts)
 
 
 def say_summary(summary: dict[str, float]) -> None:
@@ -182,32 +176,41 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     return 2 * nbytes / measured.median
 
 
-def profile(
-    run_steps: Callable[[int], list[float]], n_layer: int, parts: dict[str, float], path: str,
-    device: torch.device,
-) -> None:
-    """Trace decode steps, write the trace, and say what a step consists of and must take.
-
-    run_steps(n): runs n warm decode steps to their end -> the seconds of each.
-    parts: name -> bytes that this part of a layer reads at least.
-    path: of the Chrome trace; ValueError where it cannot be written."""
+def profile(engine: Engine, path: str) -> None:
+    """Trace warm decode steps, write a Chrome trace, and say what a step consists of and must take.
+    ValueError: the trace cannot be written."""
     with torch.profiler.profile() as trace:
-        seconds = run_steps(PROFILED)
+        seconds = engine.timed_steps(PROFILED)
     try:
         open(path, "ab").close()  # PyTorch only logs where it cannot write
         trace.export_chrome_trace(path)
     except (OSError, RuntimeError) as e:
         raise ValueError(f"cannot write --profile {path}: {first_line(e)}") from None
-    say_kernels(trace, 1e6 * sum(seconds) / PROFILED, n_layer, device)
-    bandwidth = copy_bandwidth(device, 2**28)
+    say_kernels(trace, 1e6 * sum(seconds) / PROFILED, len(engine.model.layers), engine.device)
+    bandwidth = copy_bandwidth(engine.device, 2**28)
     say(
         "what a layer's parts take at least, at the "
         f"{bandwidth / 1e9:.0f} GB/s that this machine copies at:"
     )
-    for name, nbytes in parts.items():
+    for name, nbytes in bytes_of_parts(engine).items():
         least_us = nbytes / bandwidth * 1e6
         say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
     say(f"trace written to {path}; open it in chrome://tracing or ui.perfetto.dev")
+
+
+def bytes_of_parts(engine: Engine) -> dict[str, float]:
+    """What a step reads at least of each part of a layer, and of the output head."""
+    layers, cache = engine.model.layers, engine.cache
+    parts = {}
+    for name, module in layers[0].named_modules():
+        if name.endswith("_proj"):
+            parts[name] = module_bytes(module)
+            if ".experts." in name:  # of which a step reads some
+                parts[name] *= layers[0].mlp.experts.share(cache.max_batch_size)
+    live = sum(bytes_read(cache, length) for length in engine.input_pos.tolist())
+    parts["attention"] = live / len(layers)
+    parts["of all layers: lm_head"] = module_bytes(engine.model.lm_head)
+    return parts
 
 
 def check_writable(path: str) -> None:
