@@ -293,7 +293,7 @@ def test_without_a_tokenizer_there_are_answers_and_no_text(
 def test_the_first_text_that_has_not_ended_is_printed_as_it_comes(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen = InOrder()
+    screen = InOrder([""] * 3)
     pushed = [(0, "a", False), (1, "x", False), (2, "z", True), (0, "b", False), (1, "y", False),
               (0, "c", True), (1, "!", True)]
     printed = []

@@ -75,12 +75,12 @@ def work_off(
 # --- answers on the screen ---
 
 class InOrder:
-    """Prints several texts in the order of their numbers, though their pieces come as they like:
-    those of the first text that has not ended are printed at once."""
+    """Prints several texts in the order of their numbers, each under its heading, though their
+    pieces come as they like: those of the first text that has not ended are printed at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, headings: list[str]) -> None:
         self.turn = 0  # the number of the text that is being printed
-        self.held: dict[int, str] = defaultdict(str)
+        self.held: dict[int, str] = defaultdict(str, enumerate(headings))
         self.ended: set[int] = set()
 
     def push(self, number: int, piece: str, ended: bool) -> None:
@@ -94,10 +94,14 @@ class InOrder:
 
 
 def headings(jobs: list[Job]) -> list[str]:
-    """Each prompt's index and first words, and which of several answers follows."""
-    if any(job.sample for job in jobs):
-        return [f"[{job.index}, sample {job.sample}] {job.title}\n" for job in jobs]
-    return [f"[{job.index}] {job.title}\n" for job in jobs]
+    """Each prompt's index and first words, and which of several answers follows; "" for a line
+    that is none."""
+    several = any(job.sample for job in jobs)
+    heads = []
+    for job in jobs:
+        sample = f", sample {job.sample}" if several else ""
+        heads.append("" if job.error else f"[{job.index}{sample}] {job.title}\n")
+    return heads
 
 
 def answer_live(
@@ -105,16 +109,14 @@ def answer_live(
 ) -> list[Record]:
     """Print answers as they come, one after the other, and each of several under a heading
     (quiet: do not) -> their records. tokenizer: None makes no text."""
-    screen = InOrder()
+    one = len(jobs) == 1
+    screen = InOrder([""] if one else headings(jobs))
     records = {}
-    heads = headings(jobs)
     for number, _, piece, record in work_off(jobs, engine, tokenizer):
-        ended = record["finish_reason"] is not None
-        if len(jobs) > 1 and number not in records:
-            piece = heads[number] + piece
         records[number] = record
+        ended = record["finish_reason"] is not None
         if ended:
-            piece += "\n\n" if len(jobs) > 1 else "\n"
+            piece += "\n" if one else "\n\n"
         if not quiet and tokenizer is not None:
             screen.push(number, piece, ended)
     return [records[number] for number in range(len(jobs))]
@@ -129,11 +131,9 @@ def answer_file(
     """Answer a file's prompts and report the lines that are none, with a bar of progress if
     stderr is a terminal. All processes of the team do this together; the first one writes.
 
-    records: the file that answers are appended to, which may have some already; None prints them.
-    as_json: as they come, a JSON line each; otherwise in the prompts' order, each under a
-    heading."""
-    screen = InOrder()
-    heads = headings(jobs)
+    records: the file that answers are appended to, which may have some already; None prints them,
+    as they come, a line each (as_json), or in the prompts' order, each under a heading."""
+    screen = InOrder(headings(jobs))
 
     def write(number: int, record: Record) -> None:
         if records is not None:
@@ -141,10 +141,7 @@ def answer_file(
         elif as_json:
             print(json.dumps(record), flush=True)
         else:
-            text = ""
-            if "text" in record:
-                text = f"{heads[number]}{record['text']}\n\n"
-            screen.push(number, text, ended=True)
+            screen.push(number, f"{record['text']}\n\n" if "text" in record else "", ended=True)
 
     left = []
     if team.is_first:
@@ -223,10 +220,10 @@ def answers_of_all(
 class Records:
     """A file of answers, one JSON line each, that a run appends to and a later one goes on from.
 
-    A line is written whole and is on the disk before the next one is begun, so that a run may be
-    killed at any moment: what it may leave behind its last whole line is cut off. The file is
-    locked, so that two runs do not share it. As a context it is closed at the end, and removed
-    where it is empty. ValueError: it cannot be read or written, or holds anything else."""
+    A line is on the disk before the next one is begun, so that a run may be killed at any moment:
+    what it left behind its last whole line is cut off. The file is locked; as a context it is
+    closed, and removed if empty. ValueError: it cannot be read or written, or holds anything else.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEventAvg
 from torch.utils.benchmark import Timer
 
 from generate import Decoder, say
@@ -238,20 +237,16 @@ def say_kernels(
         # operators and marked regions have their kernels' time too, and would count it again
         rows = [r for r in rows if r.device_type == DeviceType.CUDA and not r.is_user_annotation]
         own_time = "self_device_time_total"
-
-    def step_us(row: FunctionEventAvg) -> float:
-        return getattr(row, own_time) / PROFILED
-
-    rows = sorted(rows, key=step_us, reverse=True)
-    busy_us = sum(map(step_us, rows))
+    kernels = [(getattr(r, own_time) / PROFILED, r.count / PROFILED, r.key) for r in rows]
+    busy_us = sum(step_us for step_us, _, _ in kernels)
     gaps_us = max(0, wall_us - busy_us)
     say(
         f"a decode step takes {wall_us:.0f} us, the kernels {busy_us:.0f} of them and gaps "
         f"{gaps_us:.0f}; the twelve kernels with most time: share of the step, calls in a layer, "
         "time of one"
     )
-    for row in rows[:12]:
-        calls = row.count / PROFILED
-        share = step_us(row) / wall_us
-        call_us = step_us(row) / calls
-        say(f"  {share:5.1%}  {calls / n_layer:5.1f} x {call_us:8.1f} us  {row.key[:80]}")
+    for step_us, calls, name in sorted(kernels, reverse=True)[:12]:
+        say(
+            f"  {step_us / wall_us:5.1%}  {calls / n_layer:5.1f} x {step_us / calls:8.1f} us  "
+            f"{name[:80]}"
+        )
