@@ -2,41 +2,36 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from batching import Engine
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_system, with_system
 from formats.text import TextStream
-from generate import Tokenizer, say
+from generate import Tokenizer, generate, say
 from model import first_line
 from quantize import workspace
 
 Message = dict[str, str]  # role and content
-Show = Callable[[int, list[int]], None]
-# (ids, cached tokens in front of them, show, which answer to the same message, from 0) -> the new
-# tokens, and why they end: eos, stop, length, context
-Reply = Callable[[list[int], int, Show, int], tuple[list[int], str]]
 
 
 class Chat:
     """Messages and their answers; only what is new of a conversation is prefilled.
 
-    reply: generates behind ids, of which the first `cached` are in the cache, and calls show as
-    tokens come. A KeyboardInterrupt ends an answer where it is; ValueError before any came: those
-    cached are not there any more, and it is asked anew with none. room: the tokens that the cache
-    holds. stop: strings that reply stops at; they are neither printed nor part of the conversation.
+    settings: generate's. Its stop strings are neither printed nor part of the conversation.
     system: a first message that says how to answer.
     ValueError where the model has no chat template, or one that does not take a system message."""
 
     def __init__(
-        self, tokenizer: Tokenizer, reply: Reply, room: int, stop: Sequence[str] = (),
+        self, engine: Engine, tokenizer: Tokenizer, settings: dict[str, Any],
         system: str | None = None,
     ) -> None:
+        self.engine = engine
         self.tokenizer = tokenizer
-        self.reply = reply
-        self.room = room
-        self.stop = stop
+        self.settings = settings
+        self.room = engine.context  # the tokens that the cache holds
         self.messages: list[Message] = []  # of the user and the assistant in turn
         self.held: list[int] = []  # the ids whose keys and values are in the cache
         self.attempt = 0  # how often the last message was answered before
@@ -109,7 +104,7 @@ class Chat:
             say("the answer had not begun")
             return reason
         self.held = ids + answer[:-1]  # the last token was never fed back
-        content = TextStream(self.tokenizer, stop=self.stop).push(answer, final=True)
+        content = TextStream(self.tokenizer, stop=self.settings["stop"]).push(answer, final=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         if reason == "length":
             say(f"the answer was cut after --max_new_tokens {len(answer)}")
@@ -120,7 +115,7 @@ class Chat:
     def show_reply(self, ids: list[int], cached: int) -> tuple[list[int], str]:
         """Print the reply to a conversation's ids as it comes -> its tokens, why it ended."""
         self.held = ids[:cached]  # what follows is overwritten, however this ends
-        text = TextStream(self.tokenizer, ids, self.stop)
+        text = TextStream(self.tokenizer, ids, self.settings["stop"])
         answer = []
         times = [time.perf_counter()]
 
@@ -130,10 +125,10 @@ class Chat:
             print(text.push(new), end="", flush=True)
 
         try:
-            _, reason = self.reply(ids, cached, show, self.attempt)
+            reason = self.reply(ids, cached, show)
         except KeyboardInterrupt:
             reason = "interrupted"
-        except ValueError:
+        except ValueError:  # a window may have passed the tokens cached
             if cached == 0 or answer:
                 raise
             return self.show_reply(ids, 0)
@@ -146,6 +141,18 @@ class Chat:
                 f"{times[1] - times[0]:.2f} s; {cached} of {len(ids)} prompt tokens were cached"
             )
         return answer, reason
+
+    def reply(self, ids: list[int], cached: int, show: Callable[[int, list[int]], None]) -> str:
+        """Generate behind ids, of which the first `cached` are in the cache -> why it ended."""
+        seed = self.settings["seed"]
+        if seed is not None:
+            seed = (seed + self.attempt) % 2**63
+        generate(
+            self.engine.model, [ids[cached:]], cached=cached, stream=show, engine=self.engine,
+            eos_ids=self.tokenizer.eos_ids, tokenizer=self.tokenizer,
+            **(self.settings | {"seed": seed}),
+        )
+        return self.engine.finish_reasons[0]
 
     # --- the conversation ---
 

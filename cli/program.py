@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from batching import Engine, Stats
 from cli.batch import Records, answer_file, answer_live, work_off
-from cli.chat import Chat, Show
+from cli.chat import Chat
 from cli.progress import say_missing_library, watch_prompts
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples,
@@ -53,13 +53,16 @@ def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None
     jobs = wanted(args, asked, tokenizer, model.config)
     engine = make_engine(args, model, tokenizer, jobs, team)
     engine.stats.load_s = load_s
+    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.interactive:
         team.share_input()
-        converse(engine, tokenizer, asked.system, args)
+        watch_prompts(engine)
+        Chat(engine, tokenizer, settings, asked.system).run()
+        say_missing_library(model)
     elif args.profile:
         prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
-        settings = {name: getattr(args, name) for name in SETTINGS} | {"max_new_tokens": 16}
-        generate(model, prompts, stats=engine.stats, engine=engine, **settings)  # to warm up
+        settings["max_new_tokens"] = 16  # to warm up
+        generate(model, prompts, stats=engine.stats, engine=engine, **settings)
         profile(engine, args.profile)
         summarize(engine)
     elif args.prompts is not None:
@@ -145,7 +148,7 @@ def wanted(
     """The answers that the flags ask for."""
     if args.interactive and tokenizer is not None:
         return []
-    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
+    defaults = {name: getattr(args, name) for name in SETTINGS}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
@@ -257,24 +260,6 @@ def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
     plain.input_pos.fill_(position)
     plain.step()  # to compile
     return plain.timed_steps(n)
-
-
-def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any) -> None:
-    """A conversation in the terminal, its cache kept between turns."""
-    watch_prompts(engine)
-
-    def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        if args.seed is not None:
-            settings["seed"] = (args.seed + attempt) % 2**63
-        answer, = generate(
-            engine.model, [ids[cached:]], cached=cached, stream=show, engine=engine,
-            eos_ids=tokenizer.eos_ids, stop=args.stop, tokenizer=tokenizer, **settings,
-        )
-        return answer, engine.finish_reasons[0]
-
-    Chat(tokenizer, reply, engine.context, args.stop, system).run()
-    say_missing_library(engine.model)
 
 
 def save(args: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 from generate import RANGES, Tokenizer
 
 # what a line may set for itself
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Job:
     sample: int = 0  # which of the answers to it, from 0
     title: str = ""  # how the prompt begins
     prompt: list[int] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS, and stop
+    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS
     error: str | None = None
     digest: str = ""  # the same prompt, settings and model have the same one
 
@@ -217,7 +217,7 @@ def check_messages(name: str, messages: Any) -> None:
 
 # what a line of JSON may have -> what raises ValueError where it may not be so
 CHECKS = {"prompt": check_text, "messages": check_messages, "stop": check_stop}
-CHECKS |= {name: RANGES[name].check for name in SETTINGS}
+CHECKS |= {name: RANGES[name].check for name in SETTINGS if name in RANGES}
 
 
 def title_of(entry: dict[str, Any]) -> str:
