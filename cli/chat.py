@@ -8,7 +8,7 @@ from typing import Any
 
 from batching import Engine
 from cli.lines import COMMAND, QUOTES, Messages
-from cli.prompts import check_messages, check_template, check_text, read_system, with_system
+from cli.prompts import check_messages, check_template, check_text, read_text, with_system
 from formats.text import TextStream
 from generate import Tokenizer, generate, say
 from model import first_line
@@ -181,7 +181,9 @@ class Chat:
         if not argument:
             say("no system message" if self.system is None else self.system)
             return
-        system = None if argument == "-" else read_system(argument)
+        system = None
+        if argument != "-":
+            system = read_text(argument, "the system message").strip()
         check_template(self.tokenizer, system)
         self.system = system
 

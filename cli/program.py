@@ -16,8 +16,8 @@ from cli.batch import Records, answer_file, answer_live, work_off
 from cli.chat import Chat
 from cli.progress import say_missing_library, watch_prompts
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples,
-    title_of, with_system,
+    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples, title_of,
+    with_system,
 )
 from cli.stats import check_writable, profile, say_cuts, summarize
 from formats import save_tokenizer
@@ -69,10 +69,9 @@ def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None
         answer_file(jobs, engine, tokenizer, as_json=args.json, records=records, team=team)
         if engine.stats.new_tokens:
             summarize(engine)
-        if all(job.error is not None for job in jobs):
-            raise ValueError(
-                f"none of the {len(jobs)} prompts of {args.prompts} could be answered"
-            )
+        if all(job.error for job in jobs):
+            n = len(jobs)
+            raise ValueError(f"none of the {n} prompts of {args.prompts} could be answered")
     else:
         answer_prompt(engine, tokenizer, jobs, args)
 
@@ -87,7 +86,7 @@ def read_asked(args: Any) -> Asked:
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
         text=read_text(args.prompt) if has_text else None,
-        system=None if args.system is None else read_system(args.system),
+        system=args.system and read_text(args.system, "the system message").strip(),
     )
 
 
@@ -198,9 +197,7 @@ def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
             f"a prompt of {n_tokens} tokens leaves no room for a new one in the context of {room}"
         )
     generator = torch.Generator().manual_seed(args.seed or 0)
-    prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
-    Request(prompt, 1).check_fit(config.vocab_size, room)
-    return prompt
+    return torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
 
 
 def make_engine(

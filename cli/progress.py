@@ -1,7 +1,8 @@
 """Bars that show how far a long prompt is, and loading."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -50,11 +51,7 @@ def watch_prompts(decoder: Decoder) -> None:
 
 def show_loading() -> None:
     """From now on loading has a bar, if stderr is a terminal."""
-
-    def bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-        return tqdm(items, what, total, unit=" layers", disable=None, leave=False)
-
-    quantize.progress = bar
+    quantize.progress = partial(tqdm, unit=" layers", disable=None, leave=False)
 
 
 def say_missing_library(model: Transformer) -> None:

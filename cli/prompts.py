@@ -63,11 +63,6 @@ def read_text(source: str, what: str = "the prompt") -> str:
     return text
 
 
-def read_system(source: str) -> str:
-    """A system message, as it is or @FILE, without blanks around it."""
-    return read_text(source, "the system message").strip()
-
-
 def check_template(tokenizer: Tokenizer, system: str | None) -> None:
     """ValueError if the model's chat template fails, or leaves a system message out."""
     greeting = [{"role": "user", "content": "Hello"}]
