@@ -41,9 +41,8 @@ class Chat:
         self.system = system
 
     def run(self) -> None:
-        """Take messages and commands until there are no more.
-
-        KeyboardInterrupt where Ctrl-C is typed instead of a message, twice."""
+        """Take messages and commands until there are no more, or Ctrl-C is typed twice instead of
+        one: KeyboardInterrupt."""
         source = Messages()
         if source.on_terminal:
             say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves")

@@ -15,8 +15,8 @@ LONG = 512  # tokens; shorter ones are read while rows decode, whose text a bar 
 
 
 def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
-    """What runs each layer in turn over prompts, x [B, T, dim], with a bar on stderr that counts the
-    layers done of a long one, if that is a terminal. On a CPU a call returns when it is done."""
+    """What runs each layer in turn over prompts, x [B, T, dim], with a bar on stderr, if that is a
+    terminal, that counts the layers done of a long one. On a CPU a call returns when it is done."""
     bar = None
 
     def counted(block: Any, x: Any, *rest: Any) -> Any:
