@@ -18,8 +18,9 @@ import pytest
 from batching import Engine
 from batching.engine import Launch
 from checks.common import CPU_ENV, HERE, run_cli
-from cli.batch import Answer, InOrder, News, Records, Run, answer_file, answer_live
+from cli.batch import InOrder, Records, answer_file, answer_live, work_off
 from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
+from generate import Request
 from parallel import Team
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
@@ -29,6 +30,10 @@ DEFAULTS = {**dict.fromkeys(SETTINGS), "max_new_tokens": 9, "temperature": 0.0, 
 
 class Letters:
     """A tokenizer of one token a byte."""
+    eos_ids = ()
+
+    def ends(self, stop: list[str], prompt: list[int]) -> Callable[[list[int]], bool]:
+        return lambda ids: False
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -217,21 +222,33 @@ def test_a_digest_is_that_of_prompt_settings_and_model(tmp_path: Path) -> None:
 
 # --- answers ---
 
-def shout(jobs: list[Job], rows: int = 3) -> Iterator[News]:
-    """Answers a prompt with its text in capitals, in so many rows, a token of each in turn."""
-    waiting = list(range(len(jobs)))
-    running = {}
-    started = {}
-    while waiting or running:
-        while waiting and len(running) < rows:
-            number = waiting.pop(0)
-            started[number] = time.perf_counter()
-            running[number] = list(Letters().decode(jobs[number].prompt).upper().encode())
-        for number, left in list(running.items()):
-            token = left.pop(0)
-            if not left:
-                del running[number]
-            yield News(number, [token], None if left else "length", started[number])
+class Shouter:
+    """An engine that answers a prompt with its text in capitals, in so many rows, a token of each
+    in turn."""
+
+    def __init__(self, rows: int = 3) -> None:
+        self.rows = rows
+        self.started: dict[int, float] = {}
+        self.finish_reasons: dict[int, str] = {}
+
+    def run(
+        self, requests: list[Request], take_number: None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        waiting = list(range(len(requests)))
+        running = {}
+        self.finish_reasons.clear()
+        while waiting or running:
+            while waiting and len(running) < self.rows:
+                number = waiting.pop(0)
+                self.started[number] = time.perf_counter()
+                text = Letters().decode(requests[number].prompt).upper()
+                running[number] = list(text.encode())
+            for number, left in list(running.items()):
+                token = left.pop(0)
+                if not left:
+                    del running[number]
+                    self.finish_reasons[number] = "length"
+                yield number, [token]
 
 
 WORDS = ["seventeen", "two", "three", "a", "\u00e9\u00e9", "five"]
@@ -249,34 +266,34 @@ def plain_jobs(*words: str, n: int = 1) -> list[Job]:
 def test_answers_are_printed_in_the_order_of_their_prompts(
     rows: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = partial(shout, rows=rows)
+    engine = Shouter(rows)
     headed = [f"[{i}] {word}\n{word.upper()}\n\n" for i, word in enumerate(WORDS)]
-    answers = answer_live(plain_jobs(*WORDS), run, Letters(), quiet=False)
-    assert [answer.text for answer in answers] == [word.upper() for word in WORDS]
+    answers = answer_live(plain_jobs(*WORDS), engine, Letters(), quiet=False)
+    assert [answer["text"] for answer in answers] == [word.upper() for word in WORDS]
     assert capsys.readouterr().out == "".join(headed)
-    answer_file(plain_jobs(*WORDS), run, Letters(), as_json=False, records=None, team=ALONE)
+    answer_file(plain_jobs(*WORDS), engine, Letters(), as_json=False, records=None, team=ALONE)
     assert capsys.readouterr().out == "".join(headed)
 
 
 def test_quiet_answers_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = answer_live(plain_jobs(*WORDS), shout, Letters(), quiet=True)
-    assert [answer.text for answer in answers] == [word.upper() for word in WORDS]
+    answers = answer_live(plain_jobs(*WORDS), Shouter(), Letters(), quiet=True)
+    assert [answer["text"] for answer in answers] == [word.upper() for word in WORDS]
     assert capsys.readouterr().out == ""
 
 
 def test_without_a_tokenizer_there_are_answers_and_no_text(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = answer_live(plain_jobs("ab", "c"), shout, None, quiet=False)
-    assert [answer.new_tokens for answer in answers] == [2, 1]
-    assert [answer.text for answer in answers] == ["", ""]
+    answers = answer_live(plain_jobs("ab", "c"), Shouter(), None, quiet=False)
+    assert [answer["new_tokens"] for answer in answers] == [2, 1]
+    assert [answer["text"] for answer in answers] == ["", ""]
     assert capsys.readouterr().out == ""
 
 
 def test_the_first_text_that_has_not_ended_is_printed_as_it_comes(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen = InOrder()
+    screen = InOrder([""] * 3)
     pushed = [(0, "a", False), (1, "x", False), (2, "z", True), (0, "b", False), (1, "y", False),
               (0, "c", True), (1, "!", True)]
     printed = []
@@ -289,19 +306,19 @@ def test_the_first_text_that_has_not_ended_is_printed_as_it_comes(
 def test_a_stop_string_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     jobs = samples(0, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "O"]}, 1)
     jobs += samples(1, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "WW"]}, 1)
-    answer_live(jobs, shout, Letters(), quiet=False)
+    answer_live(jobs, Shouter(), Letters(), quiet=False)
     assert capsys.readouterr().out == "[0] \n\n\n[1] \nON\n\n"
 
 
 def test_several_answers_to_a_prompt_have_headings(capsys: pytest.CaptureFixture[str]) -> None:
     """On the screen as in a file of them; the only answer of a run needs none."""
     jobs = plain_jobs("ab", "c", n=2)
-    answer_file(jobs, shout, Letters(), as_json=False, records=None, team=ALONE)
+    answer_file(jobs, Shouter(), Letters(), as_json=False, records=None, team=ALONE)
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert heads == ["[0, sample 0] ab", "[0, sample 1] ab", "[1, sample 0] c", "[1, sample 1] c"]
-    answer_live(plain_jobs("ab", n=2), shout, Letters(), quiet=False)
+    answer_live(plain_jobs("ab", n=2), Shouter(), Letters(), quiet=False)
     assert capsys.readouterr().out == "[0, sample 0] ab\nAB\n\n[0, sample 1] ab\nAB\n\n"
-    answer_live(plain_jobs("ab"), shout, Letters(), quiet=False)
+    answer_live(plain_jobs("ab"), Shouter(), Letters(), quiet=False)
     assert capsys.readouterr().out == "AB\n"
 
 
@@ -309,7 +326,7 @@ def test_records_come_as_answers_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = jobs_of(FILE.encode() + b"\n\xff\n", tmp_path)
-    answer_file(jobs, shout, Letters(), as_json=True, records=None, team=ALONE)
+    answer_file(jobs, Shouter(), Letters(), as_json=True, records=None, team=ALONE)
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
     assert [record["index"] for record in found] == [6, 1, 3, 2, 4, 0, 5]
@@ -326,7 +343,7 @@ def test_records_come_as_answers_end(
 def test_a_bad_line_leaves_a_gap_among_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer_file(jobs_of(b"one\n\xff\ntwo\n\xfe", tmp_path), shout, Letters(), as_json=False,
+    answer_file(jobs_of(b"one\n\xff\ntwo\n\xfe", tmp_path), Shouter(), Letters(), as_json=False,
                 records=None, team=ALONE)
     out, err = capsys.readouterr()
     assert out == "[0] one\nONE\n\n[2] two\nTWO\n\n"
@@ -336,11 +353,13 @@ def test_a_bad_line_leaves_a_gap_among_answers(
 # --- records in a file ---
 
 def answer_into(
-    file: Path, jobs: list[Job], run: Run = shout
+    file: Path, jobs: list[Job], engine: Shouter | None = None
 ) -> list[dict[str, object]]:
     """What a run leaves in a file of records."""
     with Records(str(file)) as records:
-        answer_file(jobs, run, Letters(), as_json=False, records=records, team=ALONE)
+        answer_file(
+            jobs, engine or Shouter(), Letters(), as_json=False, records=records, team=ALONE
+        )
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -367,15 +386,16 @@ def test_a_run_goes_on_wherever_it_was_cut(
         kept = content[:size].count(b"\n")
         asked = []
 
-        def run(left: list[Job]) -> Iterator[News]:
-            asked.extend(left)
-            return shout(left)
+        class Noting(Shouter):
+            def run(self, requests: list[Request], *rest: None) -> Iterator[tuple[int, list[int]]]:
+                asked.extend(request.prompt for request in requests)
+                return super().run(requests, *rest)
 
-        found = answer_into(file, jobs, run)
+        found = answer_into(file, jobs, Noting())
         assert found[:kept] == whole[:kept]
         assert by_index(found) == by_index(whole)
         todo = {record["index"] for record in whole[kept:]} - {1}
-        assert {job.index for job in asked} == todo
+        assert {job.index for job in jobs if job.prompt in asked} == todo
     assert capsys.readouterr().out == ""
 
 
@@ -389,15 +409,19 @@ def test_each_record_is_on_the_disk_before_the_next_is_begun(
         synced.append(file.read_bytes().count(b"\n"))
 
     monkeypatch.setattr(os, "fsync", note)
-    answer_into(file, jobs, shout)
+    answer_into(file, jobs)
     assert synced == list(range(1, len(jobs) + 1))
 
 
-def test_waiting_counts_until_a_row_is_free() -> None:
-    answer = Answer(0, Job(0), stream=None)
-    answer.push(News(0, [5], None, started=time.perf_counter() - 2), time.perf_counter() - 5)
-    assert answer.queued_s == pytest.approx(3, abs=0.1)
-    assert answer.first_token_s == pytest.approx(2, abs=0.1)
+def test_waiting_counts_until_a_row_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy(Shouter):
+        def run(self, requests: list[Request], *rest: None) -> Iterator[tuple[int, list[int]]]:
+            self.started[0] = 3.0
+            yield 0, [5]
+
+    monkeypatch.setattr(time, "perf_counter", iter([0.0, 5.0]).__next__)
+    [(_, _, _, record)] = work_off(plain_jobs("a"), Busy(), None)
+    assert (record["queued_s"], record["first_token_s"]) == (3.0, 2.0)
 
 
 def test_each_record_is_in_the_file_before_the_next_answer_ends(
@@ -406,12 +430,13 @@ def test_each_record_is_in_the_file_before_the_next_answer_ends(
     file = tmp_path / "out.jsonl"
     sizes = []
 
-    def run(left: list[Job]) -> Iterator[News]:
-        for news in shout(left):
-            sizes.append(file.read_bytes().count(b"\n"))
-            yield news
+    class Watching(Shouter):
+        def run(self, requests: list[Request], *rest: None) -> Iterator[tuple[int, list[int]]]:
+            for news in super().run(requests, *rest):
+                sizes.append(file.read_bytes().count(b"\n"))
+                yield news
 
-    answer_into(file, jobs, run)
+    answer_into(file, jobs, Watching())
     assert sizes == sorted(sizes) and set(sizes) == set(range(1, 7))
 
 

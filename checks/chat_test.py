@@ -8,16 +8,19 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from checks.common import CPU_ENV, HERE
-from cli.chat import Chat, Show
+from cli.chat import Chat
 from cli.progress import LONG, with_bar
 
 END = 0  # the token that ends a turn
+Show = Callable[[int, list[int]], None]
 
 
 class Letters:
@@ -51,9 +54,7 @@ class FakeReply:
     seen: list[list[int]] = field(default_factory=list)  # all tokens in front of each answer
     attempts: list[int] = field(default_factory=list)
 
-    def __call__(
-        self, ids: list[int], cached: int, show: Show, attempt: int
-    ) -> tuple[list[int], str]:
+    def __call__(self, ids: list[int], cached: int, show: Show, attempt: int) -> str:
         new = ids[cached:]
         assert new and ids[:cached] == self.cache[:cached]
         self.calls.append((new, cached))
@@ -68,8 +69,18 @@ class FakeReply:
             self.cache.append(token)
         self.cache.pop()
         if answer[-1] == END:
-            return answer, "eos"
-        return answer, "context" if len(self.cache) + 1 == self.room else "length"
+            return "eos"
+        return "context" if len(self.cache) + 1 == self.room else "length"
+
+
+def chat(
+    tokenizer: Letters, reply: FakeReply, room: int, stop: Sequence[str] = (),
+    system: str | None = None,
+) -> Chat:
+    """A conversation with that in the place of a model, whose cache holds so many tokens."""
+    made = Chat(SimpleNamespace(context=room), tokenizer, {"stop": stop}, system)
+    made.reply = lambda ids, cached, show: reply(ids, cached, show, made.attempt)
+    return made
 
 
 def talk(
@@ -79,7 +90,7 @@ def talk(
     """Run a conversation in which the user writes these lines."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     reply = FakeReply(answers, room)
-    Chat(Letters(), reply, room, system=system).run()
+    chat(Letters(), reply, room, system=system).run()
     return reply
 
 
@@ -110,7 +121,7 @@ def test_what_follows_a_stop_string_is_forgotten(
     """It is not printed, and the next turn's conversation ends in front of it."""
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo"))
     reply = FakeReply([Letters().encode("Hi##u"), spoken("Ho")])
-    Chat(Letters(), reply, 1000, stop=["##", "never"]).run()
+    chat(Letters(), reply, 1000, stop=["##", "never"]).run()
     assert reply.seen[1] == asked("u:one\0a:Hi\0u:two\0a:")
     assert capsys.readouterr().out == "Hi\nHo\n"
 
@@ -141,7 +152,7 @@ def test_one_token_at_least_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     reply = FakeReply([spoken("Hi"), spoken("Ho")])
-    Chat(Forgetful(), reply, 1000).run()
+    chat(Forgetful(), reply, 1000).run()
     assert reply.calls == [([7, 8, 9], 0), ([9], 2)]
 
 
@@ -195,16 +206,14 @@ def test_what_the_cache_has_lost_is_read_anew(monkeypatch: pytest.MonkeyPatch) -
     """As where layers keep a sliding window only, which has passed the tokens to go on from."""
 
     class Forgetful(FakeReply):
-        def __call__(
-            self, ids: list[int], cached: int, show: Show, attempt: int
-        ) -> tuple[list[int], str]:
+        def __call__(self, ids: list[int], cached: int, show: Show, attempt: int) -> str:
             if 0 < cached < len(self.cache):
                 raise ValueError("the window has passed them")
             return super().__call__(ids, cached, show, attempt)
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n/regen\ntwo\n"))
     reply = Forgetful([spoken("Hi"), spoken("Ho"), spoken("x")])
-    Chat(Letters(), reply, 1000).run()
+    chat(Letters(), reply, 1000).run()
     assert [cached for _, cached in reply.calls] == [0, 0, len("u:one\0a:Ho")]
     assert reply.seen[2] == asked("u:one\0a:Ho\0u:two\0a:")
 
@@ -255,7 +264,7 @@ def test_ctrl_c_while_an_answer_is_printed_leaves_the_cache_known(
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n/clear\nand\none\n"))
     reply = FakeReply([spoken("Hi"), Letters().encode("H!"), spoken("Ho")])
-    Chat(Interrupted(), reply, 1000).run()
+    chat(Interrupted(), reply, 1000).run()
     assert reply.seen[2] == asked("u:one\0a:")
 
 
@@ -272,7 +281,7 @@ def test_two_ctrl_c_at_the_prompt_leave(
     monkeypatch.setattr("sys.stdin", Keyboard("^C\none\n^C\n^C\ntwo\n"))
     reply = FakeReply([spoken("Hi")])
     with pytest.raises(KeyboardInterrupt):
-        Chat(Letters(), reply, 1000).run()
+        chat(Letters(), reply, 1000).run()
     assert len(reply.calls) == 1
     assert capsys.readouterr().err.count("Ctrl-C again or Ctrl-D leaves") == 2
 
@@ -365,9 +374,9 @@ def test_a_template_without_a_system_message_is_refused(monkeypatch: pytest.Monk
         def chat(self, messages: list[dict[str, str]]) -> list[int]:
             return super().chat([m for m in messages if m["role"] != "system"])
 
-    Chat(Deaf(), FakeReply([]), 1000)
+    chat(Deaf(), FakeReply([]), 1000)
     with pytest.raises(ValueError, match="template leaves a system message out"):
-        Chat(Deaf(), FakeReply([]), 1000, system="be kind")
+        chat(Deaf(), FakeReply([]), 1000, system="be kind")
 
 
 def test_stats_say_what_an_answer_took(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import generate
 from batching import Stats
 from checks.common import CPU_ENV, HERE
 from cli.arguments import is_plain, make_parser, number, parse_args, setting
-from cli.stats import PROFILED, Memory, copy_bandwidth, profile, say_kernels, summarize
+from cli.stats import PROFILED, copy_bandwidth, profile, say_kernels, summarize
 from formats.default import default_model
 
 CPU = ["--device", "cpu"]
@@ -36,12 +37,15 @@ STATS = Stats(
     useful_row_steps=36,
     wall_s=0.8,
 )
-MEMORY = Memory(
-    device=torch.device("cpu"),
-    weight_bytes=10**9,
-    cache_bytes=400_000_000,
-    row_bytes=lambda length: 100_000 * length,
-)
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """One that has run, with 10**9 bytes of weights, and 100,000 bytes a token cached."""
+    monkeypatch.setattr(cli.stats, "weight_bytes", lambda model, rows: 10**9)
+    monkeypatch.setattr(cli.stats, "bytes_read", lambda cache, length: 100_000 * length)
+    cache = SimpleNamespace(nbytes=400_000_000, max_batch_size=4)
+    return SimpleNamespace(
+        stats=STATS, device=torch.device("cpu"), cache=cache, k=0, models=lambda: ["a model"]
+    )
 
 
 @pytest.fixture
@@ -54,8 +58,10 @@ def ten_gb_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.stats, "copy_bandwidth", bandwidth)
 
 
-def test_summary(ten_gb_s: None, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = summarize(STATS, MEMORY, measure=True)
+def test_summary(
+    engine: SimpleNamespace, ten_gb_s: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = summarize(engine, measure=True)
     # four requests hold 15 prompt tokens and, on average, 5 new ones, at 100,000 bytes; a step has
     # 3.6 of them
     read = 10**9 + 72 * 100_000
@@ -93,24 +99,26 @@ def test_summary(ten_gb_s: None, capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_bandwidth_is_measured_by_a_benchmark_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidth_is_measured_by_a_benchmark_only(
+    engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes half a second and memory of its own."""
 
     def bandwidth(device: torch.device, nbytes: int) -> float:
         raise AssertionError("measured")
 
     monkeypatch.setattr(cli.stats, "copy_bandwidth", bandwidth)
-    summary = summarize(STATS, MEMORY)
+    summary = summarize(engine)
     assert not {"bandwidth_gb_s", "bandwidth_share"} & summary.keys()
 
 
 def test_summary_of_a_compiled_run_of_one_token(
-    ten_gb_s: None, capsys: pytest.CaptureFixture[str]
+    engine: SimpleNamespace, ten_gb_s: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is no decode step: the time to the first token stands for one."""
-    stats = Stats(
+    engine.stats = Stats(
         load_s=1, compile_s=2, prompt_tokens=8, new_tokens=4, first_token_s=[0.5], wall_s=0.5)
-    summary = summarize(stats, MEMORY)
+    summary = summarize(engine)
     assert summary["ms_per_step"] == 500
     assert summary["tokens_per_s"] == summary["wall_tokens_per_s"] == 8
     start = "loaded in 1.0 s, compiled in 2.0 s; 8 prompt tokens, first token after 0.50 s"
@@ -121,18 +129,28 @@ def test_copy_bandwidth() -> None:
     assert 0 < copy_bandwidth("cpu", 2**16) < math.inf
 
 
-def multiply(n: int) -> list[float]:
-    """n steps of a model of two layers, one product each; a step takes 1 ms."""
-    x = torch.ones(64, 64)
-    for _ in range(2 * n):
-        x @ x
-    return [0.001] * n
+@pytest.fixture
+def multiplier() -> SimpleNamespace:
+    """An engine with a model of two layers, one product each; a step takes 1 ms."""
+
+    def timed_steps(n: int) -> list[float]:
+        x = torch.ones(64, 64)
+        for _ in range(2 * n):
+            x @ x
+        return [0.001] * n
+
+    model = SimpleNamespace(layers=[1, 2])
+    return SimpleNamespace(timed_steps=timed_steps, model=model, device=torch.device("cpu"))
 
 
-def test_profile(ten_gb_s: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    parts = {"q_proj": 20_000_000, "attention": 5_000_000.0}
+def test_profile(
+    multiplier: SimpleNamespace, ten_gb_s: None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:
+    parts = {"q_proj": 20_000_000, "attention": 5_000_000.0, "of all layers: lm_head": 100_000_000}
+    monkeypatch.setattr(cli.stats, "bytes_of_parts", lambda engine: parts)
     file = tmp_path / "trace.json"
-    profile(multiply, 2, parts, 100_000_000, str(file), torch.device("cpu"))
+    profile(multiplier, str(file))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("a decode step takes 1000 us, the kernels ")
     product = next(line for line in lines if line.endswith("aten::mm"))
@@ -182,10 +200,10 @@ def test_a_profile_of_a_gpu_counts_each_kernel_once(capsys: pytest.CaptureFixtur
     ]
 
 
-def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_profile_that_cannot_be_written(multiplier: SimpleNamespace, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "no" / "folder.json", tmp_path / "no" / "folder.json.gz"):
         with pytest.raises(ValueError, match=f"cannot write --profile {path}: "):
-            profile(multiply, 2, {}, 1, str(path), torch.device("cpu"))
+            profile(multiplier, str(path))
 
 
 # --- the flags ---

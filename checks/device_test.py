@@ -19,7 +19,7 @@ from batching import Engine, Stats
 from checks.common import hf_folder, run_cli
 from checks.engine_test import insert
 from cli.errors import refusals
-from cli.stats import Memory, copy_bandwidth, summarize
+from cli.stats import copy_bandwidth, summarize
 from generate import Drawn, Request
 from model import KVCache, choose_attention, load_model
 
@@ -151,13 +151,14 @@ def test_all_trials_of_a_step_write_at_the_same_place(
     assert engine.active.tolist() == [1, 0]
 
 
-def test_peak_memory_is_of_the_engines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_is_of_the_engines_gpu(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peaks = {torch.device("cuda", 0): 10**9, GPU_1: 3 * 10**9}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.get)
     monkeypatch.setattr(cli.stats, "copy_bandwidth", lambda device, nbytes: 1e10)
-    memory = Memory(GPU_1, weight_bytes=1, cache_bytes=1, row_bytes=float)
-    stats = Stats(first_token_s=[1.0], new_tokens=1, wall_s=1.0)
-    assert summarize(stats, memory)["peak_memory_gb"] == 3
+    engine.stats = Stats(first_token_s=[1.0], new_tokens=1, wall_s=1.0)
+    assert engine.device == GPU_1 and summarize(engine)["peak_memory_gb"] == 3
 
 
 def test_copies_are_waited_for_where_they_run(

@@ -1,12 +1,10 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 import generate
-from cli.arguments import is_plain, is_one_of_several, parse_args
+from cli.arguments import is_one_of_several, is_plain, parse_args
 from cli.errors import become_a_program, refusals, sentences
 from cli.progress import say_missing_library, show_loading, watch_prompts
 from cli.prompts import read_text
@@ -15,7 +13,7 @@ from model import extension
 
 
 def main(argv: list[str] | None) -> None:
-    """generate.main with all flags. What it does without this folder, it does itself."""
+    """generate.main with all flags: what generate.run does not know is for cli/program.py."""
     if argv is None:
         become_a_program()
     with sentences():
@@ -23,24 +21,18 @@ def main(argv: list[str] | None) -> None:
             extension("parallel").mute_all_but_the_first()  # also of what is wrong with the flags
         args = parse_args(argv)
         with refusals(args):
-            do(args)
-
-
-def do(args: Any) -> None:
-    """What the flags ask for: by generate.run, or by cli/program.py where that does not know them.
-    """
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    show_loading()
-    if is_plain(args):
-        if args.prompt is not None:
-            args.prompt = read_text(args.prompt)
-        decoder = generate.run(args, watch_prompts)
-        say_cuts(list(decoder.finish_reasons.values()))
-        say_memory(decoder.device, decoder.cache.nbytes)
-        say_missing_library(decoder.model)
-        return
-    for folder in ("batching", "formats", "parallel"):
-        extension(folder)  # it says so where this copy has none
-    from cli.program import run
-    run(args)
+            if args.threads is not None:
+                torch.set_num_threads(args.threads)
+            show_loading()
+            if not is_plain(args):
+                for folder in ("batching", "formats", "parallel"):
+                    extension(folder)  # it says so where this copy has none
+                from cli.program import run
+                run(args)
+                return
+            if args.prompt is not None:
+                args.prompt = read_text(args.prompt)
+            decoder = generate.run(args, watch_prompts)
+            say_cuts(list(decoder.finish_reasons.values()))
+            say_memory(decoder)
+            say_missing_library(decoder.model)

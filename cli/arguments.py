@@ -46,19 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
     add_flags(parser.add_argument_group("a prompt and its answer").add_argument, setting)
-    add_text(parser.add_argument_group("more to say"))
-    add_sampling(parser.add_argument_group("more about drawing tokens"))
-    add_speed(parser.add_argument_group("speed and memory"))
-    add_measuring(parser.add_argument_group("measuring"))
+    add_asking(parser)
+    add_running(parser)
     return parser
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The flags of a command line (None: this process's), checked, with their defaults filled in.
-
-    Leaves by exit code 2 and one line on stderr where a value or a combination is impossible.
-    In the result device is a torch.device, and compile True, False, or None, which takes what an
-    earlier run compiled."""
+    """The flags of a command line (None: this process's), with their defaults filled in: device as
+    a torch.device; compile may stay None, which takes what an earlier run compiled. Leaves by exit
+    code 2 and one line on stderr where a value or a combination is impossible."""
     parser = make_parser()
     args = parser.parse_args(argv)
     check_combinations(parser, args)
@@ -121,9 +117,9 @@ def say_what_does_nothing(args: argparse.Namespace) -> None:
         say(f"note: {', '.join(given)} changes nothing at --temperature 0, which draws no tokens")
 
 
-def add_text(group: argparse._ArgumentGroup) -> None:
-    """Other prompts, and how many answers."""
-    add = group.add_argument
+def add_asking(parser: argparse.ArgumentParser) -> None:
+    """Other prompts, how many answers, and how tokens are drawn."""
+    add = parser.add_argument_group("more to say").add_argument
     add("--prompts", metavar="FILE",
         help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
         "begins with {: objects of prompt (text) or messages (a conversation) and, instead of the "
@@ -147,11 +143,7 @@ def add_text(group: argparse._ArgumentGroup) -> None:
         help="rows at once, 1 to 4096; default: 1")
     add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
         help="end an answer in front of this text; may be given several times; default: none")
-
-
-def add_sampling(group: argparse._ArgumentGroup) -> None:
-    """How the next token is drawn."""
-    add = group.add_argument
+    add = parser.add_argument_group("more about drawing tokens").add_argument
     add("--top_p", metavar="P", type=setting("top_p"),
         help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
     add("--min_p", metavar="P", type=setting("min_p"),
@@ -161,9 +153,9 @@ def add_sampling(group: argparse._ArgumentGroup) -> None:
         "default: new ones")
 
 
-def add_speed(group: argparse._ArgumentGroup) -> None:
-    """In which formats it runs, how, and what is kept of it."""
-    add = group.add_argument
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """In which formats it runs, how, what is kept of it, and what it says about itself."""
+    add = parser.add_argument_group("speed and memory").add_argument
     add("--max_seq_len", metavar="N", type=number(int, 1),
         help="room in the KV cache, from 1; default: prompt and answer")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
@@ -192,11 +184,7 @@ def add_speed(group: argparse._ArgumentGroup) -> None:
         "none, but prompt and answer themselves")
     add("--draft_quantize", choices=MODES,
         help="quantize the draft's weights while loading; default: as the file has them")
-
-
-def add_measuring(group: argparse._ArgumentGroup) -> None:
-    """What a run says about itself."""
-    add = group.add_argument
+    add = parser.add_argument_group("measuring").add_argument
     add("--benchmark", action="store_true",
         help="measure --prompt N random tokens (128) and --max_new_tokens steps")
     add("--json", action="store_true",
@@ -211,33 +199,30 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     sources = [args.prompt is not None, args.prompts is not None, args.interactive]
     measures = args.benchmark or args.profile is not None
     several = args.num_samples > 1 or args.batch_size > 1
+    saves = args.save is not None
     is_number = not args.prompt or args.prompt.isdecimal()
-    contradictions = [
-        (sources.count(True) > 1,
-         "--prompt, --prompts and --interactive exclude each other"),
-        (args.output is not None and (args.prompts is None or args.profile),
-         "--output goes with --prompts and without --profile"),
-        (args.interactive and (args.json or measures or several),
-         "--interactive goes without --json, --benchmark, --profile, --num_samples and "
-         "--batch_size"),
-        (args.system is not None and not (args.interactive or args.chat),
-         "--system goes with --interactive or --chat"),
-        (args.group_size is not None and args.quantize not in MODES,
-         "--group_size goes with --quantize"),
-        (args.save is not None and args.quantize in (None, "none"),
-         "--save goes with --quantize"),
-        (args.save is not None and (any(sources) or measures),
-         "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"),
-        (args.draft_checkpoint_path is not None and not args.speculate_k,
-         "--draft_checkpoint_path goes with --speculate_k"),
-        (args.draft_quantize is not None and args.draft_checkpoint_path is None,
-         "--draft_quantize goes with --draft_checkpoint_path"),
-        (args.stop and measures,
-         "--stop goes without --benchmark and --profile"),
-        (args.benchmark and (args.prompts is not None or not is_number),
-         "--benchmark takes its --prompt as a number of random tokens"),
-    ]
-    for wrong, message in contradictions:
+    contradictions = {
+        "--prompt, --prompts and --interactive exclude each other": sources.count(True) > 1,
+        "--output goes with --prompts and without --profile":
+            args.output is not None and (args.prompts is None or args.profile),
+        "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size":
+            args.interactive and (args.json or measures or several),
+        "--system goes with --interactive or --chat":
+            args.system is not None and not (args.interactive or args.chat),
+        "--group_size goes with --quantize":
+            args.group_size is not None and args.quantize not in MODES,
+        "--save goes with --quantize": saves and args.quantize in (None, "none"),
+        "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile":
+            saves and (any(sources) or measures),
+        "--draft_checkpoint_path goes with --speculate_k":
+            args.draft_checkpoint_path is not None and not args.speculate_k,
+        "--draft_quantize goes with --draft_checkpoint_path":
+            args.draft_quantize is not None and args.draft_checkpoint_path is None,
+        "--stop goes without --benchmark and --profile": args.stop and measures,
+        "--benchmark takes its --prompt as a number of random tokens":
+            args.benchmark and (args.prompts is not None or not is_number),
+    }
+    for message, wrong in contradictions.items():
         if wrong:
             parser.error(message)
 

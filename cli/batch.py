@@ -6,101 +6,81 @@ import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
+from batching import Engine
 from cli.prompts import Job
 from formats.text import TextStream
-from generate import Tokenizer, say
+from generate import Request, Tokenizer, say
 from parallel import Team
 
 RECORD_START = b'{"index": '  # of every line that Records writes
+Record = dict[str, Any]  # an answer as far as it has come, as --json and --output give it
 
 
-class News(NamedTuple):
-    """New tokens of a job."""
-    number: int  # the job's, among those that run together
-    ids: list[int]
-    finish_reason: str | None  # eos, stop, length, context; None: it goes on
-    started: float  # when it got its row, by time.perf_counter
+def new_record(job: Job) -> Record:
+    return {
+        "index": job.index,
+        "sample": job.sample,
+        "text": "",
+        "prompt_tokens": len(job.prompt),
+        "new_tokens": 0,
+        "finish_reason": None,  # eos, stop, length, context; None: it goes on
+        "queued_s": 0.0,  # until it got its row
+        "first_token_s": 0.0,  # from then on until its first token
+        "total_s": 0.0,  # and until its last
+        "digest": job.digest,
+    }
 
 
-Run = Callable[[list[Job]], Iterator[News]]  # runs jobs, and yields tokens as they come
-
-
-@dataclass
-class Answer:
-    """An answer as far as it has come."""
-    number: int  # of its job among those that run together
-    job: Job
-    stream: TextStream | None  # None: no text is made
-    text: str = ""
-    new_tokens: int = 0
-    finish_reason: str | None = None
-    queued_s: float = 0.0  # until it got its row
-    first_token_s: float = 0.0  # from then on until its first token
-    total_s: float = 0.0  # and until its last
-
-    def push(self, news: News, began: float) -> str:
-        """Take new tokens -> the text that they complete. began: when it was asked for."""
-        self.queued_s = news.started - began
-        self.total_s = time.perf_counter() - news.started
-        if not self.new_tokens:
-            self.first_token_s = self.total_s
-        self.new_tokens += len(news.ids)
-        self.finish_reason = news.finish_reason
-        if self.stream is None:
-            return ""
-        piece = self.stream.push(news.ids, final=news.finish_reason is not None)
-        self.text += piece
-        return piece
-
-    def record(self) -> dict[str, Any]:
-        """What --json and --output say of it."""
-        return {
-            "index": self.job.index,
-            "sample": self.job.sample,
-            "text": self.text,
-            "prompt_tokens": len(self.job.prompt),
-            "new_tokens": self.new_tokens,
-            "finish_reason": self.finish_reason,
-            "queued_s": round(self.queued_s, 6),
-            "first_token_s": round(self.first_token_s, 6),
-            "total_s": round(self.total_s, 6),
-            "digest": self.job.digest,
-        }
-
-
-def run_answers(
-    jobs: list[Job], run: Run, tokenizer: Tokenizer | None
-) -> Iterator[tuple[Answer, list[int], str]]:
-    """Work jobs off -> (an answer so far, the tokens and the text that are new in it), as they
-    come. tokenizer: None makes no text."""
-    answers = []
-    for number, job in enumerate(jobs):
-        stream = None
+def work_off(
+    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, team: Team | None = None
+) -> Iterator[tuple[int, int, str, Record]]:
+    """Run jobs -> (a job's number, how many tokens and which text are new, its record), as they
+    come. tokenizer: None makes no text. team: its groups share the jobs; None: all are run here."""
+    requests = []
+    streams = []
+    for job in jobs:
+        settings = dict(job.settings)
+        stop = settings.pop("stop")
         if tokenizer is not None:
-            stream = TextStream(tokenizer, job.prompt, job.settings["stop"])
-        answers.append(Answer(number, job, stream))
+            streams.append(TextStream(tokenizer, job.prompt, stop))
+            settings["eos_ids"] = tokenizer.eos_ids
+            settings["ends"] = tokenizer.ends(stop, job.prompt) if stop else None
+        requests.append(Request(job.prompt, **settings))
+    records = [new_record(job) for job in jobs]
+    take_number = None
+    if team is not None and team.n_groups > 1:
+        take_number = team.queue(len(jobs))
     began = time.perf_counter()
-    for news in run(jobs):
-        answer = answers[news.number]
-        piece = answer.push(news, began)
-        yield answer, news.ids, piece
+    for number, ids in engine.run(requests, take_number):
+        record = records[number]
+        started = engine.started[number]
+        record["total_s"] = round(time.perf_counter() - started, 6)
+        if not record["new_tokens"]:
+            record["queued_s"] = round(started - began, 6)
+            record["first_token_s"] = record["total_s"]
+        record["new_tokens"] += len(ids)
+        record["finish_reason"] = engine.finish_reasons.get(number)
+        piece = ""
+        if tokenizer is not None:
+            piece = streams[number].push(ids, final=record["finish_reason"] is not None)
+        record["text"] += piece
+        yield number, len(ids), piece, record
 
 
 # --- answers on the screen ---
 
 class InOrder:
-    """Prints several texts in the order of their numbers, though their pieces come as they like:
-    those of the first text that has not ended are printed at once."""
+    """Prints several texts in the order of their numbers, each under its heading, though their
+    pieces come as they like: those of the first text that has not ended are printed at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, headings: list[str]) -> None:
         self.turn = 0  # the number of the text that is being printed
-        self.held: dict[int, str] = defaultdict(str)
+        self.held: dict[int, str] = defaultdict(str, enumerate(headings))
         self.ended: set[int] = set()
 
     def push(self, number: int, piece: str, ended: bool) -> None:
@@ -113,80 +93,80 @@ class InOrder:
             print(self.held.pop(self.turn, ""), end="", flush=True)
 
 
-def answer_live(
-    jobs: list[Job], run: Run, tokenizer: Tokenizer | None, quiet: bool
-) -> list[Answer]:
-    """Print answers as they come, one after the other, and each of several under a heading
-    (quiet: do not) -> all of them.
-
-    tokenizer: None makes no text."""
-    screen = InOrder()
-    answers = {}
-    headed = len(jobs) > 1
+def headings(jobs: list[Job]) -> list[str]:
+    """Each prompt's index and first words, and which of several answers follows; "" for a line
+    that is none."""
     several = any(job.sample for job in jobs)
-    for answer, _, piece in run_answers(jobs, run, tokenizer):
-        ended = answer.finish_reason is not None
-        if headed and answer.number not in answers:
-            piece = heading(answer.job, several) + piece
-        answers[answer.number] = answer
+    heads = []
+    for job in jobs:
+        sample = f", sample {job.sample}" if several else ""
+        heads.append("" if job.error else f"[{job.index}{sample}] {job.title}\n")
+    return heads
+
+
+def answer_live(
+    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, quiet: bool
+) -> list[Record]:
+    """Print answers as they come, one after the other, and each of several under a heading
+    (quiet: do not) -> their records. tokenizer: None makes no text."""
+    one = len(jobs) == 1
+    screen = InOrder([""] if one else headings(jobs))
+    records = {}
+    for number, _, piece, record in work_off(jobs, engine, tokenizer):
+        records[number] = record
+        ended = record["finish_reason"] is not None
         if ended:
-            piece += "\n\n" if headed else "\n"
+            piece += "\n" if one else "\n\n"
         if not quiet and tokenizer is not None:
-            screen.push(answer.number, piece, ended)
-    return [answers[number] for number in range(len(jobs))]
+            screen.push(number, piece, ended)
+    return [records[number] for number in range(len(jobs))]
 
 
 # --- the answers to a file ---
 
 def answer_file(
-    jobs: list[Job], run: Run, tokenizer: Tokenizer, *, as_json: bool, records: "Records | None",
-    team: Team,
+    jobs: list[Job], engine: Engine, tokenizer: Tokenizer, *, as_json: bool,
+    records: "Records | None", team: Team,
 ) -> None:
     """Answer a file's prompts and report the lines that are none, with a bar of progress if
-    stderr is a terminal. The other processes of the team help_answer.
+    stderr is a terminal. All processes of the team do this together; the first one writes.
 
-    records: the file that answers are appended to, which may have some already; None prints them.
-    as_json: as they come, a JSON line each; otherwise in the prompts' order, each under a
-    heading."""
-    screen = InOrder()
-    several = any(job.sample for job in jobs)
-    done = {}
-    if records is not None:
-        records.check(jobs)
-        done = records.done
+    records: the file that answers are appended to, which may have some already; None prints them,
+    as they come, a line each (as_json), or in the prompts' order, each under a heading."""
+    screen = InOrder(headings(jobs))
 
-    def write(number: int, record: dict[str, Any]) -> None:
+    def write(number: int, record: Record) -> None:
         if records is not None:
             records.append(record)
         elif as_json:
             print(json.dumps(record), flush=True)
         else:
-            text = ""
-            if "text" in record:
-                text = f"{heading(jobs[number], several)}{record['text']}\n\n"
-            screen.push(number, text, ended=True)
+            screen.push(number, f"{record['text']}\n\n" if "text" in record else "", ended=True)
 
     left = []
-    for number, job in enumerate(jobs):
-        if (job.index, job.sample) in done:
-            continue
-        if job.error is None:
-            left.append(number)
-        else:  # a line that is no prompt is done by saying so
-            say(job.error)
-            write(number, {
-                "index": job.index, "sample": job.sample, "error": job.error, "digest": job.digest
-            })
-    if done:
-        say(f"{records.path} has {len(done)} answers already; {len(left)} are left")
-    team.broadcast(left)
+    if team.is_first:
+        done = set() if records is None else records.answers_to(jobs)
+        for number, job in enumerate(jobs):
+            if (job.index, job.sample) in done:
+                continue
+            if job.error is None:
+                left.append(number)
+            else:  # a line that is no prompt is done by saying so
+                say(job.error)
+                write(number, {
+                    "index": job.index, "sample": job.sample, "error": job.error,
+                    "digest": job.digest,
+                })
+        if done:
+            say(f"{records.path} has {len(done)} answers already; {len(left)} are left")
+    left = team.broadcast(left)
     if left:
-        answer_left(jobs, left, run, tokenizer, write, team)
+        answer_left(jobs, left, engine, tokenizer, write, team)
 
 
 def answer_left(
-    jobs: list[Job], left: list[int], run: Run, tokenizer: Tokenizer,
-    write: Callable[[int, dict[str, Any]], None], team: Team,
+    jobs: list[Job], left: list[int], engine: Engine, tokenizer: Tokenizer,
+    write: Callable[[int, Record], None], team: Team,
 ) -> None:
     """Answer the jobs of these numbers, and write each record as it comes."""
     with tqdm(
@@ -195,14 +175,13 @@ def answer_left(
     ) as bar:
         n_tokens = 0
         began = time.perf_counter()
-        for number, n_new, record in answers_of_all(
-            [jobs[number] for number in left], run, tokenizer, team
-        ):
+        wanted = [jobs[number] for number in left]
+        for number, n_new, record in answers_of_all(wanted, engine, tokenizer, team):
             n_tokens += n_new
             speed = n_tokens / (time.perf_counter() - began)
             bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
             bar.update(0)  # draws it anew if that is due
-            if record is not None:
+            if record["finish_reason"] is not None:
                 with bar.external_write_mode():
                     write(left[number], record)
                 bar.update(1)
@@ -212,21 +191,25 @@ def answer_left(
 
 
 def answers_of_all(
-    jobs: list[Job], run: Run, tokenizer: Tokenizer, team: Team
-) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-    """Work jobs off together with the other groups of the team -> (a job's number, how many new
-    tokens it has, its record if it has ended), as they come."""
-    ours = run_answers(jobs, run, tokenizer)
+    jobs: list[Job], engine: Engine, tokenizer: Tokenizer, team: Team
+) -> Iterator[tuple[int, int, Record]]:
+    """Work jobs off with the other groups of the team -> in the first process: (a job's number, how
+    many of its tokens are new, its record), as they come; the others send it what they have."""
+    ours = work_off(jobs, engine, tokenizer, team)
+    if not team.is_first:
+        for number, _, _, record in ours:
+            if record["finish_reason"] is not None:
+                team.send(number, record)
+        return
     n_left = len(jobs)
     working = True
     while working or n_left:
         news = next(ours, None)
         working = news is not None
         if working:
-            answer, ids, _ = news
-            record = answer.record() if answer.finish_reason else None
-            n_left -= record is not None
-            yield answer.number, len(ids), record
+            number, n_new, _, record = news
+            n_left -= record["finish_reason"] is not None
+            yield number, n_new, record
         elif n_left:
             time.sleep(0.01)  # others are still at work
         for number, record in team.receive():
@@ -234,40 +217,23 @@ def answers_of_all(
             yield number, record["new_tokens"], record
 
 
-def help_answer(jobs: list[Job], run: Run, tokenizer: Tokenizer, team: Team) -> None:
-    """What the processes of a team do while the first one answers a file."""
-    left = team.broadcast(None)
-    if not left:
-        return
-    for answer, _, _ in run_answers([jobs[number] for number in left], run, tokenizer):
-        if answer.finish_reason is not None:
-            team.send(answer.number, answer.record())
-
-
-def heading(job: Job, several: bool) -> str:
-    """A prompt's index and first words, and which of several answers follows."""
-    sample = f", sample {job.sample}" if several else ""
-    return f"[{job.index}{sample}] {job.title}\n"
-
-
 class Records:
     """A file of answers, one JSON line each, that a run appends to and a later one goes on from.
 
-    A line is written whole and is on the disk before the next one is begun, so that a run may be
-    killed at any moment: what it may leave behind its last whole line is cut off. The file is
-    locked, so that two runs do not share it. As a context it is closed at the end, and removed
-    where it is empty. ValueError: it cannot be read or written, or holds anything else."""
+    A line is on the disk before the next one is begun, so that a run may be killed at any moment:
+    what it left behind its last whole line is cut off. The file is locked; as a context it is
+    closed, and removed if empty. ValueError: it cannot be read or written, or holds anything else.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.done: dict[tuple[int, int], str] = {}  # (index, sample) -> digest
         try:
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as e:
             raise ValueError(f"cannot write --output {path}: {e.strerror}") from None
         try:
             self.lock()
-            self.read()
+            self.done = self.read()  # (index, sample) -> digest
         except BaseException:
             os.close(self.file)
             raise
@@ -291,41 +257,40 @@ class Records:
         except OSError as e:
             raise ValueError(f"cannot lock --output {self.path}: {e.strerror}") from None
 
-    def read(self) -> None:
-        """Note the answers that are there, and cut off what was not written to its end."""
+    def read(self) -> dict[tuple[int, int], str]:
+        """The answers that are there; what was not written to its end is cut off."""
+        done = {}
         size = 0
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 torn = not line.endswith(b"\n")
                 if torn and (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
                     break
-                key, digest = self.parse(line, number)
-                self.done[key] = digest
+                try:
+                    record = json.loads(line)
+                    done[int(record["index"]), int(record["sample"])] = str(record["digest"])
+                except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+                    raise ValueError(
+                        f"line {number} of --output {self.path} is no answer of an earlier run; "
+                        "choose another file"
+                    ) from None
                 size += len(line)
         os.ftruncate(self.file, size)
+        return done
 
-    def parse(self, line: bytes, number: int) -> tuple[tuple[int, int], str]:
-        """A line -> (index, sample), digest."""
-        try:
-            record = json.loads(line)
-            return (int(record["index"]), int(record["sample"])), str(record["digest"])
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+    def answers_to(self, jobs: list[Job]) -> set[tuple[int, int]]:
+        """The (index, sample) of those that are there. ValueError: one is no answer to a job."""
+        asked = {(job.index, job.sample): job.digest for job in jobs}
+        wrong = self.done.items() - asked.items()
+        if wrong:
+            (index, _), _ = min(wrong)
             raise ValueError(
-                f"line {number} of --output {self.path} is no answer of an earlier run; choose "
-                "another file"
-            ) from None
+                f"--output {self.path} answers another prompt {index}, or with other settings: "
+                "give the prompts and flags that it was begun with, or choose another file"
+            )
+        return set(self.done)
 
-    def check(self, jobs: list[Job]) -> None:
-        """ValueError if an answer that is there is none to these jobs."""
-        digests = {(job.index, job.sample): job.digest for job in jobs}
-        for (index, sample), digest in self.done.items():
-            if digests.get((index, sample)) != digest:
-                raise ValueError(
-                    f"--output {self.path} answers another prompt {index}, or with other settings: "
-                    "give the prompts and flags that it was begun with, or choose another file"
-                )
-
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Write a record and wait until it is on the disk."""
         line = json.dumps(record).encode() + b"\n"
         try:

@@ -2,73 +2,47 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+from batching import Engine
 from cli.lines import COMMAND, QUOTES, Messages
-from cli.prompts import check_messages, check_template, check_text, read_system, with_system
+from cli.prompts import check_messages, check_template, check_text, read_text, with_system
 from formats.text import TextStream
-from generate import Tokenizer, say
+from generate import Tokenizer, generate, say
 from model import first_line
 from quantize import workspace
 
 Message = dict[str, str]  # role and content
-Show = Callable[[int, list[int]], None]
-# (ids, cached tokens in front of them, show, which answer to the same message, from 0) -> the new
-# tokens, and why they end: eos, stop, length, context
-Reply = Callable[[list[int], int, Show, int], tuple[list[int], str]]
-
-
-@dataclass
-class Turn:
-    """What an answer took."""
-    prompt_tokens: int  # of the whole conversation in front of it
-    cached: int  # those that were in the cache already
-    began: float
-    new_tokens: int = 0
-    first_token_s: float = 0.0
-    total_s: float = 0.0
-
-    def add(self, n_tokens: int) -> None:
-        self.total_s = time.perf_counter() - self.began
-        if self.new_tokens == 0:
-            self.first_token_s = self.total_s
-        self.new_tokens += n_tokens
 
 
 class Chat:
     """Messages and their answers; only what is new of a conversation is prefilled.
 
-    reply(ids, cached, show, attempt) generates behind ids, of which the first `cached` are in the
-    cache: it prefills the others, calls show(row, new) as tokens come, and returns all of them and
-    why they end. A KeyboardInterrupt ends an answer where it is; ValueError before any came: those
-    cached are not there any more, and it is asked anew with none. room: the tokens that the cache
-    holds. stop: strings that end a reply, and that reply stops at; they are neither printed nor
-    part of the conversation. system: a first message that says how to answer.
+    settings: generate's. Its stop strings are neither printed nor part of the conversation.
+    system: a first message that says how to answer.
     ValueError where the model has no chat template, or one that does not take a system message."""
 
     def __init__(
-        self, tokenizer: Tokenizer, reply: Reply, room: int, stop: Sequence[str] = (),
+        self, engine: Engine, tokenizer: Tokenizer, settings: dict[str, Any],
         system: str | None = None,
     ) -> None:
+        self.engine = engine
         self.tokenizer = tokenizer
-        self.reply = reply
-        self.room = room
-        self.stop = stop
+        self.settings = settings
+        self.room = engine.context  # the tokens that the cache holds
         self.messages: list[Message] = []  # of the user and the assistant in turn
         self.held: list[int] = []  # the ids whose keys and values are in the cache
         self.attempt = 0  # how often the last message was answered before
-        self.turn: Turn | None = None
+        self.took = ""  # what the last answer did, in a sentence
         self.left = False
         check_template(tokenizer, system)
         self.system = system
 
     def run(self) -> None:
-        """Take messages and commands until there are no more.
-
-        KeyboardInterrupt where Ctrl-C is typed instead of a message, twice."""
+        """Take messages and commands until there are no more, or Ctrl-C is typed twice instead of
+        one: KeyboardInterrupt."""
         source = Messages()
         if source.on_terminal:
             say("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves")
@@ -95,49 +69,41 @@ class Chat:
         """Do a command, or answer a message; what cannot be done is said."""
         command = COMMAND.match(text)
         try:
-            if command:
-                self.do(command[0], text[command.end():].strip())
+            if command and command[0] not in COMMANDS:
+                say(f"unknown command {command[0]}; /help lists them, and a message may begin with "
+                    "a blank")
+            elif command:
+                do, _, _ = COMMANDS[command[0]]
+                do(self, text[command.end():].strip())
             elif text.strip():
-                self.answer(text.strip())
+                check_text("the message", text)
+                self.attempt = 0
+                self.complete([*self.messages, {"role": "user", "content": text.strip()}])
         except ValueError as e:
             say(str(e))
 
-    def do(self, name: str, argument: str) -> None:
-        if name not in COMMANDS:
-            raise ValueError(
-                f"unknown command {name}; /help lists them, and a message may begin with a blank"
-            )
-        COMMANDS[name].do(self, argument)
-
     # --- answers ---
-
-    def answer(self, text: str) -> None:
-        """Answer a message. ValueError: there is no room for it; it is forgotten."""
-        check_text("the message", text)
-        self.attempt = 0
-        self.complete([*self.messages, {"role": "user", "content": text}])
 
     def complete(self, messages: list[Message]) -> str:
         """Answer messages, of which the last one is the user's, and keep them with the answer ->
-        why it ended. ValueError: there is no room for it."""
+        why it ended. ValueError: there is no room for it; it is forgotten."""
         ids = self.encode(messages)
         if len(ids) >= self.room:
-            raise ValueError(self.why_no_room(messages[-1:], len(ids)))
+            alone = len(self.encode(messages[-1:]))
+            if alone < self.room:
+                raise ValueError(f"no room for {len(ids)} tokens and an answer: {self.full()}")
+            raise ValueError(
+                f"this message is too long: with what the template adds it has {alone} tokens, and "
+                f"the context of {self.room} has to hold an answer too"
+            )
         # at least one token is fed, for its logits
         cached = min(len(os.path.commonprefix([ids, self.held])), len(ids) - 1)
-        self.held = ids[:cached]  # what follows is overwritten, however this ends
-        try:
-            answer, reason = self.show_reply(ids, cached)
-        except ValueError:
-            if cached == 0 or self.turn.new_tokens > 0:
-                raise
-            self.held = []
-            answer, reason = self.show_reply(ids, 0)
+        answer, reason = self.show_reply(ids, cached)
         if not answer:
             say("the answer had not begun")
             return reason
         self.held = ids + answer[:-1]  # the last token was never fed back
-        content = TextStream(self.tokenizer, stop=self.stop).push(answer, final=True)
+        content = TextStream(self.tokenizer, stop=self.settings["stop"]).push(answer, final=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         if reason == "length":
             say(f"the answer was cut after --max_new_tokens {len(answer)}")
@@ -147,36 +113,50 @@ class Chat:
 
     def show_reply(self, ids: list[int], cached: int) -> tuple[list[int], str]:
         """Print the reply to a conversation's ids as it comes -> its tokens, why it ended."""
-        self.turn = Turn(len(ids), cached, time.perf_counter())
-        text = TextStream(self.tokenizer, ids, self.stop)
+        self.held = ids[:cached]  # what follows is overwritten, however this ends
+        text = TextStream(self.tokenizer, ids, self.settings["stop"])
         answer = []
+        times = [time.perf_counter()]
 
         def show(row: int, new: list[int]) -> None:
             answer.extend(new)
-            self.turn.add(len(new))
+            times.append(time.perf_counter())
             print(text.push(new), end="", flush=True)
 
         try:
-            _, reason = self.reply(ids, cached, show, self.attempt)
+            reason = self.reply(ids, cached, show)
         except KeyboardInterrupt:
             reason = "interrupted"
+        except ValueError:  # a window may have passed the tokens cached
+            if cached == 0 or answer:
+                raise
+            return self.show_reply(ids, 0)
         print(text.push([], final=True), flush=True)
+        if answer:
+            total_s = times[-1] - times[0]
+            self.took = (
+                f"last answer: {len(answer)} tokens in {total_s:.2f} s, "
+                f"{len(answer) / total_s:.1f} tokens/s, the first one after "
+                f"{times[1] - times[0]:.2f} s; {cached} of {len(ids)} prompt tokens were cached"
+            )
         return answer, reason
+
+    def reply(self, ids: list[int], cached: int, show: Callable[[int, list[int]], None]) -> str:
+        """Generate behind ids, of which the first `cached` are in the cache -> why it ended."""
+        seed = self.settings["seed"]
+        if seed is not None:
+            seed = (seed + self.attempt) % 2**63
+        generate(
+            self.engine.model, [ids[cached:]], cached=cached, stream=show, engine=self.engine,
+            eos_ids=self.tokenizer.eos_ids, tokenizer=self.tokenizer,
+            **(self.settings | {"seed": seed}),
+        )
+        return self.engine.finish_reasons[0]
 
     # --- the conversation ---
 
     def encode(self, messages: list[Message]) -> list[int]:
         return self.tokenizer.chat(with_system(self.system, messages))
-
-    def why_no_room(self, message: list[Message], n_tokens: int) -> str:
-        """Why a conversation of so many tokens, with this message, has no answer."""
-        alone = len(self.encode(message))
-        if alone >= self.room:
-            return (
-                f"this message is too long: with what the template adds it has {alone} tokens, and "
-                f"the context of {self.room} has to hold an answer too"
-            )
-        return f"no room for {n_tokens} tokens and an answer: {self.full()}"
 
     def full(self) -> str:
         return (
@@ -187,9 +167,9 @@ class Chat:
     # --- commands ---
 
     def help(self, argument: str) -> None:
-        for name, command in COMMANDS.items():
-            usage = f"{name} {command.argument}".strip()
-            say(f"{usage:21} {command.help}")
+        for name, (_, usage, text) in COMMANDS.items():
+            usage = f"{name} {usage}"
+            say(f"{usage:21} {text}")
         say(f"{QUOTES:21} begins and ends a message of several lines; pasted lines are one too")
 
     def clear(self, argument: str) -> None:
@@ -202,7 +182,7 @@ class Chat:
             return
         system = None
         if argument != "-":
-            system = read_system(argument)
+            system = read_text(argument, "the system message").strip()
         check_template(self.tokenizer, system)
         self.system = system
 
@@ -244,41 +224,28 @@ class Chat:
         say(f"{len(messages) // 2} messages and their answers from {file}")
 
     def stats(self, argument: str) -> None:
-        used = 0
-        if self.messages:
-            used = len(self.encode(self.messages))
+        used = len(self.encode(self.messages)) if self.messages else 0
         say(f"{len(self.messages) // 2} answers; {used} of {self.room} tokens of context")
-        turn = self.turn
-        if turn is not None and turn.new_tokens:
-            say(
-                f"last answer: {turn.new_tokens} tokens in {turn.total_s:.2f} s, "
-                f"{turn.new_tokens / turn.total_s:.1f} tokens/s, the first one after "
-                f"{turn.first_token_s:.2f} s; {turn.cached} of {turn.prompt_tokens} prompt tokens "
-                "were cached"
-            )
+        if self.took:
+            say(self.took)
 
     def leave(self, argument: str) -> None:
         self.left = True
 
 
-class Command(NamedTuple):
-    do: Callable[[Chat, str], None]
-    help: str
-    argument: str = ""
-
-
+# name -> what does it, what goes with it, and what /help says
 COMMANDS = {
-    "/clear": Command(Chat.clear, "start a new conversation, with the same system message"),
-    "/regen": Command(Chat.regenerate, "answer the last message again"),
-    "/drop": Command(Chat.drop, "forget the N oldest messages and their answers; 1", "N"),
-    "/system": Command(
-        Chat.set_system, "say how to answer, - for nothing; alone: show it", "TEXT|@FILE|-"
+    "/clear": (Chat.clear, "", "start a new conversation, with the same system message"),
+    "/regen": (Chat.regenerate, "", "answer the last message again"),
+    "/drop": (Chat.drop, "N", "forget the N oldest messages and their answers; 1"),
+    "/system": (
+        Chat.set_system, "TEXT|@FILE|-", "say how to answer, - for nothing; alone: show it"
     ),
-    "/save": Command(Chat.save, "write the conversation to FILE, as JSON", "FILE"),
-    "/load": Command(Chat.load, "go on with the conversation in FILE", "FILE"),
-    "/stats": Command(Chat.stats, "say how full the context is, and what the last answer took"),
-    "/help": Command(Chat.help, "list the commands"),
-    "/bye": Command(Chat.leave, "leave, as Ctrl-D does"),
+    "/save": (Chat.save, "FILE", "write the conversation to FILE, as JSON"),
+    "/load": (Chat.load, "FILE", "go on with the conversation in FILE"),
+    "/stats": (Chat.stats, "", "say how full the context is, and what the last answer took"),
+    "/help": (Chat.help, "", "list the commands"),
+    "/bye": (Chat.leave, "", "leave, as Ctrl-D does"),
 }
 
 
@@ -297,7 +264,7 @@ def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
         if file.exists() and not file.is_file():
             raise ValueError("it is no plain file")
         messages = json.loads(file.read_text(encoding="utf-8"))
-        check_messages(messages)
+        check_messages("messages", messages)
         system = None
         if messages[0]["role"] == "system":
             system = messages.pop(0)["content"]

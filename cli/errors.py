@@ -54,18 +54,16 @@ def refusals(args: Any) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        message = None
-        if not isinstance(e, (ValueError, OSError)):  # these say what they came from
-            message = refused_memory(e)
-        message = message or refused_by_device(e, args)
+        message = refused_memory(e) or refused_by_device(e, args)
         if message is None:
             raise
         raise ValueError(message) from e
 
 
 def refused_memory(error: Exception) -> str | None:
-    """What to say of memory that is used up; None: it is not."""
-    for cause in causes(error):
+    """What to say of memory that is used up; None: it is not, or the error says so itself."""
+    causes = [] if isinstance(error, (ValueError, OSError)) else [error]
+    for cause in causes:
         if isinstance(cause, torch.OutOfMemoryError):
             return first_line(cause)
         if isinstance(cause, MemoryError) or "DefaultCPUAllocator" in str(cause):
@@ -73,6 +71,9 @@ def refused_memory(error: Exception) -> str | None:
                 "there is not enough memory; lower --max_seq_len or --batch_size, or take a "
                 "smaller model or --quantize"
             )
+        before = cause.__cause__ or cause.__context__
+        if before not in (None, *causes):
+            causes.append(before)
     return None
 
 
@@ -106,18 +107,9 @@ def is_of_the_device(error: BaseException) -> bool:
     return any(frame.f_globals.get("__name__", "").startswith("triton.") for frame, _ in frames)
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, the one that it came from, and so on."""
-    seen = set()
-    while error is not None and error not in seen:
-        yield error
-        seen.add(error)
-        error = error.__cause__ or error.__context__
-
-
 def become_a_program() -> None:
-    """Signals end this process by exceptions, so that whatever is half-written goes; characters
-    that the terminal cannot show are no reason to end."""
+    """Signals become exceptions, so that whatever is half-written goes; characters that the
+    terminal cannot show are no reason to end."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, end_by_signal)

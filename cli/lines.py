@@ -23,10 +23,8 @@ PASTE_S = 0.03  # a line that follows so soon was not typed
 
 
 class Messages:
-    """Reads messages from standard input, one after the other.
-
-    A line is a message; so are lines that are pasted together on a terminal, and a text between
-    two times three quotes. On a terminal there are line editing and a history."""
+    """Reads messages from standard input: lines, lines that are pasted together on a terminal, and
+    texts between two times three quotes. On a terminal there are line editing and a history."""
 
     def __init__(self) -> None:
         source = standard_input()

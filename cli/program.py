@@ -4,68 +4,76 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from batching import Engine, Stats
-from cli.batch import News, Records, Run, answer_file, answer_live, help_answer
-from cli.chat import Chat, Show
+from cli.batch import Records, answer_file, answer_live, work_off
+from cli.chat import Chat
 from cli.progress import say_missing_library, watch_prompts
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_system, read_text, samples,
-    title_of, with_system,
+    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples, title_of,
+    with_system,
 )
-from cli.stats import (
-    bytes_read, check_writable, memory_of, module_bytes, profile, say_cuts, summarize,
-)
+from cli.stats import check_writable, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import resolve
 from formats.default import default_model
-from generate import (
-    QUESTION, Request, Tokenizer, compile_model, generate, load_tokenizer, prepare_steps, say,
-)
+from generate import QUESTION, Request, Tokenizer, generate, load_tokenizer, prepare_steps, say
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model, n_processes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 
 
 def run(args: Any) -> None:
+    """Read what is asked, and do what the flags ask for."""
     if n_processes() > 1 and (args.save is not None or args.profile is not None):
         raise ValueError("--save and --profile take one process: run them without torchrun")
     if args.save is not None:
         save(args)
         return
     with Team(args.tp, args.device.type) as team:
-        run_together(args, team)
+        asked = team.broadcast(read_asked(args) if team.is_first else None)
+        output = nullcontext()
+        if args.output is not None and team.is_first:
+            output = Records(args.output)
+        with output as records:
+            answer(args, asked, records, team)
 
 
-def run_together(args: Any, team: Team) -> None:
-    """Read what is asked, load, prepare, and do what the flags ask for."""
-    asked = team.broadcast(read_asked(args) if team.is_first else None)
-    output = nullcontext()
-    if args.output is not None and team.is_first:
-        output = Records(args.output)
-    with output as records:
-        stats = Stats()
-        tokenizer, model = load_both(args, stats, team.ranks)
-        jobs = wanted(args, asked, tokenizer, model.config)
-        engine = make_engine(args, model, tokenizer, jobs, team)
-        if args.interactive:
-            team.share_input()
-            converse(engine, tokenizer, asked.system, args)
-        elif args.profile:
-            profile_engine(engine, [job for job in jobs if job.error is None], args, stats)
-            summarize(stats, memory_of(engine))
-        elif args.prompts is not None:
-            answer_prompts(engine, tokenizer, jobs, records, args, stats, team)
-        else:
-            answer_prompt(engine, tokenizer, jobs, args, stats)
+def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None:
+    """Load, prepare, and answer. records: of --output in the first process."""
+    began = time.perf_counter()
+    tokenizer, model = load_both(args, team.ranks)
+    load_s = time.perf_counter() - began
+    jobs = wanted(args, asked, tokenizer, model.config)
+    engine = make_engine(args, model, tokenizer, jobs, team)
+    engine.stats.load_s = load_s
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    if args.interactive:
+        team.share_input()
+        watch_prompts(engine)
+        Chat(engine, tokenizer, settings, asked.system).run()
+        say_missing_library(model)
+    elif args.profile:
+        prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
+        settings["max_new_tokens"] = 16  # to warm up
+        generate(model, prompts, stats=engine.stats, engine=engine, **settings)
+        profile(engine, args.profile)
+        summarize(engine)
+    elif args.prompts is not None:
+        answer_file(jobs, engine, tokenizer, as_json=args.json, records=records, team=team)
+        if engine.stats.new_tokens:
+            summarize(engine)
+        if all(job.error for job in jobs):
+            n = len(jobs)
+            raise ValueError(f"none of the {n} prompts of {args.prompts} could be answered")
+    else:
+        answer_prompt(engine, tokenizer, jobs, args)
 
 
 def read_asked(args: Any) -> Asked:
@@ -74,50 +82,46 @@ def read_asked(args: Any) -> Asked:
         check_writable(args.profile)
     if args.draft_checkpoint_path is not None:
         resolve(args.draft_checkpoint_path)
-    is_number = args.prompt is not None and args.prompt.isdecimal()
+    has_text = args.prompt is not None and not args.prompt.isdecimal()
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
-        text=None if args.prompt is None or is_number else read_text(args.prompt),
-        system=None if args.system is None else read_system(args.system),
+        text=read_text(args.prompt) if has_text else None,
+        system=args.system and read_text(args.system, "the system message").strip(),
     )
 
 
-def load_both(args: Any, stats: Stats, ranks: Ranks) -> tuple[Tokenizer | None, Transformer]:
-    """The tokenizer, None where no text is made, and the model."""
-    tokenizer = None
-    if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
-        tokenizer = load_tokenizer(args.checkpoint_path)
-    began = time.perf_counter()
-    model = load(args, args.checkpoint_path, ranks)
-    stats.load_s = time.perf_counter() - began
-    if tokenizer is not None:
-        check_fit(model.config.vocab_size, tokenizer)
-    if args.max_seq_len is not None and args.max_seq_len > model.config.max_seq_len:
-        raise ValueError(
-            f"--max_seq_len {args.max_seq_len} exceeds the model's context of "
-            f"{model.config.max_seq_len} tokens"
-        )
-    return tokenizer, model
-
-
-def check_fit(n: int, tokenizer: Tokenizer) -> None:
-    """ValueError if a tokenizer is not that of a model with n tokens."""
-    if tokenizer.vocab_size > n:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {n}")
-    if max(tokenizer.eos_ids, default=0) >= n:
-        last = max(tokenizer.eos_ids)
-        raise ValueError(f"eos_token_id {last} is none of the model's {n} tokens")
-
-
-def load(args: Any, path: str | Path | None, ranks: Ranks) -> Transformer:
+def load(args: Any, ranks: Ranks) -> Transformer:
     """The model; args.dtype becomes the one that it has."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load_model(
-        path, ranks, device=args.device, dtype=dtype, quantize=args.quantize,
+        args.checkpoint_path, ranks, device=args.device, dtype=dtype, quantize=args.quantize,
         group_size=args.group_size,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
+
+
+def load_both(args: Any, ranks: Ranks) -> tuple[Tokenizer | None, Transformer]:
+    """The tokenizer, None where no text is made, and the model. ValueError: they do not fit, or
+    --max_seq_len does not."""
+    tokenizer = None
+    if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
+        tokenizer = load_tokenizer(args.checkpoint_path)
+    model = load(args, ranks)
+    n, context = model.config.vocab_size, model.config.max_seq_len
+    if tokenizer is not None:
+        if tokenizer.vocab_size > n:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {n}"
+            )
+        last = max(tokenizer.eos_ids, default=0)
+        if last >= n:
+            raise ValueError(f"eos_token_id {last} is none of the model's {n} tokens")
+    if args.max_seq_len is not None and args.max_seq_len > context:
+        raise ValueError(
+            f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
+        )
+    return tokenizer, model
 
 
 def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
@@ -143,7 +147,7 @@ def wanted(
     """The answers that the flags ask for."""
     if args.interactive and tokenizer is not None:
         return []
-    defaults = {name: getattr(args, name) for name in (*SETTINGS, "stop")}
+    defaults = {name: getattr(args, name) for name in SETTINGS}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
@@ -193,9 +197,7 @@ def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
             f"a prompt of {n_tokens} tokens leaves no room for a new one in the context of {room}"
         )
     generator = torch.Generator().manual_seed(args.seed or 0)
-    prompt = torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
-    Request(prompt, 1).check_fit(config.vocab_size, room)
-    return prompt
+    return torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
 
 
 def make_engine(
@@ -203,9 +205,7 @@ def make_engine(
 ) -> Engine:
     """An engine with the rows that the flags say, and room for the longest job."""
     needed = [8192 if args.interactive else 1]
-    for job in jobs:
-        if job.error is None:
-            needed.append(len(job.prompt) + job.settings["max_new_tokens"])
+    needed += [len(job.prompt) + job.settings["max_new_tokens"] for job in jobs if not job.error]
     room = args.max_seq_len or min(max(needed), model.config.max_seq_len)
     # groups that share a file of prompts are to have rows for a fair share of them at most
     rows = args.batch_size
@@ -218,78 +218,36 @@ def make_engine(
     if args.draft_checkpoint_path is not None:
         draft = load_draft(args, tokenizer, team.ranks)
     for each in filter(None, (model, draft)):
-        compiled = prepare_steps(each, args.compile, rows)
-        if args.compile_prefill:
-            compile_model(each, prefill=True, keep=True)
+        compiled = prepare_steps(each, args.compile, rows, args.compile_prefill)
     return Engine(
         model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room
     )
 
 
-def runner(
-    engine: Engine, tokenizer: Tokenizer | None, stats: Stats, team: Team | None = None
-) -> Run:
-    """What runs jobs for cli/batch.py; with a team, those that no other of its groups runs."""
-    eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
-
-    def run_jobs(jobs: list[Job]) -> Iterator[News]:
-        requests = []
-        for job in jobs:
-            settings = dict(job.settings)
-            stop = settings.pop("stop")
-            ends = tokenizer.ends(stop, job.prompt) if stop else None
-            requests.append(Request(job.prompt, eos_ids=eos_ids, ends=ends, **settings))
-        engine.stats = stats
-        take_number = None
-        if team is not None and team.n_groups > 1:
-            take_number = team.queue(len(requests))
-        for i, tokens in engine.run(requests, take_number):
-            yield News(i, tokens, engine.finish_reasons.get(i), engine.started[i])
-
-    return run_jobs
-
-
 def answer_prompt(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any, stats: Stats
+    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any
 ) -> None:
     """Continue one prompt, once or several times, and say what it took."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
-        warm = Stats()
-        for _ in runner(engine, tokenizer, warm)(jobs[:args.batch_size]):
+        for _ in work_off(jobs[:args.batch_size], engine, tokenizer):
             pass
-        stats.compile_s = warm.compile_s
+        engine.stats = Stats(load_s=engine.stats.load_s, compile_s=engine.stats.compile_s)
     else:
         watch_prompts(engine)
-    answers = answer_live(jobs, runner(engine, tokenizer, stats), tokenizer, quiet=args.json)
-    if args.benchmark and stats.speculation is not None and stats.speculation.checked:
+    records = answer_live(jobs, engine, tokenizer, quiet=args.json)
+    reasons = [record["finish_reason"] for record in records]
+    if not args.benchmark:
+        say_cuts(reasons)
+    elif engine.stats.speculation.checked:
         middle = len(jobs[0].prompt) + args.max_new_tokens // 2
-        stats.speculation.plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
-    elif not args.benchmark:
-        say_cuts([answer.finish_reason for answer in answers])
-    summary = summarize(stats, memory_of(engine), args.benchmark)
+        plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
+        engine.stats.speculation.plain_s = plain_s
+    summary = summarize(engine, args.benchmark)
     say_missing_library(engine.model)
     if args.json:
-        result = {
-            "texts": [answer.text for answer in answers if tokenizer],
-            "finish_reasons": [answer.finish_reason for answer in answers],
-        }
-        print(json.dumps(vars(args) | summary | result, default=str, allow_nan=False))
-
-
-def answer_prompts(
-    engine: Engine, tokenizer: Tokenizer, jobs: list[Job], records: Records | None, args: Any,
-    stats: Stats, team: Team,
-) -> None:
-    """Continue the prompts of a file, and say what it took. ValueError: none could be."""
-    run_jobs = runner(engine, tokenizer, stats, team)
-    if team.is_first:
-        answer_file(jobs, run_jobs, tokenizer, as_json=args.json, records=records, team=team)
-    else:
-        help_answer(jobs, run_jobs, tokenizer, team)
-    if stats.new_tokens:
-        summarize(stats, memory_of(engine))
-    if all(job.error is not None for job in jobs):
-        raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
+        texts = [record["text"] for record in records if tokenizer]
+        result = vars(args) | summary | {"texts": texts, "finish_reasons": reasons}
+        print(json.dumps(result, default=str, allow_nan=False))
 
 
 def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
@@ -301,54 +259,15 @@ def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
     return plain.timed_steps(n)
 
 
-def converse(engine: Engine, tokenizer: Tokenizer, system: str | None, args: Any) -> None:
-    """A conversation in the terminal, its cache kept between turns."""
-    watch_prompts(engine)
-
-    def reply(ids: list[int], cached: int, show: Show, attempt: int) -> tuple[list[int], str]:
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        if args.seed is not None:
-            settings["seed"] = (args.seed + attempt) % 2**63
-        answer, = generate(
-            engine.model, [ids[cached:]], cached=cached, stream=show, engine=engine,
-            eos_ids=tokenizer.eos_ids, stop=args.stop, tokenizer=tokenizer, **settings,
-        )
-        return answer, engine.finish_reasons[0]
-
-    Chat(tokenizer, reply, engine.context, args.stop, system).run()
-    say_missing_library(engine.model)
-
-
-def profile_engine(engine: Engine, jobs: list[Job], args: Any, stats: Stats) -> None:
-    """Trace decode steps, after as many to warm up."""
-    model = engine.model
-    cache = engine.cache
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"max_new_tokens": 16}
-    prompts = [job.prompt for job in jobs[:args.batch_size]]
-    generate(model, prompts, stats=stats, engine=engine, **settings)
-    parts = {}
-    for name, module in model.layers[0].named_modules():
-        if name.endswith("_proj"):
-            parts[name] = module_bytes(module)
-            if ".experts." in name:  # of which a step reads some
-                parts[name] *= model.layers[0].mlp.experts.share(cache.max_batch_size)
-    live = sum(bytes_read(cache, length) for length in engine.input_pos.tolist())
-    parts["attention"] = live / len(model.layers)
-    profile(
-        engine.timed_steps, len(model.layers), parts, module_bytes(model.lm_head), args.profile,
-        args.device,
-    )
-
-
 def save(args: Any) -> None:
     """--save: quantize while loading, and write a folder that loads like any checkpoint."""
     source = args.checkpoint_path
-    source = default_model() if source is None else resolve(source)
+    args.checkpoint_path = default_model() if source is None else resolve(source)
     try:
         refuse_existing(args.save)
         began = time.perf_counter()
-        model = load(args, source, ALONE)
-        save_quantized(model, args.save, partial(save_tokenizer, source))
+        model = load(args, ALONE)
+        save_quantized(model, args.save, partial(save_tokenizer, args.checkpoint_path))
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]

@@ -1,7 +1,8 @@
 """Bars that show how far a long prompt is, and loading."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -14,11 +15,8 @@ LONG = 512  # tokens; shorter ones are read while rows decode, whose text a bar 
 
 
 def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
-    """What a model runs of each layer while it reads prompts, with a bar on stderr that counts the
-    layers done, if that is a terminal.
-
-    A pass over a long prompt calls block_forward(block, x, ...) for each of the layers in turn,
-    with x [B, T, dim]; on a CPU each call returns when it is done."""
+    """What runs each layer in turn over prompts, x [B, T, dim], with a bar on stderr, if that is a
+    terminal, that counts the layers done of a long one. On a CPU a call returns when it is done."""
     bar = None
 
     def counted(block: Any, x: Any, *rest: Any) -> Any:
@@ -27,17 +25,19 @@ def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
         if n_tokens < LONG:
             return block_forward(block, x, *rest)
         if block is layers[0]:
-            bar = tqdm(total=len(layers), desc=f"reading {n_tokens} tokens", unit="layer",
-                       disable=None, leave=False, delay=0.5)
+            bar = tqdm(
+                total=len(layers), desc=f"reading {n_tokens} tokens", unit="layer", disable=None,
+                leave=False, delay=0.5,
+            )
+        ended = True
         try:
             y = block_forward(block, x, *rest)
-        except BaseException:  # Ctrl-C too
-            bar.close()
-            raise
-        bar.update()
-        if block is layers[-1]:
-            bar.close()
-        return y
+            bar.update()
+            ended = block is layers[-1]
+            return y
+        finally:
+            if ended:  # by Ctrl-C too
+                bar.close()
 
     return counted
 
@@ -51,11 +51,7 @@ def watch_prompts(decoder: Decoder) -> None:
 
 def show_loading() -> None:
     """From now on loading has a bar, if stderr is a terminal."""
-
-    def bar(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-        return tqdm(items, what, total, unit=" layers", disable=None, leave=False)
-
-    quantize.progress = bar
+    quantize.progress = partial(tqdm, unit=" layers", disable=None, leave=False)
 
 
 def say_missing_library(model: Transformer) -> None:

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple, TextIO
 from generate import RANGES, Tokenizer
 
 # what a line may set for itself
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-# the ids of {"prompt": text} or {"messages": [...]}; ValueError says why there are none
-Encode = Callable[[dict[str, Any]], list[int]]
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Job:
     sample: int = 0  # which of the answers to it, from 0
     title: str = ""  # how the prompt begins
     prompt: list[int] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS, and stop
+    settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS
     error: str | None = None
     digest: str = ""  # the same prompt, settings and model have the same one
 
@@ -47,38 +45,22 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
-def read_text(source: str) -> str:
-    """--prompt's text: as it is, @FILE, or - for standard input. ValueError: it cannot be read."""
-    if source != "-":
-        text = read_at(source, "the prompt")
-    else:
-        try:
-            text = standard_input().read()
-        except (OSError, ValueError) as e:
-            raise ValueError(f"cannot read the prompt -: {e}") from None
-    check_text("--prompt", text)
-    return text
-
-
-def read_system(source: str) -> str:
-    """A system message, as it is or @FILE, without blanks around it. ValueError: it cannot be
-    read."""
-    text = read_at(source, "the system message")
-    check_text("the system message", text)
-    return text.strip()
-
-
-def read_at(source: str, what: str) -> str:
-    """A text as it is, or of @FILE; where the text begins with @@, that is one @ of its own.
-    ValueError: the file cannot be read."""
-    if source.startswith("@@"):
-        return source[1:]
-    if not source.startswith("@"):
-        return source
+def read_text(source: str, what: str = "the prompt") -> str:
+    """A text as it is, or of @FILE; @@ begins one with an @ of its own, and - is, for a prompt,
+    standard input. ValueError: it cannot be read."""
+    is_prompt = what == "the prompt"
+    text = source
     try:
-        return Path(source[1:]).read_text(encoding="utf-8")
+        if is_prompt and source == "-":
+            text = standard_input().read()
+        elif source.startswith("@@"):
+            text = source[1:]
+        elif source.startswith("@"):
+            text = Path(source[1:]).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {what} {source}: {e}") from None
+    check_text("--prompt" if is_prompt else what, text)
+    return text
 
 
 def check_template(tokenizer: Tokenizer, system: str | None) -> None:
@@ -97,48 +79,44 @@ def with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict
 
 
 def read_lines(path: str) -> list[Line]:
-    """The lines of a file, - for standard input, that are not blank.
-
-    They are JSON if the file's name ends in .jsonl or the first one begins with a brace.
-    ValueError: there is none, or the file cannot be read."""
+    """The lines of a file, - for standard input, that are not blank: JSON if its name ends in
+    .jsonl or the first one begins with a brace. ValueError: there is none, or it cannot be read."""
     try:
         content = standard_input().buffer.read() if path == "-" else Path(path).read_bytes()
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read --prompts {path}: {e}") from None
     content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    if not content.strip():
+        raise ValueError(f"no prompts in {path}")
+    is_json = path.endswith(".jsonl") or content.lstrip().startswith(b"{")
     lines = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            lines.append((number, line.removesuffix(b"\r")))
-    if not lines:
-        raise ValueError(f"no prompts in {path}")
-    _, first = lines[0]
-    is_json = path.endswith(".jsonl") or first.lstrip().startswith(b"{")
-    return [Line(number, line, is_json) for number, line in lines]
+            lines.append(Line(number, line.removesuffix(b"\r"), is_json))
+    return lines
 
 
 def read_jobs(
-    lines: list[Line], encode: Encode, defaults: dict[str, Any], n_samples: int, model: str
+    lines: list[Line], encode: Callable[[dict[str, Any]], list[int]], defaults: dict[str, Any],
+    n_samples: int, model: str,
 ) -> list[Job]:
-    """The answers that lines ask for, n_samples each, in their order.
+    """The answers that lines ask for, n_samples each, in their order; one job with an error where a
+    line asks for nothing sensible.
 
-    defaults: the settings that a line does not give. A default seed is that of the first answer,
-    the next one has the next; a line's own is that of its first sample. A line that asks for
-    nothing sensible gives one job with an error. model: what is to answer; another one's answers
-    have other digests."""
+    encode: {"prompt": text} or {"messages": [...]} -> ids. defaults: the settings that a line does
+    not give. A default seed is that of the first answer, the next one has the next; a line's own is
+    that of its first sample. model: what is to answer; another one's answers have other digests."""
     jobs = []
     for index, line in enumerate(lines):
         try:
             entry = parse_line(line)
-            settings = {**defaults, **own_settings(entry)}
+            settings = {name: entry.get(name, default) for name, default in defaults.items()}
             if "seed" not in entry and settings["seed"] is not None:
                 settings["seed"] += index * n_samples
-            title = title_of(entry)
-            jobs += samples(index, title, encode(entry), settings, n_samples, model)
+            jobs += samples(index, title_of(entry), encode(entry), settings, n_samples, model)
         except ValueError as e:
-            error = f"line {line.number}: {e}"
             digest = sha256(line.content).hexdigest()[:16]
-            jobs.append(Job(index, error=error, digest=digest))
+            jobs.append(Job(index, error=f"line {line.number}: {e}", digest=digest))
     return jobs
 
 
@@ -174,16 +152,13 @@ def parse_line(line: Line) -> dict[str, Any]:
         raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
-    known = {"prompt", "messages", "stop", *SETTINGS}
     for name in entry:
-        if name not in known:
-            raise ValueError(f"unknown key {brief(name)}; known are {', '.join(sorted(known))}")
+        if name not in CHECKS:
+            raise ValueError(f"unknown key {brief(name)}; known are {', '.join(sorted(CHECKS))}")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError("one of prompt and messages is needed, and not both")
-    if "prompt" in entry:
-        check_text("prompt", entry["prompt"])
-    else:
-        check_messages(entry["messages"])
+    for name, value in entry.items():
+        CHECKS[name](name, value)
     return entry
 
 
@@ -204,24 +179,6 @@ def whole_number(digits: str) -> int:
     return int(digits)
 
 
-def own_settings(entry: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a line gives. ValueError names one that may not be so."""
-    settings = {}
-    for name in SETTINGS:
-        if name in entry:
-            settings[name] = RANGES[name].check(name, entry[name])
-    if "stop" in entry:
-        stop = entry["stop"]
-        if not isinstance(stop, list):
-            raise ValueError(f"stop must be a list of texts, not {brief(stop)}")
-        for text in stop:
-            check_text("each text of stop", text)
-            if not text:
-                raise ValueError("stop has an empty text, which would end the answer at once")
-        settings["stop"] = stop
-    return settings
-
-
 def check_text(name: str, value: Any) -> None:
     """ValueError if it is no text, or one that UTF-8 cannot hold."""
     if not isinstance(value, str):
@@ -232,15 +189,30 @@ def check_text(name: str, value: Any) -> None:
         raise ValueError(f"{name} has half a character, {value[e.start]!a}") from None
 
 
-def check_messages(messages: Any) -> None:
+def check_stop(name: str, stop: Any) -> None:
+    """ValueError if it is not a list of texts that may end an answer."""
+    if not isinstance(stop, list):
+        raise ValueError(f"{name} must be a list of texts, not {brief(stop)}")
+    for text in stop:
+        check_text(f"each text of {name}", text)
+        if not text:
+            raise ValueError(f"{name} has an empty text, which would end the answer at once")
+
+
+def check_messages(name: str, messages: Any) -> None:
     """ValueError if it is not a list of {"role": text, "content": text}."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list with messages, not {brief(messages)}")
+        raise ValueError(f"{name} must be a list with messages, not {brief(messages)}")
     for message in messages:
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
             raise ValueError(f"a message is an object of role and content, not {brief(message)}")
         check_text("role", message["role"])
         check_text("content", message["content"])
+
+
+# what a line of JSON may have -> what raises ValueError where it may not be so
+CHECKS = {"prompt": check_text, "messages": check_messages, "stop": check_stop}
+CHECKS |= {name: RANGES[name].check for name in SETTINGS if name in RANGES}
 
 
 def title_of(entry: dict[str, Any]) -> str:
@@ -254,5 +226,5 @@ def brief(value: Any) -> str:
     return shorten(json.dumps(value, default=repr))
 
 
-def shorten(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else f"{text[:width - 3]}..."
+def shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

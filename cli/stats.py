@@ -4,47 +4,24 @@ from __future__ import annotations
 import os
 import resource
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEventAvg
 from torch.utils.benchmark import Timer
 
 from generate import Decoder, say
 from model import MAX_DECODE_TOKENS, KVCache, Transformer, first_line, tensor_bytes
 
 if TYPE_CHECKING:
-    from batching import Stats
+    from batching import Engine
 
 # why an answer ends though its model would go on -> what is said of it
 CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
 PROFILED = 16  # decode steps in a trace
-
-
-@dataclass
-class Memory:
-    """What a decode step reads, and where it lies."""
-
-    device: torch.device
-    weight_bytes: int  # that a step reads
-    cache_bytes: int  # of the whole KV cache
-    row_bytes: Callable[[float], float]  # of it that a step reads for a row of so many tokens
-
-
-def memory_of(decoder: Decoder) -> Memory:
-    cache = decoder.cache
-    model, *drafts = decoder.models()
-    rows = cache.max_batch_size
-    k = getattr(decoder, "k", 0)  # proposals that a step checks
-    nbytes = weight_bytes(model, rows * (k + 1))
-    nbytes += sum(k * weight_bytes(draft, rows) for draft in drafts)  # which a step asks k times
-    return Memory(decoder.device, nbytes, cache.nbytes, partial(bytes_read, cache))
 
 
 def weight_bytes(model: Transformer, rows: int = 1) -> int:
@@ -71,74 +48,74 @@ def bytes_read(cache: KVCache, length: float) -> float:
     return nbytes
 
 
-def say_stats(stats: Stats) -> None:
-    """What a run took, in two sentences on stderr."""
-    ready = f"loaded in {stats.load_s:.1f} s"
-    if stats.compile_s:
-        ready += f", compiled in {stats.compile_s:.1f} s"
-    first_s = statistics.median(stats.first_token_s)
-    step_s = statistics.median(stats.steps_s or stats.first_token_s)
-    work = stats.useful_row_steps / stats.row_steps if stats.row_steps else 1
-    say(f"{ready}; {stats.prompt_tokens} prompt tokens, first token after {first_s:.2f} s")
-    say(
-        f"{stats.new_tokens} new tokens in {stats.wall_s:.2f} s, "
-        f"{stats.new_tokens / stats.wall_s:.1f} tokens/s; {1e3 * step_s:.2f} ms a step, median; "
-        f"{work:.0%} of its rows had work"
-    )
-
-
-def summarize(stats: Stats, memory: Memory, measure: bool = False) -> dict[str, float]:
+def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
     """Say what a run took -> the same as a dict of plain numbers, which --json prints. measure:
     also beside how fast this machine copies, which takes half a second and memory of its own."""
-    say_stats(stats)
-    peak = say_memory(memory.device, memory.cache_bytes)
-
-    # a run of single tokens has no decode steps: prefill stands for them
-    steps = sorted(stats.steps_s or stats.first_token_s)
-    step_s = statistics.median(steps)
+    stats = engine.stats
+    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
+    if not stats.steps_s:  # a run of single tokens has no decode steps: prefill stands for them
+        stats = replace(
+            stats, steps_s=stats.first_token_s, decode_tokens=n_requests, row_steps=n_requests,
+            useful_row_steps=n_requests,
+        )
+    steps = sorted(stats.steps_s)
     tenth = len(steps) // 10
-
-    # a step reads all weights and the tokens cached
-    n_rows, length = live_rows(stats)
-    read = memory.weight_bytes + n_rows * memory.row_bytes(length)
-    if stats.steps_s:
-        tokens_per_s = stats.decode_tokens / sum(stats.steps_s)
-        useful_share = stats.useful_row_steps / stats.row_steps
-    else:
-        tokens_per_s = stats.new_tokens / sum(stats.first_token_s)
-        useful_share = 1.0
+    # a step reads all weights, a draft's once for each proposal, and the tokens cached
+    model, *drafts = engine.models()
+    rows = engine.cache.max_batch_size
+    read = weight_bytes(model, rows * (engine.k + 1))
+    read += sum(engine.k * weight_bytes(draft, rows) for draft in drafts)
+    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests  # of a row, on average
+    read += stats.useful_row_steps / len(steps) * bytes_read(engine.cache, length)
     summary = {
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
         "prompt_tokens": stats.prompt_tokens,
         "first_token_s": statistics.median(stats.first_token_s),
         "new_tokens": stats.new_tokens,
-        "ms_per_step": 1e3 * step_s,
+        "ms_per_step": 1e3 * statistics.median(steps),
         "ms_per_step_p10": 1e3 * steps[tenth],
         "ms_per_step_p90": 1e3 * steps[-1 - tenth],
-        "tokens_per_s": tokens_per_s,
+        "tokens_per_s": stats.decode_tokens / sum(steps),
         "wall_s": stats.wall_s,
         "wall_tokens_per_s": stats.new_tokens / stats.wall_s,
-        "useful_row_steps": useful_share,
+        "useful_row_steps": stats.useful_row_steps / stats.row_steps,
         "bytes_per_step": round(read),
-        "kv_cache_bytes": memory.cache_bytes,
-        "peak_memory_gb": peak / 1e9,
+        "kv_cache_bytes": engine.cache.nbytes,
     }
+    say_summary(summary)
+    summary["peak_memory_gb"] = say_memory(engine)
     if measure:
-        summary |= say_bandwidth(read, step_s, memory.device)
-    if stats.speculation is not None and stats.speculation.checked:
+        summary |= say_bandwidth(read, statistics.median(steps), engine.device)
+    if stats.speculation.checked:
         summary["speculation"] = say_speculation(stats.speculation)
     return summary
 
 
-def say_memory(device: torch.device, cache_bytes: int) -> int:
-    """-> the most bytes that were in use."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+def say_summary(summary: dict[str, float]) -> None:
+    """What a run took, in two sentences on stderr."""
+    ready = f"loaded in {summary['load_s']:.1f} s"
+    if summary["compile_s"]:
+        ready += f", compiled in {summary['compile_s']:.1f} s"
+    say(
+        f"{ready}; {summary['prompt_tokens']} prompt tokens, first token after "
+        f"{summary['first_token_s']:.2f} s"
+    )
+    say(
+        f"{summary['new_tokens']} new tokens in {summary['wall_s']:.2f} s, "
+        f"{summary['wall_tokens_per_s']:.1f} tokens/s; {summary['ms_per_step']:.2f} ms a step, "
+        f"median; {summary['useful_row_steps']:.0%} of its rows had work"
+    )
+
+
+def say_memory(decoder: Decoder) -> float:
+    """-> the most memory that was in use, GB."""
+    if decoder.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(decoder.device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say(f"KV cache {cache_bytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
-    return peak
+    say(f"KV cache {decoder.cache.nbytes / 1e6:.1f} MB, peak memory {peak / 1e9:.2f} GB")
+    return peak / 1e9
 
 
 def say_cuts(reasons: list[str]) -> None:
@@ -158,16 +135,6 @@ def say_bandwidth(read: float, step_s: float, device: torch.device) -> dict[str,
         "machine copies at"
     )
     return {"bandwidth_gb_s": bandwidth / 1e9, "bandwidth_share": share}
-
-
-def live_rows(stats: Stats) -> tuple[float, float]:
-    """How many rows with a request a step has, and how many tokens it finds cached in one of them,
-    on average."""
-    n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
-    length = (stats.prompt_tokens + stats.new_tokens / 2) / n_requests
-    if stats.steps_s:
-        return stats.useful_row_steps / len(stats.steps_s), length
-    return n_requests / len(stats.first_token_s), length
 
 
 def say_speculation(found: Any) -> dict[str, float | list[float]]:
@@ -208,26 +175,41 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     return 2 * nbytes / measured.median
 
 
-def profile(
-    run_steps: Callable[[int], list[float]], n_layer: int, parts: dict[str, float],
-    head_bytes: int, path: str, device: torch.device,
-) -> None:
-    """Trace decode steps, write the trace, and say what a step consists of and must take.
-
-    run_steps(n): runs n warm decode steps to their end -> the seconds of each.
-    parts: name -> bytes that this part of a layer reads at least. head_bytes: what lm_head reads.
-    path: of the Chrome trace; ValueError where it cannot be written."""
+def profile(engine: Engine, path: str) -> None:
+    """Trace warm decode steps, write a Chrome trace, and say what a step consists of and must take.
+    ValueError: the trace cannot be written."""
     with torch.profiler.profile() as trace:
-        seconds = run_steps(PROFILED)
+        seconds = engine.timed_steps(PROFILED)
     try:
         open(path, "ab").close()  # PyTorch only logs where it cannot write
         trace.export_chrome_trace(path)
     except (OSError, RuntimeError) as e:
         raise ValueError(f"cannot write --profile {path}: {first_line(e)}") from None
-    wall_us = 1e6 * sum(seconds) / PROFILED
-    say_kernels(trace, wall_us, n_layer, device)
-    say_least_times(parts, head_bytes, copy_bandwidth(device, 2**28))
+    say_kernels(trace, 1e6 * sum(seconds) / PROFILED, len(engine.model.layers), engine.device)
+    bandwidth = copy_bandwidth(engine.device, 2**28)
+    say(
+        "what a layer's parts take at least, at the "
+        f"{bandwidth / 1e9:.0f} GB/s that this machine copies at:"
+    )
+    for name, nbytes in bytes_of_parts(engine).items():
+        least_us = nbytes / bandwidth * 1e6
+        say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
     say(f"trace written to {path}; open it in chrome://tracing or ui.perfetto.dev")
+
+
+def bytes_of_parts(engine: Engine) -> dict[str, float]:
+    """What a step reads at least of each part of a layer, and of the output head."""
+    layers, cache = engine.model.layers, engine.cache
+    parts = {}
+    for name, module in layers[0].named_modules():
+        if name.endswith("_proj"):
+            parts[name] = module_bytes(module)
+            if ".experts." in name:  # of which a step reads some
+                parts[name] *= layers[0].mlp.experts.share(cache.max_batch_size)
+    live = sum(bytes_read(cache, length) for length in engine.input_pos.tolist())
+    parts["attention"] = live / len(layers)
+    parts["of all layers: lm_head"] = module_bytes(engine.model.lm_head)
+    return parts
 
 
 def check_writable(path: str) -> None:
@@ -255,31 +237,16 @@ def say_kernels(
         # operators and marked regions have their kernels' time too, and would count it again
         rows = [r for r in rows if r.device_type == DeviceType.CUDA and not r.is_user_annotation]
         own_time = "self_device_time_total"
-
-    def step_us(row: FunctionEventAvg) -> float:
-        return getattr(row, own_time) / PROFILED
-
-    rows = sorted(rows, key=step_us, reverse=True)
-    busy_us = sum(map(step_us, rows))
+    kernels = [(getattr(r, own_time) / PROFILED, r.count / PROFILED, r.key) for r in rows]
+    busy_us = sum(step_us for step_us, _, _ in kernels)
     gaps_us = max(0, wall_us - busy_us)
     say(
         f"a decode step takes {wall_us:.0f} us, the kernels {busy_us:.0f} of them and gaps "
         f"{gaps_us:.0f}; the twelve kernels with most time: share of the step, calls in a layer, "
         "time of one"
     )
-    for row in rows[:12]:
-        calls = row.count / PROFILED
-        share = step_us(row) / wall_us
-        call_us = step_us(row) / calls
-        say(f"  {share:5.1%}  {calls / n_layer:5.1f} x {call_us:8.1f} us  {row.key[:80]}")
-
-
-def say_least_times(parts: dict[str, float], head_bytes: int, bandwidth: float) -> None:
-    """How long reading weights and cache takes at the bandwidth of a copy, bytes a second."""
-    say(
-        "what a layer's parts take at least, at the "
-        f"{bandwidth / 1e9:.0f} GB/s that this machine copies at:"
-    )
-    for name, nbytes in {**parts, "of all layers: lm_head": head_bytes}.items():
-        least_us = nbytes / bandwidth * 1e6
-        say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
+    for step_us, calls, name in sorted(kernels, reverse=True)[:12]:
+        say(
+            f"  {step_us / wall_us:5.1%}  {calls / n_layer:5.1f} x {step_us / calls:8.1f} us  "
+            f"{name[:80]}"
+        )
