@@ -177,7 +177,7 @@ def wanted(
             prompt = tokenizer.chat(with_system(asked.system, [message]))
         else:
             prompt = tokenizer.encode(entry["prompt"])
-        Request(prompt, 1).check_fit(config.vocab_size, room)
+        Request(prompt, 1).budget(config.vocab_size, room)
         return prompt
 
     if args.prompts is not None:
