@@ -160,13 +160,30 @@ def flash_decode_unchecked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_decode for a caller who has checked: the model's own cache. What flash_decode would
     refuse is not noticed here."""
-    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it
+    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it,
+    # unless the length can be a symbol in the graph
     run = torch.ops.gpt_flash.flash_decode
     if q.is_cpu and not torch.compiler.is_compiling():
         run = _flash_decode_torch
+    elif k is None and has_symbolic_length(
+        q, k_scale=k_scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
+    ):
+        run = _attend_live
+        cache_seqlens = cache_seqlens.item()
+        torch._check(cache_seqlens > 0)
     out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal,
                    window, softcap, alibi_slopes, sinks, ring)
     return (out, lse.reshape(q.shape[:3])) if return_lse else out
+
+
+def has_symbolic_length(q: Tensor, scale: float | None = None, **options: Any) -> bool:
+    """Whether torch.compile, being at it, can look into a call without k and v, as into the rest of
+    a graph: for one token of one row on a CPU, with no option but scale."""
+    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
+        return False
+    return q.is_cpu and q.shape[0] * q.shape[2] == 1 and not any(
+        option is not None for option in options.values()
+    )
 
 
 def _check(
@@ -275,18 +292,18 @@ def _flash_decode_torch(
                          f"a cache of {S}")
     tensors = (q, k_cache, v_cache, k, v, k_scale, v_scale)
     if len(set(lens)) <= 1:
-        return _attend_live(longest, *tensors, *options)
+        return _attend_live(*tensors[:3], longest, *tensors[3:], *options)
 
     results = []
     for b, n in enumerate(lens):
         row = [None if x is None else x[b:b + 1] for x in tensors]
-        results.append(_attend_live(n, *row, *options))
+        results.append(_attend_live(*row[:3], n, *row[3:], *options))
     outs, lses = zip(*results)
     return torch.cat(outs), torch.cat(lses)
 
 
 def _attend_live(
-    n: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, n: int, k: Tensor | None, v: Tensor | None,
     k_scale: Tensor | None, v_scale: Tensor | None, scale: float | None, causal: bool,
     window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     ring: bool,

@@ -26,7 +26,7 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize as quantization
-from kernels import flash_decode_unchecked, quantize_kv, triton
+from kernels import flash_decode_unchecked, has_symbolic_length, quantize_kv, triton
 from quantize import MODES, Linear, calibrate_k_mean, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
@@ -39,6 +39,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
     formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
     cpu, products   what a device multiplies faster with (use_products)
+    cpu.ahead       steps of a CPU that were compiled before (generate.use_libraries)
     batching        more prompts than rows, and proposals (decoder_for)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
@@ -241,9 +242,6 @@ def the_same(value: Any) -> Any:
 
 
 BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
-# by device type: what runs blocks from libraries that earlier runs compiled, which cpu/ has. Called
-# with (what runs them otherwise, whether to compile what is missing)
-LIBRARIES: dict[str, Callable[[BlockForward, bool], BlockForward]] = {}
 
 
 class Block(nn.Module):
@@ -543,6 +541,10 @@ class LayerCache:
         kernels.flash_decode says what the options are, and what a call without k and v is."""
         if self.kv.dtype != q.dtype:  # the kernel does not know the format
             return self.decode_unpacked(q, k, v, input_pos, options)
+        if k is not None and has_symbolic_length(q, **options):
+            # both at once, which torch.compile does in place
+            self.write(k, v, input_pos.long()[:, None])
+            k, v, input_pos = None, None, input_pos + 1
         keys, values = self.kv.unbind(0)
         return flash_decode_unchecked(
             q, keys, values, input_pos, k, v, ring=self.places.ring, **options
