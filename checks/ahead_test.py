@@ -327,9 +327,11 @@ LATER_OR_BEFORE: dict[str, Change] = {
         LayerCache, "flash_decode", lambda self, q, *args, **options: q
     ),
     "a function of kernels.py": lambda model, patch: patch.setattr(
-        "kernels._attend_live", lambda n, q, *args: (q, q)
+        "kernels._attend_live", lambda q, *args: (q, q)
     ),
-    "a function of model.py": lambda model, patch: patch.setattr("model.apply_rope", halve),
+    "a function of model.py": lambda model, patch: patch.setattr(
+        "model.apply_rope", lambda x, cos, sin: x
+    ),
     "a closure": lambda model, patch: setattr(
         model.layers[1].mlp, "forward", lambda x: x + len(model.layers)
     ),
@@ -416,7 +418,7 @@ def test_a_compiled_step_obeys_an_edited_cache(
     plain = decoded(model, 4)
     attend, flash_decode = kernels._attend_live, LayerCache.flash_decode
     if place == "kernels":
-        monkeypatch.setattr("kernels._attend_live", lambda n, q, *args: attend(n, q * 2, *args))
+        monkeypatch.setattr("kernels._attend_live", lambda q, *args: attend(q * 2, *args))
     else:
         monkeypatch.setattr(
             LayerCache, "flash_decode",

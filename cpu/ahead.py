@@ -307,13 +307,17 @@ class Traits:
             self.add_names(each)
 
     def add_names(self, holder: type | ModuleType) -> None:
-        """What a class or a module holds: functions, each out of its file, and numbers."""
+        """What a class or a module holds: functions of its own file, or imported, and numbers."""
         names = vars(holder)
         if is_torch(holder):  # to which other packages add
             names = {key: names[key] for key in ("__call__", "forward") if key in names}
         for key, value in names.items():
             if isinstance(value, FunctionType):
-                home(value)
+                module = home(value)
+                self.files.add(module.__file__)
+                foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
+                if foreign and (isinstance(holder, type) or key != value.__name__):
+                    raise NoLibrary  # in the place of another
             elif isinstance(value, PLAIN) and not key.startswith("__"):
                 self.lines.append(f"{holder.__name__}.{key} = {value!r}")
 
