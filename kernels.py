@@ -151,7 +151,7 @@ def _read_reference(cache: Tensor, scale: Tensor | None, live: Tensor) -> Tensor
 
 
 def flash_decode_unchecked(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | int,
     k: Tensor | None = None, v: Tensor | None = None, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
     scale: float | None = None, causal: bool = True, window: int | None = None,
@@ -160,30 +160,15 @@ def flash_decode_unchecked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_decode for a caller who has checked: the model's own cache. What flash_decode would
     refuse is not noticed here."""
-    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it,
-    # unless the length can be a symbol in the graph
+    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it
     run = torch.ops.gpt_flash.flash_decode
-    if q.is_cpu and not torch.compiler.is_compiling():
-        run = _flash_decode_torch
-    elif k is None and has_symbolic_length(
-        q, k_scale=k_scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
-    ):
+    if not isinstance(cache_seqlens, Tensor):  # the length of all rows, in a graph a symbol
         run = _attend_live
-        cache_seqlens = cache_seqlens.item()
-        torch._check(cache_seqlens > 0)
+    elif q.is_cpu and not torch.compiler.is_compiling():
+        run = _flash_decode_torch
     out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal,
                    window, softcap, alibi_slopes, sinks, ring)
     return (out, lse.reshape(q.shape[:3])) if return_lse else out
-
-
-def has_symbolic_length(q: Tensor, scale: float | None = None, **options: Any) -> bool:
-    """Whether torch.compile, being at it, can look into a call without k and v, as into the rest of
-    a graph: for one token of one row on a CPU, with no option but scale."""
-    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
-        return False
-    return q.is_cpu and q.shape[0] * q.shape[2] == 1 and not any(
-        option is not None for option in options.values()
-    )
 
 
 def _check(

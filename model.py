@@ -26,7 +26,7 @@ from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import quantize as quantization
-from kernels import flash_decode_unchecked, has_symbolic_length, quantize_kv, triton
+from kernels import flash_decode_unchecked, quantize_kv, triton
 from quantize import MODES, Linear, calibrate_k_mean, quantize_linear, quantized_layout
 
 MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
@@ -542,9 +542,11 @@ class LayerCache:
         if self.kv.dtype != q.dtype:  # the kernel does not know the format
             return self.decode_unpacked(q, k, v, input_pos, options)
         if k is not None and has_symbolic_length(q, **options):
+            n = input_pos.item()
+            torch._check(n >= 0)
             # both at once, which torch.compile does in place
             self.write(k, v, input_pos.long()[:, None])
-            k, v, input_pos = None, None, input_pos + 1
+            k, v, input_pos = None, None, n + 1
         keys, values = self.kv.unbind(0)
         return flash_decode_unchecked(
             q, keys, values, input_pos, k, v, ring=self.places.ring, **options
@@ -619,6 +621,16 @@ class Int8LayerCache(LayerCache):
 
 # the format of a cache by its dtype, or of all other dtypes by the device type; else LayerCache
 FORMATS: dict[torch.dtype | str, type[LayerCache]] = {torch.int8: Int8LayerCache}
+
+
+def has_symbolic_length(q: Tensor, scale: float | None = None, **options: Any) -> bool:
+    """Whether flash_decode is being compiled for one token of one row on a CPU, by operators that
+    torch.compile knows: its own would be called through Python, which takes as long. None of the
+    other options can be given."""
+    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
+        return False
+    plain = all(option is None for option in options.values())
+    return q.is_cpu and q.shape[0] * q.shape[2] == 1 and plain
 
 
 def row_numbers(index: Tensor) -> Tensor:

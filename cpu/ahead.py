@@ -312,9 +312,10 @@ class Traits:
         if is_torch(holder):  # to which other packages add
             names = {key: names[key] for key in ("__call__", "forward") if key in names}
         for key, value in names.items():
-            if isinstance(value, FunctionType):
+            if isinstance(value, FunctionType) and key != "progress":  # which cli/ replaces
                 module = home(value)
                 self.files.add(module.__file__)
+                self.lines.append(f"{holder.__name__}.{key} is a function")
                 foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
                 if foreign and (isinstance(holder, type) or key != value.__name__):
                     raise NoLibrary  # in the place of another
