@@ -23,7 +23,7 @@ from _signal import getsignal, signal  # in `signal` they take 9 us each, for na
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -35,6 +35,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 from torch.utils import _contextlib
+from torch.utils.hooks import RemovableHandle
 
 import kernels
 import model
@@ -44,6 +45,7 @@ from model import Attention, BlockForward, LayerCache, Places, Positions, first_
 from quantize import LAYOUTS, cache_folder, say_once, workspace
 
 PLACES = 64  # of the cache that a block is exported with; compiled, it takes any
+DTYPE_OF = attrgetter("dtype")
 KEPT = 64  # libraries, of 2 MB each: those that were used last
 
 
@@ -78,13 +80,15 @@ class AheadOfTime:
                 if step.works:
                     self.first = self.first or block
                 return y
-        if not step.works:
-            return self.otherwise(block, x, positions, cache)
-        if step.has_changed():
+        if block is self.first and self.has_changed():  # of all at once, which is faster
             self.changed = True
             say_once("what a step runs was changed: its libraries rest until compile_model")
+        if self.changed or not step.works:
             return self.otherwise(block, x, positions, cache)
         return step.run(x, positions)
+
+    def has_changed(self) -> bool:
+        return any(step.works and step.has_changed() for step in self.ready.values())
 
     def find_library(
         self, step: Step, x: Tensor, positions: Positions, cache: LayerCache
@@ -145,22 +149,25 @@ class Step:
 
     def watch(self, shared: list[tuple[Any, str]]) -> None:
         """Remember how all is now, and objects that have attributes of these names."""
-        self.items = [*zip(*self.items)]
-        self.shared = [*zip(*shared)] or ((), ())
-        self.switches = switches() if shared else None
+        self.shared = shared
+        self.switches = switches()
+        self.n_hooks = RemovableHandle.next_id  # of all that anything has had
         self.sizes = [*map(len, self.own)]
+        self.columns = [*zip(*self.items)], [*zip(*shared)] or ((), ())
         self.seen = [*self.state()]
 
     def state(self) -> Iterator[Any]:
-        dtypes = map(attrgetter("dtype"), self.tensors)
-        return chain(map(dict.get, *self.items), map(getattr, *self.shared), dtypes)
+        items, shared = self.columns
+        return chain(map(dict.get, *items), map(getattr, *shared), map(DTYPE_OF, self.tensors))
 
     def has_changed(self) -> bool:
         """Whether anything is another object now: what is in a list or a dictionary is not looked
         at."""
-        if any(self.hooks) or [*map(len, self.own)] != self.sizes:
+        if self.n_hooks != RemovableHandle.next_id and any(self.hooks):
             return True
-        if self.switches is not None and self.switches != switches():
+        if [*map(len, self.own)] != self.sizes:
+            return True
+        if self.shared and self.switches != switches():
             return True
         return not all(map(is_, self.state(), self.seen))
 
@@ -173,18 +180,17 @@ class Step:
 def undisturbed(run: Any, tensors: list[Tensor]) -> list[Tensor]:
     """Run a library. An exception that a signal raises in the one operator of it that is Python
     would end the process, so Python's handlers are called after it."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets any
+        return run(tensors)
     held: list[tuple[Any, ...]] = []
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other can set or gets any
-        handlers = {number: getsignal(number) for number in (SIGINT, SIGTERM)}
-    ours = [number for number, handler in handlers.items() if callable(handler)]
-    for number in ours:
+    handlers = {n: getsignal(n) for n in (SIGINT, SIGTERM) if callable(getsignal(n))}
+    for number in handlers:
         signal(number, lambda *received: held.append(received))
     try:
         return run(tensors)
     finally:
-        for number in ours:
-            signal(number, handlers[number])
+        for number, handler in handlers.items():
+            signal(number, handler)
         for received in held:
             handlers[received[0]](*received)
 
@@ -255,12 +261,14 @@ class Traits:
 
     def __init__(self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache):
         refuse_unless_plain(cache, x)
-        self.lines = [f"x {describe(x)}", f"cache {cache.kv.stride(0) // cache.kv[0].numel()}"]
+        kv = cache.kv
+        n_rows = kv.stride(0) // kv[0].numel()
+        self.lines = {f"x {describe(x)}", f"cache {n_rows} {kv.shape[2]} {kv.shape[4]}"}
         for name, value in positions._asdict().items():
-            self.lines.append(f"{name} {describe(value) if torch.is_tensor(value) else value}")
+            self.lines.add(f"{name} {describe(value) if torch.is_tensor(value) else value}")
         self.files = {__file__, str(Path(model.__file__).with_name("generate.py"))}
         self.modules: set[ModuleType] = set()
-        self.kinds: set[type] = set()
+        self.kinds: set[type] = set()  # classes of the block's modules, and of what these hold
         for module in (model, kernels, quantize, products):
             self.add_source(module)
         for each in (cache, cache.places):
@@ -277,9 +285,9 @@ class Traits:
             raise NoLibrary
         self.add_class(type(module))
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
-            self.lines.append(f"{name}.{key} {None if tensor is None else describe(tensor)}")
+            self.lines.add(f"{name}.{key} {None if tensor is None else describe(tensor)}")
         for key in settings_of(module):
-            self.lines.append(f"{name}.{key} = {self.described(vars(module)[key])}")
+            self.lines.add(f"{name}.{key} = {self.described(vars(module)[key])}")
 
     def described(self, value: Any) -> str:
         """A setting, of which nothing changes unless it is replaced."""
@@ -299,8 +307,6 @@ class Traits:
         return f"{value.__module__}.{value.__qualname__}"
 
     def add_class(self, kind: type) -> None:
-        if kind in self.kinds:
-            return
         self.kinds.add(kind)
         for each in kind.__mro__[:-1]:
             self.add_source(sys.modules[each.__module__])
@@ -308,19 +314,17 @@ class Traits:
 
     def add_names(self, holder: type | ModuleType) -> None:
         """What a class or a module holds: functions of its own file, or imported, and numbers."""
-        names = vars(holder)
-        if is_torch(holder):  # to which other packages add
-            names = {key: names[key] for key in ("__call__", "forward") if key in names}
-        for key, value in names.items():
+        for key in names_of(holder):
+            value = vars(holder)[key]
             if isinstance(value, FunctionType) and key != "progress":  # which cli/ replaces
                 module = home(value)
                 self.files.add(module.__file__)
-                self.lines.append(f"{holder.__name__}.{key} is a function")
+                self.lines.add(f"{holder.__name__}.{key} is a function")
                 foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
                 if foreign and (isinstance(holder, type) or key != value.__name__):
                     raise NoLibrary  # in the place of another
             elif isinstance(value, PLAIN) and not key.startswith("__"):
-                self.lines.append(f"{holder.__name__}.{key} = {value!r}")
+                self.lines.add(f"{holder.__name__}.{key} = {value!r}")
 
     def add_source(self, module: ModuleType) -> None:
         if module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
@@ -331,15 +335,23 @@ class Traits:
 
     def shared(self) -> list[tuple[Any, str]]:
         """What blocks have in common that may be replaced: functions and numbers, by name."""
+        names = {(each, name) for each in self.modules for name in vars(each)}
+        for kind in self.kinds:
+            names |= {(kind, name) for each in kind.__mro__ for name in names_of(each)}
         kinds = (FunctionType, *PLAIN)
-        holders = [*self.modules, *self.kinds]
-        names = [(each, name) for each in holders for name in dir(each)]
-        return [pair for pair in names if isinstance(getattr(*pair, None), kinds)]
+        return [pair for pair in names if isinstance(getattr(*pair), kinds)]
 
     def fingerprint(self) -> str:
         machine = [torch.__version__, torch.__config__.show(), processor(), *switches()]
-        text = [*map(str, machine), *map(read, sorted(self.files)), *sorted({*self.lines})]
+        text = [*map(str, machine), *map(read, sorted(self.files)), *sorted(self.lines)]
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+
+
+def names_of(holder: type | ModuleType) -> list[str]:
+    """Those that matter: to PyTorch's classes other packages add some."""
+    if is_torch(holder):
+        return [name for name in ("__call__", "forward") if name in vars(holder)]
+    return [*vars(holder)]
 
 
 def settings_of(module: nn.Module) -> list[str]:
