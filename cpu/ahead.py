@@ -369,6 +369,7 @@ def refuse_unless_plain(cache: LayerCache, x: Tensor) -> None:
         raise NoLibrary
 
 
+@lru_cache(maxsize=None)
 def home(function: FunctionType) -> ModuleType:
     """The module of a function. NoLibrary: it is written elsewhere, as one that was put into the
     place of another is, or it has values of its own, as closures have."""
@@ -402,8 +403,8 @@ def switches() -> tuple[Any, ...]:
 
 @lru_cache
 def read(file: str) -> str:
-    """A source as it is when it is first asked for: what is edited later does not run here."""
-    return Path(file).read_text(encoding="utf-8")
+    """A hash of a source as it is when first asked for: what is edited later does not run here."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @lru_cache
