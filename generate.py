@@ -39,7 +39,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from model import LIBRARIES, KVCache, Transformer, extension, load_model, run_block, run_head
+from model import KVCache, Transformer, extension, load_model, run_block, run_head
 from quantize import MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
@@ -537,12 +537,19 @@ def compile_model(model: Transformer, prefill: bool = False, keep: bool = False)
         options |= model.compile_options
         model.decode_head = compiled_whole(run_head, options=options)
     else:
-        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols: cpu/cache.py
+        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols
     model.decode_block = compiled_whole(run_block, options=options)
-    if keep and model.device.type in LIBRARIES:
-        model.decode_block = LIBRARIES[model.device.type](model.decode_block, True)
+    if keep:
+        use_libraries(model, build=True)
     if prefill:
         model.prefill_block = compiled_whole(run_block, dynamic=True, options=options)
+
+
+def use_libraries(model: Transformer, build: bool) -> None:
+    """On a CPU, take the steps of one row that were compiled before. build: or compile them now."""
+    ahead = extension("cpu.ahead", required=False) if model.device.type == "cpu" else None
+    if ahead is not None:
+        model.decode_block = ahead.AheadOfTime(model.decode_block, build)
 
 
 def compiled_whole(function: Callable, **settings: Any) -> Callable:
@@ -847,12 +854,11 @@ def prepare_steps(
 ) -> bool:
     """Compile a model as --compile wants, None: on CUDA -> whether it is. Otherwise steps of one
     row take what an earlier run has kept."""
-    library = LIBRARIES.get(model.device.type)
     if wanted or wanted is None and model.device.type == "cuda":
         compile_model(model, prefill, keep=True)
         return True
-    if wanted is None and n_rows == 1 and library is not None:
-        model.decode_block = library(model.decode_block, False)
+    if wanted is None and n_rows == 1:
+        use_libraries(model, build=False)
     return False
 
 

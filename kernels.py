@@ -151,7 +151,7 @@ def _read_reference(cache: Tensor, scale: Tensor | None, live: Tensor) -> Tensor
 
 
 def flash_decode_unchecked(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | int,
     k: Tensor | None = None, v: Tensor | None = None, *,
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
     scale: float | None = None, causal: bool = True, window: int | None = None,
@@ -162,7 +162,9 @@ def flash_decode_unchecked(
     refuse is not noticed here."""
     # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it
     run = torch.ops.gpt_flash.flash_decode
-    if q.is_cpu and not torch.compiler.is_compiling():
+    if not isinstance(cache_seqlens, Tensor):  # the length of all rows, in a graph a symbol
+        run = _attend_live
+    elif q.is_cpu and not torch.compiler.is_compiling():
         run = _flash_decode_torch
     out, lse = run(q, k_cache, v_cache, cache_seqlens, k, v, k_scale, v_scale, scale, causal,
                    window, softcap, alibi_slopes, sinks, ring)
@@ -275,18 +277,18 @@ def _flash_decode_torch(
                          f"a cache of {S}")
     tensors = (q, k_cache, v_cache, k, v, k_scale, v_scale)
     if len(set(lens)) <= 1:
-        return _attend_live(longest, *tensors, *options)
+        return _attend_live(*tensors[:3], longest, *tensors[3:], *options)
 
     results = []
     for b, n in enumerate(lens):
         row = [None if x is None else x[b:b + 1] for x in tensors]
-        results.append(_attend_live(n, *row, *options))
+        results.append(_attend_live(*row[:3], n, *row[3:], *options))
     outs, lses = zip(*results)
     return torch.cat(outs), torch.cat(lses)
 
 
 def _attend_live(
-    n: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, n: int, k: Tensor | None, v: Tensor | None,
     k_scale: Tensor | None, v_scale: Tensor | None, scale: float | None, causal: bool,
     window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     ring: bool,

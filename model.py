@@ -39,6 +39,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
     formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
     cpu, products   what a device multiplies faster with (use_products)
+    cpu.ahead       steps of a CPU that were compiled before (generate.use_libraries)
     batching        more prompts than rows, and proposals (decoder_for)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
@@ -241,9 +242,6 @@ def the_same(value: Any) -> Any:
 
 
 BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
-# by device type: what runs blocks from libraries that earlier runs compiled, which cpu/ has. Called
-# with (what runs them otherwise, whether to compile what is missing)
-LIBRARIES: dict[str, Callable[[BlockForward, bool], BlockForward]] = {}
 
 
 class Block(nn.Module):
@@ -543,6 +541,12 @@ class LayerCache:
         kernels.flash_decode says what the options are, and what a call without k and v is."""
         if self.kv.dtype != q.dtype:  # the kernel does not know the format
             return self.decode_unpacked(q, k, v, input_pos, options)
+        if k is not None and has_symbolic_length(q, **options):
+            n = input_pos.item()
+            torch._check(n >= 0)
+            # both at once, which torch.compile does in place
+            self.write(k, v, input_pos.long()[:, None])
+            k, v, input_pos = None, None, n + 1
         keys, values = self.kv.unbind(0)
         return flash_decode_unchecked(
             q, keys, values, input_pos, k, v, ring=self.places.ring, **options
@@ -617,6 +621,16 @@ class Int8LayerCache(LayerCache):
 
 # the format of a cache by its dtype, or of all other dtypes by the device type; else LayerCache
 FORMATS: dict[torch.dtype | str, type[LayerCache]] = {torch.int8: Int8LayerCache}
+
+
+def has_symbolic_length(q: Tensor, scale: float | None = None, **options: Any) -> bool:
+    """Whether flash_decode is being compiled for one token of one row on a CPU, by operators that
+    torch.compile knows: its own would be called through Python, which takes as long. None of the
+    other options can be given."""
+    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
+        return False
+    plain = all(option is None for option in options.values())
+    return q.is_cpu and q.shape[0] * q.shape[2] == 1 and plain
 
 
 def row_numbers(index: Tensor) -> Tensor:

@@ -465,8 +465,10 @@ def refuse_existing(folder: Path) -> None:
 
 def cache_folder() -> Path:
     """Where what can be made again is kept. RuntimeError: the user has no home."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "gpt-flash"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():  # as its specification says
+        caches = Path.home() / ".cache"
+    return caches / "gpt-flash"
 
 
 @contextmanager

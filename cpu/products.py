@@ -46,8 +46,9 @@ class Int4OnCPU:
             F.pad(x, (0, 0, 0, missing)) if missing else x
             for x in (layer.weight, layer.scales, layer.zeros)
         ]
-        # in place and by slices, so that packing takes no memory beside the layer
-        for part in weight.split(rows_at_once(layer.in_features)):
+        # in place, so that packing takes no memory beside the layer, and by as many rows as a CPU's
+        # cache holds, of which 64 are packed together
+        for part in weight.split(64 * max(1, 2**13 // layer.in_features)):
             part.copy_(tile(unpack_nibbles(part), *self.tiling))
         layer.weight = weight
         layer.scales = torch.stack((scales.t(), zeros.t()), -1)  # (K/group_size, N, 2)
@@ -165,12 +166,6 @@ def tiling() -> tuple[int, int] | None:
             if torch.equal(tile(nibbles, block, dim), packed):
                 return block, dim
     return None
-
-
-def rows_at_once(K: int) -> int:
-    """How many rows of K inputs are repacked at a time: what a CPU's cache holds, and a multiple of
-    the 64 rows that are packed together."""
-    return 64 * max(1, 2**13 // K)
 
 # --- oneDNN ---
 
