@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import generate
-from formats.checked import CheckedCheckpoint
+from formats.checkpoint import CheckedCheckpoint
 from formats.pretokenizers import PRE_TOKENIZERS
 from model import Transformer
 

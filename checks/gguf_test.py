@@ -22,7 +22,7 @@ from checks.common import (
     CPU_ENV, HERE, byte_level_tokenizer, random_blocks, run_cli, write_gguf,
 )
 from cpu.products import tile, tiling, untile, untile_rows
-from formats.blocks import KINDS, Blocks
+from formats.blocks import TYPES, file_blocks
 from formats.default import default_model
 from formats.gguf_file import read_gguf
 from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
@@ -32,7 +32,7 @@ from products import Int4OnGPU
 from products.linear import int4_linear_reference
 from quantize import Linear, say_once, save_quantized
 
-NAMES = [kind.name for kind in KINDS]
+NAMES = [kind.name for kind in TYPES]
 MIXED = "Q4_K_M"  # as llama.cpp mixes: v and down of some layers in 6 bits, and the vocabulary
 
 
@@ -83,23 +83,22 @@ def test_blocks_are_exactly_what_gguf_reads(
     path = file_of(name)
     _, tensors = read_gguf(path)
     stored = tensors["blk.1.ffn_down.weight"]
-    blocks = Blocks(path, stored, None)
-    kind, _ = KINDS[GGML[name]]
+    blocks = file_blocks(path, stored, None)
     parts = [blocks.affine(rows) for rows in blocks.slices(100)]
     q, scale, zero = [torch.cat(part) for part in zip(*parts)]
     assert q.shape == blocks.shape == (256, 512)
-    assert int(q.max()) < 2**kind.bits
-    assert scale.shape == zero.shape == (256, 512 // kind.group_size)
+    assert int(q.max()) < 2**blocks.bits
+    assert scale.shape == zero.shape == (256, 512 // (16 if name == "Q6_K" else 32))
     dense = (q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]).flatten(1)
     assert np.array_equal(dense.numpy(), gguf.dequantize(stored.data, stored.tensor_type))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TYPES)
 def test_a_single_block_is_read_like_many(kind: GGML) -> None:
     """Its parts count as contiguous wherever they begin."""
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     data = torch.from_numpy(random_blocks((3, block), kind)).view(3, nbytes)
-    _, unpack = KINDS[kind]
+    _, unpack = TYPES[kind]
     one_by_one = [unpack(row[None]) for row in data]
     for part, parts in zip(unpack(data), zip(*one_by_one)):
         assert torch.equal(part, torch.cat(parts))

@@ -13,8 +13,8 @@ from torch import Tensor
 from checks.common import BASE, close, hf_logits, random_hf
 from cli.stats import weight_bytes
 from families.experts import Experts
+from formats.integers import mxfp4_blocks
 from formats.layers import FORMS
-from formats.mxfp4 import MXFP4Blocks
 from generate import compile_model
 from model import ModelConfig, Transformer, load_model
 from products.linear import mxfp4_values
@@ -185,13 +185,14 @@ def random_layer(linear: Linear, mode: str | None) -> torch.nn.Module:
     layer = FORMS[mode](linear, 32)
     N, K = linear.weight.shape
     for rows in layer.slices():
-        layer.take(rows, *mxfp4_blocks(N, K).affine(rows), 16)
+        layer.take(rows, *mxfp4_blocks("w", *random_mxfp4(N, K)).affine(rows), 16)
     return layer
 
 
-def mxfp4_blocks(N: int, K: int) -> MXFP4Blocks:
+def random_mxfp4(N: int, K: int) -> tuple[Tensor, Tensor]:
+    """Nibbles and exponents as gpt-oss's files have them."""
     packed = torch.randint(0, 256, (N, K // 32, 16), dtype=torch.uint8)
-    return MXFP4Blocks(packed, torch.randint(120, 126, (N, K // 32), dtype=torch.uint8))
+    return packed, torch.randint(120, 126, (N, K // 32), dtype=torch.uint8)
 
 # --- gpt-oss's files ---
 
@@ -248,14 +249,15 @@ def test_mxfp4_stays_what_it_is(
 
 
 def test_mxfp4_layer_holds_the_numbers_of_the_file(gpu_layouts: None) -> None:
-    blocks = mxfp4_blocks(70, 96)
+    packed, exponents = random_mxfp4(70, 96)
+    blocks = mxfp4_blocks("w", packed, exponents)
     linear = Linear(96, 70, bias=False)
     layer = FORMS["mxfp4"](linear)
     for rows in blocks.slices(16):
         layer.take(rows, *blocks.affine(rows), 16)
-    assert torch.equal(layer.scales, blocks.exponents)
-    nibbles = torch.stack((blocks.packed & 15, blocks.packed >> 4), -1).flatten(1)
-    expected = mxfp4_values(nibbles, blocks.exponents)
+    assert torch.equal(layer.scales, exponents)
+    nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+    expected = mxfp4_values(nibbles, exponents)
     assert torch.equal(torch.cat(list(layer.dense(torch.float32))), expected)
     stored = layer.stored()["weight"].clone()
     assert layer.pack().layout is not None

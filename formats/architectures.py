@@ -106,15 +106,14 @@ def family_of(name: str | None, settings: dict) -> tuple[str, dict[str, Any]]:
     it is not known."""
     extension("families", required=False)
     files = {kind: row.gguf for kind, row in FAMILIES.items() if row.gguf is not None}
-    found = None
-    for kind, file in files.items():
-        if file["name"] == name and ("when" not in file or settings.get(file["when"])):
-            if found is None or "when" in file:
-                found = kind, file
-    if found is None:
+    found = [
+        (kind, file) for kind, file in files.items()
+        if file["name"] == name and ("when" not in file or settings.get(file["when"]))
+    ]
+    if not found:
         names = dict.fromkeys(file["name"] for file in files.values())
         raise ValueError(f"unsupported GGUF architecture {name!r}; supported: {', '.join(names)}")
-    return found
+    return max(found, key=lambda row: "when" in row[1])
 
 
 def refuse_unknown(prefix: str, settings: dict) -> None:
@@ -152,11 +151,3 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
         if "rope.scaling.attn_factor" in settings:
             scaling["attention_factor"] = settings["rope.scaling.attn_factor"]
     return scaling
-
-# --- names of tensors ---
-
-
-def names_of(architecture: str, n_layer: int) -> gguf.TensorNameMap:
-    """Hugging Face's names of tensors -> those of that architecture's files."""
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(numbers[architecture], n_layer)

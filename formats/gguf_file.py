@@ -3,7 +3,7 @@ order."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.architectures import hf_config, names_of
-from formats.blocks import FLOATS, Blocks
-from formats.checked import CheckedCheckpoint
-from formats.experts import check_stack
-from formats.files import require_file
-from model import Checkpoint, first_line
+from formats.architectures import hf_config
+from formats.blocks import FLOATS, file_blocks
+from formats.checkpoint import (
+    CheckedCheckpoint, check_shape, check_stack, making_sense_of, require_file,
+)
+from formats.integers import Blocks
+from model import first_line
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> GGUFCheckpoint:
     meta, tensors = read_gguf(path)
-    try:
+    with making_sense_of(path):
         config, file = hf_config(meta, tensors)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
-        why = f"the configuration in {path} makes no sense ({first_line(e)})"
-        raise ValueError(why) from None
     return GGUFCheckpoint(path, config, tensors, file)
 
 
@@ -35,24 +33,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
 EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
 
 
+@dataclass
 class GGUFCheckpoint(CheckedCheckpoint):
-    """A .gguf file: its own names, quantized tensors, and for some architectures rows in another
-    order."""
+    """A .gguf file."""
 
-    def __init__(self, path: Path, config: dict, tensors: dict, file: dict[str, Any]):
-        super().__init__(path, config, tensors)
-        self.file = file  # how such files differ: Family.gguf
+    file: dict[str, Any]  # how such files differ: Family.gguf
 
     @cached_property
     def names(self) -> gguf.TensorNameMap:
-        return names_of(self.file["name"], self.config["num_hidden_layers"])
-
-    def stored_name(self, name: str) -> str:
-        name = EXPERT_NUMBER.sub("", name)
-        stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
-        if stored not in self.tensors and f"{stored}.weight" in self.tensors:
-            return f"{stored}.weight"  # the sinks of attention, parameters without a module
-        return stored
+        """Hugging Face's names of tensors -> those of the architecture's files."""
+        numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        n_layer = self.config["num_hidden_layers"]
+        return gguf.get_tensor_name_map(numbers[self.file["name"]], n_layer)
 
     def alone(self, name: str) -> list[str]:
         """The names of the tensors that lie in the file in place of one, joined in that order."""
@@ -61,27 +53,26 @@ class GGUFCheckpoint(CheckedCheckpoint):
                 return [name.replace(module, part) for part in parts]
         return [name]
 
-    def check_names(self, wanted: Iterable[str]) -> None:
-        alone = (part for name in wanted for part in self.alone(name))
-        super().check_names(self.stored_name(part) for part in alone)
+    def stored_names(self, name: str) -> list[str]:
+        return [self.stored_name(part) for part in self.alone(name)]
 
-    def stored(self, name: str) -> gguf.ReaderTensor:
-        """The tensor of that Hugging Face name as it lies in the file, an expert's out of its
-        stack. ValueError if that has another number of experts than the configuration."""
-        tensor = self.tensors[self.stored_name(name)]
+    def stored_name(self, name: str) -> str:
+        name = EXPERT_NUMBER.sub("", name)
+        stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if stored not in self.tensors and f"{stored}.weight" in self.tensors:
+            return f"{stored}.weight"  # the sinks of attention, parameters without a module
+        return stored
+
+    def part_of(self, stored: str, name: str) -> gguf.ReaderTensor:
+        """As it lies in the file, an expert's out of its stack."""
+        tensor = self.tensors[stored]
         expert = EXPERT_NUMBER.search(name)
         if expert is None:
             return tensor
-        check_stack(tensor.name, tensor.data, self.config)
-        number = int(expert[1])
-        nbytes = tensor.data[0].nbytes
-        return tensor._replace(
-            shape=tensor.shape[:-1],
-            data=tensor.data[number],
-            data_offset=tensor.data_offset + number * nbytes,
-            n_elements=tensor.n_elements // len(tensor.data),
-            n_bytes=nbytes,
-        )
+        check_stack(stored, tensor.data, self.config)
+        data = tensor.data[int(expert[1])]
+        offset = tensor.data_offset + int(expert[1]) * data.nbytes
+        return tensor._replace(shape=tensor.shape[:-1], data=data, data_offset=offset)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
@@ -93,7 +84,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def read_alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The same of a tensor that the file does not have in parts."""
-        stored = self.stored(name)
+        stored = self.part_of(self.stored_name(name), name)
         try:
             tensor = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
         except Exception as e:  # a quantization that gguf does not know
@@ -113,38 +104,27 @@ class GGUFCheckpoint(CheckedCheckpoint):
         return torch.float32 if quantized and quantize == "auto" else torch.bfloat16
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
-        """The tensor of that Hugging Face name as the integers that it is stored in, part below
-        part; None if it is stored in floating point."""
+        """None also where the file has a tensor in parts."""
         if self.alone(name) != [name]:
             return None
-        stored = self.stored(name)
+        stored = self.part_of(self.stored_name(name), name)
         if stored.tensor_type in FLOATS:
             return None
-        blocks = Blocks(self.path, stored, self.row_order(name, shape[0]))
+        blocks = file_blocks(self.path, stored, self.row_order(name, shape[0]))
         check_shape(stored.name, blocks.shape, shape)
         return [blocks]
 
     def row_order(self, name: str, N: int) -> Tensor | None:
         """The file's row of each of the N rows that Hugging Face has; None where it is the same.
-        llama.cpp interleaves the two halves of a head that rotate together."""
-        n_head = self.interleaved_heads(name)
-        if n_head == 0:
+        In files of Llamas the two halves of a head of q or k, which rotate together, interleave."""
+        module = name.split(".")[-2]
+        if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
             return None
+        n_head = self.config["num_attention_heads"]
+        if module == "k_proj":
+            n_head = self.config.get("num_key_value_heads") or n_head
         pairs = torch.arange(N).view(n_head, -1, 2)  # (H, D/2, 2)
         return pairs.transpose(1, 2).flatten()
-
-    def interleaved_heads(self, name: str) -> int:
-        """How many heads of a tensor have interleaved halves: those of Llama's q and k, else 0."""
-        if not self.file.get("interleaved"):
-            return 0
-        n_head = self.config["num_attention_heads"]
-        n_kv_head = self.config.get("num_key_value_heads") or n_head
-        return {"q_proj": n_head, "k_proj": n_kv_head}.get(name.split(".")[-2], 0)
-
-
-def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    if stored != shape:
-        raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 
 
 class Reader(gguf.GGUFReader):

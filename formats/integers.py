@@ -1,99 +1,85 @@
-"""Keeping the integers of quantized files: which layers hold them, and filling these."""
+"""Integers of quantized weights as files have them, and the lines that they lie on: a weight is
+q * scale + zero, with one scale and zero for each group of inputs."""
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import torch.nn as nn
+from torch import Tensor
 
-import quantize
-from formats.layers import TABLE, put
-from model import FAMILIES, Transformer
-from quantize import Int4Linear, Linear, say_once
+from quantize import unpack_nibbles
 
 
-class Stored(Protocol):
-    """A checkpoint with integers."""
+class Affine(NamedTuple):
+    """Rows of a weight, without any rounding but that of the sum."""
 
-    def blocks(self, name: str, shape: tuple[int, ...]) -> list[Any] | None: ...
-
-
-def fill_layers(
-    checkpoint: Stored, model: Transformer, plan: dict[str, dict[str, tuple[int, ...]]],
-    device: torch.device | str,
-) -> Callable[[], None]:
-    """Put empty quantized layers where a file has integers, which plan says -> what fills them.
-
-    A joined layer takes a form that holds all of its parts. Types that no form holds are said, and
-    dequantized."""
-    kept: dict[str, list[Any]] = {}  # by the names of layers
-    for name, parts in plan.items():
-        prefix, _, kind = name.rpartition(".")
-        layer = model.get_submodule(prefix)
-        if kind != "weight" or not isinstance(layer, (Linear, nn.Embedding)):
-            continue
-        if FAMILIES[model.config.family].convert(model.config, name) is not None:
-            continue  # its integers would not stay
-        blocks = []
-        for part, shape in parts.items():
-            blocks += checkpoint.blocks(part, shape) or [None]
-        if None in blocks:  # in floating point
-            continue
-        unknown = [part.type_name for part in blocks if part.kind is None]
-        if unknown:
-            say_once(f"{unknown[0]} weights are dequantized: no quantized layer holds them")
-            continue
-        if prefix == "embed_tokens":
-            prefix = TABLE
-        put(model, prefix, *form_for(blocks, device))
-        kept[prefix] = blocks
-
-    def fill() -> None:
-        """Each thread has a layer of its own: the steps are so small that an operator's threads
-        would mostly wait for each other."""
-        n = torch.get_num_threads()
-
-        def fill_next(prefix: str) -> None:
-            repack(model.get_submodule(prefix), prefix, kept[prefix], device)
-
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            made = threads.map(fill_next, kept)
-            for _ in quantize.progress(made, "loading", len(kept)):
-                pass
-        torch.set_num_threads(n)  # the default of threads to come
-
-    return fill
+    q: Tensor  # [rows, K] uint8
+    scale: Tensor  # [rows, K / group_size] float32
+    zero: Tensor  # [rows, K / group_size] float32
 
 
-def form_for(parts: list[Any], device: torch.device | str) -> tuple[str, int]:
-    """The smallest quantized layer for the integers of all parts, (mode, group_size). It holds them
-    as they are; but Q6_K's groups of 16 are joined, see AffineInt8Linear.take."""
-    if torch.device(device).type == "cuda" and {part.type_name for part in parts} == {"MXFP4"}:
-        return "mxfp4", 32  # no operator of a CPU takes it
-    if all(part.kind.bits <= 4 for part in parts):
-        return "int4", 32
-    return "int8_grouped", 32
+@dataclass
+class Blocks:
+    """A quantized matrix of a file, or a part of one. Its rows are read when they are asked for."""
 
+    name: str  # of the tensor
+    kind: str  # how the file stores it
+    bits: int | None  # of an integer, None: integers cannot be read
+    rows: range  # of the whole matrix, as are columns
+    columns: range
+    read: Callable[[range], Affine]  # some rows, with all columns
 
-def repack(
-    layer: Int4Linear, prefix: str, parts: list[Any], device: torch.device | str
-) -> None:
-    """The integers of a file, part below part, some rows at a time."""
-    for name, meta in list(layer.named_buffers()):
-        setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
-    at_once = 64 * max(1, 2**13 // layer.in_features)  # rows that a CPU's cache holds
-    first = 0
-    for part in parts:
-        middle = 2 ** (part.kind.bits - 1)
-        for rows in part.slices(at_once):
-            ours = slice(first + rows.start, first + rows.stop)
-            layer.take(ours, *part.affine(rows), middle)
-        first += part.shape[0]
-    for name, tensor in layer.named_buffers():
-        if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.columns)
+
+    def narrow(self, dim: int, start: int, length: int) -> Blocks:
+        """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
+        if dim == 0:
+            return replace(self, rows=self.rows[start:start + length])
+        if start % 32 or length % 32:  # Q6_K's groups are smaller, but layers have none of these
             raise ValueError(
-                f"tensor {prefix}.{name} has numbers that are not finite: the file is damaged"
+                f"{length} inputs, a part of {len(self.columns)}, do not divide into the groups of "
+                f"32 of {self.name}: take fewer ranks"
             )
-    layer.pack()
+        return replace(self, columns=self.columns[start:start + length])
+
+    def slices(self, n: int) -> Iterator[slice]:
+        """All rows, n at a time."""
+        for start in range(0, len(self.rows), n):
+            yield slice(start, min(start + n, len(self.rows)))
+
+    def affine(self, rows: slice) -> Affine:
+        whole = self.read(self.rows[rows])
+        _, K = whole.q.shape
+        parts = []
+        for part in whole:
+            inputs = K // part.shape[1]  # to each of its values
+            parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
+        return Affine(*parts)
+
+
+# --- MXFP4: E2M1 numbers in nibbles, times a power of two for every 32 ---
+
+TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+TWICE_E2M1_AND_16 = (TWICE_E2M1 + 16).to(torch.uint8)
+
+
+def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
+    """nibbles [n, K] and exponents [n, K / 32] of MXFP4."""
+    scale = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 128)
+    return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
+
+
+def mxfp4_blocks(name: str, packed: Tensor, exponents: Tensor) -> Blocks:
+    """As gpt-oss's files have them: packed [N, K / 32, 16] uint8, whose byte c has input 2c in its
+    low nibble and 2c + 1 above; exponents [N, K / 32] uint8."""
+    N, groups, _ = packed.shape
+
+    def read(rows: range) -> Affine:
+        some = slice(rows.start, rows.stop)
+        return twice_e2m1(unpack_nibbles(packed[some].flatten(1)), exponents[some])
+
+    return Blocks(name, "MXFP4", 5, range(N), range(32 * groups), read)

@@ -1,31 +1,45 @@
-"""Layers that hold the integers of quantized files as they are."""
+"""Layers that hold the integers of quantized files as they are, and filling them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from formats.mxfp4 import TWICE_E2M1
+import quantize
+from formats.integers import TWICE_E2M1, Blocks
 from quantize import (
-    MODES, Int4Linear, Linear, QuantizedLinear, affine, pack_nibbles, unpack_nibbles,
+    MODES, Int4Linear, Linear, QuantizedLinear, affine, pack_nibbles, say_once, unpack_nibbles,
 )
 
 
 class FileInt4Linear(Int4Linear):
-    """An Int4Linear that is filled from a file's integers."""
+    """An Int4Linear that is filled from a file's integers: of its own, w = (n - MIDDLE) * scale +
+    TIMES * zero."""
+
+    MIDDLE = 8
+    TIMES = 1
 
     def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
         """From q * scale + zero, q [rows, K] uint8, scale and zero [rows, K/group_size] float32:
         only the rounding of scales and zeros is lost. middle: half of q's range; that is where our
-        zeros are taken, since they are small there, and so is their rounding."""
-        self.weight[rows] = pack_nibbles(q + (8 - middle))
+        zeros are taken, since they are small there, and so is their rounding. Groups may be smaller
+        than ours, as those of Q6_K: they are joined."""
+        if scale.shape[1] > self.scales.shape[1]:
+            q, scale, zero = in_larger_groups(q, scale, zero, middle, self.group_size)
+            middle = 128
+        # the middle of q comes to MIDDLE, if all of q + shift is in range
+        largest_q = 2 * middle - 1
+        shift = min(self.MIDDLE - middle, 16**self.nibbles - 1 - largest_q)
+        integers = q + shift
+        self.weight[rows] = pack_nibbles(integers) if self.nibbles == 1 else integers
         self.scales[rows] = scale
-        self.zeros[rows] = zero + middle * scale
+        self.zeros[rows] = (zero + (self.MIDDLE - shift) * scale) / self.TIMES
 
 
-class AffineInt8Linear(Int4Linear):
+class AffineInt8Linear(FileInt4Linear):
     """8-bit weights in affine groups, of 32 for what is stored with 5 to 8 bits in a file.
 
     No operator of PyTorch takes int8 in groups. But a byte is two nibbles, and so K such weights
@@ -33,25 +47,13 @@ class AffineInt8Linear(Int4Linear):
     fast as the operator for int8 with a scale per channel.
 
     weight [N, K] uint8; scales, zeros [N, K/group_size] bfloat16; in a layout for a device as int4
-    is, with 2K inputs in groups of 2 * group_size. As int4's operator has (nibble - 8) * scale +
-    zero on both sides, w = (b - MIDDLE) * scale + TIMES * zero."""
+    is, with 2K inputs in groups of 2 * group_size."""
 
     mode = "int8_grouped"
     nibbles = 2
-    TIMES = 16 + 1  # both nibbles have the zero, the high one 16 times
-    MIDDLE = 8 * TIMES  # and both the 8
-
-    def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
-        """As FileInt4Linear's; groups of the file may be smaller than ours, as those of Q6_K."""
-        if scale.shape[1] > self.scales.shape[1]:
-            q, scale, zero = in_larger_groups(q, scale, zero, middle, self.group_size)
-            middle = 128
-        # the middle of q, where zeros are small, comes to MIDDLE, if all of q + shift is a byte
-        largest_q = 2 * middle - 1
-        shift = min(self.MIDDLE - middle, 255 - largest_q)
-        self.weight[rows] = q + shift
-        self.scales[rows] = scale
-        self.zeros[rows] = (zero + (self.MIDDLE - shift) * scale) / self.TIMES
+    # int4's operator has (nibble - 8) * scale + zero of both nibbles, the high one 16 times
+    TIMES = 16 + 1
+    MIDDLE = 8 * TIMES
 
     def line(
         self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
@@ -69,8 +71,8 @@ class MXFP4Linear(QuantizedLinear):
     """gpt-oss's experts as its files have them: E2M1 numbers, times a power of two for every 32.
 
     weight [N, K/2] uint8 (the low nibble is the even input), scales [N, K/32] uint8: a nibble's
-    number times 2 ** (scale - 127). On a CPU there is no operator for it; there AffineInt8Linear
-    holds the same numbers exactly."""
+    number times 2 ** (scale - 127). A CPU has no operator for it; there AffineInt8Linear holds the
+    same numbers exactly."""
 
     mode = "mxfp4"
 
@@ -165,3 +167,68 @@ def in_larger_groups(
     line = q.view(*scales.shape, -1).float()  # (rows, groups, old groups in each, inputs)
     line.mul_(scales[..., None]).add_(zeros[..., None]).round_()
     return line.flatten(1).to(torch.uint8), steps, low
+
+
+# --- filling them ---
+
+def fill_layers(
+    model: nn.Module, stored: dict[str, list[Blocks]], device: torch.device | str
+) -> Callable[[], None]:
+    """Put empty quantized layers where a file has integers -> what fills them. stored: by the name
+    of a layer, what it consists of, part below part.
+
+    A joined layer takes a form that holds all of its parts. Types that no form holds are said, and
+    dequantized."""
+    kept = {}
+    for name, parts in stored.items():
+        unknown = [part.kind for part in parts if part.bits is None]
+        if unknown:
+            say_once(f"{unknown[0]} weights are dequantized: no quantized layer holds them")
+            continue
+        if name == "embed_tokens":
+            name = TABLE
+        put(model, name, form_for(parts, device), 32)
+        kept[name] = parts
+
+    def fill_one(name: str) -> None:
+        repack(model.get_submodule(name), name, kept[name], device)
+
+    def fill() -> None:
+        """Each thread has a layer of its own: the steps are so small that an operator's threads
+        would mostly wait for each other."""
+        n = torch.get_num_threads()
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            for _ in quantize.progress(threads.map(fill_one, kept), "loading", len(kept)):
+                pass
+        torch.set_num_threads(n)  # the default of threads to come
+
+    return fill
+
+
+def form_for(parts: list[Blocks], device: torch.device | str) -> str:
+    """The smallest quantized layer for the integers of all parts. It holds them as they are; but
+    Q6_K's groups of 16 are joined."""
+    if torch.device(device).type == "cuda" and {part.kind for part in parts} == {"MXFP4"}:
+        return "mxfp4"  # no operator of a CPU takes it
+    return "int4" if all(part.bits <= 4 for part in parts) else "int8_grouped"
+
+
+def repack(
+    layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str
+) -> None:
+    """The integers of a file, part below part, some rows at a time."""
+    for name, meta in list(layer.named_buffers()):
+        setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
+    at_once = 64 * max(1, 2**13 // layer.in_features)  # rows that a CPU's cache holds
+    first = 0
+    for part in parts:
+        for rows in part.slices(at_once):
+            ours = slice(first + rows.start, first + rows.stop)
+            layer.take(ours, *part.affine(rows), middle=2 ** (part.bits - 1))
+        first += part.shape[0]
+    for name, tensor in layer.named_buffers():
+        if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
+            raise ValueError(
+                f"tensor {prefix}.{name} has numbers that are not finite: the file is damaged"
+            )
+    layer.pack()

@@ -1,14 +1,11 @@
 """What the settings of a configuration may be, before a model is built from them."""
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-TEXTS = ("model_type", "hidden_act", "rope_type", "type")
-TEXT_LISTS = ("architectures", "layer_types")
-TABLES = ("rope_scaling", "rope_parameters", "quantization_config")
-SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
-FACTORS = ("factors", "short_factor", "long_factor")  # of rope's frequencies
+from model import family_of, is_number, rope_settings
+
 # far above any model's, and small enough that making one on no device takes seconds at most
 LARGEST = {
     "num_hidden_layers": 2**11,
@@ -25,15 +22,41 @@ LARGEST = {
 LARGEST_INT = 2**53  # of all others: a float holds them exactly
 
 
+def is_list_of(values: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and all(map(holds, values))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_factor(value: Any) -> bool:
+    return is_number(value) and 0 < value <= LARGEST_INT
+
+
+# keys, what their values are, and that in words
+KINDS: list[tuple[set[str], Callable[[Any], bool], str]] = [
+    ({"model_type", "hidden_act", "rope_type", "type"}, is_text, "a text"),
+    ({"architectures", "layer_types"}, lambda x: is_list_of(x, is_text), "a list of texts"),
+    ({"rope_scaling", "rope_parameters", "quantization_config"},
+     lambda x: isinstance(x, dict), "an object with settings"),
+    ({"attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"},
+     lambda x: isinstance(x, bool), "true or false"),
+    ({"factors", "short_factor", "long_factor"},  # of rope's frequencies
+     lambda x: x != [] and is_list_of(x, is_factor), "a list of finite numbers above 0"),
+    ({"max_window_layers"}, lambda x: is_number(x, int) and x >= 0, "a whole number from 0"),
+]
+
+
 def check_settings(config: dict[str, Any]) -> None:
     """ValueError names the first setting of a Hugging Face style configuration that is of no kind
     or size that a model can have. What is missing, or not supported, the model says."""
     for key, value in entries(config):
-        problem = None
-        if value is not None:
-            problem = problem_of(key, value)
+        problem = None if value is None else problem_of(key, value)
         if problem is not None:
-            raise ValueError(f"the model's configuration has {key} = {short(value)}: {problem}")
+            raise ValueError(
+                f"the model's configuration has {key} = {short(value)}: it must be {problem}"
+            )
 
 
 def entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -52,46 +75,16 @@ def entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def problem_of(key: str, value: Any) -> str | None:
-    """What is wrong with a setting, None where nothing is."""
-    if key in TEXTS and not isinstance(value, str):
-        return "it must be a text"
-    if key in TEXT_LISTS and not is_text_list(value):
-        return "it must be a list of texts"
-    if key in TABLES and not isinstance(value, dict):
-        return "it must be an object with settings"
-    if key in SWITCHES and not isinstance(value, bool):
-        return "it must be true or false"
-    if key in FACTORS:
-        return problem_of_factors(value)
-    if key == "max_window_layers" and not is_whole(value):
-        return "it must be a whole number from 0"
+    """What a setting must be and is not."""
+    for keys, holds, words in KINDS:
+        if key in keys and not holds(value):
+            return words
     if isinstance(value, float) and not math.isfinite(value):
-        return "it must be a finite number"
-    if isinstance(value, int):
-        largest = LARGEST.get(key, LARGEST_INT)
-        if abs(value) > largest:
-            return f"it must be at most {largest}"
+        return "a finite number"
+    largest = LARGEST.get(key, LARGEST_INT)
+    if isinstance(value, int) and abs(value) > largest:
+        return f"at most {largest}"
     return None
-
-
-def problem_of_factors(value: Any) -> str | None:
-    if isinstance(value, list) and value and all(is_factor(factor) for factor in value):
-        return None
-    return "it must be a list of finite numbers above 0"
-
-
-def is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def is_factor(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return 0 < value <= LARGEST_INT
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def short(value: Any) -> str:
@@ -101,3 +94,26 @@ def short(value: Any) -> str:
     except ValueError:  # an integer of more digits than Python writes
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Settings that would go wrong if ignored, with the value that is supported; any value is in a
+# family that has it among its defaults.
+FIXED = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1,
+    "mscale_all_dim": 0,
+    "num_experts": 0,
+    "num_local_experts": 0,
+    "quantization_config": {},
+    "use_bidirectional_attention": False,
+}
+
+
+def refuse_unsupported(config: dict[str, Any]) -> None:
+    """ValueError names a setting that the family of a configuration does not support."""
+    _, family = family_of(config)
+    settings = rope_settings(family.defaults | config)
+    for key, supported in FIXED.items():
+        value = settings.get(key)
+        if value not in (None, supported) and key not in family.defaults:
+            raise ValueError(f"unsupported {key} {value!r}: only {supported!r} is supported")

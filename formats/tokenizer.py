@@ -12,9 +12,8 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
-from formats.checkpoint import resolve
+from formats.checkpoint import read_json, resolve
 from formats.default import default_model
-from formats.files import read_json
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.templates import render_template
 from formats.text import TextStream
@@ -60,24 +59,17 @@ class ChatTokenizer(Tokenizer):
             raise ValueError("this model has no chat template; use --prompt")
         # special tokens inside messages travel through the template as private-use characters
         stand_ins = {token: chr(0x100000 + i) for i, token in enumerate(self.special)}
-        special = any_of(stand_ins)
-
-        def hide(found: re.Match) -> str:
-            return stand_ins[found[0]]
-
-        hidden = [{**m, "content": re.sub(special, hide, m["content"])} for m in messages]
-        text = self.render(hidden)
+        special = re.compile(any_of(stand_ins))
+        hidden = []
+        for message in messages:
+            content = special.sub(lambda found: stand_ins[found[0]], message["content"])
+            hidden.append({**message, "content": content})
         show = str.maketrans({char: token for token, char in stand_ins.items()})
-        if text == text.translate(show):  # without any
-            return self.template_ids(text)
-        return self.cut_ids(text, show)
+        return self.template_ids(self.render(hidden), show)
 
-    def template_ids(self, text: str) -> list[int]:
-        """The ids of a template's text, in which special tokens are special."""
-        return self.cut_ids(text, {})
-
-    def cut_ids(self, text: str, show: dict[int, str]) -> list[int]:
-        """The same, cut at the special tokens; show: what stands in for some that are none."""
+    def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
+        """The ids of a template's text, in which special tokens are special. show: what stands in
+        for some that are none."""
         special = any_of(self.special)
         ids = []
         for piece in re.split(f"({special})", text):
@@ -119,7 +111,9 @@ class JSONTokenizer(ChatTokenizer):
         control = set(self.special.values())
         return self.backend.decode([i for i in ids if i not in control])
 
-    def template_ids(self, text: str) -> list[int]:
+    def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
+        if text != text.translate(show):
+            return super().template_ids(text, show)
         self.backend.encode_special_tokens = False  # it knows them itself
         ids = self.encode(text, bos=False)
         self.backend.encode_special_tokens = True
@@ -136,24 +130,16 @@ def any_of(tokens: Iterable[str]) -> str:
 
 def folder_tokenizer(path: Path) -> ChatTokenizer:
     """From tokenizer.json or tokenizer.model, and the settings in the files beside it."""
-    file = tokenizer_file(path)
-    if file.name.endswith("tokenizer.json"):
-        tokenizer = json_tokenizer(file)
-    else:
-        tokenizer = ChatTokenizer.from_model(file)
+    files = [path, path / "tokenizer.json", path / "tokenizer.model"]
+    kinds = ("tokenizer.json", ".model")
+    found = [file for file in files if file.is_file() and file.name.endswith(kinds)]
+    if not found:
+        raise ValueError("no tokenizer.json or tokenizer.model there")
+    file = found[0]
+    read = json_tokenizer if file.suffix == ".json" else ChatTokenizer.from_model
+    tokenizer = read(file)
     add_settings(tokenizer, file.parent)
     return tokenizer
-
-
-def tokenizer_file(path: Path) -> Path:
-    """The file with the vocabulary: the path itself, or in the folder that it is."""
-    files = [path]
-    if path.is_dir():
-        files = [path / "tokenizer.json", path / "tokenizer.model"]
-    for file in files:
-        if file.is_file() and file.name.endswith(("tokenizer.json", ".model")):
-            return file
-    raise ValueError("no tokenizer.json or tokenizer.model there")
 
 
 def json_tokenizer(file: Path) -> JSONTokenizer:
