@@ -75,10 +75,10 @@ def generate(
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         wanted = f"a list of prompts, each a {IDS_WANTED}"
         raise ValueError(f"prompts must be {wanted}, not {prompts!r:.60}")
-    texts = not isinstance(stop, str) and all(isinstance(text, str) and text for text in stop)
-    if not texts or stop and not hasattr(tokenizer, "ends"):
-        what = "a list of texts, none empty, with a tokenizer of formats/"
-        raise ValueError(f"stop must be {what}, not {stop!r:.60}")
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
+    if stop and not hasattr(tokenizer, "ends"):
+        raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(

@@ -79,8 +79,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
-        """1 to 16 tokens of each row, as in forward, without a word to the host: lengths stay on
-        the device, shapes never change, so a step can be compiled and captured once."""
+        """1 to 16 tokens of each row, as in forward: lengths stay on the device and shapes never
+        change, so that a step can be compiled and captured once."""
         B, T = tokens.shape
         rows = slice(0, B)
         cache = self.check_cache(B, cache)
@@ -97,12 +97,11 @@ class Transformer(nn.Module):
         self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None, *,
         rows: slice | None = None, cached: int | None = None, last: Tensor | None = None,
     ) -> Tensor:
-        """Any number of tokens of the given rows of the cache, by default the first ones, behind
-        what they hold; the other rows keep their state.
+        """Any number of tokens of the given rows of the cache, by default the first ones.
 
         cached: the largest input_pos, if the caller knows it: reading it waits for the device.
         last [B]: which of the T is each row's last token, what follows is padding, and only its
-        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here, nor logits."""
+        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         rows = rows or slice(0, B)
@@ -126,9 +125,8 @@ class Transformer(nn.Module):
         """tokens [B, T] integer, input_pos [B] int32: tokens of each row that are cached already
         -> logits [B, T, vocab_size]. cache: model.cache by default.
 
-        Row b's tokens take positions input_pos[b] ... input_pos[b]+T-1; rows may differ. Up to 16
-        tokens decode, more prefill. ValueError if they do not fit, or go back to what a sliding
-        window has passed, as far as the host can see."""
+        Up to 16 tokens decode, more prefill. ValueError if they do not fit, or go back to what a
+        sliding window has passed, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
         B, T = tokens.shape
@@ -146,7 +144,7 @@ class Transformer(nn.Module):
         self, block_forward: BlockForward, tokens: Tensor, positions: list[Positions],
         layers: list[LayerCache],
     ) -> Tensor:
-        """positions and layers: of each layer. -> what the last one gives, [B, T, dim]."""
+        """positions and layers: of each layer -> what the last one gives, [B, T, dim]."""
         x = self.embed(tokens)  # (B, T, dim)
         for block, where, cache in zip(self.layers, positions, layers, strict=True):
             x = block_forward(block, x, where, cache)
@@ -174,8 +172,8 @@ class Transformer(nn.Module):
         return self.turned(positions, index, cache.max_seq_len)
 
     def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
-        """For each layer, positions with its rotary embedding of the tokens at index [B, T]. A
-        rope's table is made once, for the largest cache; longrope has one for long texts too."""
+        """For each layer, positions with its rotary embedding of the tokens at index [B, T], out of
+        a table for the largest cache; longrope has one for long texts too."""
         of_rope = {None: positions}
         for rope in self.ropes:
             key = rope, rope.kind == "longrope" and max_seq_len > rope.original_context
@@ -208,10 +206,10 @@ class Transformer(nn.Module):
         self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
         attention: str = "auto", rings: bool = True,
     ) -> KVCache:
-        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own dtype, or one
-        that FORMATS has, such as torch.int8. attention: "flash", "math" or "auto", decode's path.
-        rings: layers with a sliding window keep no more tokens than these and MAX_DECODE_TOKENS,
-        so that a row can go back over as many. False: all tokens, to go back to any."""
+        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own, or one that
+        FORMATS has, such as torch.int8. attention: "flash", "math" or "auto", decode's path.
+        rings: layers with a sliding window keep it and MAX_DECODE_TOKENS more, over which a row can
+        go back; False: all tokens."""
         self.cache = None  # the old one goes before the new one comes
         config = self.config
         make_cache = KVCache
@@ -228,8 +226,7 @@ class Transformer(nn.Module):
 
 
 def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-    """What is compiled once for all layers. The block is called as a module, so that its hooks
-    fire and a subclass has its way."""
+    """What is compiled once for all layers. The block is called as a module: its hooks fire."""
     return block(x, positions, cache)
 
 
@@ -298,8 +295,7 @@ class Attention(nn.Module):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
-        """Put k, v [B, Hkv, T, D] into the cache; q [B, Hq, T, D] attends to them and to all
-        that is before them."""
+        """Put k, v [B, Hkv, T, D] into the cache; q [B, Hq, T, D] attends to all up to itself."""
         if cache.flash and not positions.prefill:  # cost follows the live length
             return cache.flash_decode(q, k, v, positions.input_pos, **self.options())
         keys, values, key_pos = cache.places.update(cache, k, v, positions)
@@ -358,10 +354,9 @@ def prefill_attention(
     [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
     as far from the last one as it is from the last query.
 
-    The scores of all queries are never in memory. PyTorch's flash kernels take a prompt from its
-    beginning; what has a mask they refuse on a GPU, and the memory-efficient ones refuse fewer key
-    than query heads (ATen/native/transformers/cuda/sdp_utils.cpp). So query heads ride along as
-    queries of their KV head, in tiles of at most MAX_SCORES scores, but of a query at least."""
+    PyTorch's flash kernels take a prompt from its beginning; masks they refuse on a GPU, and the
+    memory-efficient ones refuse fewer key than query heads (sdp_utils.cpp of ATen). So query heads
+    ride along as queries of their KV head, in tiles, whose scores alone are in memory."""
     from_beginning = keys.shape[2] == q.shape[2] and (window is None or q.shape[2] <= window)
     if from_beginning and flash_takes(q, keys, values):
         y = F.scaled_dot_product_attention(
@@ -493,9 +488,8 @@ class Places:
 class LayerCache:
     """The keys and values of one layer for some rows, in floating point as they come.
 
-    kv [2, B, Hkv, S, D]: both out of one tensor, since torch.compile would copy two inputs that
-    share memory. Another format is a subclass, by its dtype in FORMATS: pack and unpack are enough;
-    with a flash_decode of its own it need not be unpacked for that."""
+    kv [2, B, Hkv, S, D] is one tensor, since torch.compile would copy two inputs that share memory.
+    Another format is a subclass in FORMATS: pack and unpack are enough, flash_decode is faster."""
 
     def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
         self.tensors = tensors  # what pack makes and unpack takes: [2, B, Hkv, S, ...] each
@@ -536,9 +530,7 @@ class LayerCache:
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
     ) -> Tensor:
-        """Append k, v [B, Hkv, T, D] at input_pos [B] and attend with q [B, Hq, T, D].
-
-        kernels.flash_decode says what the options are, and what a call without k and v is."""
+        """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend."""
         if self.kv.dtype != q.dtype:  # the kernel does not know the format
             return self.decode_unpacked(q, k, v, input_pos, options)
         if k is not None and has_symbolic_length(q, **options):
@@ -640,10 +632,9 @@ def row_numbers(index: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all layers, each in a static allocation of its own.
 
-    attention says how decode attends: "flash", "math" or "auto". whole: the cache of each layer for
-    all rows. cached: tokens of each row, as far as the host knows. nbytes: of what is allocated.
-    It takes plain numbers, so that a program without a ModelConfig can use it.
-    ValueError if the device has not the memory."""
+    attention: how decode attends: "flash", "math" or "auto". whole: the cache of each layer for all
+    rows. cached: tokens of each row, as far as the host knows. ValueError if the device has not the
+    memory."""
 
     windows: tuple[int | None, ...] | None = None  # that decide what is kept: families/rings.py
 
@@ -667,7 +658,8 @@ class KVCache:
         kind = FORMATS.get(dtype) or FORMATS.get(self.device.type, LayerCache)
         places = self.places(n_layer)
         shapes = [(2, max_batch_size, n_kv_head, each.S, head_dim) for each in places]
-        self.nbytes = sum(tensor_bytes(kind.allocate(shape, dtype, "meta")) for shape in shapes)
+        tensors = [x for shape in shapes for x in kind.allocate(shape, dtype, "meta")]
+        self.nbytes = sum(x.untyped_storage().nbytes() for x in tensors)
         require_memory(
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
@@ -702,8 +694,7 @@ class KVCache:
 
 
 def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> str:
-    """"flash" or "math" as asked; "auto" takes what works on the device, and on a CPU what was
-    measured faster there at any size of cache: flash, which reads live tokens only."""
+    """"flash" or "math" as asked; "auto": on a CPU flash, which was measured faster there."""
     if attention not in ("auto", "flash", "math"):
         raise ValueError(f"no attention {attention!r}; there are auto, flash and math")
     if attention != "auto":
@@ -711,10 +702,6 @@ def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> 
     # a guess, not measured on a GPU: math is plain PyTorch, but reads all the room each step
     math_pays = max_seq_len <= 1024 or triton is None
     return "math" if math_pays and device.type != "cpu" else "flash"
-
-
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 def require_memory(nbytes: float, device: torch.device | str, what: str, advice: str) -> None:
@@ -786,9 +773,8 @@ def rope_frequencies(rope: Rope, max_seq_len: int) -> Frequencies:
 
 
 def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
-    """cos and sin of every position in the half-rotated layout, [S, 2, 1, D] float32.
-
-    The first half of sin is negated, so that apply_rope needs no negation."""
+    """cos and sin of every position in the half-rotated layout, [S, 2, 1, D] float32, the first
+    half of sin negated for apply_rope."""
     inv_freq, factor = rope_frequencies(rope, max_seq_len)
     positions = torch.arange(max_seq_len, device=device)[:, None].float()
     angles = positions * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
@@ -827,9 +813,8 @@ def make_rope(hf: dict) -> Rope:
 
 
 def rope_settings(hf: dict, kind: str = "full_attention") -> dict:
-    """A copy with the entries of rope_scaling and rope_parameters for layers of that kind beside
-    all others. transformers 5 writes the latter, with rope_theta in it, or one for each kind of
-    layer; older files have rope_scaling."""
+    """A copy with the entries of rope_scaling (of older files) and rope_parameters for layers of
+    that kind beside all others."""
     settings = dict(hf)
     for key in ("rope_scaling", "rope_parameters"):
         given = hf.get(key) or {}
@@ -873,9 +858,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> ModelConfig:
-        """A Hugging Face config.json as a dict -> ModelConfig.
-
-        ValueError names what is missing or unsupported."""
+        """Of a config.json as a dict. ValueError names what is missing or unsupported."""
         name, family = family_of(hf)
         hf = family.defaults | hf
         n_layer = positive(hf, "num_hidden_layers")
@@ -933,7 +916,7 @@ def windows_of(hf: dict) -> tuple[int | None, ...]:
 
 
 def positive(hf: dict, key: str, default: Any = None, kind: type = int) -> Any:
-    """A setting as a number above 0 of that kind; ValueError if it is anything else."""
+    """A setting, which is to be a number above 0 of that kind; or ValueError."""
     value = default if hf.get(key) is None else hf[key]
     if not is_number(value, kind) or not value > 0:
         what = f"{key} = {value!r}, not a positive {kind.__name__}"
@@ -983,15 +966,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def entry(table: dict[str, Any], key: str) -> Any | None:
-    """table[key]; where FAMILIES or ROPES has no such row, families/ is imported, which adds its
-    own. None: nobody knows it."""
+    """A row of FAMILIES or ROPES, to which families/ adds its own; None: nobody knows it."""
     if key not in table:
         extension("families")
     return table.get(key)
 
 
 def family_of(hf: dict) -> tuple[str, Family]:
-    """The name and row of the family that a configuration belongs to; ValueError if it has none."""
+    """The family of a configuration; ValueError if it has none."""
     name = hf.get("model_type")
     architectures = hf.get("architectures") or []
     causal = all(str(each).endswith("ForCausalLM") for each in architectures)
@@ -1012,11 +994,10 @@ def load_model(
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
 
-    quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading, so that a
-    model that fits only when quantized can be loaded; "auto": as the file is, so that the integers
-    of a GGUF file stay what they are, but for Q6_K's, whose groups are joined in 8 bits; "none":
-    dequantized. dtype None: float32 where the integers of a file stay, else bfloat16. ValueError
-    says what is wrong."""
+    quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
+    the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
+    groups are joined in 8 bits; "none": dequantized. dtype None: float32 where the integers of a
+    file stay, else bfloat16. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
     model = checkpoint.empty_model()
@@ -1091,8 +1072,8 @@ JOINED = {
 
 
 def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors of our parameter x, one below the other, and their shapes. Our names
-    are theirs but for joined products, and the number of an expert, which ours have last."""
+    """The Hugging Face tensors that our parameter x joins, and their shapes. Our names are theirs
+    but for joined products, and the number of an expert, which ours have last."""
     config = model.config
     if not name.startswith("lm_head."):
         name = "model." + re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)
@@ -1202,8 +1183,7 @@ def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu")
 
 
 def first_line(e: BaseException) -> str:
-    """What an exception says, in one line of at most 200 characters; of one that means little
-    without its name, with that."""
+    """What an exception says, in one line of at most 200 characters."""
     lines = str(e).strip().splitlines() or [type(e).__name__]
     if isinstance(e, KeyError):
         return f"there is no {lines[0][:200]}"

@@ -643,8 +643,8 @@ NO_FOLDER = "this copy of gpt-flash has no folder {}, which this needs"
 # by folder: the sentences of a copy that is without, to what checks/in_copies.py wants
 LACKS = {
     "families": [NO_FOLDER.format("families")] * 3,
-    "formats": [NO_FOLDER.format("formats")] * 2 + [
-        "stop must be a list of texts, none empty, with a tokenizer of formats/, not ['x']"],
+    "formats": [NO_FOLDER.format("formats")] * 2 + ["stop strings (x) need a tokenizer that "
+                                                    "formats/ made"],
     "batching": [NO_FOLDER.format("batching")],
 }
 

@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
 
 from generate import Decoder, say
-from model import MAX_DECODE_TOKENS, KVCache, Transformer, first_line, tensor_bytes
+from model import MAX_DECODE_TOKENS, KVCache, Transformer, first_line
 
 if TYPE_CHECKING:
     from batching import Engine
@@ -44,7 +44,8 @@ def bytes_read(cache: KVCache, length: float) -> float:
     for layer in cache.whole:
         places = layer.places
         n = min(length, places.S - MAX_DECODE_TOKENS) if places.ring else length
-        nbytes += n * tensor_bytes(layer.tensors) / (cache.max_batch_size * places.S)
+        stored = sum(tensor.nbytes for tensor in layer.tensors)
+        nbytes += n * stored / (cache.max_batch_size * places.S)
     return nbytes
 
 
