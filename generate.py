@@ -4,10 +4,15 @@
 """
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":
+    if sys.flags.safe_path:  # of python -P and -I, which leave the script's own folder out
+        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    if sys.stderr is None:  # closed: what is opened next would be taken for it
+        sys.stderr = open(os.devnull, "w")
     sys.modules["generate"] = sys.modules["__main__"]  # what the folders import is this module
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
@@ -15,7 +20,6 @@ if __name__ == "__main__":
 import argparse
 import hashlib
 import json
-import os
 import random
 import struct
 import threading

@@ -19,6 +19,7 @@ from batching import Engine
 from batching.engine import Launch
 from checks.common import CPU_ENV, HERE, run_cli
 from cli.batch import InOrder, Records, answer_file, answer_live, work_off
+from cli.program import files_of
 from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
 from generate import Request
 from parallel import Team
@@ -463,7 +464,7 @@ def test_other_prompts_or_settings_are_refused(tmp_path: Path, jobs: list[Job]) 
     b"a shopping list\n", b"a shopping list", b'{"prompt": "x"}\n', b'{"prompt": "x"}', b"[]\n",
     b"\0\0\0", b"\xff\n", b'{"index": [1], "sample": 0, "digest": "x"}\n', b"\n",
     b'{"index": Infinity, "sample": 0, "digest": "x"}\n',
-    b'{"index": ' + 50_000 * b"[" + b"\n",
+    b'{"index": ' + 50_000 * b"[" + b"\n", b'{"index": 3}', b'{"index": 3, "sample": 1, "x',
 ])
 def test_a_file_of_something_else_is_left_alone(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
@@ -481,6 +482,30 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Records(str(path))
+
+
+@pytest.mark.parametrize("theirs", ["empty", "link", "put there meanwhile"])
+def test_only_a_file_of_the_run_itself_is_removed(theirs: str, tmp_path: Path) -> None:
+    """Where it has written nothing."""
+    file = tmp_path / "out.jsonl"
+    if theirs == "empty":
+        file.touch()
+    elif theirs == "link":
+        file.symlink_to(tmp_path / "elsewhere.jsonl")
+    with Records(str(file)):
+        if theirs == "put there meanwhile":
+            file.unlink()
+            file.touch()
+    assert file.is_symlink() if theirs == "link" else file.exists()
+
+
+def test_other_weights_at_the_same_path_are_others(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"some weights")
+    before = files_of(tmp_path)
+    assert files_of(tmp_path) == before == files_of(os.path.relpath(tmp_path))
+    file.write_bytes(b"same length:")
+    assert files_of(tmp_path) != before
 
 
 def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:

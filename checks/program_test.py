@@ -225,6 +225,21 @@ def test_one_prompt_needs_neither_batching_nor_parallel(
     assert run_copy(program, *words)[:2] == cli(*words)[:2]
 
 
+@pytest.mark.parametrize("command", [
+    [sys.executable, "-P"], [sys.executable, "-I"],
+    ["bash", "-c", 'exec "$0" "$@" 2>&-', sys.executable],  # stderr is closed
+])
+def test_unusual_starts(command: list[str], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """From another folder; an isolated Python does not look into the script's own either."""
+    shape = checkpoint("llama")[0] / "config.json"
+    words = ["--checkpoint_path", shape, "--prompt", "5", "--max_new_tokens", "3", "--json"]
+    done = subprocess.run(
+        [*command, HERE / "generate.py", "--device", "cpu", *words], stdout=subprocess.PIPE,
+        env=CPU_ENV, cwd=tmp_path,
+    )
+    assert done.returncode == 0 and b'"new_tokens": 3' in done.stdout
+
+
 @pytest.fixture
 def ctrl_c_counts() -> Iterator[None]:
     """Programs that a test starts are interrupted as from a terminal, though the shell that runs

@@ -2,11 +2,12 @@
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +18,8 @@ from formats.text import TextStream
 from generate import Request, Tokenizer, say
 from parallel import Team
 
-RECORD_START = b'{"index": '  # of every line that Records writes
+# how the lines begin that Records writes, each number a 0
+RECORD_STARTS = b'{"index": 0, "sample": 0, "text": ', b'{"index": 0, "sample": 0, "error": '
 Record = dict[str, Any]  # an answer as far as it has come, as --json and --output give it
 
 
@@ -217,16 +219,24 @@ def answers_of_all(
             yield number, record["new_tokens"], record
 
 
+def is_begun(line: bytes) -> bool:
+    """Whether a line is the beginning of one that Records writes, or could be."""
+    seen = re.sub(rb"\d+", b"0", line[:100])
+    return any(seen.startswith(start) or start.startswith(seen) for start in RECORD_STARTS)
+
+
 class Records:
     """A file of answers, one JSON line each, that a run appends to and a later one goes on from.
 
     A line is on the disk before the next one is begun, so that a run may be killed at any moment:
     what it left behind its last whole line is cut off. The file is locked; as a context it is
-    closed, and removed if empty. ValueError: it cannot be read or written, or holds anything else.
+    closed, and removed if this run made it and it is empty. ValueError: it cannot be read or
+    written, or holds anything else.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.made = not os.path.lexists(path)
         try:
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as e:
@@ -242,8 +252,10 @@ class Records:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if os.fstat(self.file).st_size == 0:
-            Path(self.path).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            ours = os.path.samestat(os.fstat(self.file), os.lstat(self.path))
+            if self.made and ours and os.fstat(self.file).st_size == 0:
+                os.unlink(self.path)
         os.close(self.file)
 
     def lock(self) -> None:
@@ -263,8 +275,7 @@ class Records:
         size = 0
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                torn = not line.endswith(b"\n")
-                if torn and (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
+                if not line.endswith(b"\n") and is_begun(line):
                     break
                 try:
                     record = json.loads(line)

