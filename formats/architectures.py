@@ -12,6 +12,7 @@ in the rows of families, a dictionary:
     parts        a module of Hugging Face's checkpoints, and what it is called in parts"""
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import gguf
@@ -84,7 +85,10 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
     config = {"model_type": model_type, "use_sliding_window": True}
     config |= file.get("means", {})
     config |= renamed(settings, SETTINGS)
-    config["head_dim"] = settings.get("attention.key_length") or usual_head_dim(config)
+    if not config.get("head_dim"):
+        config["head_dim"] = None
+        with suppress(KeyError, TypeError, ZeroDivisionError):  # the model says what is wrong
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
     config["rope_scaling"] = rope_scaling(settings, tensors)
     if settings.get("rope.dimension_count") and config["head_dim"]:
         config["partial_rotary_factor"] = settings["rope.dimension_count"] / config["head_dim"]
@@ -128,14 +132,6 @@ def refuse_unknown(prefix: str, settings: dict) -> None:
 def renamed(settings: dict, names: dict[str, str]) -> dict:
     """The settings that are there, by Hugging Face's names."""
     return {name: settings[theirs] for name, theirs in names.items() if theirs in settings}
-
-
-def usual_head_dim(config: dict) -> int | None:
-    n_head = config.get("num_attention_heads")
-    dim = config.get("hidden_size")
-    if not isinstance(n_head, int) or not isinstance(dim, int) or n_head < 1:
-        return None
-    return dim // n_head
 
 
 def rope_scaling(settings: dict, tensors: Tensors) -> dict:

@@ -3,7 +3,6 @@ ggml-common.h."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import gguf
@@ -17,38 +16,42 @@ from formats.integers import Affine, Blocks, twice_e2m1
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
 
-def of_32(blocks: Tensor, bits: int, has_minimum: bool) -> Affine:
+def of_32(blocks: Tensor) -> Affine:
     """half d, then half m where there is one, then 32 integers: q * d + m, or q * d where q is
     signed. They are bytes, or nibbles, behind the fifth bits if there are some."""
+    _, nbytes = blocks.shape
+    bits = (nbytes - 2) // 4
+    has_minimum = nbytes == 4 * bits + 4
     d = half(blocks, 0)
     zero = half(blocks, 2) if has_minimum else -2 ** (bits - 1) * d
-    integers = blocks[:, 4 if has_minimum else 2:]
+    integers = blocks[:, -4 * bits:]
     if bits == 8:
-        q = integers ^ 128
-    elif bits == 5:
-        q = planes(integers[:, 4:]) | fifth_bits(integers[:, :4])
-    else:
-        q = planes(integers)
+        return Affine(integers ^ 128, d, zero)
+    q = planes(integers[:, -16:])
+    if bits == 5:
+        q = q | fifth_bits(integers[:, :4])
     return Affine(q, d, zero)
 
 
-def of_256(blocks: Tensor, bits: int) -> Affine:
+def of_256(blocks: Tensor) -> Affine:
     """half d, half m, 8 scales and minima of 6 bits, 256 integers: q * d * scale - m * minimum.
 
     The first four scales and minima have a byte of their own, of which the upper two bits belong to
-    the last four; those keep their low nibbles in 4 more bytes. Of 5 bits, bit j of 32 bytes i
-    before the nibbles is of input i in group j."""
+    the last four; those keep their low nibbles in 4 more bytes. Of 5 bits, bit j of byte i before
+    the nibbles is of input i in group j."""
     scale, minimum, low = blocks[:, 4:16].split(4, dim=1)  # (n, 4) each
     last_scale = low & 15 | scale >> 2 & 48
     last_minimum = low >> 4 | minimum >> 2 & 48
     scales = torch.cat((scale & 63, last_scale), 1)
     minima = torch.cat((minimum & 63, last_minimum), 1)
+    d = half(blocks, 0)
+    m = half(blocks, 2)
     q = planes(blocks[:, -128:].view(-1, 4, 32)).view(-1, 8, 32)
-    if bits == 5:
+    fifth = blocks[:, None, 16:-128]  # (n, 1, 32), or none
+    if fifth.numel():
         group = torch.arange(8, dtype=torch.uint8)[:, None]
-        fifth = blocks[:, None, 16:48] >> group & 1  # (n, 8, 32)
-        q = q | fifth << 4
-    return Affine(q.flatten(1), half(blocks, 0) * scales.float(), -half(blocks, 2) * minima.float())
+        q = q | (fifth >> group & 1) << 4
+    return Affine(q.flatten(1), d * scales.float(), -m * minima.float())
 
 
 def q6_k(blocks: Tensor) -> Affine:
@@ -98,13 +101,13 @@ def fifth_bits(packed: Tensor) -> Tensor:
 
 # by type: bits of an integer, and what unpacks blocks
 TYPES: dict[GGML, tuple[int, Callable[[Tensor], Affine]]] = {
-    GGML.Q4_0: (4, partial(of_32, bits=4, has_minimum=False)),
-    GGML.Q4_1: (4, partial(of_32, bits=4, has_minimum=True)),
-    GGML.Q5_0: (5, partial(of_32, bits=5, has_minimum=False)),
-    GGML.Q5_1: (5, partial(of_32, bits=5, has_minimum=True)),
-    GGML.Q8_0: (8, partial(of_32, bits=8, has_minimum=False)),
-    GGML.Q4_K: (4, partial(of_256, bits=4)),
-    GGML.Q5_K: (5, partial(of_256, bits=5)),
+    GGML.Q4_0: (4, of_32),
+    GGML.Q4_1: (4, of_32),
+    GGML.Q5_0: (5, of_32),
+    GGML.Q5_1: (5, of_32),
+    GGML.Q8_0: (8, of_32),
+    GGML.Q4_K: (4, of_256),
+    GGML.Q5_K: (5, of_256),
     GGML.Q6_K: (6, q6_k),
     GGML.MXFP4: (5, mxfp4),
 }

@@ -68,8 +68,8 @@ class CheckedCheckpoint(Checkpoint):
     def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
         """What each parameter of a model is read from."""
         plan = {}
+        tied = model.config.tied and isinstance(model.lm_head, Linear)
         for name, x in [*model.named_parameters(), *model.named_buffers()]:
-            tied = model.config.tied and isinstance(model.lm_head, Linear)
             own = not x.is_meta and not self.has(model, name, x)  # a value that no file has
             if not own and not (tied and name == "lm_head.weight"):
                 plan[name] = self.parts(model, name, x)
@@ -93,9 +93,8 @@ class CheckedCheckpoint(Checkpoint):
         stored = {}
         for name, parts in plan.items():
             prefix, _, kind = name.rpartition(".")
-            if kind != "weight" or not isinstance(
-                model.get_submodule(prefix), (Linear, nn.Embedding)
-            ):
+            layer = model.get_submodule(prefix)
+            if kind != "weight" or not isinstance(layer, (Linear, nn.Embedding)):
                 continue
             if FAMILIES[model.config.family].convert(model.config, name) is not None:
                 continue  # they would not stay

@@ -54,23 +54,15 @@ ASIAN = r"(?:(?!\s)[\u0800-\u9fa5\uac00-\ud7ff])+"
 # and whose texts begin with a token unless the file says otherwise
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken"}
 
-PRE_TOKENIZERS = dict.fromkeys(
-    ["gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat"],
-    split(GPT2))
-PRE_TOKENIZERS |= dict.fromkeys(
-    ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
-    split(r"\p{N}", GPT2))
-PRE_TOKENIZERS |= dict.fromkeys(
-    ["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "dbrx", "smaug-bpe"],
-    split(gpt4("1,3")))
-PRE_TOKENIZERS |= dict.fromkeys(
-    ["qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"], split(gpt4("1")))
-PRE_TOKENIZERS |= dict.fromkeys(
-    ["gpt-4o", "llama4"], split(gpt4o("1,3", f"(?:{CONTRACTIONS})?")))
-PRE_TOKENIZERS |= {
-    "qwen35": split(gpt4("1", r"\p{L}\p{M}")),
-    "tekken": split(gpt4o("1", "")),
-    "deepseek-coder": split(
-        r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", ASIAN, r"\p{N}"),
-    "deepseek-v3": split(r"\p{N}{1,3}", HAN_AND_KANA, DEEPSEEK_V3),
-}
+WAYS = [
+    (split(GPT2), "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat"),
+    (split(r"\p{N}", GPT2), "smollm starcoder refact command-r codeshell exaone minerva-7b"),
+    (split(gpt4("1,3")), "llama-bpe llama3 llama-v3 falcon3 pixtral lfm2 dbrx smaug-bpe"),
+    (split(gpt4("1")), "qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan"),
+    (split(gpt4("1", r"\p{L}\p{M}")), "qwen35"),
+    (split(gpt4o("1,3", f"(?:{CONTRACTIONS})?")), "gpt-4o llama4"),
+    (split(gpt4o("1", "")), "tekken"),
+    (split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", ASIAN, r"\p{N}"), "deepseek-coder"),
+    (split(r"\p{N}{1,3}", HAN_AND_KANA, DEEPSEEK_V3), "deepseek-v3"),
+]
+PRE_TOKENIZERS = {name: way for way, names in WAYS for name in names.split()}

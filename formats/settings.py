@@ -8,16 +8,11 @@ from model import family_of, is_number, rope_settings
 
 # far above any model's, and small enough that making one on no device takes seconds at most
 LARGEST = {
-    "num_hidden_layers": 2**11,
-    "num_attention_heads": 2**16,
-    "num_key_value_heads": 2**16,
+    **dict.fromkeys(["num_hidden_layers", "num_experts", "num_local_experts"], 2**11),
+    **dict.fromkeys(["num_attention_heads", "num_key_value_heads"], 2**16),
     "hidden_size": 2**20,
-    "intermediate_size": 2**24,
-    "vocab_size": 2**24,
-    "num_experts": 2**11,
-    "num_local_experts": 2**11,
-    "moe_intermediate_size": 2**24,
-    "shared_expert_intermediate_size": 2**24,
+    **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], 2**24),
+    **dict.fromkeys(["shared_expert_intermediate_size", "vocab_size"], 2**24),
 }
 LARGEST_INT = 2**53  # of all others: a float holds them exactly
 

@@ -18,7 +18,7 @@ MAX_CHARACTERS = 20_000_000  # of what it writes, or repeats at once
 
 def render_template(source: str, **values: Any) -> str:
     """A chat template's text, as transformers renders it. Raises what the template raises, and
-    ValueError where it runs too long or writes too much."""
+    ValueError where it runs or writes for too long."""
     template = TEMPLATES.from_string(source)
     steps = count(1)  # lines, not time, so that it ends at the same place on every machine
 
@@ -68,14 +68,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None,
-    separators: tuple[str, str] | None = None, sort_keys: bool = False,
-) -> str:
+def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """In place of Jinja's own, which escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-        sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def refuse(message: str) -> None:

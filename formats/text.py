@@ -7,12 +7,11 @@ from generate import Tokenizer
 
 
 class TextStream:
-    """Turns ids into text piece by piece, up to a stop string.
+    """Turns ids into text, the same however they are cut into pieces.
 
     context: the ids before the first ones, so that a leading space is right. stop: strings that
     end the text and are no part of it; the one that is complete first counts. What may still
-    become one is held back, and so is a character until its bytes are all there: the text is the
-    same however the ids are cut into pieces. stopped: a stop string was met."""
+    become one is held back, and so is a character until its bytes are all there."""
 
     def __init__(
         self, tokenizer: Tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()
@@ -25,8 +24,7 @@ class TextStream:
         self.held = ""  # the start of a stop string, perhaps
 
     def push(self, ids: list[int], final: bool = False) -> str:
-        """The text that new ids complete; final: no more will come. Nothing behind a stop
-        string."""
+        """The text that new ids complete; final: no more will come."""
         if self.stopped:
             return ""
         text = self.held + self.decode(ids, final)

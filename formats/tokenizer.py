@@ -1,4 +1,4 @@
-"""Tokenizers: text <-> token ids, chat templates, and reading and writing vocabularies."""
+"""Tokenizers of any form: Hugging Face folders and GGUF files, read and written; chat."""
 from __future__ import annotations
 
 import json
@@ -80,7 +80,6 @@ class ChatTokenizer(Tokenizer):
         return ids
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The chat template's text for messages."""
         try:
             return render_template(
                 self.chat_template, messages=messages, add_generation_prompt=True, tools=None,
@@ -163,8 +162,9 @@ def add_settings(tokenizer: ChatTokenizer, folder: Path) -> None:
         config = read_json(folder / name)
         tokenizer.eos_ids |= token_ids(config.get("eos_token_id"), folder / name)
         settings |= config
-    tokenizer.bos_token = token_text(settings.get("bos_token"))
-    tokenizer.eos_token = token_text(settings.get("eos_token"))
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name) or ""
+        setattr(tokenizer, name, token["content"] if isinstance(token, dict) else token)
     tokenizer.eos_ids.add(tokenizer.special.get(tokenizer.eos_token))
     tokenizer.eos_ids.discard(None)
     if settings.get("add_bos_token") is False:
@@ -185,13 +185,6 @@ def token_ids(value: object, file: Path) -> set[int]:
         if isinstance(i, bool) or not isinstance(i, int) or i < 0:
             raise ValueError(f"{file.name} has eos_token_id {value!r}, which is no token")
     return set(ids)
-
-
-def token_text(token: str | dict | None) -> str:
-    """A special token of tokenizer_config.json, which is a text or an object with one."""
-    if isinstance(token, dict):
-        token = token["content"]
-    return token or ""
 
 
 # --- the vocabulary inside a GGUF file ---
@@ -233,15 +226,10 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     template = meta.get("tokenizer.chat_template")
     kind_of_tokenizer = JSONTokenizer if kind == "gpt2" else ChatTokenizer
     tokenizer = kind_of_tokenizer(backend, len(tokens), special, bos_id, ends, template)
-    tokenizer.bos_token = token_named("bos", meta)
-    tokenizer.eos_token = token_named("eos", meta)
+    for name in ("bos", "eos"):
+        i = meta.get(f"{name}_token_id", -1)
+        setattr(tokenizer, f"{name}_token", tokens[i] if 0 <= i < len(tokens) else "")
     return tokenizer
-
-
-def token_named(name: str, meta: dict) -> str:
-    """The text of the token at the start ("bos") or the end ("eos") of texts; "": there is none."""
-    i = meta.get(f"{name}_token_id", -1)
-    return meta["tokens"][i] if 0 <= i < len(meta["tokens"]) else ""
 
 
 def byte_level_bpe(
@@ -254,11 +242,10 @@ def byte_level_bpe(
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
     backend.encode_special_tokens = True  # as plain text
-    added = []
-    for token, token_type in zip(tokens, types):
-        if token_type in (CONTROL, USER_DEFINED):
-            added.append(AddedToken(token, special=token_type == CONTROL, normalized=False))
-    backend.add_tokens(added)
+    backend.add_tokens([
+        AddedToken(token, special=token_type == CONTROL, normalized=False)
+        for token, token_type in zip(tokens, types) if token_type in (CONTROL, USER_DEFINED)
+    ])
     return backend
 
 
