@@ -150,8 +150,8 @@ def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
     """Make a cache, or a larger one where the model's has not the rows, or was made here and has
     not the length. k: places behind a text."""
     cached = requests[0].cached
-    longest = max(cached + len(each.prompt) + each.max_new_tokens for each in requests)
-    needed = k + min(model.config.max_seq_len, longest)
+    known = model.config.vocab_size, model.config.max_seq_len
+    needed = cached + max(len(each.prompt) + each.budget(*known) for each in requests) + k
     n_rows, kind, grows, cache = len(requests), (), True, model.cache
     if cache is not None:
         grows = cache.grows
