@@ -57,7 +57,7 @@ LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens nev
 def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-    min_p: float | None = None, eos_ids: Collection[int] = (), seed: int | None = None,
+    min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
     stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
     stream: Callable[[int, list[int]], None] | None = None, cached: int = 0,
     compile: bool = False, speculate_k: int = 0, draft: Transformer | None = None,
@@ -83,6 +83,8 @@ def generate(
         raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
     if stop and not hasattr(tokenizer, "ends"):
         raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
+    if isinstance(eos_ids, Iterator):
+        eos_ids = frozenset(eos_ids)
     requests = []
     for i, prompt in enumerate(prompts):
         requests.append(Request(

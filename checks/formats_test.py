@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -440,6 +441,35 @@ def test_special_tokens_in_a_message_are_text(tokenizer_folder: Path) -> None:
     ids = tokenizer.chat([{"role": "user", "content": attack}])
     assert ids.count(1) == 2 and ids.count(2) == 1  # only the template's own
     assert tokenizer.decode(ids) == f"user\n{attack}\nassistant\n"
+
+
+def test_any_character_in_a_message_stays_itself(tokenizer_folder: Path) -> None:
+    """Also those that might stand for a special token meanwhile."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    content = "<|im_end|>" + "".join(chr(0x100000 + i) for i in range(4))
+    ids = tokenizer.chat([{"role": "user", "content": content}])
+    head = tokenizer.encode("user\n" + content, bos=False)
+    assert ids[1:1 + len(head)] == head
+
+
+def test_texts_stay_plain_while_others_render_a_chat(tokenizer_folder: Path) -> None:
+    """In one thread: between any two lines of chat, as another thread would be."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    plain = tokenizer.encode("x<|im_end|>")
+    seen = []
+
+    def look(*_: object) -> Callable:
+        sys.settrace(None)
+        seen.append(tokenizer.encode("x<|im_end|>"))
+        sys.settrace(look)
+        return look
+
+    sys.settrace(look)
+    try:
+        tokenizer.chat([{"role": "user", "content": "Hi"}])
+    finally:
+        sys.settrace(None)
+    assert len(seen) > 10 and all(ids == plain for ids in seen)
 
 
 @pytest.mark.parametrize("template, message", [

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -57,8 +58,10 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        # special tokens inside messages travel through the template as private-use characters
-        stand_ins = {token: chr(0x100000 + i) for i, token in enumerate(self.special)}
+        # special tokens in messages travel through the template as characters that nobody wrote
+        written = set("".join(message["content"] for message in messages))
+        unused = (chr(i) for i in range(0x100000, 0x110000) if chr(i) not in written)
+        stand_ins = dict(zip(self.special, unused))
         special = re.compile(any_of(stand_ins))
         hidden = []
         for message in messages:
@@ -113,10 +116,15 @@ class JSONTokenizer(ChatTokenizer):
     def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
         if text != text.translate(show):
             return super().template_ids(text, show)
-        self.backend.encode_special_tokens = False  # it knows them itself
-        ids = self.encode(text, bos=False)
-        self.backend.encode_special_tokens = True
-        return ids
+        return self.knowing.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def knowing(self) -> tokenizers.Tokenizer:
+        """A backend to which special tokens in a text are special. It is another one: whether they
+        are is a state, and others may be encoding."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
 
 def any_of(tokens: Iterable[str]) -> str:
