@@ -55,6 +55,8 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
 class Transformer(nn.Module):
     """A decoder. Prefill and decode are two methods; forward picks one by the number of tokens."""
 
+    n_prefills = 0  # of all models, for who wants to know whether a text is another: cpu/ahead.py
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         family = FAMILIES[config.family]
@@ -102,6 +104,7 @@ class Transformer(nn.Module):
         cached: the largest input_pos, if the caller knows it: reading it waits for the device.
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
+        Transformer.n_prefills += 1
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         rows = rows or slice(0, B)
@@ -533,11 +536,13 @@ class LayerCache:
         """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend."""
         if self.kv.dtype != q.dtype:  # the kernel does not know the format
             return self.decode_unpacked(q, k, v, input_pos, options)
-        if k is not None and has_symbolic_length(q, **options):
+        symbols = torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
+        one_row = q.is_cpu and k is not None and len(q) * k.shape[2] == 1
+        if symbols and one_row and all(options[key] is None for key in options if key != "scale"):
+            # our operator would be Python in a graph, and take as long as these
             n = input_pos.item()
             torch._check(n >= 0)
-            # both at once, which torch.compile does in place
-            self.write(k, v, input_pos.long()[:, None])
+            self.write(k, v, input_pos.long()[:, None])  # both at once: compiled, in place
             k, v, input_pos = None, None, n + 1
         keys, values = self.kv.unbind(0)
         return flash_decode_unchecked(
@@ -611,18 +616,8 @@ class Int8LayerCache(LayerCache):
         return (k - self.k_mean).to(k.dtype)
 
 
-# the format of a cache by its dtype, or of all other dtypes by the device type; else LayerCache
-FORMATS: dict[torch.dtype | str, type[LayerCache]] = {torch.int8: Int8LayerCache}
-
-
-def has_symbolic_length(q: Tensor, scale: float | None = None, **options: Any) -> bool:
-    """Whether flash_decode is being compiled for one token of one row on a CPU, by operators that
-    torch.compile knows: its own would be called through Python, which takes as long. None of the
-    other options can be given."""
-    if not torch.compiler.is_compiling() or not torch._dynamo.config.capture_scalar_outputs:
-        return False
-    plain = all(option is None for option in options.values())
-    return q.is_cpu and q.shape[0] * q.shape[2] == 1 and plain
+# the format of a cache by its dtype, of all others LayerCache
+FORMATS: dict[torch.dtype, type[LayerCache]] = {torch.int8: Int8LayerCache}
 
 
 def row_numbers(index: Tensor) -> Tensor:
@@ -655,7 +650,7 @@ class KVCache:
         self.attention = choose_attention(attention, self.device, max_seq_len)
         self.cached = [0] * max_batch_size
         self.grows = False  # made to fit one call of generate, which may make a larger one
-        kind = FORMATS.get(dtype) or FORMATS.get(self.device.type, LayerCache)
+        kind = FORMATS.get(dtype, LayerCache)
         places = self.places(n_layer)
         shapes = [(2, max_batch_size, n_kv_head, each.S, head_dim) for each in places]
         tensors = [x for shape in shapes for x in kind.allocate(shape, dtype, "meta")]
@@ -1021,7 +1016,7 @@ def check_target(
 
 
 def use_products(device: torch.device) -> None:
-    """Import what a device multiplies faster with: it adds to quantize.LAYOUTS and FORMATS."""
+    """Import what a device multiplies faster with: it adds to quantize.LAYOUTS."""
     folder = {"cpu": "cpu", "cuda": "products"}.get(device.type)
     if folder is not None:
         extension(folder, required=False)

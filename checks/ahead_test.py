@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import kernels
 from checks.common import HERE, close, run_cli
 from cpu import ahead
-from cpu.ahead import AheadOfTime, FunctionOfTensors, NoLibrary, Traits
+from cpu.ahead import AheadOfTime, FunctionOfTensors, NoLibrary, Step
 from generate import compile_model
 from model import MLP, LayerCache, Places, Positions, Transformer, load_model, run_block
 from quantize import cache_folder
@@ -50,7 +50,7 @@ def names(model: Transformer) -> list[str | None]:
     for block, position, cache in zip(model.layers, where, layers):
         name = None
         with suppress(NoLibrary):
-            name = Traits(block, x, position, cache).fingerprint()
+            name = Step(block, x, position, cache).fingerprint()
         found.append(name)
     return found
 
@@ -257,6 +257,38 @@ def test_fingerprints_tell_blocks_apart(
     assert len(set(seen)) == len(seen)
 
 
+NAMES = """
+import sys, torch
+from cpu.ahead import Step
+from model import load_model
+model = load_model(sys.argv[1], dtype=torch.float32)
+[cache] = model.setup_caches(1, 32).layers(slice(0, 1))[:1]
+[where] = model.positions(torch.tensor([3], dtype=torch.int32), 1, model.cache)[:1]
+print(Step(model.layers[0], torch.zeros(1, 1, model.config.dim), where, cache).fingerprint())
+"""
+
+
+@pytest.mark.parametrize("file", ["kernels.py", "cpu/products.py"])
+def test_an_edited_source_has_another_fingerprint(
+    checkpoint: MakeCheckpoint, tmp_path: Path, file: str
+) -> None:
+    """So that a library which was kept is not used; one that is edited back is again."""
+    for pattern in ("*.py", "cpu/*.py", "families/*.py", "formats/*.py"):
+        for source in HERE.glob(pattern):
+            (tmp_path / source.parent.relative_to(HERE)).mkdir(exist_ok=True)
+            (tmp_path / source.relative_to(HERE)).write_bytes(source.read_bytes())
+    edited = tmp_path / file
+    text = edited.read_text()
+    found = []
+    for extra in ("", "\n# edited\n", ""):
+        edited.write_text(text + extra)
+        command = [sys.executable, "-c", NAMES, checkpoint("llama")[0]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0] == found[2] != found[1]
+
+
 class OtherMLP(MLP):
     """A fork's, which reads a number."""
 
@@ -365,20 +397,30 @@ MORE_CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize(
-    "change", [*CHANGES.values(), *MORE_CHANGES.values()], ids=[*CHANGES, *MORE_CHANGES]
-)
+AT_ONCE = ["a method of a class", "the cache's attention", "a hook", "a hook of all modules"]
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *MORE_CHANGES])
 def test_python_runs_what_is_changed_later(
-    checkpoint: MakeCheckpoint, fake: Fake, monkeypatch: pytest.MonkeyPatch, change: Change
+    checkpoint: MakeCheckpoint, fake: Fake, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """From the next step on, or from the next text on."""
     model = with_fake(checkpoint)
     n = len(model.layers)
     decoded(model, 3)
-    assert fake.n == 2 * n  # the first step is Python's
+    model.prefill(tokens_of(model, 2), positions(0))
+    decoded(model, 1)
+    assert fake.n == 3 * n  # the first step is Python's
+    change = {**CHANGES, **MORE_CHANGES}[name]
     change(model, monkeypatch)
+    if name not in AT_ONCE:
+        decoded(model, 1)
+        assert fake.n == 4 * n
+        fake.n = 3 * n
+        model.prefill(tokens_of(model, 2), positions(0))
     decoded(model, 1)
     decoded(model, 1)
-    assert fake.n == 2 * n
+    assert fake.n == 3 * n
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
@@ -389,8 +431,8 @@ def test_python_runs_what_was_changed_before(
     change(model, monkeypatch)
     layers = list(model.layers)
     decoded(model, 3)
-    steps = model.decode_block.ready.values()
-    assert not [step for step in steps if step.block is layers[1] and step.works]
+    steps = dict(model.decode_block.ready.values())
+    assert steps[layers[1]] is None
 
 
 class Counting(MLP):
@@ -598,7 +640,7 @@ def test_a_block_is_looked_at_once(
     cache = models[0].setup_caches(1, 32)
     looked, sought = [], []
     monkeypatch.setattr(
-        "cpu.ahead.Traits", lambda *given: looked.append(given) or Traits(*given)
+        "cpu.ahead.Step", lambda *given: looked.append(given) or Step(*given)
     )
     monkeypatch.setattr(AheadOfTime, "library", lambda *given: sought.append(given))
     _, otherwise = calls
@@ -632,9 +674,9 @@ def test_caches_of_another_layout_go_another_way(
     x = torch.zeros(1, 1, model.config.dim)
     plain = kv.float().clone(memory_format=torch.contiguous_format)
     [where, *_] = model.positions(positions(3), 1, model.cache)
-    Traits(model.layers[0], x, where, LayerCache([plain], Places(32), flash=True))
+    Step(model.layers[0], x, where, LayerCache([plain], Places(32), flash=True))
     with pytest.raises(NoLibrary):
-        Traits(model.layers[0], x, where, LayerCache([kv], Places(32), flash=True))
+        Step(model.layers[0], x, where, LayerCache([kv], Places(32), flash=True))
 
 
 def test_old_libraries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

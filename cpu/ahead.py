@@ -6,8 +6,9 @@ the weights as arguments, so that all layers of a kind share one, and lies in th
 folder under a fingerprint of the block: later runs need no compiler.
 
 A library runs only where it gives what the Python gives now. A block has one only if all that it
-does is written in files and in plain settings, which the fingerprint covers; and every step looks
-whether any of that was replaced since, after which Python runs."""
+does is written in files and in plain settings, which the fingerprint covers. A hook or a replaced
+method of a class is noticed at the next step. Anything else that is replaced is noticed at the next
+text, which begins with a prefill: weights too. From then on Python runs."""
 from __future__ import annotations
 
 import contextlib
@@ -20,10 +21,9 @@ import threading
 import warnings
 import zipfile
 from _signal import getsignal, signal  # in `signal` they take 9 us each, for names of numbers
-from collections.abc import Iterator
 from functools import lru_cache, partial
-from itertools import chain
-from operator import attrgetter, is_
+from itertools import chain, starmap
+from operator import attrgetter, is_, is_not
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -33,7 +33,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules import module as torch_module
+from torch.nn.modules import module as of_all
 from torch.utils import _contextlib
 from torch.utils.hooks import RemovableHandle
 
@@ -41,7 +41,9 @@ import kernels
 import model
 import quantize
 from cpu import products
-from model import Attention, BlockForward, LayerCache, Places, Positions, first_line, run_block
+from model import (
+    Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
+)
 from quantize import LAYOUTS, cache_folder, say_once, workspace
 
 PLACES = 64  # of the cache that a block is exported with; compiled, it takes any
@@ -60,9 +62,14 @@ class AheadOfTime:
         self.otherwise = otherwise
         self.build = build
         self.folder = folder
-        self.ready: WeakKeyDictionary[LayerCache, Step] = WeakKeyDictionary()
+        # a layer's cache -> its block, and the same with its library if it has one
+        self.ready: WeakKeyDictionary[LayerCache, tuple[nn.Module, Step | None]]
+        self.ready = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
-        self.first: nn.Module | None = None  # the block that looks at what all of them share
+        self.first: nn.Module | None = None  # the block before which all of them are looked at
+        self.shared: dict[type | ModuleType, dict[str, Any]] = {}  # what these held
+        self.methods: dict[tuple[type, str], FunctionType] = {}
+        self.sign: tuple[int, int] | None = None  # of what calls for a look at everything
         self.missing = False  # whether a block goes elsewhere because nobody built its library
         self.changed = False
 
@@ -71,43 +78,65 @@ class AheadOfTime:
     ) -> Tensor:
         if self.changed or x.shape[0] * x.shape[1] > 1:
             return self.otherwise(block, x, positions, cache)
-        step = self.ready.get(cache)
-        if step is None or step.block is not block:
-            step = self.ready[cache] = Step(block, cache)
-            if self.find_library(step, x, positions, cache):
-                y = run_block(block, x, positions, cache)
-                step.works = not step.has_changed()  # else it has a state
-                if step.works:
-                    self.first = self.first or block
-                return y
-        if block is self.first and self.has_changed():  # of all at once, which is faster
+        known, step = self.ready.get(cache, (None, None))
+        if known is not block:
+            return self.first_time(block, x, positions, cache)
+        if block is self.first and self.has_changed():
             self.changed = True
             say_once("what a step runs was changed: its libraries rest until compile_model")
-        if self.changed or not step.works:
+        if self.changed or step is None:
             return self.otherwise(block, x, positions, cache)
-        return step.run(x, positions)
+        where = [value for value in positions if isinstance(value, Tensor)]
+        [y] = undisturbed(step.library.run, [x, *where, *step.tensors])
+        return y
 
-    def has_changed(self) -> bool:
-        return any(step.works and step.has_changed() for step in self.ready.values())
+    def first_time(
+        self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
+    ) -> Tensor:
+        """Find the library of a block; if there is one, see what Python leaves behind."""
+        step = self.find(block, x, positions, cache)
+        self.ready[cache] = block, step
+        if step is None:
+            return self.otherwise(block, x, positions, cache)
+        y = run_block(block, x, positions, cache)
+        if step.has_changed():  # it has a state
+            self.ready[cache] = block, None
+        elif self.first is None:
+            self.first = block
+        return y
 
-    def find_library(
-        self, step: Step, x: Tensor, positions: Positions, cache: LayerCache
-    ) -> bool:
-        """Give a step its library -> whether there is one."""
-        if any(step.hooks):
-            return False
+    def find(
+        self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
+    ) -> Step | None:
         try:
-            traits = Traits(step.block, x, positions, cache)
+            step = Step(block, x, positions, cache)
         except NoLibrary:
-            return False
-        step.watch(traits.shared() if self.first in (None, step.block) else [])
-        name = traits.fingerprint()
+            return None
+        name = step.fingerprint()
         if name not in self.libraries:
-            function = FunctionOfTensors(step.block, positions)
+            function = FunctionOfTensors(block, positions)
             with torch.inference_mode(False), torch.no_grad():
                 self.libraries[name] = self.library(name, function, function.examples(x, cache.kv))
         step.library = self.libraries[name]
-        return step.library is not None
+        if step.library is None:
+            return None
+        for each in step.holders - self.shared.keys():
+            self.shared[each] = held(each)
+        for kind in step.kinds:
+            for name in chain(*map(held, kind.__mro__)):
+                if isinstance(getattr(kind, name), FunctionType):
+                    self.methods[kind, name] = getattr(kind, name)
+        return step
+
+    def has_changed(self) -> bool:
+        """Whether anything of a block was replaced, as far as each step asks, or each text."""
+        sign = Transformer.n_prefills, RemovableHandle.next_id  # of all hooks that there were
+        if sign == self.sign:
+            return any(map(is_not, starmap(getattr, self.methods), self.methods.values()))
+        self.sign = sign
+        if any(held(each) != was for each, was in self.shared.items()):
+            return True
+        return any(step.has_changed() for _, step in self.ready.values() if step is not None)
 
     def library(self, name: str, function: FunctionOfTensors, examples: list[Tensor]) -> Any | None:
         """The library of that fingerprint, None if there is none or it cannot be made."""
@@ -127,54 +156,6 @@ class AheadOfTime:
         except Exception as error:  # of what a block does, of a compiler, or of a file system
             say_once(f"no step is compiled ahead of time: {first_line(error)}")
             return None
-
-
-class Step:
-    """A block with its cache and its library, and what they were when that was found."""
-
-    def __init__(self, block: nn.Module, cache: LayerCache):
-        self.block = block
-        self.library: Any | None = None
-        self.works = False
-        self.tensors = [cache.kv, *block.parameters(), *block.buffers()]
-        self.hooks = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
-        self.own = [vars(cache)]
-        self.items = [(vars(cache), name) for name in vars(cache)]
-        for module in block.modules():
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            self.own.append(vars(module))
-            self.items += [(vars(module), name) for name in settings_of(module)]
-            for each in (module._parameters, module._buffers, module._modules):
-                self.items += [(each, name) for name in each]
-
-    def watch(self, shared: list[tuple[Any, str]]) -> None:
-        """Remember how all is now, and objects that have attributes of these names."""
-        self.shared = shared
-        self.switches = switches()
-        self.n_hooks = RemovableHandle.next_id  # of all that anything has had
-        self.sizes = [*map(len, self.own)]
-        self.columns = [*zip(*self.items)], [*zip(*shared)] or ((), ())
-        self.seen = [*self.state()]
-
-    def state(self) -> Iterator[Any]:
-        items, shared = self.columns
-        return chain(map(dict.get, *items), map(getattr, *shared), map(DTYPE_OF, self.tensors))
-
-    def has_changed(self) -> bool:
-        """Whether anything is another object now: what is in a list or a dictionary is not looked
-        at."""
-        if self.n_hooks != RemovableHandle.next_id and any(self.hooks):
-            return True
-        if [*map(len, self.own)] != self.sizes:
-            return True
-        if self.shared and self.switches != switches():
-            return True
-        return not all(map(is_, self.state(), self.seen))
-
-    def run(self, x: Tensor, positions: Positions) -> Tensor:
-        where = [value for value in positions if isinstance(value, Tensor)]
-        [y] = undisturbed(self.library.run, [x, *where, *self.tensors])
-        return y
 
 
 def undisturbed(run: Any, tensors: list[Tensor]) -> list[Tensor]:
@@ -216,8 +197,7 @@ class FunctionOfTensors(nn.Module):
                 return torch.full_like(tensor, PLACES // 2)
             return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
-        n_rows = kv.stride(0) // kv[0].numel()
-        cache = kv.new_empty(2, n_rows, kv.shape[2], PLACES, kv.shape[4])
+        cache = kv.new_empty(2, rows_around(kv), kv.shape[2], PLACES, kv.shape[4])
         where = [like(value) for value in self.positions if isinstance(value, Tensor)]
         return [like(x), *where, like(cache)[:, :1], *self.weights.values()]
 
@@ -253,30 +233,56 @@ class NoLibrary(Exception):
     """A block is not plainly a function of tensors."""
 
 
-class Traits:
-    """All that a block does, in files and in lines, and the modules and classes that hold it.
+class Step:
+    """A block with its cache and its library: all that it does, in files and in lines, and the
+    classes and modules that have these.
 
-    Raises NoLibrary if that cannot be all: of what no file has, of experts, which Python chooses,
-    and of options of attention, which are operators in Python."""
+    Raises NoLibrary if that cannot be all: of what no file has, of hooks, of experts, which Python
+    chooses, and of options of attention, which are operators in Python."""
+
+    library: Any
 
     def __init__(self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache):
-        refuse_unless_plain(cache, x)
         kv = cache.kv
-        n_rows = kv.stride(0) // kv[0].numel()
-        self.lines = {f"x {describe(x)}", f"cache {n_rows} {kv.shape[2]} {kv.shape[4]}"}
+        plain = type(cache) is LayerCache and type(cache.places) is Places and cache.flash
+        if not plain or not kv.is_cpu or kv.dtype != x.dtype:
+            raise NoLibrary
+        self.lines = {f"x {describe(x)}", f"cache {rows_around(kv)} {kv.shape[2]} {kv.shape[4]}"}
         for name, value in positions._asdict().items():
             self.lines.add(f"{name} {describe(value) if torch.is_tensor(value) else value}")
         self.files = {__file__, str(Path(model.__file__).with_name("generate.py"))}
-        self.modules: set[ModuleType] = set()
+        self.holders: set[type | ModuleType] = set()
         self.kinds: set[type] = set()  # classes of the block's modules, and of what these hold
         for module in (model, kernels, quantize, products):
             self.add_source(module)
         for each in (cache, cache.places):
             self.add_class(type(each))
+        hooks = [of_all._global_forward_hooks, of_all._global_forward_pre_hooks]
+        own = [vars(cache)]
         for name, module in block.named_modules():
             self.add_part(name, module)
-        for module in self.modules:
-            self.add_names(module)
+            hooks += [module._forward_hooks, module._forward_pre_hooks]
+            own += [vars(module), module._parameters, module._buffers, module._modules]
+        if any(hooks):
+            raise NoLibrary
+        for holder in self.holders:
+            self.add_names(holder)
+        self.tensors = [kv, *block.parameters(), *block.buffers()]
+        self.seen = [(each, dict(each)) for each in hooks + own]
+        self.formats = self.formats_now()
+
+    def has_changed(self) -> bool:
+        """Whether the block or its cache has another object now: what is in a list or a dictionary
+        of theirs is not looked at."""
+        if self.formats != self.formats_now():
+            return True
+        return not all(
+            len(now) == len(then) and all(map(is_, map(now.get, then), then.values()))
+            for now, then in self.seen
+        )
+
+    def formats_now(self) -> list[Any]:
+        return [*switches(), *map(DTYPE_OF, self.tensors)]
 
     def add_part(self, name: str, module: nn.Module) -> None:
         options = module.options() if isinstance(module, Attention) else {}
@@ -286,8 +292,9 @@ class Traits:
         self.add_class(type(module))
         for key, tensor in chain(module._parameters.items(), module._buffers.items()):
             self.lines.add(f"{name}.{key} {None if tensor is None else describe(tensor)}")
-        for key in settings_of(module):
-            self.lines.add(f"{name}.{key} = {self.described(vars(module)[key])}")
+        for key, value in vars(module).items():
+            if key == "training" or key not in OF_ALL_MODULES:
+                self.lines.add(f"{name}.{key} = {self.described(value)}")
 
     def described(self, value: Any) -> str:
         """A setting, of which nothing changes unless it is replaced."""
@@ -309,37 +316,28 @@ class Traits:
     def add_class(self, kind: type) -> None:
         self.kinds.add(kind)
         for each in kind.__mro__[:-1]:
+            self.holders.add(each)
             self.add_source(sys.modules[each.__module__])
-            self.add_names(each)
-
-    def add_names(self, holder: type | ModuleType) -> None:
-        """What a class or a module holds: functions of its own file, or imported, and numbers."""
-        for key in names_of(holder):
-            value = vars(holder)[key]
-            if isinstance(value, FunctionType) and key != "progress":  # which cli/ replaces
-                module = home(value)
-                self.files.add(module.__file__)
-                self.lines.add(f"{holder.__name__}.{key} is a function")
-                foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
-                if foreign and (isinstance(holder, type) or key != value.__name__):
-                    raise NoLibrary  # in the place of another
-            elif isinstance(value, PLAIN) and not key.startswith("__"):
-                self.lines.add(f"{holder.__name__}.{key} = {value!r}")
 
     def add_source(self, module: ModuleType) -> None:
         if module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
             raise NoLibrary  # a script's names change all the time
         self.files.add(module.__file__)
         if not module.__name__.startswith("torch."):
-            self.modules.add(module)
+            self.holders.add(module)
 
-    def shared(self) -> list[tuple[Any, str]]:
-        """What blocks have in common that may be replaced: functions and numbers, by name."""
-        names = {(each, name) for each in self.modules for name in vars(each)}
-        for kind in self.kinds:
-            names |= {(kind, name) for each in kind.__mro__ for name in names_of(each)}
-        kinds = (FunctionType, *PLAIN)
-        return [pair for pair in names if isinstance(getattr(*pair), kinds)]
+    def add_names(self, holder: type | ModuleType) -> None:
+        """What a class or a module holds: functions of its own file, or imported, and numbers."""
+        for name, value in held(holder).items():
+            if not isinstance(value, FunctionType):
+                self.lines.add(f"{holder.__name__}.{name} = {value!r}")
+                continue
+            module = home(value)
+            self.files.add(module.__file__)
+            self.lines.add(f"{holder.__name__}.{name} is a function")
+            foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
+            if foreign and (isinstance(holder, type) or name != value.__name__):
+                raise NoLibrary  # in the place of another
 
     def fingerprint(self) -> str:
         machine = [torch.__version__, torch.__config__.show(), processor(), *switches()]
@@ -347,26 +345,25 @@ class Traits:
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
 
 
-def names_of(holder: type | ModuleType) -> list[str]:
-    """Those that matter: to PyTorch's classes other packages add some."""
-    if is_torch(holder):
-        return [name for name in ("__call__", "forward") if name in vars(holder)]
-    return [*vars(holder)]
+def held(holder: type | ModuleType) -> dict[str, Any]:
+    """Functions and numbers of a class or a module: of PyTorch's, to which other packages add some,
+    those that matter."""
+    found = {}
+    for name, value in vars(holder).items():
+        if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
+            continue  # cli/ replaces progress
+        is_number = isinstance(value, PLAIN) and not name.startswith("__")
+        if is_number or isinstance(value, FunctionType):
+            found[name] = value
+    return found
 
 
-def settings_of(module: nn.Module) -> list[str]:
-    return [name for name in vars(module) if name == "training" or name not in OF_ALL_MODULES]
-
-
-def refuse_unless_plain(cache: LayerCache, x: Tensor) -> None:
-    """NoLibrary for a cache that is not laid out as a row of a KVCache, or has another format."""
-    kv = cache.kv
-    plain = type(cache) is LayerCache and type(cache.places) is Places and cache.flash
-    if not plain or not kv.is_cpu or kv.dtype != x.dtype or not kv[0].is_contiguous():
-        raise NoLibrary
+def rows_around(kv: Tensor) -> int:
+    """How many rows a KVCache has of which kv [2, 1, Hkv, S, D] is one. NoLibrary: it is none."""
     n_rows, rest = divmod(kv.stride(0), kv[0].numel())
-    if n_rows < 1 or rest:
+    if not kv[0].is_contiguous() or n_rows < 1 or rest:
         raise NoLibrary
+    return n_rows
 
 
 @lru_cache(maxsize=None)
