@@ -142,8 +142,7 @@ FAMILIES |= {
         block=SandwichBlock,
         model=GemmaTransformer,
         gguf=dict(
-            name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW,
-            complete=partial(gguf.gemma, 6),
+            name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=partial(gguf.gemma, 6)
         ),
     ),
     "phi3": Family(
