@@ -1,8 +1,8 @@
 """flash_decode, in Triton and in PyTorch, computes what its reference says.
 
-Needs only kernels.py, beside this file or one folder up: `python kernels_test.py`, or
-`pytest kernels_test.py`. Without a GPU the Triton kernels run in Triton's interpreter; with one
-the same tests run there."""
+Needs only interpreter.py beside this file, and kernels.py there or one folder up:
+`python kernels_test.py`, or `pytest kernels_test.py`. Without a GPU the Triton
+kernels run in Triton's interpreter; with one the same tests run there."""
 import inspect
 import itertools
 import math
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,10 +24,11 @@ if not CUDA:
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent)]
 import kernels
+from interpreter import mend
 from kernels import flash_decode, flash_decode_reference, flash_decode_unchecked, quantize_kv
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -151,29 +151,6 @@ both = pytest.mark.parametrize("run", [run_torch, run_triton], ids=["torch", "tr
 
 COUNTERS = torch.zeros(4096, dtype=I32)
 REAL_COUNTERS = kernels._counters
-PLAIN_CAST = InterpreterBuilder.cast_impl
-
-
-def cast_through_float32(
-    self: InterpreterBuilder, x: TensorHandle, dtype: tl.dtype
-) -> TensorHandle:
-    """The interpreter keeps bfloat16 as its bits; its cast forgets so if no side is float32."""
-    kinds = (x.dtype.scalar, dtype.scalar)
-    if tl.bfloat16 in kinds and tl.float32 not in kinds:
-        x = PLAIN_CAST(self, x, tl.float32)
-    return PLAIN_CAST(self, x, dtype)
-
-
-def dot_through_float32(
-    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_: Any
-) -> TensorHandle:
-    """The interpreter's dot forgets the same."""
-    if a.dtype.scalar == tl.bfloat16:
-        a = PLAIN_CAST(self, a, tl.float32)
-    if b.dtype.scalar == tl.bfloat16:
-        b = PLAIN_CAST(self, b, tl.float32)
-    product = np.matmul(a.data, b.data, dtype=acc.data.dtype)
-    return TensorHandle(product + acc.data, acc.dtype.scalar)
 
 
 @pytest.fixture(autouse=True)
@@ -181,8 +158,7 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What an interpreted launch needs: a mended interpreter, and counters, as it has no stream to
     keep some for. Every launch must leave them at zero."""
     if not CUDA:
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_through_float32)
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_through_float32)
+        mend(monkeypatch)
         monkeypatch.setattr(kernels, "_counters", lambda device, n: COUNTERS)
         monkeypatch.setattr(kernels, "MIN_CHUNK", 32)  # a tile: short rows are cut too
     yield

@@ -1,15 +1,14 @@
 """The products of quantized weights, in Triton and in PyTorch, compute what their references say.
 
-A copy needs only linear.py beside it: `python products_test.py`, or `pytest products_test.py`.
-Without a GPU the Triton kernels run in Triton's interpreter; with one the same tests run there."""
+A copy needs only linear.py and interpreter.py beside it: `python products_test.py`, or
+`pytest products_test.py`. Without a GPU the Triton kernels run in Triton's interpreter; with one
+the same tests run there."""
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,10 +18,11 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 triton = pytest.importorskip("triton")
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))
+from interpreter import mend
+
 if (HERE / "linear.py").exists():
     import linear
 else:
@@ -36,36 +36,10 @@ I8, U8 = torch.int8, torch.uint8
 # --- how it is run ---
 
 
-PLAIN_CAST = InterpreterBuilder.cast_impl
-
-
-def cast_through_float32(
-    self: InterpreterBuilder, x: TensorHandle, dtype: tl.dtype
-) -> TensorHandle:
-    """The interpreter keeps bfloat16 as its bits; its cast forgets so if no side is float32."""
-    kinds = (x.dtype.scalar, dtype.scalar)
-    if tl.bfloat16 in kinds and tl.float32 not in kinds:
-        x = PLAIN_CAST(self, x, tl.float32)
-    return PLAIN_CAST(self, x, dtype)
-
-
-def dot_through_float32(
-    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *_: Any
-) -> TensorHandle:
-    """The interpreter's dot forgets the same."""
-    if a.dtype.scalar == tl.bfloat16:
-        a = PLAIN_CAST(self, a, tl.float32)
-    if b.dtype.scalar == tl.bfloat16:
-        b = PLAIN_CAST(self, b, tl.float32)
-    product = np.matmul(a.data, b.data, dtype=acc.data.dtype)
-    return TensorHandle(product + acc.data, acc.dtype.scalar)
-
-
 @pytest.fixture(autouse=True)
 def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
-        monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_through_float32)
-        monkeypatch.setattr(InterpreterBuilder, "create_dot", dot_through_float32)
+        mend(monkeypatch)
 
 
 Weights = tuple[Tensor, ...]

@@ -10,13 +10,13 @@ from families.blocks import (
     SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
     baichuan_ropes, normalize_head,
 )
-from families.experts import ClampedMoE, mixture_of_experts, mlp_or_moe
+from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
-    attention_multiplier, every_other_window, layer_ropes, longrope, pattern_windows, query_scale,
-    window_everywhere, windows_of, yarn,
+    by_pattern, every_other_and_last, layer_ropes, longrope, query_scale, window_everywhere,
+    windows_of, yarn,
 )
-from model import FAMILIES, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family
+from model import FAMILIES, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
@@ -114,17 +114,16 @@ GPT_OSS = EXPERTS | dict(
 
 # --- the table ---
 
-LAYERWISE = dict(windows=pattern_windows, ropes=layer_ropes)  # layers differ in both
+# layers differ in both
+LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
-GEMMA_FILE = dict(norm_shift=1.0, means=GELU)
-MOE_FILE = dict(complete=gguf.qwen_moe)
 
 FAMILIES |= {
     "gemma": Family(
         GEMMA,
         norm=GemmaNorm,
         model=GemmaTransformer,
-        gguf=dict(GEMMA_FILE, name="gemma"),
+        gguf=dict(name="gemma", norm_shift=1.0, means=GELU),
     ),
     "gemma2": Family(
         GEMMA2,
@@ -133,7 +132,7 @@ FAMILIES |= {
         attention=SoftcapAttention,
         block=SandwichBlock,
         model=GemmaTransformer,
-        gguf=dict(GEMMA_FILE, name="gemma2", complete=gguf.gemma(2, 46)),
+        gguf=dict(name="gemma2", norm_shift=1.0, means=GELU, complete=partial(gguf.gemma, 2)),
     ),
     "gemma3_text": Family(
         GEMMA3,
@@ -143,7 +142,7 @@ FAMILIES |= {
         block=SandwichBlock,
         model=GemmaTransformer,
         gguf=dict(
-            name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma(6, 62)
+            name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=partial(gguf.gemma, 6)
         ),
     ),
     "phi3": Family(
@@ -162,7 +161,9 @@ FAMILIES |= {
         LAYERWISE,
         attention=AllHeadsAttention,
         block=PostNormBlock,
-        gguf=dict(name="olmo2", when="attention.sliding_window", complete=gguf.window_every(4)),
+        gguf=dict(
+            name="olmo2", when="attention.sliding_window", complete=partial(gguf.windows, 4)
+        ),
     ),
     "smollm3": Family(
         SMOLLM3,
@@ -171,7 +172,7 @@ FAMILIES |= {
     ),
     "granite": Family(
         {"attention_multiplier": 1.0},
-        {"softmax_scale": attention_multiplier},
+        {"softmax_scale": partial(positive, key="attention_multiplier", kind=float)},
         block=ScaledBlock,
         model=GraniteTransformer,
         gguf=dict(name="granite", interleaved=True, complete=gguf.granite),
@@ -189,7 +190,7 @@ FAMILIES |= {
     ),
     "mixtral": Family(
         MIXTRAL,
-        {"moe": lambda hf: mixture_of_experts(hf, "intermediate_size")},
+        {"moe": mixture_of_experts},
         mlp=mlp_or_moe,
         gguf=dict(name="llama", when="expert_count", interleaved=True, complete=gguf.mixtral),
     ),
@@ -197,29 +198,27 @@ FAMILIES |= {
         QWEN2_MOE,
         {
             "qkv_bias": True,
-            "windows": every_other_window,
-            "moe": lambda hf: mixture_of_experts(hf, "moe_intermediate_size"),
+            "windows": partial(windows_of, full_layers=every_other_and_last),
+            "moe": mixture_of_experts,
         },
         mlp=mlp_or_moe,
-        gguf=dict(MOE_FILE, name="qwen2moe", means=NO_WINDOW | {"norm_topk_prob": False}),
+        gguf=dict(
+            name="qwen2moe", means=NO_WINDOW | {"norm_topk_prob": False}, complete=gguf.qwen_moe
+        ),
     ),
     "qwen3_moe": Family(
         QWEN3_MOE,
-        {
-            "qk_norm": True,
-            "windows": window_everywhere,
-            "moe": lambda hf: mixture_of_experts(hf, "moe_intermediate_size"),
-        },
+        {"qk_norm": True, "windows": window_everywhere, "moe": mixture_of_experts},
         mlp=mlp_or_moe,
-        gguf=dict(MOE_FILE, name="qwen3moe", means=NO_WINDOW | {"norm_topk_prob": True}),
+        gguf=dict(
+            name="qwen3moe", means=NO_WINDOW | {"norm_topk_prob": True}, complete=gguf.qwen_moe
+        ),
     ),
     "gpt_oss": Family(
         GPT_OSS,
-        LAYERWISE | {
-            "moe": lambda hf: mixture_of_experts(hf, "intermediate_size", bias=True),
-        },
+        LAYERWISE | {"moe": mixture_of_experts},
         attention=SinkAttention,
-        mlp=partial(mlp_or_moe, kind=ClampedMoE),
+        mlp=partial(mlp_or_moe, kind=ClampedExperts),
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
     ),
 }

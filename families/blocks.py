@@ -184,7 +184,7 @@ def normalize_head(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor]
 
 
 class SandwichBlock(Block):
-    """Gemma 2's: norms before and after."""
+    """Gemma 2's: norms before and after attention and MLP."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -199,17 +199,13 @@ class SandwichBlock(Block):
         return x + self.post_feedforward_layernorm(y)
 
 
-class PostNormBlock(Block):
+class PostNormBlock(SandwichBlock):
     """OLMo 2's: norms after, none before."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.post_feedforward_layernorm = self.input_layernorm
-        del self.input_layernorm
-
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(x, positions, cache))
-        return x + self.post_feedforward_layernorm(self.mlp(x))
+        self.input_layernorm = nn.Identity()
+        self.pre_feedforward_layernorm = nn.Identity()
 
 
 class ScaledBlock(Block):
@@ -226,17 +222,23 @@ class ScaledBlock(Block):
 # --- embedding and head ---
 
 
-class GemmaTransformer(Transformer):
-    """The embedding is multiplied by the root of its size; Gemma 2's logits have a softcap."""
+class ScaledTransformer(Transformer):
+    """The embedding is multiplied by a number, rounded as it is: so it was trained."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        self.softcap = maybe_positive(config.hf, "final_logit_softcapping")
+    embedding_scale: float
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = super().embed(tokens)
-        # rounded as the embedding is: so it was trained
-        return x * torch.tensor(math.sqrt(self.config.dim), dtype=x.dtype)
+        return x * torch.tensor(self.embedding_scale, dtype=x.dtype)
+
+
+class GemmaTransformer(ScaledTransformer):
+    """The scale is the root of the embedding's size; Gemma 2's logits have a softcap."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.embedding_scale = math.sqrt(config.dim)
+        self.softcap = maybe_positive(config.hf, "final_logit_softcapping")
 
     def head(self, x: Tensor) -> Tensor:
         logits = super().head(x)
@@ -245,17 +247,13 @@ class GemmaTransformer(Transformer):
         return logits
 
 
-class GraniteTransformer(Transformer):
+class GraniteTransformer(ScaledTransformer):
     """Embedding and logits are scaled."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embedding_scale = positive(config.hf, "embedding_multiplier", 1.0, float)
         self.logits_scale = 1 / positive(config.hf, "logits_scaling", 1.0, float)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        x = super().embed(tokens)
-        return x * torch.tensor(self.embedding_scale, dtype=x.dtype)
 
     def head(self, x: Tensor) -> Tensor:
         return super().head(x) * self.logits_scale

@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from families.settings import maybe_positive
 from model import ACTIVATIONS, MLP, ModelConfig, is_number, positive
 from quantize import LAYOUTS, Linear
 
@@ -29,16 +28,12 @@ class MoEConfig:
     n_active: int  # experts that a token goes to
     ffn_dim: int  # of an expert
     layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
-    shared_ffn_dim: int = 0  # of an expert that all tokens go to; 0: there is none
-    normalize: bool = True  # the weights of a token's experts add up to 1
-    bias: bool = False  # of the router and of the experts
-    glu_alpha: float | None = None  # of gpt-oss's gated linear unit: see ClampedExperts
-    glu_limit: float | None = None
+    shared_ffn_dim: int  # of an expert that all tokens go to; 0: there is none
+    normalize: bool  # the weights of a token's experts add up to 1
 
 
-def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig | None:
-    """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting
-    that has the experts'."""
+def mixture_of_experts(hf: dict) -> MoEConfig | None:
+    """The mixture of experts of a configuration, None if no layer has one."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
     if hf[key] is None:
         raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
@@ -47,16 +42,16 @@ def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig 
     n_layer = positive(hf, "num_hidden_layers")
     step = positive(hf, "decoder_sparse_step", 1)
     dense = hf.get("mlp_only_layers") or []
+    shared = hf.get("shared_expert_intermediate_size")
+    if shared is not None and (shared != 0 or not is_number(shared)):
+        shared = positive(hf, "shared_expert_intermediate_size")
     config = MoEConfig(
         n_expert=positive(hf, key),
         n_active=positive(hf, "num_experts_per_tok"),
-        ffn_dim=positive(hf, ffn_dim),
+        ffn_dim=positive(hf, "moe_intermediate_size", hf["intermediate_size"]),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n_layer)),
-        shared_ffn_dim=shared_ffn_dim(hf),
+        shared_ffn_dim=shared or 0,
         normalize=bool(hf.get("norm_topk_prob", True)),
-        bias=bias,
-        glu_alpha=maybe_positive(hf, "swiglu_alpha"),
-        glu_limit=maybe_positive(hf, "swiglu_limit"),
     )
     if config.n_active > config.n_expert:
         raise ValueError(
@@ -69,36 +64,24 @@ def mixture_of_experts(hf: dict, ffn_dim: str, bias: bool = False) -> MoEConfig 
         )
     return config
 
-
-def shared_ffn_dim(hf: dict) -> int:
-    """The size of the expert that all tokens go to, 0 if there is none."""
-    key = "shared_expert_intermediate_size"
-    size = hf.get(key)
-    if size is None or (is_number(size, int) and size == 0):
-        return 0
-    return positive(hf, key)
-
 # --- the layers ---
 
 
 class MoE(nn.Module):
     """A mixture of experts, its modules named as in Hugging Face's checkpoints."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, kind: type[Experts]):
         super().__init__()
         moe = config.moe
         self.n_active = moe.n_active
         self.normalize = moe.normalize
         # the router and the shared expert's gate are small: they are never quantized
-        self.gate = nn.Linear(config.dim, moe.n_expert, bias=moe.bias)
-        self.experts = self.make_experts(config)
+        self.gate = nn.Linear(config.dim, moe.n_expert, bias=kind.bias)
+        self.experts = kind(config)
         self.shared_expert = None
         if moe.shared_ffn_dim:
             self.shared_expert = MLP(config, 0, moe.shared_ffn_dim)
             self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False)
-
-    def make_experts(self, config: ModelConfig) -> Experts:
-        return Experts(config)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
@@ -121,14 +104,16 @@ class MoE(nn.Module):
 class Experts(nn.Module):
     """The experts of a layer: each is a gated feed-forward network."""
 
+    bias = False  # of the router too
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         moe = config.moe
         self.n_expert = moe.n_expert
         self.n_active = moe.n_active
         self.act = ACTIVATIONS[config.act]
-        self.gate_up_proj = StackedLinear(moe.n_expert, config.dim, 2 * moe.ffn_dim, moe.bias)
-        self.down_proj = StackedLinear(moe.n_expert, moe.ffn_dim, config.dim, moe.bias)
+        self.gate_up_proj = StackedLinear(moe.n_expert, config.dim, 2 * moe.ffn_dim, self.bias)
+        self.down_proj = StackedLinear(moe.n_expert, moe.ffn_dim, config.dim, self.bias)
         self.register()
 
     def glu(self, gate_up: Tensor) -> Tensor:
@@ -189,23 +174,18 @@ class ClampedExperts(Experts):
     """gpt-oss's: up in -limit ... limit, 1 more, times gate, at most limit, times the sigmoid of
     alpha * gate."""
 
+    bias = True
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.alpha = config.moe.glu_alpha
-        self.limit = config.moe.glu_limit
+        self.alpha = positive(config.hf, "swiglu_alpha", kind=float)
+        self.limit = positive(config.hf, "swiglu_limit", kind=float)
 
     def glu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         gate = gate.clamp(max=self.limit)
         up = up.clamp(-self.limit, self.limit)
         return (up + 1) * gate * (gate * self.alpha).sigmoid()
-
-
-class ClampedMoE(MoE):
-    """gpt-oss's mixture of experts."""
-
-    def make_experts(self, config: ModelConfig) -> Experts:
-        return ClampedExperts(config)
 
 
 NUMBERS = itertools.count()
@@ -239,8 +219,7 @@ class StackedLinear(nn.ModuleList):
         self.layout = LAYOUTS.get(("experts", self[0].weight.device.type))
         if self.layout is None:
             return
-        first = [*self[0].named_parameters(), *self[0].named_buffers()]
-        for name, _ in first:
+        for name, _ in [*self[0].named_parameters(), *self[0].named_buffers()]:
             stack = torch.stack([getattr(layer, name) for layer in self])
             for layer, tensor in zip(self, stack, strict=True):
                 if isinstance(getattr(layer, name), nn.Parameter):
@@ -257,7 +236,7 @@ class StackedLinear(nn.ModuleList):
         return y
 
 
-def mlp_or_moe(config: ModelConfig, layer: int, kind: type[MoE] = MoE) -> nn.Module:
+def mlp_or_moe(config: ModelConfig, layer: int, kind: type[Experts] = Experts) -> nn.Module:
     """A layer's feed-forward network: some layers have no experts. kind: those of the others."""
     has_experts = config.moe is not None and config.moe.layers[layer]
-    return kind(config) if has_experts else MLP(config, layer)
+    return MoE(config, kind) if has_experts else MLP(config, layer)

@@ -4,37 +4,28 @@ A function that completes a configuration has (config, settings, tensors): what 
 the terms of config.json, the file's settings without the architecture in front, and its tensors."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-Complete = Callable[[dict, dict, dict], None]
 
-
-def window_every(period: int) -> Complete:
+def windows(
+    period: int, config: dict, settings: dict[str, Any], tensors: dict[str, Any]
+) -> None:
     """All layers but every period-th one have a window, unless the file says which."""
-
-    def complete(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-        n_layer = config.get("num_hidden_layers")
-        pattern = settings.get("attention.sliding_window_pattern", period)
-        if isinstance(pattern, int):
-            pattern = [layer % pattern != pattern - 1 for layer in range(n_layer or 0)]
-        kinds = {True: "sliding_attention", False: "full_attention"}
-        config["layer_types"] = [kinds[bool(window)] for window in pattern]
-
-    return complete
+    n_layer = config.get("num_hidden_layers") or 0
+    pattern = settings.get("attention.sliding_window_pattern", period)
+    if isinstance(pattern, int):
+        pattern = [layer % pattern != pattern - 1 for layer in range(n_layer)]
+    kinds = ["sliding_attention" if window else "full_attention" for window in pattern]
+    config["layer_types"] = kinds
 
 
-def gemma(period: int, n_layer_of_27b: int) -> Complete:
+def gemma(period: int, config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Scores are scaled by the size of a head, but in the models of 27B by that of dim / n_head."""
-
-    def complete(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-        window_every(period)(config, settings, tensors)
-        size = config["head_dim"]
-        if config.get("num_hidden_layers") == n_layer_of_27b:
-            size = config["hidden_size"] // config["num_attention_heads"]
-        config["query_pre_attn_scalar"] = size
-
-    return complete
+    windows(period, config, settings, tensors)
+    size = config["head_dim"]
+    if config.get("num_hidden_layers") in (46, 62):  # Gemma 2 and 3 of 27B
+        size = config["hidden_size"] // config["num_attention_heads"]
+    config["query_pre_attn_scalar"] = size
 
 
 def mixtral(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
@@ -51,9 +42,9 @@ def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
 
 
 def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    window_every(2)(config, settings, tensors)
+    windows(2, config, settings, tensors)
     config["num_local_experts"] = config.pop("num_experts", None)
-    config["intermediate_size"] = settings.get("expert_feed_forward_length")
+    config["intermediate_size"] = config.get("moe_intermediate_size")
     config["rope_scaling"]["truncate"] = False
 
 

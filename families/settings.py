@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,21 +21,29 @@ def query_scale(hf: dict) -> float:
     """Gemma 2's and 3's factor on scores."""
     return positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5
 
-
-def attention_multiplier(hf: dict) -> float:
-    return positive(hf, "attention_multiplier", kind=float)
-
 # --- which layers have a window, or a rope ---
 
 
-def layer_kinds(hf: dict) -> list[str]:
-    """What each layer sees: "full_attention", or "sliding_attention" as far as its window. A file
-    without layer_types says how many see all, the first ones."""
+def windows_of(
+    hf: dict, full_layers: Callable[[dict], list[bool]] | None = None
+) -> tuple[int | None, ...]:
+    """How many tokens a query of each layer sees, None for all of them. full_layers: as in
+    layer_kinds."""
+    kinds = layer_kinds(hf, full_layers or first_layers)
+    if not hf.get("sliding_window") or not hf.get("use_sliding_window"):
+        return (None,) * len(kinds)
+    window = positive(hf, "sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def layer_kinds(hf: dict, full_layers: Callable[[dict], list[bool]]) -> list[str]:
+    """What each layer sees: "full_attention", or "sliding_attention" as far as its window.
+    full_layers: which layers see all if a file has no layer_types."""
     n_layer = positive(hf, "num_hidden_layers")
     kinds = hf.get("layer_types")
     if not kinds:
-        n_full = min(n_layer, hf.get("max_window_layers") or 0)
-        kinds = ["full_attention"] * n_full + ["sliding_attention"] * (n_layer - n_full)
+        full = full_layers(hf)
+        return ["full_attention" if each else "sliding_attention" for each in full]
     if not isinstance(kinds, list) or len(kinds) < n_layer:
         raise ValueError(
             f"the model's configuration has layer_types = {kinds!r}, not an entry for each of "
@@ -48,55 +57,31 @@ def layer_kinds(hf: dict) -> list[str]:
     return kinds[:n_layer]
 
 
-def layer_windows(hf: dict, kinds: list[str]) -> tuple[int | None, ...]:
-    """How many tokens a query of each layer sees, None for all of them."""
-    if not hf.get("sliding_window") or not hf.get("use_sliding_window"):
-        return (None,) * len(kinds)
-    window = positive(hf, "sliding_window")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+def first_layers(hf: dict) -> list[bool]:
+    n_full = hf.get("max_window_layers") or 0
+    return [layer < n_full for layer in range(positive(hf, "num_hidden_layers"))]
 
 
-def windows_of(hf: dict) -> tuple[int | None, ...]:
-    """Of a file whose first layers see all."""
-    return layer_windows(hf, layer_kinds(hf))
-
-
-def pattern_kinds(hf: dict) -> list[str]:
-    """layer_kinds, also where a file tells by a pattern: the last of every few layers sees all, or
-    those with rope do."""
-    n_layer = positive(hf, "num_hidden_layers")
-    if hf.get("layer_types"):
-        return layer_kinds(hf)
-    if hf.get("sliding_window_pattern"):
-        period = positive(hf, "sliding_window_pattern")
-        full = [layer % period == period - 1 for layer in range(n_layer)]
-    else:
-        full = layers_with_rope(hf)
-        if all(full):
-            full = [False] * n_layer
-    return ["full_attention" if each else "sliding_attention" for each in full]
-
-
-def pattern_windows(hf: dict) -> tuple[int | None, ...]:
-    return layer_windows(hf, pattern_kinds(hf))
-
-
-def every_other_window(hf: dict) -> tuple[int | None, ...]:
-    """Of a Qwen2-MoE that does not name its layers' kinds: among the first ones, of which there are
-    max_window_layers, every other one has a window."""
-    n_layer = positive(hf, "num_hidden_layers")
-    if hf.get("layer_types"):
-        return layer_windows(hf, layer_kinds(hf))
+def every_other_and_last(hf: dict) -> list[bool]:
+    """Qwen2-MoE's: of the first max_window_layers every other one, and those behind them."""
     n_first = hf.get("max_window_layers") or 0
-    kinds = ["full_attention"] * n_layer
-    for layer in range(0, min(n_layer, n_first), 2):
-        kinds[layer] = "sliding_attention"
-    return layer_windows(hf, kinds)
+    n_layer = positive(hf, "num_hidden_layers")
+    return [layer % 2 == 1 or layer >= n_first for layer in range(n_layer)]
+
+
+def by_pattern(hf: dict) -> list[bool]:
+    """The last of every few layers, or those with a rope."""
+    if not hf.get("sliding_window_pattern"):
+        return layers_with_rope(hf)
+    period = positive(hf, "sliding_window_pattern")
+    n_layer = positive(hf, "num_hidden_layers")
+    return [layer % period == period - 1 for layer in range(n_layer)]
 
 
 def window_everywhere(hf: dict) -> tuple[int | None, ...]:
-    """Whatever max_window_layers says."""
-    return layer_windows(hf, ["sliding_attention"] * positive(hf, "num_hidden_layers"))
+    """Whatever the file says of its layers."""
+    kinds = ["sliding_attention"] * positive(hf, "num_hidden_layers")
+    return windows_of(hf | {"layer_types": kinds})
 
 
 def layers_with_rope(hf: dict) -> list[bool]:
@@ -119,7 +104,7 @@ def layers_with_rope(hf: dict) -> list[bool]:
 def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
     """Each layer's rotary embedding. Where layers with a window have a base of their own, what else
     is said of rope is meant for the other layers."""
-    kinds = pattern_kinds(hf)
+    kinds = layer_kinds(hf, by_pattern)
     ropes: dict[str, Rope] = {}
     for kind in dict.fromkeys(kinds):
         settings = rope_settings(hf, kind)
@@ -130,29 +115,20 @@ def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
         rope = make_rope(settings)
         same = [other for other in ropes.values() if other.hf == rope.hf]
         ropes[kind] = same[0] if same else rope
-    with_rope = layers_with_rope(hf)
-    return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, with_rope))
+    turned = layers_with_rope(hf)
+    return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, turned))
 
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
 
 def yarn(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:
-    """arXiv 2309.00071"""
-    factor = positive(rope.hf, "factor", kind=float)
-    longer = 0.1 * math.log(max(factor, 1)) + 1
-    scale = positive(rope.hf, "attention_factor", longer, float)
-    return scaled(rope, inv_freq, yarn_share(rope)), scale
-
-
-def yarn_share(rope: Rope) -> Tensor:
-    """How much of each frequency yarn keeps, [D/2]: a ramp between the dimensions that turn
-    beta_fast and beta_slow times over the original context."""
-    half = rope.dim // 2
-    original = rope.original_context
+    """A share of each frequency is kept: a ramp between the dimensions that turn beta_fast and
+    beta_slow times over the original context (arXiv 2309.00071)."""
 
     def dimension(beta: float) -> float:
-        return half * math.log(original / (2 * math.pi * beta), rope.theta)
+        return half * math.log(rope.original_context / (2 * math.pi * beta), rope.theta)
 
+    half = rope.dim // 2
     low = dimension(positive(rope.hf, "beta_fast", 32, float))
     high = dimension(positive(rope.hf, "beta_slow", 1, float))
     if rope.hf.get("truncate", True):
@@ -160,8 +136,11 @@ def yarn_share(rope: Rope) -> Tensor:
         high = math.ceil(high)
     low = max(low, 0)
     high = min(high, rope.dim - 1)
-    ramp = (torch.arange(half) - low) / max(high - low, 0.001)
-    return 1 - ramp.clamp(0, 1)
+    ramp = (torch.arange(half) - low) / max(high - low, 0.001)  # (D/2,)
+    kept = 1 - ramp.clamp(0, 1)
+    longer = 0.1 * math.log(max(positive(rope.hf, "factor", kind=float), 1)) + 1
+    scale = positive(rope.hf, "attention_factor", longer, float)
+    return scaled(rope, inv_freq, kept), scale
 
 
 def longrope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:

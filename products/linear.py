@@ -76,9 +76,7 @@ def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
     return torch.ops.gpt_flash.packed_int4_linear(x, packed, lines)
 
 
-def experts_linear(
-    x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None,
-) -> Tensor:
+def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None) -> Tensor:
     """Products with the weights that each token chose of a stack: x [R, K], or [R, n_active, K]
     with a vector for each choice, and ids [R, n_active], integers that differ within a token,
     -> [R, n_active, N]. What w and scales may be, float32 sums as in the products of one weight:
@@ -130,9 +128,7 @@ def packed_int4_linear_reference(x: Tensor, packed: Tensor, lines: Tensor) -> Te
     return _nibbles_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
 
 
-def _nibbles_linear_reference(
-    x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor,
-) -> Tensor:
+def _nibbles_linear_reference(x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
     weight = values * scales[..., None] + zeros[..., None]
     return F.linear(x.float(), weight.view(len(nibbles), -1)).to(x.dtype)
