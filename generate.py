@@ -79,10 +79,6 @@ def generate(
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         wanted = f"a list of prompts, each a {IDS_WANTED}"
         raise ValueError(f"prompts must be {wanted}, not {prompts!r:.60}")
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
-    if stop and not hasattr(tokenizer, "ends"):
-        raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
     if isinstance(eos_ids, Iterator):
         eos_ids = frozenset(eos_ids)
     requests = []
@@ -90,7 +86,7 @@ def generate(
         requests.append(Request(
             prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
-            ends=tokenizer.ends(stop, prompt) if stop else None,
+            ends=ends_at(stop, tokenizer, prompt) if stop else None,
         ))
     if not requests:
         raise ValueError("there is no prompt")
@@ -168,6 +164,15 @@ def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
             f"no cache with {cached} tokens cached has {n_rows} rows with room for {needed}"
         )
     model.setup_caches(n_rows, needed, *kind).grows = grows
+
+
+def ends_at(stop: Sequence[str], tokenizer: Any, prompt: list[int]) -> Callable[..., bool]:
+    """Request.ends for stop strings. ValueError if they are none, or have no tokenizer."""
+    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
+    if not hasattr(tokenizer, "ends"):
+        raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
+    return tokenizer.ends(stop, prompt)
 
 
 class Range(NamedTuple):
