@@ -190,7 +190,7 @@ FAMILIES |= {
     ),
     "mixtral": Family(
         MIXTRAL,
-        {"moe": mixture_of_experts},
+        {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")},
         mlp=mlp_or_moe,
         gguf=dict(name="llama", when="expert_count", interleaved=True, complete=gguf.mixtral),
     ),
@@ -216,7 +216,7 @@ FAMILIES |= {
     ),
     "gpt_oss": Family(
         GPT_OSS,
-        LAYERWISE | {"moe": mixture_of_experts},
+        LAYERWISE | {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")},
         attention=SinkAttention,
         mlp=partial(mlp_or_moe, kind=ClampedExperts),
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),

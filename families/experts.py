@@ -32,8 +32,9 @@ class MoEConfig:
     normalize: bool  # the weights of a token's experts add up to 1
 
 
-def mixture_of_experts(hf: dict) -> MoEConfig | None:
-    """The mixture of experts of a configuration, None if no layer has one."""
+def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEConfig | None:
+    """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting
+    that has the experts'."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
     if hf[key] is None:
         raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
@@ -48,7 +49,7 @@ def mixture_of_experts(hf: dict) -> MoEConfig | None:
     config = MoEConfig(
         n_expert=positive(hf, key),
         n_active=positive(hf, "num_experts_per_tok"),
-        ffn_dim=positive(hf, "moe_intermediate_size", hf["intermediate_size"]),
+        ffn_dim=positive(hf, ffn_dim),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n_layer)),
         shared_ffn_dim=shared or 0,
         normalize=bool(hf.get("norm_topk_prob", True)),
