@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,12 @@ def test_batching_benchmark_runs(tmp_path: Path) -> None:
 # --- benchmarks/speculate.py ---
 
 
-def test_speculate_benchmark_runs() -> None:
+def test_speculate_benchmark_runs(talking_folder: Callable[..., Path], tmp_path: Path) -> None:
     """With one draft and prompt lookup; plain decoding says the same."""
+    folder = talking_folder(tmp_path / "model", max_position_embeddings=2048)
     done = python(
         "benchmarks/speculate.py",
+        "--checkpoint_path", folder,
         "--speculate_k", "2",
         "--draft_quantize", "int8",
         "--dtype", "float32",
