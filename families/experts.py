@@ -33,8 +33,7 @@ class MoEConfig:
 
 
 def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEConfig | None:
-    """The mixture of experts of a configuration, None if no layer has one. ffn_dim: the setting
-    that has the experts'."""
+    """None if no layer has one. ffn_dim: the setting that has the experts' size."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
     if hf[key] is None:
         raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
