@@ -161,16 +161,16 @@ def undisturbed(run: Any, tensors: list[Tensor]) -> list[Tensor]:
     oneDNN's product is, would end the process, so Python's handlers are called after it."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets any
         return run(tensors)
-    held: list[tuple[Any, ...]] = []
+    waiting: list[tuple[Any, ...]] = []
     handlers = {n: getsignal(n) for n in (SIGINT, SIGTERM) if callable(getsignal(n))}
     for number in handlers:
-        signal(number, lambda *received: held.append(received))
+        signal(number, lambda *received: waiting.append(received))
     try:
         return run(tensors)
     finally:
         for number, handler in handlers.items():
             signal(number, handler)
-        for received in held:
+        for received in waiting:
             handlers[received[0]](*received)
 
 
