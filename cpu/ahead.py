@@ -23,10 +23,10 @@ import zipfile
 from _signal import getsignal, signal  # in `signal` they take 9 us each, for names of numbers
 from functools import lru_cache, partial
 from itertools import chain, starmap
-from operator import attrgetter, is_, is_not
+from operator import is_, ne
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,7 +47,6 @@ from model import (
 from quantize import LAYOUTS, cache_folder, say_once, workspace
 
 PLACES = 64  # of the cache that a block is exported with; compiled, it takes any
-DTYPE_OF = attrgetter("dtype")
 KEPT = 64  # libraries, of 2 MB each: those that were used last
 
 
@@ -68,7 +67,7 @@ class AheadOfTime:
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
         self.first: nn.Module | None = None  # the block before which all of them are looked at
         self.shared: dict[type | ModuleType, dict[str, Any]] = {}  # what these held
-        self.methods: dict[tuple[type, str], FunctionType] = {}
+        self.methods: dict[tuple[type, str], Any] = {}  # and numbers of classes, by their names
         self.sign: tuple[int, int] | None = None  # of what calls for a look at everything
         self.missing = False  # whether a block goes elsewhere because nobody built its library
         self.changed = False
@@ -87,7 +86,7 @@ class AheadOfTime:
         if self.changed or step is None:
             return self.otherwise(block, x, positions, cache)
         where = [value for value in positions if isinstance(value, Tensor)]
-        [y] = undisturbed(step.library.run, [x, *where, *step.tensors])
+        [y] = step.library.run([x, *where, *step.tensors])
         return y
 
     def first_time(
@@ -124,15 +123,14 @@ class AheadOfTime:
             self.shared[each] = held(each)
         for kind in step.kinds:
             for name in chain(*map(held, kind.__mro__)):
-                if isinstance(getattr(kind, name), FunctionType):
-                    self.methods[kind, name] = getattr(kind, name)
+                self.methods.setdefault((kind, name), getattr(kind, name))
         return step
 
     def has_changed(self) -> bool:
         """Whether anything of a block was replaced, as far as each step asks, or each text."""
         sign = Transformer.n_prefills, RemovableHandle.next_id  # of all hooks that there were
         if sign == self.sign:
-            return any(map(is_not, starmap(getattr, self.methods), self.methods.values()))
+            return any(map(ne, starmap(getattr, self.methods), self.methods.values()))
         self.sign = sign
         if any(held(each) != was for each, was in self.shared.items()):
             return True
@@ -159,20 +157,20 @@ class AheadOfTime:
 
 
 def undisturbed(run: Any, tensors: list[Tensor]) -> list[Tensor]:
-    """Run a library. An exception that a signal raises in the one operator of it that is Python
-    would end the process, so Python's handlers are called after it."""
+    """Run a library. An exception that a signal raises in an operator of it that is Python, as
+    oneDNN's product is, would end the process, so Python's handlers are called after it."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets any
         return run(tensors)
-    held: list[tuple[Any, ...]] = []
+    waiting: list[tuple[Any, ...]] = []
     handlers = {n: getsignal(n) for n in (SIGINT, SIGTERM) if callable(getsignal(n))}
     for number in handlers:
-        signal(number, lambda *received: held.append(received))
+        signal(number, lambda *received: waiting.append(received))
     try:
         return run(tensors)
     finally:
         for number, handler in handlers.items():
             signal(number, handler)
-        for received in held:
+        for received in waiting:
             handlers[received[0]](*received)
 
 
@@ -282,7 +280,7 @@ class Step:
         )
 
     def formats_now(self) -> list[Any]:
-        return [*switches(), *map(DTYPE_OF, self.tensors)]
+        return [*switches(), *(tensor.dtype for tensor in self.tensors)]
 
     def add_part(self, name: str, module: nn.Module) -> None:
         options = module.options() if isinstance(module, Attention) else {}
@@ -448,6 +446,7 @@ def load(path: Path) -> Any:
     refuse_others(path.resolve())
     try:
         with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
             damaged = archive.testzip()  # which the loader would run
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {Path(damaged).name} is another")
@@ -456,7 +455,10 @@ def load(path: Path) -> Any:
         raise ValueError(f"{path} was damaged, and is removed: {first_line(error)}") from error
     with contextlib.suppress(OSError):  # of a folder that may only be read
         os.utime(path)  # the last that is thrown away
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    library = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    if any(name.endswith(".wrapper.json") for name in names):  # lists operators that may be Python
+        return SimpleNamespace(run=partial(undisturbed, library.run))
+    return library
 
 
 def refuse_others(path: Path) -> None:
