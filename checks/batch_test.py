@@ -503,6 +503,7 @@ def test_other_weights_at_the_same_path_are_others(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"some weights")
     before = files_of(tmp_path)
+    (tmp_path / "answers.jsonl").write_text("{}")  # an --output may lie beside them
     assert files_of(tmp_path) == before == files_of(os.path.relpath(tmp_path))
     file.write_bytes(b"same length:")
     assert files_of(tmp_path) != before
