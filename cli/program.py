@@ -195,18 +195,15 @@ def wanted(
 
 def files_of(path: str | None) -> list[Any]:
     """What tells a checkpoint from another one, at the same path too: of each file with weights or
-    settings its name, size, time and a hash of its beginning, where headers are. Others may come
-    and go, as the file of answers does."""
+    settings its name, size, time and a hash of its beginning, where headers are."""
     source = default_model() if path is None else resolve(path)
-    files = [source]
-    if source.is_dir():
-        kinds = ("*.safetensors", "*.bin", "*config.json")
-        files = sorted(file for kind in kinds for file in source.glob(kind))
+    kinds = (".safetensors", ".bin", ".gguf", "config.json")  # others come and go, as answers do
     found = []
-    for file in files:
-        with open(file, "rb") as content:
-            digest = sha256(content.read(2**16)).hexdigest()
-        found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns, digest])
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+        if file.name.endswith(kinds):
+            with open(file, "rb") as content:
+                digest = sha256(content.read(2**16)).hexdigest()
+            found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns, digest])
     return found
 
 
