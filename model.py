@@ -357,9 +357,8 @@ def prefill_attention(
     [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
     as far from the last one as it is from the last query.
 
-    PyTorch's flash kernels take a prompt from its beginning; masks they refuse on a GPU, and the
-    memory-efficient ones refuse fewer key than query heads (sdp_utils.cpp of ATen). So query heads
-    ride along as queries of their KV head, in tiles, whose scores alone are in memory."""
+    PyTorch's flash kernels take a prompt from its beginning. Elsewhere a mask is needed, with which
+    a GPU wants as many key as query heads (ATen's sdp_utils.cpp): so it is folded, and in tiles."""
     from_beginning = keys.shape[2] == q.shape[2] and (window is None or q.shape[2] <= window)
     if from_beginning and flash_takes(q, keys, values):
         y = F.scaled_dot_product_attention(
@@ -1101,15 +1100,16 @@ class Checkpoint:
     path: Path
     config: dict  # as in Hugging Face's config.json
     tensors: dict[str, Any] = field(repr=False)  # by the file's own names, in mapped memory
+    put_layer = staticmethod(quantization.put_layer)  # which puts an empty one into a model
 
     @classmethod
-    def from_folder(cls, folder: Path, files: Iterable[Path] = ()) -> Checkpoint:
-        """files: by default all. Nothing is read before it is used."""
+    def from_folder(cls, folder: Path) -> Checkpoint:
+        """Nothing is read before it is used."""
         file = folder / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             tensors = {}
-            for file in files or sorted(folder.glob("model*.safetensors")):
+            for file in sorted(folder.glob("model*.safetensors")):
                 tensors |= load_file(file)
         except Exception as e:  # of JSON, safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
@@ -1127,9 +1127,8 @@ class Checkpoint:
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str
     ) -> Callable[[], None]:
-        """Put empty quantized layers into a model where the file has integers -> what fills those
-        that are not read by parameter."""
-        if quantized_layout(model, self.config) and quantize in MODES:
+        """Put empty layers where the file has integers -> what fills those that lack them yet."""
+        if quantized_layout(model, self.config, self.put_layer) and quantize in MODES:
             raise ValueError(f"{self.path} is quantized already; leave out --quantize {quantize}")
         return lambda: None
 

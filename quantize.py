@@ -432,16 +432,14 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def quantized_layout(
-    model: nn.Module, hf: dict, put: Callable[..., nn.Module] | None = None
-) -> bool:
+def quantized_layout(model: nn.Module, hf: dict, put: Callable[..., Any]) -> bool:
     """Put empty quantized layers where save_quantized's config.json has them -> whether hf is one.
     put: put_layer, or one that knows more modes. ValueError where they do not fit the model."""
     if "gpt_flash" not in hf:
         return False
     try:
         for name, (mode, group_size) in hf["gpt_flash"]["layers"].items():
-            (put or put_layer)(model, name, mode, group_size)
+            put(model, name, mode, group_size)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise ValueError(
             f"the gpt_flash entry of config.json does not fit the model: {e}"

@@ -21,7 +21,7 @@ from formats.integers import Blocks, mxfp4_blocks
 from formats.layers import fill_layers, put
 from formats.settings import check_settings, refuse_unsupported
 from model import FAMILIES, Checkpoint, Transformer, first_line
-from quantize import MODES, Linear, affine, quantized_layout, say_once
+from quantize import Linear, affine, say_once
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight",
@@ -47,6 +47,8 @@ class CheckedCheckpoint(Checkpoint):
     """A Hugging Face folder, also of a mixture of experts, whose tensors have names of their own,
     or one that save_quantized wrote."""
 
+    put_layer = staticmethod(put)
+
     def empty_model(self) -> Transformer:
         """ValueError also where settings go together so badly that using them fails."""
         with making_sense_of(self.path):
@@ -56,13 +58,11 @@ class CheckedCheckpoint(Checkpoint):
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str
     ) -> Callable[[], None]:
-        saved = quantized_layout(model, self.config, put)
-        if saved and quantize in MODES:
-            raise ValueError(f"{self.path} is quantized already; leave out --quantize {quantize}")
+        nothing_more = super().put_layers(model, quantize, device)
         plan = self.plan(model)
         self.check_names(name for parts in plan.values() for name in parts)
-        if quantize != "auto" or saved:
-            return lambda: None
+        if quantize != "auto" or "gpt_flash" in self.config:
+            return nothing_more
         return fill_layers(model, self.integers(model, plan), device)
 
     def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
