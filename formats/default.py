@@ -19,7 +19,7 @@ def default_model() -> Path:
     try:
         file = cache_folder() / FILE
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(0o700, parents=True, exist_ok=True)  # or a library is refused there
             with workspace(file.parent, "fetching") as tmp:
                 os.replace(fetch(tmp), file)  # at once, so that no run sees half a file
     except (OSError, RuntimeError) as e:  # the second: there is no home folder
