@@ -587,9 +587,9 @@ def keep_top_k(probs: Tensor, k: Tensor) -> Tensor:
 
 
 def keep_top_p(probs: Tensor, p: Tensor) -> Tensor:
-    """The fewest tokens whose probabilities reach p of what is left."""
+    """The fewest tokens that reach p of what is left, to a millionth: sums are no more exact."""
     likelier = probs.cumsum(-1) - probs  # the mass of likelier tokens
-    enough = p * probs.sum(-1, keepdim=True)
+    enough = p * (1 - 1e-6) * probs.sum(-1, keepdim=True)
     return probs.masked_fill((likelier >= enough) & (p < 1), 0)
 
 

@@ -106,6 +106,7 @@ class Speculation:
     """What proposals brought."""
 
     checked: int = 0  # row-steps that checked some
+    tokens: int = 0  # of texts that those brought
     accepted: list[int] = field(default_factory=list)  # by position: of how many they were right
     checking_s: list[float] = field(default_factory=list)  # per step that checked some
     plain_s: list[float] = field(default_factory=list)  # per step that checked none
@@ -383,6 +384,8 @@ class Engine(Speculator):
             if launch.is_step:
                 self.stats.useful_row_steps += 1
                 self.stats.decode_tokens += len(taken)
+            if launch.k:
+                self.stats.speculation.tokens += len(taken)
             if running.done:
                 self.free(running)
             yield running.number, taken

@@ -132,6 +132,23 @@ def test_top_p_is_a_share_of_what_top_k_leaves() -> None:
     assert probs.count_nonzero() == 1  # 0.4 is more than half of 0.7
 
 
+@pytest.mark.parametrize("shares, top_p, n", [
+    ([0.5, 0.3, 0.1, 0.1], 0.8, 2),
+    ([0.6, 0.2, 0.1, 0.1], 0.8, 2),
+    ([0.5, 0.25, 0.125, 0.125], 0.75, 2),
+    ([0.5, 0.3, 0.1, 0.1], 0.801, 3),
+    ([0.5, 0.3, 0.1, 0.1], 1e-9, 1),
+])
+def test_top_p_that_is_reached_exactly_takes_no_token_more(
+    shares: list[float], top_p: float, n: int
+) -> None:
+    """Though sums of float32 numbers round to one side or the other."""
+    request = Request([5], 1, temperature=1.0, top_p=top_p)
+    sampling = Sampling.of([request], torch.device("cpu"))
+    probs, _ = filter_probs(torch.tensor([shares]), sampling, 4)
+    assert probs.count_nonzero() == n
+
+
 def test_a_seeded_request_draws_the_same_in_any_company(checkpoint: Checkpoint) -> None:
     """Rows, neighbours, predecessors and the order of steps are nothing to it."""
     model = loaded(checkpoint)

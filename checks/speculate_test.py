@@ -327,6 +327,17 @@ def test_random_text_is_decoded_by_plain_steps(checkpoint: Checkpoint) -> None:
     found = engine.stats.speculation
     assert len(found.plain_s) > 0.95 * len(engine.stats.steps_s)
 
+
+def test_proposals_behind_the_end_of_a_text_count_for_nothing(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    text, = generate(model, [[5, 6, 7]], 30)
+    end = next(token for i, token in enumerate(text) if i > 2 and token not in text[:i])
+    engine = speculating(model, 1, 15, draft=model)  # which is right each time
+    got, = collect(engine, [Request([5, 6, 7], 30, eos_ids=[end])])
+    found = engine.stats.speculation
+    assert got == text[:text.index(end) + 1]
+    assert len(got) == 1 + found.tokens < sum(found.accepted)
+
 # --- mistakes ---
 
 
@@ -386,7 +397,7 @@ def test_flags(
     speculate = ("--device", "cpu", "--speculate_k", 3, "--draft_checkpoint_path", default_model())
     code, out, err = run_cli(capfd, *speculate)
     assert code == 0 and out == "The capital of France is Paris.\n"
-    assert "proposals accepted by position: 100% 100% 100%; 4.00 tokens a step" in err
+    assert "proposals accepted by position: 100% 100% 100%; 3.50 tokens a step" in err
 
     code, out, _ = run_cli(capfd, *speculate, *"--benchmark --max_new_tokens 9 --json".split())
     found = json.loads(out)["speculation"]

@@ -141,7 +141,7 @@ def say_bandwidth(read: float, step_s: float, device: torch.device) -> dict[str,
 def say_speculation(found: Any) -> dict[str, float | list[float]]:
     """What proposals brought, as a sentence -> the same as numbers."""
     shares = [right / found.checked for right in found.accepted]
-    tokens = 1 + sum(shares)
+    tokens = found.tokens / found.checked  # not those behind the end of a text
     checking_s = statistics.median(found.checking_s)
     summary = {
         "accepted_by_position": shares,
