@@ -854,7 +854,8 @@ class ModelConfig:
     def from_hf(cls, hf: dict) -> ModelConfig:
         """Of a config.json as a dict. ValueError names what is missing or unsupported."""
         name, family = family_of(hf)
-        hf = family.defaults | hf
+        known = {k: v for k, v in hf.items() if k not in OPTIONAL or k in family.defaults}
+        hf = family.defaults | known
         n_layer = positive(hf, "num_hidden_layers")
         n_head = positive(hf, "num_attention_heads")
         dim = positive(hf, "hidden_size")
@@ -903,7 +904,7 @@ class ModelConfig:
 def windows_of(hf: dict) -> tuple[int | None, ...]:
     """Per layer, how many tokens a query sees: all of them here; families/ knows windows."""
     n_layer = positive(hf, "num_hidden_layers")
-    has_windows = hf.get("sliding_window") and hf.get("use_sliding_window")
+    has_windows = hf.get("sliding_window") and hf.get("use_sliding_window", True)
     if has_windows or hf.get("layer_types") not in (None, ["full_attention"] * n_layer):
         return extension("families").windows_of(hf)
     return (None,) * n_layer
@@ -928,7 +929,7 @@ def is_number(value: Any, kind: type = float) -> bool:
 class Family:
     """What a family of models is, where that is not what a Llama is."""
 
-    defaults: dict[str, Any] = field(default_factory=dict)  # of config.json's keys
+    defaults: dict[str, Any] = field(default_factory=dict)  # of config.json's keys; see OPTIONAL
     # of ModelConfig, whatever config.json says: values, or functions of its entries
     fields: dict[str, Any] = field(default_factory=dict)
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
@@ -943,18 +944,27 @@ class Family:
     gguf: dict[str, Any] | None = None  # what formats/architectures.py is to know of GGUF files
 
 
-MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, use_sliding_window=True,
-               sliding_window=4096)
-QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768, sliding_window=4096,
-             max_window_layers=28)
+# Settings that the classes of some families read. Files keep those of others: one counts where the
+# family has a default for it.
+OPTIONAL = {
+    "attention_bias", "mlp_bias", "hidden_activation", "sliding_window", "use_sliding_window",
+    "layer_types", "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq",
+    "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob", "decoder_sparse_step",
+    "mlp_only_layers", "shared_expert_intermediate_size",
+}
+LLAMA = dict(attention_bias=False, mlp_bias=False)
+MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768, use_sliding_window=False,
+             sliding_window=4096, max_window_layers=28, layer_types=None)
 NO_WINDOW = {"sliding_window": None}  # the default above is one that most files do not use
 # By the model_type of config.json; families/ has the others.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(gguf=dict(name="llama", interleaved=True)),
+    "llama": Family(LLAMA, gguf=dict(name="llama", interleaved=True)),
     "mistral": Family(MISTRAL),
     "qwen2": Family(QWEN2, {"qkv_bias": True}, gguf=dict(name="qwen2", means=NO_WINDOW)),
     "qwen3": Family(
-        QWEN2 | {"head_dim": 128}, {"qk_norm": True}, gguf=dict(name="qwen3", means=NO_WINDOW)
+        QWEN2 | {"head_dim": 128, "attention_bias": False}, {"qk_norm": True},
+        gguf=dict(name="qwen3", means=NO_WINDOW),
     ),
 }
 

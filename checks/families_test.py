@@ -1,5 +1,6 @@
 """What families of models do in their own way, beside the parity of all of them in tests.py:
 Baichuan, which transformers no longer has; rotary embeddings far out; what is refused."""
+import copy
 import dataclasses
 import json
 import math
@@ -161,8 +162,7 @@ def test_embeddings_are_scaled_as_in_training(
     model.layers[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
     tokens = random_tokens(1, 20)
     model(tokens, start(0))
-    theirs = hf.model.embed_tokens.to(torch.bfloat16)(tokens)
-    hf.model.embed_tokens.float()
+    theirs = copy.deepcopy(hf.model.embed_tokens).to(torch.bfloat16)(tokens)
     if name == "granite":
         theirs = theirs * hf.config.embedding_multiplier
     assert torch.equal(seen[0], theirs)
@@ -296,6 +296,39 @@ def test_baichuan_is_its_formulas(tmp_path: Path, change: dict, attention: str) 
     close(model(tokens[:, 20:], start(20, 20)), want[:, 20:])
     close(model(torch.stack([tokens[0, 30:33], tokens[1, 7:10]]), start(30, 7)),
           torch.stack([want[0, 30:33], want[1, 7:10]]))
+
+# --- what a family reads ---
+
+
+@pytest.mark.parametrize("model_type, other", [
+    ("llama", dict(sliding_window=8, use_sliding_window=True)),
+    ("llama", dict(layer_types=["sliding_attention"] * 3, sliding_window=8)),
+    ("mistral", dict(attention_bias=True, use_sliding_window=False, mlp_bias=True)),
+    ("qwen2", dict(attention_bias=True, mlp_bias=True)),
+    ("qwen3", dict(mlp_bias=True)),
+    ("gemma", dict(hidden_activation="silu", final_logit_softcapping=3.0)),
+    ("gemma2", dict(use_sliding_window=False, no_rope_layers=[0, 0, 0])),
+    ("phi3", dict(attention_bias=True, use_sliding_window=False)),
+    ("mixtral", dict(norm_topk_prob=False, mlp_only_layers=[0], decoder_sparse_step=2)),
+    ("qwen3_moe", dict(shared_expert_intermediate_size=8)),
+    ("gpt_oss", dict(rope_local_base_freq=3.0, norm_topk_prob=False)),
+])
+def test_a_setting_of_another_family_means_nothing(model_type: str, other: dict) -> None:
+    """Files keep such; the classes of transformers do not read them."""
+    hf = {**CONFIG, "model_type": model_type, "sliding_window": 9}
+    hf |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    without, both = [
+        dataclasses.replace(ModelConfig.from_hf(each), hf={}, ropes=()) for each in (hf, hf | other)
+    ]
+    assert both == without
+
+
+@pytest.mark.parametrize("act, meant", [
+    ("gelu", "gelu_pytorch_tanh"), ("gelu_pytorch_tanh", "gelu_pytorch_tanh"), ("silu", "silu")])
+def test_gemma_means_the_tanh_form(act: str, meant: str) -> None:
+    """Its first files say gelu."""
+    hf = {**CONFIG, "model_type": "gemma", "hidden_act": act}
+    assert ModelConfig.from_hf(hf).act == meant
 
 # --- rotary embeddings far out ---
 

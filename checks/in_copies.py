@@ -28,7 +28,7 @@ def answer(checkpoint: str, copy: str) -> dict[str, Any]:
     prompts = [tokenizer.encode(text) for text in ("What is this?", "It is a dog", "import")]
     tokens = generate.generate(llama, prompts, 12)
     yarn = llama.config.hf | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
-    window = llama.config.hf | {"use_sliding_window": True, "sliding_window": 8}
+    window = llama.config.hf | {"model_type": "mistral", "sliding_window": 8}
     wants = [
         lambda: model.ModelConfig.from_hf({"model_type": "gemma"}),
         lambda: model.ModelConfig.from_hf(yarn),

@@ -13,10 +13,10 @@ from families.blocks import (
 from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, layer_ropes, longrope, query_scale, window_everywhere,
-    windows_of, yarn,
+    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
+    window_everywhere, windows_of, yarn,
 )
-from model import FAMILIES, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
+from model import FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
@@ -26,6 +26,7 @@ ROPES |= {"yarn": yarn, "longrope": longrope}
 
 GEMMA = dict(
     hidden_act="gelu_pytorch_tanh",
+    attention_bias=False,
     num_key_value_heads=16,
     head_dim=256,
     max_position_embeddings=8192,
@@ -34,9 +35,9 @@ GEMMA = dict(
 GEMMA2 = GEMMA | dict(
     hidden_activation="gelu_pytorch_tanh",
     num_key_value_heads=4,
-    use_sliding_window=True,
     sliding_window=4096,
     sliding_window_pattern=2,
+    layer_types=None,
     query_pre_attn_scalar=256,
     attn_logit_softcapping=50.0,
     final_logit_softcapping=30.0,
@@ -49,19 +50,23 @@ GEMMA3 = GEMMA2 | dict(
     attn_logit_softcapping=None,
     final_logit_softcapping=None,
 )
-OLMO2 = dict(rms_norm_eps=1e-5)
+OLMO2 = dict(rms_norm_eps=1e-5, attention_bias=False)
 OLMO3 = OLMO2 | dict(
-    use_sliding_window=True,
+    layer_types=None,
     sliding_window=4096,
     sliding_window_pattern=4,
     rope_theta=5e5,
     rope_local_base_freq=5e5,
 )
-SMOLLM3 = dict(
+SMOLLM3 = LLAMA | dict(
+    use_sliding_window=False,
+    sliding_window=None,
+    layer_types=None,
     num_key_value_heads=4,
     max_position_embeddings=32768,
     rope_theta=2e6,
     no_rope_layer_interval=4,
+    no_rope_layers=None,
     tie_word_embeddings=True,
 )
 PHI3 = dict(
@@ -69,7 +74,7 @@ PHI3 = dict(
     max_position_embeddings=4096,
     original_max_position_embeddings=4096,
     partial_rotary_factor=1.0,
-    use_sliding_window=True,
+    sliding_window=None,
 )
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 MIXTRAL = MISTRAL | EXPERTS | dict(
@@ -81,15 +86,21 @@ MIXTRAL = MISTRAL | EXPERTS | dict(
 QWEN2_MOE = QWEN2 | EXPERTS | dict(
     num_key_value_heads=16,
     num_experts_per_tok=4,
+    decoder_sparse_step=1,
+    mlp_only_layers=None,
     moe_intermediate_size=1408,
     shared_expert_intermediate_size=5632,
     norm_topk_prob=False,
 )
 QWEN3_MOE = EXPERTS | dict(
+    attention_bias=False,
+    use_sliding_window=False,
     num_key_value_heads=4,
     max_position_embeddings=32768,
     sliding_window=4096,
     num_experts_per_tok=8,
+    decoder_sparse_step=1,
+    mlp_only_layers=None,
     moe_intermediate_size=768,
     norm_topk_prob=False,
 )
@@ -104,7 +115,7 @@ GPT_OSS = EXPERTS | dict(
         original_max_position_embeddings=4096,
     ),
     attention_bias=True,
-    use_sliding_window=True,
+    layer_types=None,
     sliding_window=128,
     sliding_window_pattern=2,
     num_experts_per_tok=4,
@@ -121,9 +132,10 @@ GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 FAMILIES |= {
     "gemma": Family(
         GEMMA,
+        {"act": gelu_tanh},
         norm=GemmaNorm,
         model=GemmaTransformer,
-        gguf=dict(name="gemma", norm_shift=1.0, means=GELU),
+        gguf=dict(name="gemma", norm_shift=1.0),
     ),
     "gemma2": Family(
         GEMMA2,
@@ -171,7 +183,7 @@ FAMILIES |= {
         gguf=dict(name="smollm3", interleaved=True, means={"no_rope_layer_interval": 4}),
     ),
     "granite": Family(
-        {"attention_multiplier": 1.0},
+        LLAMA | {"attention_multiplier": 1.0},
         {"softmax_scale": partial(positive, key="attention_multiplier", kind=float)},
         block=ScaledBlock,
         model=GraniteTransformer,

@@ -21,6 +21,11 @@ def query_scale(hf: dict) -> float:
     """Gemma 2's and 3's factor on scores."""
     return positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5
 
+
+def gelu_tanh(hf: dict) -> str:
+    """Gemma 1's activation: its first files say gelu, and mean its tanh form."""
+    return {"gelu": "gelu_pytorch_tanh"}.get(hf["hidden_act"], hf["hidden_act"])
+
 # --- which layers have a window, or a rope ---
 
 
@@ -30,7 +35,7 @@ def windows_of(
     """How many tokens a query of each layer sees, None for all of them. full_layers: as in
     layer_kinds."""
     kinds = layer_kinds(hf, full_layers or first_layers)
-    if not hf.get("sliding_window") or not hf.get("use_sliding_window"):
+    if not hf.get("sliding_window") or not hf.get("use_sliding_window", True):
         return (None,) * len(kinds)
     window = positive(hf, "sliding_window")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
