@@ -98,9 +98,10 @@ class DraftModel(Drafter):
     Its cache has the same rows. The first call of a step feeds two tokens, the row's last and the
     one before: that one is new to the draft where a step before accepted all that was proposed."""
 
-    def __init__(self, draft: Transformer, cache: KVCache, compiled: bool):
+    def __init__(self, draft: Transformer, cache: KVCache, compiled: bool, n_tokens: int):
         super().__init__(cache)
         self.model = draft
+        self.n_tokens = n_tokens  # that both know: what either has behind them is padding
         own = draft.cache  # is somebody else's business
         self.cache = draft.setup_caches(
             cache.max_batch_size, cache.max_seq_len, attention=cache.attention
@@ -112,19 +113,20 @@ class DraftModel(Drafter):
     def read(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> None:
         super().read(tokens, rows, cached, last)
         input_pos = torch.full_like(last, cached, dtype=torch.int32)
-        self.model.prefill(tokens, input_pos, self.cache, rows=rows, cached=cached, last=last)
+        known = tokens.clamp(max=self.n_tokens - 1)
+        self.model.prefill(known, input_pos, self.cache, rows=rows, cached=cached, last=last)
 
     def propose(
         self, token: Tensor, input_pos: Tensor, rows: slice, k: int, draw: Draw
     ) -> Tensor:
         before = (input_pos - 1).clamp(min=0)
         previous = self.history[rows].gather(1, before.long()[:, None])  # (n, 1)
-        feed = torch.cat([previous, token], 1)  # (n, 2)
+        feed = torch.cat([previous, token], 1).clamp(max=self.n_tokens - 1)  # (n, 2)
         position = before
         proposals = []
         for i in range(1, k + 1):
             logits = self.model.decode(feed, position, self.cache)[:, -1:]  # (n, 1, V)
-            feed = draw(logits, i)  # (n, 1)
+            feed = draw(logits[..., :self.n_tokens], i)  # (n, 1)
             position = input_pos + i
             proposals.append(feed)
         return torch.cat(proposals, 1)  # (n, k)
@@ -161,12 +163,13 @@ def make_drafter(
         model.compiled_lengths.add(k + 1)
     if draft is None:
         return PromptLookup(cache)
-    if draft.config.vocab_size != model.config.vocab_size:
+    sizes = sorted((draft.config.vocab_size, model.config.vocab_size))
+    if sizes[0] < 0.9 * sizes[1]:  # more than padding
         raise ValueError(
             f"the draft has a vocabulary of {draft.config.vocab_size} tokens and the model one of "
             f"{model.config.vocab_size}: they must share one"
         )
-    return DraftModel(draft, cache, compiled)
+    return DraftModel(draft, cache, compiled, sizes[0])
 
 
 class Gauge:

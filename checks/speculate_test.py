@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from batching import Engine
 from batching.speculate import Gauge, PromptLookup
-from checks.common import run_cli
+from checks.common import hf_folder, run_cli
 from checks.engine_test import alone, chi_squared, collect, is_last, loaded, random_prompt
 from formats.default import default_model
 from generate import Request, Sampling, Tokenizer, compile_model, generate
@@ -337,6 +337,19 @@ def test_proposals_behind_the_end_of_a_text_count_for_nothing(checkpoint: Checkp
     found = engine.stats.speculation
     assert got == text[:text.index(end) + 1]
     assert len(got) == 1 + found.tokens < sum(found.accepted)
+
+
+@pytest.mark.parametrize("sizes", [(320, 300), (300, 320)], ids=str)
+def test_a_draft_may_have_other_padding(
+    sizes: tuple[int, int], always: None, tmp_path: Path
+) -> None:
+    """Behind the tokens of one tokenizer, to which the sizes are rounded up."""
+    folders = [hf_folder(tmp_path / str(size), vocab_size=size) for size in sizes]
+    model, draft = [load_model(folder, dtype=torch.float32) for folder in folders]
+    prompt = [5, sizes[0] - 1, 7]  # the model's own last token, padding too
+    settings = dict(temperature=1.0, seed=0)
+    plain = generate(model, [prompt], 40, **settings)
+    assert generate(model, [prompt], 40, speculate_k=3, draft=draft, **settings) == plain
 
 # --- mistakes ---
 
