@@ -646,7 +646,7 @@ class KVCache:
         self.dtype = dtype
         self.device = torch.device(device)
         use_products(self.device)
-        self.attention = choose_attention(attention, self.device, max_seq_len)
+        self.attention = choose_attention(attention, self.device, max_seq_len, head_dim)
         self.cached = [0] * max_batch_size
         self.grows = False  # made to fit one call of generate, which may make a larger one
         kind = FORMATS.get(dtype, LayerCache)
@@ -687,15 +687,19 @@ class KVCache:
             raise ValueError(f"{tokens} exceed the cache of {self.max_seq_len}")
 
 
-def choose_attention(attention: str, device: torch.device, max_seq_len: int) -> str:
+def choose_attention(attention: str, device: torch.device, max_seq_len: int, head_dim: int) -> str:
     """"flash" or "math" as asked; "auto": on a CPU flash, which was measured faster there."""
     if attention not in ("auto", "flash", "math"):
         raise ValueError(f"no attention {attention!r}; there are auto, flash and math")
+    on_cpu = device.type == "cpu"
+    taken = on_cpu or head_dim % 8 == 0 and head_dim <= 256  # by the kernel
+    if attention == "flash" and not taken:
+        raise ValueError(f"no kernel takes heads of {head_dim} values; give --attention math")
     if attention != "auto":
         return attention
     # a guess, not measured on a GPU: math is plain PyTorch, but reads all the room each step
-    math_pays = max_seq_len <= 1024 or triton is None
-    return "math" if math_pays and device.type != "cpu" else "flash"
+    math_pays = max_seq_len <= 1024 or triton is None or not taken
+    return "math" if math_pays and not on_cpu else "flash"
 
 
 def require_memory(nbytes: float, device: torch.device | str, what: str, advice: str) -> None:
@@ -894,8 +898,6 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             heads = f"{self.n_head} query heads do not divide into {self.n_kv_head}"
             raise ValueError(f"{heads} key/value heads")
-        if self.head_dim % 8 or self.head_dim > 256:
-            raise ValueError(f"head_dim {self.head_dim} is not a multiple of 8 up to 256")
         for rope in distinct(self.ropes):
             for room in (1, self.max_seq_len):  # some kinds have other frequencies for each
                 rope_frequencies(rope, room)

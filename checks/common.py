@@ -94,6 +94,7 @@ CHECKPOINTS = {
     "llama-llama3": ("Llama", dict(rope_scaling=LLAMA3_ROPE, head_dim=32)),
     "llama-yarn": ("Llama", dict(rope_scaling=YARN_ROPE)),
     "llama-theta": ("Llama", dict(rope_parameters=OTHER_THETA)),
+    "llama-head-of-100": ("Llama", dict(head_dim=100)),
     "mistral": ("Mistral", dict(sliding_window=9, **SEVEN)),
     "mistral-full": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),

@@ -311,12 +311,20 @@ def test_the_command_says_it_in_one_sentence(
 
 @pytest.mark.parametrize("room, attention", [(1024, "math"), (1025, "flash")])
 def test_auto_is_careful_on_a_gpu(room: int, attention: str) -> None:
-    assert choose_attention("auto", GPU_1, room) == attention
-    assert choose_attention("flash", GPU_1, room) == "flash"
-    assert choose_attention("auto", torch.device("cpu"), room) == "flash"
+    assert choose_attention("auto", GPU_1, room, 64) == attention
+    assert choose_attention("flash", GPU_1, room, 64) == "flash"
+    assert choose_attention("auto", torch.device("cpu"), room, 100) == "flash"
+
+
+def test_heads_that_the_kernel_does_not_take() -> None:
+    """On a GPU they have math; PyTorch takes any on a CPU."""
+    for head_dim in (100, 264):
+        assert choose_attention("auto", GPU_1, 10**6, head_dim) == "math"
+        with pytest.raises(ValueError, match=f"no kernel takes heads of {head_dim} values"):
+            choose_attention("flash", GPU_1, 10**6, head_dim)
 
 
 def test_auto_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.triton", None)
-    assert choose_attention("auto", GPU_1, 10**6) == "math"
+    assert choose_attention("auto", GPU_1, 10**6, 64) == "math"
     assert KVCache(1, 1, 8, 1, 4).attention == "flash"  # on a CPU it is PyTorch
