@@ -533,7 +533,7 @@ class LayerCache:
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
     ) -> Tensor:
         """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend."""
-        if self.kv.dtype != q.dtype:  # the kernel does not know the format
+        if self.kv.dtype != q.dtype and "k_scale" not in options:  # the kernel does not know it
             return self.decode_unpacked(q, k, v, input_pos, options)
         symbols = torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
         one_row = q.is_cpu and k is not None and len(q) * k.shape[2] == 1
@@ -602,14 +602,11 @@ class Int8LayerCache(LayerCache):
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
     ) -> Tensor:
-        keys, values = self.kv.unbind(0)
         k_scale, v_scale = self.scale.unbind(0)
         if k is not None:
             k = self.centred(k)
-        return flash_decode_unchecked(
-            q, keys, values, input_pos, k, v, k_scale=k_scale, v_scale=v_scale,
-            ring=self.places.ring, **options,
-        )
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        return super().flash_decode(q, k, v, input_pos, **scales, **options)
 
     def centred(self, k: Tensor) -> Tensor:
         return (k - self.k_mean).to(k.dtype)
