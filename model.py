@@ -1042,7 +1042,9 @@ def fill_model(
     advice = "take a smaller model, or --quantize"
     require_memory(nbytes, device, f"loading {checkpoint.path}", advice)
     fill_layers()
-    for prefix, module in quantization.progress(list(model.named_modules()), "loading"):
+    names = [name for name, _ in model.named_modules()]  # and no module: dense ones are to go
+    for prefix in quantization.progress(names, "loading"):
+        module = model.get_submodule(prefix)
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, x in own:
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):

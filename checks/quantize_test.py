@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,31 @@ def test_save_load_generate(tmp_path: Path, mode: str, tied: bool, dtype: torch.
     once = (tmp_path / "q/model.safetensors").read_bytes()
     assert (tmp_path / "r/model.safetensors").read_bytes() == once
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "q", "r"]
+
+
+@pytest.mark.parametrize("when", ["while loading", "loaded"])
+def test_dense_layers_go_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Quantizing takes no more memory than what stays and a layer."""
+    alive = weakref.WeakSet()
+    most = 0
+    one_layer = quantize.quantize_linear
+
+    def watched(linear: quantize.Linear, *args: object) -> torch.nn.Module:
+        nonlocal most
+        alive.add(linear)
+        most = max(most, len(alive))
+        return one_layer(linear, *args)
+
+    monkeypatch.setattr(quantize, "quantize_linear", watched)
+    monkeypatch.setattr("model.quantize_linear", watched)
+    folder = hf_folder(tmp_path / "model", tie_word_embeddings=True)
+    if when == "loaded":
+        quantize_model(load_model(folder), "int8")
+    else:
+        load_model(folder, quantize="int8")
+    assert 0 < most <= 2  # the one before is let go of a moment later
 
 
 def test_quantized_model_is_close(tmp_path: Path) -> None:
