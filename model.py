@@ -1042,9 +1042,8 @@ def fill_model(
     advice = "take a smaller model, or --quantize"
     require_memory(nbytes, device, f"loading {checkpoint.path}", advice)
     fill_layers()
-    names = [name for name, _ in model.named_modules()]  # and no module: dense ones are to go
-    for prefix in quantization.progress(names, "loading"):
-        module = model.get_submodule(prefix)
+    for prefix in quantization.progress([name for name, _ in model.named_modules()], "loading"):
+        module = model.get_submodule(prefix)  # a list of modules would keep the dense ones
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, x in own:
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):

@@ -253,9 +253,8 @@ def many_rows_dtype(device: torch.device) -> torch.dtype:
 def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Module:
     """Quantize a loaded model's linear layers in place -> the model, which then needs setup_caches
     again. The embedding stays as it is, also where the output layer shares it."""
-    names = [name for name, _ in model.named_modules()]  # and no module: dense ones are to go
-    for name in progress(names, "quantizing"):
-        module = model.get_submodule(name)
+    for name in progress([name for name, _ in model.named_modules()], "quantizing"):
+        module = model.get_submodule(name)  # a list of modules would keep the dense ones
         if isinstance(module, Linear):
             layer = quantize_linear(module, mode, group_size, name)
             model.set_submodule(name, layer.pack())
