@@ -808,15 +808,15 @@ def make_rope(hf: dict) -> Rope:
 
 
 def rope_settings(hf: dict, kind: str = "full_attention") -> dict:
-    """A copy with the entries of rope_scaling (of older files) and rope_parameters for layers of
-    that kind beside all others."""
-    settings = dict(hf)
-    for key in ("rope_scaling", "rope_parameters"):
-        given = hf.get(key) or {}
-        if any(isinstance(value, dict) for value in given.values()):
-            given = given.get(kind) or {}
-        settings.update(given)
-    return settings
+    """A copy with the entries of rope_parameters for layers of that kind beside all others. A
+    rope_scaling replaces them, and where they differ by kind, those of full attention."""
+    given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    by_kind = any(isinstance(value, dict) for value in given.values())
+    if by_kind:
+        given = given.get(kind) or {}
+    if scaling and by_kind:
+        return hf | given | (scaling if kind == "full_attention" else {})
+    return hf | (scaling or given)
 
 
 def distinct(ropes: Iterable[Rope | None]) -> list[Rope]:

@@ -20,7 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import families
-from checks.common import CHECKPOINTS, CONFIG, HERE, close, empty_model, hf_folder, hf_logits
+from checks.common import (
+    BASE, CHECKPOINTS, CONFIG, HERE, LINEAR_ROPE, LLAMA3_ROPE, WINDOW_FIRST, YARN_ROPE, close,
+    empty_model, hf_folder, hf_logits,
+)
 from families.blocks import AlibiAttention, prefill_special, special_attention
 from generate import compile_model, generate
 from kernels import flash_decode_reference
@@ -329,6 +332,32 @@ def test_gemma_means_the_tanh_form(act: str, meant: str) -> None:
     """Its first files say gelu."""
     hf = {**CONFIG, "model_type": "gemma", "hidden_act": act}
     assert ModelConfig.from_hf(hf).act == meant
+
+# --- rotary embeddings ---
+
+
+@pytest.mark.parametrize("scaling", [LINEAR_ROPE, LLAMA3_ROPE, YARN_ROPE], ids=str)
+def test_rope_scaling_replaces_rope_parameters(scaling: dict) -> None:
+    """Where a file has both, as in transformers."""
+    both = dict(
+        rope_theta=5e5, rope_scaling=scaling,
+        rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=3.0, beta_fast=20.0),
+    )
+    theirs = transformers.LlamaConfig(**BASE, **copy.deepcopy(both))
+    want, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
+    inv_freq, scale = rope_frequencies(ModelConfig.from_hf(CONFIG | both).ropes[0], 96)
+    assert torch.allclose(inv_freq, want) and scale == pytest.approx(factor)
+
+
+def test_rope_scaling_is_of_full_attention() -> None:
+    """Where rope_parameters differ by the kind of layer."""
+    both = dict(rope_scaling=LINEAR_ROPE, layer_types=WINDOW_FIRST, rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=3e3),
+        full_attention=dict(rope_type="default", rope_theta=7e5),
+    ))
+    sliding, full, _ = ModelConfig.from_hf(CONFIG | {"model_type": "gemma3_text", **both}).ropes
+    assert (sliding.kind, sliding.theta) == ("default", 3e3)
+    assert (full.kind, full.theta, full.hf["factor"]) == ("linear", 7e5, 4.0)
 
 # --- rotary embeddings far out ---
 

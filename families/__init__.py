@@ -110,7 +110,7 @@ GPT_OSS = EXPERTS | dict(
     max_position_embeddings=131072,
     rms_norm_eps=1e-5,
     rope_theta=150000.0,
-    rope_scaling=dict(
+    rope_parameters=dict(
         rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
         original_max_position_embeddings=4096,
     ),
