@@ -730,6 +730,11 @@ class Rope:
         trained = positive(self.hf, "max_position_embeddings", 2048)
         return positive(self.hf, "original_max_position_embeddings", trained)
 
+    @property
+    def scaled_context(self) -> float:
+        """How long they may be now: some files do not say so in max_position_embeddings."""
+        return self.original_context * positive(self.hf, "factor", 1.0, float)
+
 
 Frequencies = tuple[Tensor, float]  # [D/2], and the factor on cos and sin
 
@@ -883,6 +888,9 @@ class ModelConfig:
         )
         for key, value in (settings | family.fields).items():
             settings[key] = value(hf) if callable(value) else value
+        ropes = distinct(settings["ropes"])
+        if len(ropes) == 1:  # layers of another kind may have been scaled for the whole context
+            settings["max_seq_len"] = max(settings["max_seq_len"], int(ropes[0].scaled_context))
         config = cls(**settings)
         config.check()
         return config

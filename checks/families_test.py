@@ -359,6 +359,18 @@ def test_rope_scaling_is_of_full_attention() -> None:
     assert (sliding.kind, sliding.theta) == ("default", 3e3)
     assert (full.kind, full.theta, full.hf["factor"]) == ("linear", 7e5, 4.0)
 
+
+@pytest.mark.parametrize("scaling, context", [
+    (dict(rope_type="linear", factor=4.0), 384),
+    (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32), 128),
+    (dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=32), 96),
+    (LLAMA3_ROPE, 256),
+    (dict(rope_type="default"), 96),
+], ids=str)
+def test_a_scaled_context_is_one(scaling: dict, context: int) -> None:
+    """Where max_position_embeddings, 96 here, is that before scaling."""
+    assert ModelConfig.from_hf(CONFIG | {"rope_scaling": scaling}).max_seq_len == context
+
 # --- rotary embeddings far out ---
 
 
