@@ -2,8 +2,10 @@
 ggml-common.h."""
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
-from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -12,6 +14,7 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from formats.integers import Affine, Blocks, twice_e2m1
+from model import first_line
 
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
@@ -116,34 +119,72 @@ FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
 # --- a tensor of a file, by rows ---
 
-def file_blocks(path: Path, stored: gguf.ReaderTensor, order: Tensor | None) -> Blocks:
+class FileTensor(NamedTuple):
+    """A tensor in an open GGUF file, or an expert's part of a stack. It is read when it is asked
+    for and never mapped: a file takes no memory beside the layers made from it, and one that is cut
+    short meanwhile gets a sentence, where reading mapped memory would end the process."""
+
+    name: str
+    kind: GGML
+    shape: tuple[int, ...]  # rows first
+    file: BinaryIO
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return self.shape[-1] // block * nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+    def expert(self, i: int) -> FileTensor:
+        part = self._replace(shape=self.shape[1:])
+        return part._replace(offset=self.offset + i * part.nbytes)
+
+    def read(self, first: int, n: int) -> np.ndarray:
+        """Some rows as they lie, [n, bytes of a row] uint8. ValueError: they are not there."""
+        data = np.empty((n, self.row_bytes), np.uint8)
+        left = memoryview(data).cast("B")
+        while left:
+            end = self.offset + (first + n) * self.row_bytes
+            done = os.preadv(self.file.fileno(), [left], end - len(left))
+            if not done:
+                raise ValueError(f"{self.file.name} ends within tensor {self.name}")
+            left = left[done:]
+        return data
+
+    def dequantized(self) -> Tensor:
+        """All of it in float32, in memory of its own."""
+        data = self.read(0, math.prod(self.shape[:-1]))
+        try:
+            return torch.from_numpy(gguf.dequantize(data, self.kind)).view(self.shape)
+        except NotImplementedError as e:  # a type that gguf only knows by name
+            raise ValueError(f"cannot read tensor {self.name}: {first_line(e)}") from None
+
+
+def file_blocks(stored: FileTensor, order: Tensor | None) -> Blocks:
     """A quantized matrix of a GGUF file. order [N]: the file's row of each row, None: as they lie.
     """
-    K, N = stored.shape.tolist()
-    bits, unpack = TYPES.get(stored.tensor_type, (None, None))
-    _, block_bytes = gguf.GGML_QUANT_SIZES[stored.tensor_type]
+    N, K = stored.shape
+    bits, unpack = TYPES.get(stored.kind, (None, None))
+    _, block_bytes = gguf.GGML_QUANT_SIZES[stored.kind]
 
     def read(rows: range) -> Affine:
-        data = torch.from_numpy(read_rows(path, stored, order, rows))
+        data = torch.from_numpy(read_rows(stored, order, rows))
         parts = unpack(data.view(-1, block_bytes))
         return Affine(*(part.view(len(rows), -1) for part in parts))
 
-    return Blocks(stored.name, stored.tensor_type.name, bits, range(N), range(K), read)
+    return Blocks(stored.name, stored.kind.name, bits, range(N), range(K), read)
 
 
-def read_rows(
-    path: Path, stored: gguf.ReaderTensor, order: Tensor | None, rows: range
-) -> np.ndarray:
-    """The bytes of some rows, [rows, bytes of a row]. They are not mapped, so that a file takes no
-    memory beside the layers made from it."""
-    _, row_bytes = stored.data.shape
+def read_rows(stored: FileTensor, order: Tensor | None, rows: range) -> np.ndarray:
+    """The bytes of some rows, [rows, bytes of a row]."""
     wanted = np.array(rows)
     if order is not None:
         wanted = order.numpy()[wanted]
     # the rows that they lie among: where heads are interleaved, a few more
-    first = wanted.min()
-    n = wanted.max() + 1 - first
-    offset = int(stored.data_offset + first * row_bytes)
-    data = np.fromfile(path, np.uint8, int(n * row_bytes), offset=offset)
-    data = data.reshape(n, row_bytes)
+    first = int(wanted.min())
+    data = stored.read(first, int(wanted.max()) + 1 - first)
     return data if order is None else data[wanted - first]

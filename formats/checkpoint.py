@@ -155,7 +155,7 @@ class CheckedCheckpoint(Checkpoint):
         expert = EXPERT.search(name)
         if expert is None or stored == name or "block_sparse_moe" in stored:
             return tensor
-        check_stack(stored, tensor, self.config)
+        check_stack(stored, tensor.shape, self.config)
         tensor = tensor[int(expert["number"])]
         of_gpt_oss = self.config["model_type"] == "gpt_oss"
         if of_gpt_oss and tensor.is_floating_point():
@@ -219,15 +219,14 @@ def other_names(name: str) -> Iterator[str]:
         yield f"{name[:expert.start()]}experts.{part}{bias}"
 
 
-def check_stack(name: str, stack: Tensor, config: dict) -> None:
+def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
     """ValueError unless a stack has as many experts as the configuration says."""
     n_expert = config.get("num_local_experts")  # as files of Mixtral call it
     if n_expert is None:
         n_expert = config.get("num_experts")
-    if tuple(stack.shape[:1]) != (n_expert,):
+    if shape[:1] != (n_expert,):
         raise ValueError(
-            f"tensor {name} has shape {tuple(stack.shape)}, not an entry for each of {n_expert} "
-            "experts"
+            f"tensor {name} has shape {shape}, not an entry for each of {n_expert} experts"
         )
 
 
