@@ -83,14 +83,14 @@ def test_blocks_are_exactly_what_gguf_reads(
     path = file_of(name)
     _, tensors = read_gguf(path)
     stored = tensors["blk.1.ffn_down.weight"]
-    blocks = file_blocks(path, stored, None)
+    blocks = file_blocks(stored, None)
     parts = [blocks.affine(rows) for rows in blocks.slices(100)]
     q, scale, zero = [torch.cat(part) for part in zip(*parts)]
     assert q.shape == blocks.shape == (256, 512)
     assert int(q.max()) < 2**blocks.bits
     assert scale.shape == zero.shape == (256, 512 // (16 if name == "Q6_K" else 32))
     dense = (q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]).flatten(1)
-    assert np.array_equal(dense.numpy(), gguf.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(dense, stored.dequantized())
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -2,10 +2,8 @@
 ggml-common.h."""
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -14,7 +12,7 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from formats.integers import Affine, Blocks, twice_e2m1
-from model import first_line
+from model import InFile, first_line
 
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
@@ -120,46 +118,24 @@ FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 # --- a tensor of a file, by rows ---
 
 class FileTensor(NamedTuple):
-    """A tensor in an open GGUF file, or an expert's part of a stack. It is read when it is asked
-    for and never mapped: a file takes no memory beside the layers made from it, and one that is cut
-    short meanwhile gets a sentence, where reading mapped memory would end the process."""
+    """A tensor of a GGUF file, or an expert's part of a stack: read when it is asked for."""
 
-    name: str
     kind: GGML
     shape: tuple[int, ...]  # rows first
-    file: BinaryIO
-    offset: int
+    stored: InFile  # uint8 [..., bytes of a row]
 
     @property
-    def row_bytes(self) -> int:
-        block, nbytes = gguf.GGML_QUANT_SIZES[self.kind]
-        return self.shape[-1] // block * nbytes
+    def name(self) -> str:
+        return self.stored.name
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape[:-1]) * self.row_bytes
-
-    def expert(self, i: int) -> FileTensor:
-        part = self._replace(shape=self.shape[1:])
-        return part._replace(offset=self.offset + i * part.nbytes)
-
-    def read(self, first: int, n: int) -> np.ndarray:
-        """Some rows as they lie, [n, bytes of a row] uint8. ValueError: they are not there."""
-        data = np.empty((n, self.row_bytes), np.uint8)
-        left = memoryview(data).cast("B")
-        while left:
-            end = self.offset + (first + n) * self.row_bytes
-            done = os.preadv(self.file.fileno(), [left], end - len(left))
-            if not done:
-                raise ValueError(f"{self.file.name} ends within tensor {self.name}")
-            left = left[done:]
-        return data
+    def __getitem__(self, i: int) -> FileTensor:
+        """One of those that are stacked."""
+        return FileTensor(self.kind, self.shape[1:], self.stored[i])
 
     def dequantized(self) -> Tensor:
         """All of it in float32, in memory of its own."""
-        data = self.read(0, math.prod(self.shape[:-1]))
         try:
-            return torch.from_numpy(gguf.dequantize(data, self.kind)).view(self.shape)
+            return torch.from_numpy(gguf.dequantize(self.stored.read().numpy(), self.kind))
         except NotImplementedError as e:  # a type that gguf only knows by name
             raise ValueError(f"cannot read tensor {self.name}: {first_line(e)}") from None
 
@@ -186,5 +162,5 @@ def read_rows(stored: FileTensor, order: Tensor | None, rows: range) -> np.ndarr
         wanted = order.numpy()[wanted]
     # the rows that they lie among: where heads are interleaved, a few more
     first = int(wanted.min())
-    data = stored.read(first, int(wanted.max()) + 1 - first)
+    data = stored.stored.read(slice(first, int(wanted.max()) + 1)).numpy()
     return data if order is None else data[wanted - first]

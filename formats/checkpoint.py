@@ -1,7 +1,6 @@
 """Checkpoints of any form: Hugging Face folders, hub ids, GGUF files, bare configurations.
 
-They may hold anything, so that settings, names and numbers are checked. The tensors lie in mapped
-files: nothing is read before it is used."""
+They may hold anything, so that settings, names and numbers are checked."""
 from __future__ import annotations
 
 import json
@@ -10,17 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
 from torch import Tensor
 
 from formats.default import default_model
 from formats.integers import Blocks, mxfp4_blocks
 from formats.layers import fill_layers, put
 from formats.settings import check_settings, refuse_unsupported
-from model import FAMILIES, Checkpoint, Transformer, first_line
+from model import FAMILIES, Checkpoint, InFile, Transformer, first_line, open_tensors
 from quantize import Linear, affine, say_once
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
@@ -136,7 +135,7 @@ class CheckedCheckpoint(Checkpoint):
             q, scale, zero = blocks[0].affine(slice(0, shape[0]))
             return affine(q, 0, scale, zero, torch.float32)
         [stored] = self.stored_names(name)
-        return self.checked(stored, self.part_of(stored, name), shape)
+        return self.checked(stored, self.part_of(stored, name), shape).read()
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
@@ -144,11 +143,13 @@ class CheckedCheckpoint(Checkpoint):
         stored = self.stored_names(name)
         if len(stored) == 1:
             return None
-        blocks = mxfp4_blocks(stored[0], *(self.part_of(part, name) for part in stored))
-        check_shape(stored[0], blocks.shape, shape)
-        return [blocks]
+        N, K = shape
+        packed, exponents = [self.part_of(part, name) for part in stored]
+        check_shape(stored[0], packed.shape, (N, K // 32, 16))
+        check_shape(stored[1], exponents.shape, (N, K // 32))
+        return [mxfp4_blocks(stored[0], packed, exponents)]
 
-    def part_of(self, stored: str, name: str) -> Tensor:
+    def part_of(self, stored: str, name: str) -> InFile | Rows:
         """What a tensor of the file has for that of a Hugging Face name: all, or of a stack of
         experts the rows of one. gpt-oss has gate and up by turns, others one below the other."""
         tensor = self.tensors[stored]
@@ -158,12 +159,36 @@ class CheckedCheckpoint(Checkpoint):
         check_stack(stored, tensor.shape, self.config)
         tensor = tensor[int(expert["number"])]
         of_gpt_oss = self.config["model_type"] == "gpt_oss"
-        if of_gpt_oss and tensor.is_floating_point():
-            tensor = tensor.t()  # of weights, [K, N]
-        if expert["part"] == "down":
-            return tensor
-        gate, up = (tensor[::2], tensor[1::2]) if of_gpt_oss else tensor.chunk(2)
-        return gate if expert["part"] == "gate" else up
+        turned = of_gpt_oss and tensor.dtype.is_floating_point  # weights, [K, N]
+        rows = range(tensor.shape[-1 if turned else 0])
+        if expert["part"] != "down":
+            middle = len(rows) // 2
+            gate, up = (rows[::2], rows[1::2]) if of_gpt_oss else (rows[:middle], rows[middle:])
+            rows = gate if expert["part"] == "gate" else up
+        return Rows(tensor, rows, turned)
+
+
+class Rows(NamedTuple):
+    """Some rows of a tensor in a file, still there as InFile is; turned: of its transpose."""
+
+    tensor: InFile
+    rows: range
+    turned: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        others = self.tensor.shape[:-1] if self.turned else self.tensor.shape[1:]
+        return len(self.rows), *others
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        wanted = self.rows[rows]
+        if self.turned:
+            return self.tensor.read().t()[wanted.start:wanted.stop:wanted.step]
+        return self.tensor.read(slice(wanted.start, wanted.stop))[::wanted.step]
 
 
 @dataclass
@@ -256,7 +281,7 @@ def resolve(path: str | Path) -> Path:
 
 def read_folder(folder: Path) -> CheckedCheckpoint:
     files = weight_files(folder, "model*.safetensors")
-    read_file = load_file
+    read_file = open_tensors
     if not files:
         files = weight_files(folder, "pytorch_model*.bin")
         read_file = read_pickle
@@ -291,7 +316,22 @@ def weight_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(files)
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
+class Pickled:
+    """A tensor of a .bin file, which is mapped, to be read as InFile is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.dtype = tensor.dtype
+        self.shape = tuple(tensor.shape)
+
+    def __getitem__(self, i: int) -> Pickled:
+        return Pickled(self.tensor[i])
+
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        return self.tensor[rows].clone()
+
+
+def read_pickle(file: Path) -> dict[str, Pickled]:
     """The tensors of a .bin file, which runs no code. ValueError for one that lacks some of its
     numbers: sparse, quantized by PyTorch, or on a device without memory."""
     tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
@@ -299,7 +339,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
         if not plain or x.is_quantized or x.is_nested:
             raise ValueError(f"{name!r} is no plain tensor of the CPU's")
-    return tensors
+    return {name: Pickled(x) for name, x in tensors.items()}
 
 
 def read_json(path: Path) -> dict:

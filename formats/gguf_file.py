@@ -2,6 +2,7 @@
 order."""
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from formats.checkpoint import (
 )
 from formats.integers import Blocks
 from formats.settings import short
-from model import first_line, is_number
+from model import InFile, first_line, is_number
 
 
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
@@ -78,7 +79,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         if expert is None:
             return tensor
         check_stack(stored, tensor.shape, self.config)
-        return tensor.expert(int(expert[1]))
+        return tensor[int(expert[1])]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
@@ -204,12 +205,12 @@ class Header:
             raise ValueError(f"its general.alignment is {short(alignment)}, no power of two")
         end = start = (self.left - self.size) // alignment * -alignment  # rounded up
         placed = {}
-        for tensor in sorted(tensors, key=lambda each: each.offset):
-            offset = start + tensor.offset
-            if offset % alignment or offset < end or tensor.name in placed:
+        for tensor in sorted(tensors, key=lambda each: each.stored.offset):
+            stored = tensor.stored._replace(offset=start + tensor.stored.offset)
+            if stored.offset % alignment or stored.offset < end or tensor.name in placed:
                 raise ValueError(f"tensor {tensor.name} lies over others")
-            end = offset + tensor.nbytes
-            placed[tensor.name] = tensor._replace(offset=offset)
+            end = stored.offset + math.prod(stored.shape)
+            placed[tensor.name] = tensor._replace(stored=stored)
         if end > self.size:
             raise ValueError(f"it ends before tensor {tensor.name} does")
         return placed
@@ -219,7 +220,9 @@ class Header:
         name = self.text()
         dims = self.numbers(Kind.UINT64, *self.numbers(Kind.UINT32))
         [kind], [offset] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
-        block, _ = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
+        block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
         if not block or not 1 <= len(dims) <= 4 or min(dims) < 1 or dims[0] % block:
             raise ValueError(f"tensor {name} has type {kind} and shape {short(dims)}")
-        return FileTensor(name, GGML(kind), tuple(dims[::-1]), self.file, offset)
+        *rows, K = dims[::-1]
+        stored = InFile(name, torch.uint8, (*rows, K // block * nbytes), self.file, offset)
+        return FileTensor(GGML(kind), (*rows, K), stored)
