@@ -5,7 +5,6 @@ ends in the cache: LayerCache.flash_decode appends the new keys and values and a
 there. What other families, files and devices need is in the folders, which extension() finds."""
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import math
@@ -16,13 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import _TYPES as DTYPES
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.backends.cuda import SDPAParams
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1044,7 +1042,7 @@ def fill_model(
                 tensor = model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
-                is_part = tensor.untyped_storage().nbytes() > tensor.nbytes  # all would be kept
+                is_part = tensor.untyped_storage().nbytes() > tensor.nbytes  # as of a mapped file
                 tensor = tensor.to(device, x.dtype, copy=is_part)
                 checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
             if isinstance(x, nn.Parameter):
@@ -1102,7 +1100,7 @@ class Checkpoint:
 
     path: Path
     config: dict  # as in Hugging Face's config.json
-    tensors: dict[str, Any] = field(repr=False)  # InFile, by the file's own names
+    tensors: dict[str, Any] = field(repr=False)  # by the file's own names
     put_layer = staticmethod(quantization.put_layer)  # which puts an empty one into a model
 
     @classmethod
@@ -1112,7 +1110,7 @@ class Checkpoint:
             config = json.loads(file.read_text(encoding="utf-8"))
             tensors = {}
             for file in sorted(folder.glob("model*.safetensors")):
-                tensors |= open_tensors(file)
+                tensors |= load_file(file)
         except Exception as e:  # of JSON, safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
         return cls(folder, config, tensors)
@@ -1154,11 +1152,11 @@ class Checkpoint:
         none, or one of another shape."""
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name}")
-        return self.checked(name, self.tensors[name], shape).read()
+        return self.checked(name, self.tensors[name], shape)
 
-    def checked(self, name: str, tensor: InFile, shape: tuple[int, ...]) -> InFile:
-        if tensor.shape != shape:
-            raise ValueError(f"tensor {name} has shape {tensor.shape}, expected {shape}")
+    def checked(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
         if tensor.dtype not in WEIGHT_DTYPES and not ours:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
@@ -1168,49 +1166,6 @@ class Checkpoint:
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         """ValueError if a module's tensor on its device is none that a model can have."""
-
-
-class InFile(NamedTuple):
-    """A tensor in an open file. It is read when it is asked for, into memory of its own: where a
-    file is cut short meanwhile, one that is mapped would end the process."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: BinaryIO
-    offset: int  # of its first byte
-
-    def __getitem__(self, i: int) -> InFile:
-        """One of those that are stacked, still in the file."""
-        size = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return self._replace(shape=self.shape[1:], offset=self.offset + i * size)
-
-    def read(self, rows: slice = slice(None)) -> Tensor:
-        """All of it, or some rows. ValueError if the file ends within them."""
-        first, stop, _ = rows.indices(self.shape[0])
-        tensor = torch.empty(stop - first, *self.shape[1:], dtype=self.dtype)
-        end = self[stop].offset
-        left = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
-        while left:
-            n = os.preadv(self.file.fileno(), [left], end - len(left))
-            if not n:
-                raise ValueError(f"{self.file.name} ends within tensor {self.name}")
-            left = left[n:]
-        return tensor
-
-
-def open_tensors(path: Path) -> dict[str, InFile]:
-    """The tensors of a safetensors file, by name. It raises what safetensors does, which checks
-    that each has a place of its own in the file."""
-    file = open(path, "rb")
-    names = safe_open(path, "pt", backend="pread").keys()
-    n = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(n))
-    tensors = {}
-    for name in names:
-        dtype, shape, (offset, _) = map(header[name].get, ("dtype", "shape", "data_offsets"))
-        tensors[name] = InFile(name, DTYPES[dtype], tuple(shape), file, 8 + n + offset)
-    return tensors
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:

@@ -22,7 +22,7 @@ from checks.common import (
     CPU_ENV, HERE, byte_level_tokenizer, random_blocks, run_cli, write_gguf,
 )
 from cpu.products import tile, tiling, untile, untile_rows
-from formats.blocks import TYPES, file_blocks
+from formats.blocks import TYPES, dequantized, file_blocks
 from formats.default import default_model
 from formats.gguf_file import read_gguf
 from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
@@ -90,7 +90,7 @@ def test_blocks_are_exactly_what_gguf_reads(
     assert int(q.max()) < 2**blocks.bits
     assert scale.shape == zero.shape == (256, 512 // (16 if name == "Q6_K" else 32))
     dense = (q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]).flatten(1)
-    assert torch.equal(dense, stored.dequantized())
+    assert torch.equal(dense, dequantized(stored))
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -17,11 +17,12 @@ from typing import Any
 
 import gguf
 
-from formats.blocks import FileTensor
+from formats.blocks import dequantized
+from formats.checkpoint import InFile
 from formats.settings import check_settings
 from model import FAMILIES, extension
 
-Tensors = dict[str, FileTensor]
+Tensors = dict[str, InFile]
 
 
 # Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
@@ -150,4 +151,4 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
 
 
 def factors(tensors: Tensors, name: str) -> list[float]:
-    return tensors[f"{name}.weight"].dequantized().tolist()
+    return dequantized(tensors[f"{name}.weight"]).tolist()

@@ -3,7 +3,6 @@ ggml-common.h."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
+from formats.checkpoint import InFile
 from formats.integers import Affine, Blocks, twice_e2m1
-from model import InFile, first_line
+from model import first_line
 
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
@@ -117,50 +117,34 @@ FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
 # --- a tensor of a file, by rows ---
 
-class FileTensor(NamedTuple):
-    """A tensor of a GGUF file, or an expert's part of a stack: read when it is asked for."""
-
-    kind: GGML
-    shape: tuple[int, ...]  # rows first
-    stored: InFile  # uint8 [..., bytes of a row]
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    def __getitem__(self, i: int) -> FileTensor:
-        """One of those that are stacked."""
-        return FileTensor(self.kind, self.shape[1:], self.stored[i])
-
-    def dequantized(self) -> Tensor:
-        """All of it in float32, in memory of its own."""
-        try:
-            return torch.from_numpy(gguf.dequantize(self.stored.read().numpy(), self.kind))
-        except NotImplementedError as e:  # a type that gguf only knows by name
-            raise ValueError(f"cannot read tensor {self.name}: {first_line(e)}") from None
+def dequantized(stored: InFile) -> Tensor:
+    """All of a tensor of a GGUF file in float32."""
+    try:
+        return torch.from_numpy(gguf.dequantize(stored.read().numpy(), stored.dtype))
+    except NotImplementedError as e:  # a type that gguf only knows by name
+        raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
 
 
-def file_blocks(stored: FileTensor, order: Tensor | None) -> Blocks:
+def file_blocks(stored: InFile, order: Tensor | None) -> Blocks:
     """A quantized matrix of a GGUF file. order [N]: the file's row of each row, None: as they lie.
     """
     N, K = stored.shape
-    bits, unpack = TYPES.get(stored.kind, (None, None))
-    _, block_bytes = gguf.GGML_QUANT_SIZES[stored.kind]
+    bits, unpack = TYPES.get(stored.dtype, (None, None))
+    _, block_bytes = gguf.GGML_QUANT_SIZES[stored.dtype]
 
     def read(rows: range) -> Affine:
-        data = torch.from_numpy(read_rows(stored, order, rows))
-        parts = unpack(data.view(-1, block_bytes))
+        parts = unpack(read_rows(stored, order, rows).view(-1, block_bytes))
         return Affine(*(part.view(len(rows), -1) for part in parts))
 
-    return Blocks(stored.name, stored.kind.name, bits, range(N), range(K), read)
+    return Blocks(stored.name, stored.dtype.name, bits, range(N), range(K), read)
 
 
-def read_rows(stored: FileTensor, order: Tensor | None, rows: range) -> np.ndarray:
+def read_rows(stored: InFile, order: Tensor | None, rows: range) -> Tensor:
     """The bytes of some rows, [rows, bytes of a row]."""
     wanted = np.array(rows)
     if order is not None:
         wanted = order.numpy()[wanted]
     # the rows that they lie among: where heads are interleaved, a few more
     first = int(wanted.min())
-    data = stored.stored.read(slice(first, int(wanted.max()) + 1)).numpy()
+    data = stored.read(range(first, int(wanted.max()) + 1))
     return data if order is None else data[wanted - first]

@@ -4,22 +4,26 @@ They may hold anything, so that settings, names and numbers are checked."""
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
+from safetensors import safe_open
+from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
 from formats.integers import Blocks, mxfp4_blocks
 from formats.layers import fill_layers, put
 from formats.settings import check_settings, refuse_unsupported
-from model import FAMILIES, Checkpoint, InFile, Transformer, first_line, open_tensors
+from model import FAMILIES, Checkpoint, Transformer, first_line
 from quantize import Linear, affine, say_once
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
@@ -135,7 +139,11 @@ class CheckedCheckpoint(Checkpoint):
             q, scale, zero = blocks[0].affine(slice(0, shape[0]))
             return affine(q, 0, scale, zero, torch.float32)
         [stored] = self.stored_names(name)
-        return self.checked(stored, self.part_of(stored, name), shape).read()
+        is_turned = stored != name and self.config["model_type"] == "gpt_oss" and len(shape) == 2
+        tensor, rows = self.part_of(stored, name, shape, is_turned)
+        self.checked(stored, tensor, tensor.shape)
+        whole = tensor.read().t() if is_turned else tensor.read()
+        return whole[rows.start:rows.stop:rows.step]
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
@@ -144,51 +152,33 @@ class CheckedCheckpoint(Checkpoint):
         if len(stored) == 1:
             return None
         N, K = shape
-        packed, exponents = [self.part_of(part, name) for part in stored]
-        check_shape(stored[0], packed.shape, (N, K // 32, 16))
-        check_shape(stored[1], exponents.shape, (N, K // 32))
-        return [mxfp4_blocks(stored[0], packed, exponents)]
+        packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
+        exponents, _ = self.part_of(stored[1], name, (N, K // 32))
+        return [mxfp4_blocks(stored[0], packed, exponents, rows)]
 
-    def part_of(self, stored: str, name: str) -> InFile | Rows:
-        """What a tensor of the file has for that of a Hugging Face name: all, or of a stack of
-        experts the rows of one. gpt-oss has gate and up by turns, others one below the other."""
+    def part_of(
+        self, stored: str, name: str, shape: tuple[int, ...], is_turned: bool = False
+    ) -> tuple[InFile, range]:
+        """What a tensor of the file has for that of a Hugging Face name and shape -> (it, which of
+        its rows): all, or of a stack of experts those of one. gpt-oss has gate and up by turns,
+        others one below the other. is_turned: its rows are columns there. ValueError: it has
+        another shape."""
         tensor = self.tensors[stored]
+        n_rows, *others = shape
+        rows = range(n_rows)
         expert = EXPERT.search(name)
-        if expert is None or stored == name or "block_sparse_moe" in stored:
-            return tensor
-        check_stack(stored, tensor.shape, self.config)
-        tensor = tensor[int(expert["number"])]
-        of_gpt_oss = self.config["model_type"] == "gpt_oss"
-        turned = of_gpt_oss and tensor.dtype.is_floating_point  # weights, [K, N]
-        rows = range(tensor.shape[-1 if turned else 0])
-        if expert["part"] != "down":
-            middle = len(rows) // 2
-            gate, up = (rows[::2], rows[1::2]) if of_gpt_oss else (rows[:middle], rows[middle:])
-            rows = gate if expert["part"] == "gate" else up
-        return Rows(tensor, rows, turned)
-
-
-class Rows(NamedTuple):
-    """Some rows of a tensor in a file, still there as InFile is; turned: of its transpose."""
-
-    tensor: InFile
-    rows: range
-    turned: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        others = self.tensor.shape[:-1] if self.turned else self.tensor.shape[1:]
-        return len(self.rows), *others
-
-    def read(self, rows: slice = slice(None)) -> Tensor:
-        wanted = self.rows[rows]
-        if self.turned:
-            return self.tensor.read().t()[wanted.start:wanted.stop:wanted.step]
-        return self.tensor.read(slice(wanted.start, wanted.stop))[::wanted.step]
+        if expert and stored != name and "block_sparse_moe" not in stored:
+            check_stack(stored, tensor.shape, self.config)
+            tensor = tensor[int(expert["number"])]
+            if expert["part"] != "down":
+                both = range(2 * n_rows)
+                turns, halves = (both[::2], both[1::2]), (both[:n_rows], both[n_rows:])
+                gate, up = turns if self.config["model_type"] == "gpt_oss" else halves
+                rows = gate if expert["part"] == "gate" else up
+                n_rows = len(both)
+        expected = (n_rows, *others)
+        check_shape(stored, tensor.shape, expected[::-1] if is_turned else expected)
+        return tensor, rows
 
 
 @dataclass
@@ -256,6 +246,59 @@ def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
 
 
 # --- files ---
+
+@dataclass
+class InFile:
+    """A tensor in an open file, read when it is asked for, into memory of its own: where a file is
+    cut short meanwhile, one that is mapped would end the process."""
+
+    name: str
+    dtype: Any  # torch's, or a type of GGUF's
+    shape: tuple[int, ...]
+    row_bytes: int  # those of the last dimension
+    file: BinaryIO
+    offset: int  # of its first byte
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+    def __getitem__(self, i: int) -> InFile:
+        """One of those that are stacked."""
+        part = replace(self, shape=self.shape[1:])
+        return replace(part, offset=self.offset + i * part.nbytes)
+
+    def read(self, rows: range | None = None) -> Tensor:
+        """All of it, or some rows; of a type of GGUF's bytes. ValueError: the file ends there."""
+        stored = (*self.shape[:-1], self.row_bytes)
+        rows = range(stored[0]) if rows is None else rows
+        data = torch.empty(rows[-1] + 1 - rows[0], *stored[1:], dtype=torch.uint8)
+        end = self.offset + (rows[-1] + 1) * (self.nbytes // stored[0])
+        left = memoryview(data.numpy()).cast("B")
+        while left:
+            n = os.preadv(self.file.fileno(), [left], end - len(left))
+            if not n:
+                raise ValueError(f"{self.file.name} ends within tensor {self.name}")
+            left = left[n:]
+        data = data[::rows.step]
+        return data.view(self.dtype) if isinstance(self.dtype, torch.dtype) else data
+
+
+def open_tensors(path: Path) -> dict[str, InFile]:
+    """The tensors of a safetensors file, by name. It raises what safetensors does, which checks
+    that each has a place of its own in the file."""
+    file = open(path, "rb")
+    names = safe_open(path, "pt", backend="pread").keys()
+    n = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(n))
+    tensors = {}
+    for name in names:
+        dtype, shape, (start, end) = map(header[name].get, ("dtype", "shape", "data_offsets"))
+        row_bytes = (end - start) // max(1, math.prod(shape[:-1]))
+        where = row_bytes, file, 8 + n + start
+        tensors[name] = InFile(name, DTYPES[dtype], tuple(shape), *where)
+    return tensors
+
 
 def resolve(path: str | Path) -> Path:
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own
@@ -327,8 +370,9 @@ class Pickled:
     def __getitem__(self, i: int) -> Pickled:
         return Pickled(self.tensor[i])
 
-    def read(self, rows: slice = slice(None)) -> Tensor:
-        return self.tensor[rows].clone()
+    def read(self, rows: range | None = None) -> Tensor:
+        some = slice(None) if rows is None else slice(rows.start, rows.stop, rows.step)
+        return self.tensor[some].clone()
 
 
 def read_pickle(file: Path) -> dict[str, Pickled]:

@@ -2,7 +2,6 @@
 order."""
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from gguf import GGUFValueType as Kind
 from torch import Tensor
 
 from formats.architectures import hf_config
-from formats.blocks import FLOATS, FileTensor, file_blocks
+from formats.blocks import FLOATS, dequantized, file_blocks
 from formats.checkpoint import (
-    CheckedCheckpoint, check_shape, check_stack, making_sense_of, require_file,
+    CheckedCheckpoint, InFile, check_shape, check_stack, making_sense_of, require_file,
 )
 from formats.integers import Blocks
 from formats.settings import short
-from model import InFile, first_line, is_number
+from model import first_line, is_number
 
 
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
@@ -72,7 +71,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
         return stored
 
-    def part_of(self, stored: str, name: str) -> FileTensor:
+    def part_of(self, stored: str, name: str) -> InFile:
         """As it lies in the file, an expert's out of its stack."""
         tensor = self.tensors[stored]
         expert = EXPERT_NUMBER.search(name)
@@ -93,7 +92,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         """The same of a tensor that the file does not have in parts."""
         stored = self.part_of(self.stored_name(name), name)
         check_shape(stored.name, stored.shape, shape)
-        tensor = stored.dequantized()
+        tensor = dequantized(stored)
         shift = self.file.get("norm_shift", 0)
         if name.endswith("norm.weight") and shift:
             tensor = tensor - shift
@@ -104,7 +103,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         """float32 where integers are kept. On SmolLM2 in Q4_1 that is a mean KL of 8.9e-4 from the
         dequantized model, of which scales in bfloat16 are 2.2e-4 and products in it the rest;
         everything in bfloat16 is 1.3e-3."""
-        quantized = any(stored.kind not in FLOATS for stored in self.tensors.values())
+        quantized = any(stored.dtype not in FLOATS for stored in self.tensors.values())
         return torch.float32 if quantized and quantize == "auto" else torch.bfloat16
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
@@ -112,7 +111,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         if self.alone(name) != [name]:
             return None
         stored = self.part_of(self.stored_name(name), name)
-        if stored.kind in FLOATS:
+        if stored.dtype in FLOATS:
             return None
         check_shape(stored.name, stored.shape, shape)
         return [file_blocks(stored, self.row_order(name, shape[0]))]
@@ -132,7 +131,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
 # --- reading ---
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, FileTensor]]:
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
     """A .gguf file -> (metadata, {name: tensor}). ValueError if it is truncated, a part, or claims
     what cannot be."""
     require_file(path)
@@ -197,7 +196,7 @@ class Header:
             meta[key] = self.value()
         return meta
 
-    def tensors(self, meta: dict[str, Any]) -> dict[str, FileTensor]:
+    def tensors(self, meta: dict[str, Any]) -> dict[str, InFile]:
         """By name. Each has a place of its own, so that they are as large as the file at most."""
         tensors = [self.tensor() for _ in range(self.n_tensors)]
         alignment = meta.get("general.alignment", 32)
@@ -205,17 +204,17 @@ class Header:
             raise ValueError(f"its general.alignment is {short(alignment)}, no power of two")
         end = start = (self.left - self.size) // alignment * -alignment  # rounded up
         placed = {}
-        for tensor in sorted(tensors, key=lambda each: each.stored.offset):
-            stored = tensor.stored._replace(offset=start + tensor.stored.offset)
-            if stored.offset % alignment or stored.offset < end or tensor.name in placed:
+        for tensor in sorted(tensors, key=lambda each: each.offset):
+            tensor.offset += start
+            if tensor.offset % alignment or tensor.offset < end or tensor.name in placed:
                 raise ValueError(f"tensor {tensor.name} lies over others")
-            end = stored.offset + math.prod(stored.shape)
-            placed[tensor.name] = tensor._replace(stored=stored)
+            end = tensor.offset + tensor.nbytes
+            placed[tensor.name] = tensor
         if end > self.size:
             raise ValueError(f"it ends before tensor {tensor.name} does")
         return placed
 
-    def tensor(self) -> FileTensor:
+    def tensor(self) -> InFile:
         """The next one, its offset that behind the header."""
         name = self.text()
         dims = self.numbers(Kind.UINT64, *self.numbers(Kind.UINT32))
@@ -223,6 +222,5 @@ class Header:
         block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
         if not block or not 1 <= len(dims) <= 4 or min(dims) < 1 or dims[0] % block:
             raise ValueError(f"tensor {name} has type {kind} and shape {short(dims)}")
-        *rows, K = dims[::-1]
-        stored = InFile(name, torch.uint8, (*rows, K // block * nbytes), self.file, offset)
-        return FileTensor(GGML(kind), (*rows, K), stored)
+        row_bytes = dims[0] // block * nbytes
+        return InFile(name, GGML(kind), tuple(dims[::-1]), row_bytes, self.file, offset)
