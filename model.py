@@ -1159,9 +1159,8 @@ class Checkpoint:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
         if tensor.dtype not in WEIGHT_DTYPES and not ours:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"tensor {name} has dtype {dtype}; weights are read in {names}")
+            names = ", ".join(map(str, WEIGHT_DTYPES))
+            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are read in {names}")
         return tensor
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:

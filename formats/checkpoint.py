@@ -142,7 +142,8 @@ class CheckedCheckpoint(Checkpoint):
         is_turned = stored != name and self.config["model_type"] == "gpt_oss" and len(shape) == 2
         tensor, rows = self.part_of(stored, name, shape, is_turned)
         self.checked(stored, tensor, tensor.shape)
-        whole = tensor.read().t() if is_turned else tensor.read()
+        whole = tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
+        whole = whole.t() if is_turned else whole
         return whole[rows.start:rows.stop:rows.step]
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
@@ -151,6 +152,8 @@ class CheckedCheckpoint(Checkpoint):
         stored = self.stored_names(name)
         if len(stored) == 1:
             return None
+        if isinstance(self.tensors[stored[0]], Tensor):
+            raise ValueError(f"{self.path} has tensor {stored[0]} in a pickle")
         N, K = shape
         packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
         exponents, _ = self.part_of(stored[1], name, (N, K // 32))
@@ -359,23 +362,7 @@ def weight_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(files)
 
 
-class Pickled:
-    """A tensor of a .bin file, which is mapped, to be read as InFile is."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.dtype = tensor.dtype
-        self.shape = tuple(tensor.shape)
-
-    def __getitem__(self, i: int) -> Pickled:
-        return Pickled(self.tensor[i])
-
-    def read(self, rows: range | None = None) -> Tensor:
-        some = slice(None) if rows is None else slice(rows.start, rows.stop, rows.step)
-        return self.tensor[some].clone()
-
-
-def read_pickle(file: Path) -> dict[str, Pickled]:
+def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a .bin file, which runs no code. ValueError for one that lacks some of its
     numbers: sparse, quantized by PyTorch, or on a device without memory."""
     tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
@@ -383,19 +370,23 @@ def read_pickle(file: Path) -> dict[str, Pickled]:
         plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
         if not plain or x.is_quantized or x.is_nested:
             raise ValueError(f"{name!r} is no plain tensor of the CPU's")
-    return {name: Pickled(x) for name, x in tensors.items()}
+    return tensors
 
 
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError if the file is anything else."""
-    require_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read {path}: {first_line(e)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"cannot read {path}: not a JSON object")
     return value
+
+
+def read_text(path: Path) -> str:
+    require_file(path)
+    return path.read_text(encoding="utf-8")
 
 
 def require_file(path: Path) -> None:

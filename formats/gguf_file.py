@@ -209,9 +209,9 @@ class Header:
             if tensor.offset % alignment or tensor.offset < end or tensor.name in placed:
                 raise ValueError(f"tensor {tensor.name} lies over others")
             end = tensor.offset + tensor.nbytes
+            if end > self.size:
+                raise ValueError(f"it ends before tensor {tensor.name} does")
             placed[tensor.name] = tensor
-        if end > self.size:
-            raise ValueError(f"it ends before tensor {tensor.name} does")
         return placed
 
     def tensor(self) -> InFile:
