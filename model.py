@@ -1176,10 +1176,10 @@ def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu")
 
 
 def first_line(e: BaseException) -> str:
-    """What an exception says, in one line of at most 200 characters."""
+    """What an exception says, in one line of at most 400 characters."""
     lines = str(e).strip().splitlines() or [type(e).__name__]
     if isinstance(e, KeyError):
-        return f"there is no {lines[0][:200]}"
+        return f"there is no {lines[0][:400]}"
     if isinstance(e, (AttributeError, IndexError, TypeError)):
-        return f"{type(e).__name__}: {lines[0]}"[:200]
-    return lines[0][:200]
+        return f"{type(e).__name__}: {lines[0]}"[:400]
+    return lines[0][:400]

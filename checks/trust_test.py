@@ -597,19 +597,18 @@ ESCAPES = "a\x1b[2J\rb\nc\x07\x9b"
 
 
 @pytest.mark.parametrize("file, content", [
-    (None, {}),
-    ("config.json", {"hidden_act": ESCAPES}),
-    ("tokenizer.json", {"model": {"type": ESCAPES}}),
-    ("tokenizer_config.json", {"chat_template": f"{{{{ raise_exception({ESCAPES!r}) }}}}"}),
-], ids=str)
+    (None, ""),
+    ("config.json", json.dumps({"model_type": "llama", "hidden_act": ESCAPES})),
+    ("tokenizer.json", json.dumps({"model": {"type": ESCAPES}})),
+    ("chat_template.jinja", f"{{{{ raise_exception({ESCAPES!r}) }}}}"),
+], ids=["names", "settings", "tokenizer", "template"])
 def test_no_sentence_drives_the_terminal(
-    capfd: pytest.CaptureFixture[str], copied: Path, tmp_path: Path, file: str | None, content: dict
+    capfd: pytest.CaptureFixture[str], copied: Path, tmp_path: Path, file: str | None, content: str
 ) -> None:
     """Names of files and what they say may have been chosen to."""
     folder = copied.rename(tmp_path / ESCAPES)
     if file is not None:
-        spoiled = json.loads((folder / file).read_text()) | content
-        (folder / file).write_text(json.dumps(spoiled))
+        (folder / file).write_text(content)
     words = [] if file is not None else ["--prompt", f"@{ESCAPES}"]
     code, _, err = run_cli(capfd, "--device", "cpu", "--checkpoint_path", folder, *words)
     assert code == 2 and err.count("\n") == 1 and err.rstrip("\n").isprintable()

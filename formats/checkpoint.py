@@ -139,9 +139,10 @@ class CheckedCheckpoint(Checkpoint):
             q, scale, zero = blocks[0].affine(slice(0, shape[0]))
             return affine(q, 0, scale, zero, torch.float32)
         [stored] = self.stored_names(name)
-        is_turned = stored != name and self.config["model_type"] == "gpt_oss" and len(shape) == 2
+        in_a_stack = ".experts." in name and stored != name
+        is_turned = in_a_stack and self.config["model_type"] == "gpt_oss" and len(shape) == 2
         tensor, rows = self.part_of(stored, name, shape, is_turned)
-        self.checked(stored, tensor, tensor.shape)
+        self.checked(stored, tensor, tuple(tensor.shape))
         whole = tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
         whole = whole.t() if is_turned else whole
         return whole[rows.start:rows.stop:rows.step]
@@ -153,7 +154,7 @@ class CheckedCheckpoint(Checkpoint):
         if len(stored) == 1:
             return None
         if isinstance(self.tensors[stored[0]], Tensor):
-            raise ValueError(f"{self.path} has tensor {stored[0]} in a pickle")
+            raise ValueError(f"{self.path} has MXFP4 weights in a pickle")
         N, K = shape
         packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
         exponents, _ = self.part_of(stored[1], name, (N, K // 32))
@@ -164,8 +165,7 @@ class CheckedCheckpoint(Checkpoint):
     ) -> tuple[InFile, range]:
         """What a tensor of the file has for that of a Hugging Face name and shape -> (it, which of
         its rows): all, or of a stack of experts those of one. gpt-oss has gate and up by turns,
-        others one below the other. is_turned: its rows are columns there. ValueError: it has
-        another shape."""
+        others one below the other. is_turned: rows are columns there. ValueError: another shape."""
         tensor = self.tensors[stored]
         n_rows, *others = shape
         rows = range(n_rows)
@@ -211,6 +211,7 @@ def making_sense_of(path: Path) -> Iterator[None]:
 
 
 def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    stored = tuple(stored)  # a tensor's is torch.Size
     if stored != shape:
         raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 

@@ -218,10 +218,11 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
     from formats.gguf_file import read_gguf  # gguf is slow to import
     meta = {key.removeprefix("tokenizer.ggml."): v for key, v in read_gguf(path)[0].items()}
-    tokens, kind, pre = meta.get("tokens"), meta.get("model"), meta.get("pre")
+    kind, pre = meta.get("model"), meta.get("pre")
     if kind not in ("gpt2", "llama") or kind == "gpt2" and str(pre) not in PRE_TOKENIZERS:
         raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
                          f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
+    tokens = meta["tokens"]
     types = meta.get("token_type") or [1] * len(tokens)
     special_ids = {name: token_id(meta, name, tokens) for name in ("bos", "eos", "eot", "eom")}
     ends = {i for i, token in enumerate(tokens) if token in END_OF_TURN}
