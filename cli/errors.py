@@ -115,11 +115,10 @@ def is_of_the_device(error: BaseException) -> bool:
 def become_a_program() -> None:
     """Signals become exceptions, so that whatever is half-written goes; characters that the
     terminal cannot show are no reason to end, and those that would drive it are only shown."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, end_by_signal)
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end_by_signal)
+    for number, handler in (handlers | {signal.SIGINT: signal.default_int_handler}).items():
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for nohup and background jobs
+            signal.signal(number, handler)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")
         if sys.stdout.isatty():

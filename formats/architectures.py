@@ -140,15 +140,13 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
     """How the frequencies of the rotary embedding are stretched; {}: not at all."""
     scaling = renamed(settings, ROPE_SETTINGS)
     if "rope_freqs.weight" in tensors:  # llama3's scaling, as a divisor of each frequency
-        scaling |= {"rope_type": "linear", "factors": factors(tensors, "rope_freqs")}
+        factors = dequantized(tensors["rope_freqs.weight"])
+        scaling |= {"rope_type": "linear", "factors": factors.tolist()}
     if "rope_factors_long.weight" in tensors:
         scaling["rope_type"] = "longrope"
         for length in ("long", "short"):
-            scaling[f"{length}_factor"] = factors(tensors, f"rope_factors_{length}")
+            factors = dequantized(tensors[f"rope_factors_{length}.weight"])
+            scaling[f"{length}_factor"] = factors.tolist()
         if "rope.scaling.attn_factor" in settings:
             scaling["attention_factor"] = settings["rope.scaling.attn_factor"]
     return scaling
-
-
-def factors(tensors: Tensors, name: str) -> list[float]:
-    return dequantized(tensors[f"{name}.weight"]).tolist()

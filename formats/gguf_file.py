@@ -33,10 +33,7 @@ def read_checkpoint(path: Path) -> GGUFCheckpoint:
     return GGUFCheckpoint(path, config, tensors, file)
 
 
-NUMBERS = {  # types of numbers in the metadata
-    kind: np.dtype(dtype).newbyteorder("<")
-    for kind, dtype in gguf.GGUFReader.gguf_scalar_to_np.items()
-}
+NUMBERS = gguf.GGUFReader.gguf_scalar_to_np  # numpy's types of numbers in the metadata
 # the number of an expert in the name of its tensor; GGUF files have those of a layer in one stack
 EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
 
@@ -175,7 +172,8 @@ class Header:
     def numbers(self, kind: int, n: int = 1) -> list[int | float | bool]:
         if kind not in NUMBERS:
             raise ValueError(f"it has a value of type {kind}")
-        return np.frombuffer(self.take(n * NUMBERS[kind].itemsize), NUMBERS[kind]).tolist()
+        nbytes = n * np.dtype(NUMBERS[kind]).itemsize
+        return np.frombuffer(self.take(nbytes), NUMBERS[kind]).tolist()
 
     def value(self) -> Any:
         """A number, a text, or a list of them."""
