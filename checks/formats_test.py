@@ -518,7 +518,7 @@ def test_ctrl_c_passes_through_a_tokenizer() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask("", interrupted)
+        ask(interrupted)
 
 
 # --- chat templates ---

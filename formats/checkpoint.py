@@ -297,8 +297,7 @@ def open_tensors(path: Path) -> dict[str, InFile]:
     for name in names:
         dtype, shape, (start, end) = map(header[name].get, ("dtype", "shape", "data_offsets"))
         row_bytes = (end - start) // max(1, math.prod(shape[:-1]))
-        where = row_bytes, file, 8 + n + start
-        tensors[name] = InFile(name, DTYPES[dtype], tuple(shape), *where)
+        tensors[name] = InFile(name, DTYPES[dtype], tuple(shape), row_bytes, file, 8 + n + start)
     return tensors
 
 
@@ -339,9 +338,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         del config["quantization_config"]  # the names of the tensors say it too
     tensors = {}
     for file in files:
-        require_file(file)
         try:
-            tensors |= read_file(file)
+            tensors |= read_file(plain_file(file))
         except Exception as e:  # of safetensors, pickle and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     return CheckedCheckpoint(folder, config, tensors)
@@ -375,7 +373,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError if the file is anything else."""
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(plain_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read {path}: {first_line(e)}") from None
     if not isinstance(value, dict):
@@ -383,12 +381,8 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_text(path: Path) -> str:
-    require_file(path)
-    return path.read_text(encoding="utf-8")
-
-
-def require_file(path: Path) -> None:
-    """ValueError for a pipe or a device, which one could wait at for ever."""
+def plain_file(path: Path) -> Path:
+    """The path; ValueError for a pipe or a device, which one could wait at for ever."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"cannot read {path}: it is no plain file")
+    return path

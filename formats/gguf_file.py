@@ -19,7 +19,7 @@ from torch import Tensor
 from formats.architectures import hf_config
 from formats.blocks import FLOATS, dequantized, file_blocks
 from formats.checkpoint import (
-    CheckedCheckpoint, InFile, check_shape, check_stack, making_sense_of, require_file,
+    CheckedCheckpoint, InFile, check_shape, check_stack, making_sense_of, plain_file,
 )
 from formats.integers import Blocks
 from formats.settings import short
@@ -131,9 +131,8 @@ class GGUFCheckpoint(CheckedCheckpoint):
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
     """A .gguf file -> (metadata, {name: tensor}). ValueError if it is truncated, a part, or claims
     what cannot be."""
-    require_file(path)
     try:
-        header = Header(open(path, "rb"))
+        header = Header(open(plain_file(path), "rb"))
         meta = header.settings()
         tensors = header.tensors(meta)
     except (OSError, ValueError) as e:
@@ -186,12 +185,9 @@ class Header:
         return [self.text() for _ in range(n)] if kind == Kind.STRING else self.numbers(kind, n)
 
     def settings(self) -> dict[str, Any]:
-        meta = {}
-        for _ in range(self.n_settings):
-            key = self.text()
-            if key in meta:
-                raise ValueError(f"it has {key} twice")
-            meta[key] = self.value()
+        meta = {self.text(): self.value() for _ in range(self.n_settings)}
+        if len(meta) < self.n_settings:
+            raise ValueError("it has a setting twice")
         return meta
 
     def tensors(self, meta: dict[str, Any]) -> dict[str, InFile]:

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
-from formats.checkpoint import read_json, read_text, require_file, resolve
+from formats.checkpoint import plain_file, read_json, resolve
 from formats.default import default_model
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.templates import render_template
@@ -29,21 +29,18 @@ def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
     what is wrong."""
     path = default_model() if path is None else resolve(path)
     read = gguf_tokenizer if path.suffix == ".gguf" else folder_tokenizer
-    return ask(f"cannot read the tokenizer of {path}", read, path)
+    return ask(read, path, failed=f"cannot read the tokenizer of {path}")
 
 
-FAILED = "the tokenizer fails, its files are wrong"
-
-
-def ask(what: str, function: Callable, *args: Any, **options: Any) -> Any:
+def ask(function: Callable, *args: Any, failed: str = "the tokenizer fails") -> Any:
     """What a function that goes into tokenizers gives. ValueError says what failed: it raises plain
     exceptions, and panics of Rust are not even these. (They say so on stderr by themselves.)"""
     try:
-        return function(*args, **options)
+        return function(*args)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:
-        raise ValueError(f"{what}: {first_line(e)}") from None
+        raise ValueError(f"{failed}: {first_line(e)}") from None
 
 
 class ChatTokenizer(Tokenizer):
@@ -117,17 +114,17 @@ class JSONTokenizer(ChatTokenizer):
     """By a tokenizers.Tokenizer."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids = ask(FAILED, self.backend.encode, text, add_special_tokens=False).ids
+        ids = ask(lambda: self.backend.encode(text, add_special_tokens=False).ids)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
         control = set(self.special.values())
-        return ask(FAILED, self.backend.decode, [i for i in ids if i not in control])
+        return ask(self.backend.decode, [i for i in ids if i not in control])
 
     def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
         if text != text.translate(show):
             return super().template_ids(text, show)
-        return ask(FAILED, lambda: self.knowing.encode(text, add_special_tokens=False).ids)
+        return ask(lambda: self.knowing.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def knowing(self) -> tokenizers.Tokenizer:
@@ -192,7 +189,7 @@ def add_settings(tokenizer: ChatTokenizer, folder: Path) -> None:
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
-        template = read_text(folder / "chat_template.jinja")
+        template = plain_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
 
 
@@ -306,8 +303,7 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         for name in ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json",
                      "generation_config.json"):
             for file in source.glob(name):
-                require_file(file)
-                shutil.copy(file, folder)
+                shutil.copy(plain_file(file), folder)
         return
     tokenizer = load_tokenizer(source)
     backend = tokenizer.backend
