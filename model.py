@@ -561,9 +561,7 @@ class LayerCache:
         if q.is_cpu and not self.places.ring and not torch.compiler.is_compiling():
             end = int(input_pos.max())
         keys, values = self.read(end, q.dtype)
-        return flash_decode_unchecked(
-            q, keys, values, input_pos, ring=self.places.ring, **options
-        )
+        return flash_decode_unchecked(q, keys, values, input_pos, ring=self.places.ring, **options)
 
 
 class Int8LayerCache(LayerCache):
@@ -1042,8 +1040,9 @@ def fill_model(
                 tensor = model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
-                is_part = tensor.untyped_storage().nbytes() > tensor.nbytes  # as of a mapped file
-                tensor = tensor.to(device, x.dtype, copy=is_part)
+                storage = tensor.untyped_storage()  # perhaps that of more, or of a mapped file
+                owned = storage.resizable() and storage.nbytes() == tensor.nbytes
+                tensor = tensor.to(device, x.dtype, copy=not owned)
                 checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
             if isinstance(x, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)

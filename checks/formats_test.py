@@ -237,7 +237,7 @@ def test_a_file_cut_short_while_it_is_read_gets_a_sentence(
         fill_model(model, opened, "cpu", None, "auto", 32)
 
 
-def test_parameters_keep_no_more_memory_than_their_own(
+def test_parameters_keep_no_file_and_no_more_than_their_own(
     checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     """Neither a mapped file, nor the tensor that they are a part of."""
@@ -246,8 +246,9 @@ def test_parameters_keep_no_more_memory_than_their_own(
     torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
     for path in (folder, tmp_path):
         for x in load_model(path, dtype=torch.float32, quantize="none").parameters():
-            assert x.untyped_storage().nbytes() == x.nbytes
-            assert x.untyped_storage().resizable()  # not a file's
+            if not x.is_mkldnn:  # packed for a CPU
+                assert x.untyped_storage().nbytes() == x.nbytes
+                assert x.untyped_storage().resizable()  # not a file's
 
 
 def spoil_header(file: Path, change: Callable[[dict], object]) -> None:

@@ -3,6 +3,7 @@
 They may hold anything, so that settings, names and numbers are checked."""
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -276,7 +277,7 @@ class InFile:
         rows = range(stored[0]) if rows is None else rows
         data = torch.empty(rows[-1] + 1 - rows[0], *stored[1:], dtype=torch.uint8)
         end = self.offset + (rows[-1] + 1) * (self.nbytes // stored[0])
-        left = memoryview(data.numpy()).cast("B")
+        left = memoryview((ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr()))
         while left:
             n = os.preadv(self.file.fileno(), [left], end - len(left))
             if not n:
