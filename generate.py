@@ -44,7 +44,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from model import KVCache, Transformer, extension, load_model, run_block, run_head
-from quantize import MODES
+from quantize import HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
@@ -794,7 +794,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(parser.parse_args(argv))
     except ValueError as e:
-        parser.exit(2, f"generate.py: error: {e}\n")
+        parser.exit(2, f"generate.py: error: {e}\n".translate(HARMLESS))
 
 
 def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = None) -> None:
@@ -876,7 +876,7 @@ def prepare_steps(
 def say(text: str, end: str = "\n") -> None:
     """Print on stderr: stdout is for what the model says. Nobody has to listen."""
     with suppress(OSError):
-        print(text, end=end, file=sys.stderr, flush=True)
+        print(text.translate(HARMLESS), end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

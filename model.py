@@ -561,9 +561,7 @@ class LayerCache:
         if q.is_cpu and not self.places.ring and not torch.compiler.is_compiling():
             end = int(input_pos.max())
         keys, values = self.read(end, q.dtype)
-        return flash_decode_unchecked(
-            q, keys, values, input_pos, ring=self.places.ring, **options
-        )
+        return flash_decode_unchecked(q, keys, values, input_pos, ring=self.places.ring, **options)
 
 
 class Int8LayerCache(LayerCache):
@@ -1060,7 +1058,9 @@ def fill_model(
                 tensor = model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
-                tensor = tensor.to(device, x.dtype, copy=True)
+                storage = tensor.untyped_storage()  # perhaps that of more, or of a mapped file
+                owned = storage.resizable() and storage.nbytes() == tensor.nbytes
+                tensor = tensor.to(device, x.dtype, copy=not owned)
                 checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
             if isinstance(x, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
@@ -1117,12 +1117,11 @@ class Checkpoint:
 
     path: Path
     config: dict  # as in Hugging Face's config.json
-    tensors: dict[str, Any] = field(repr=False)  # by the file's own names, in mapped memory
+    tensors: dict[str, Any] = field(repr=False)  # by the file's own names
     put_layer = staticmethod(quantization.put_layer)  # which puts an empty one into a model
 
     @classmethod
     def from_folder(cls, folder: Path) -> Checkpoint:
-        """Nothing is read before it is used."""
         file = folder / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -1177,9 +1176,8 @@ class Checkpoint:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
         if tensor.dtype not in WEIGHT_DTYPES and not ours:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"tensor {name} has dtype {dtype}; weights are read in {names}")
+            names = ", ".join(map(str, WEIGHT_DTYPES))
+            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are read in {names}")
         return tensor
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -1195,10 +1193,10 @@ def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu")
 
 
 def first_line(e: BaseException) -> str:
-    """What an exception says, in one line of at most 200 characters."""
+    """What an exception says, in one line of at most 400 characters."""
     lines = str(e).strip().splitlines() or [type(e).__name__]
     if isinstance(e, KeyError):
-        return f"there is no {lines[0][:200]}"
+        return f"there is no {lines[0][:400]}"
     if isinstance(e, (AttributeError, IndexError, TypeError)):
-        return f"{type(e).__name__}: {lines[0]}"[:200]
-    return lines[0][:200]
+        return f"{type(e).__name__}: {lines[0]}"[:400]
+    return lines[0][:400]

@@ -305,9 +305,13 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterabl
     return items
 
 
+# for str.translate: control characters but \t and \n, by which a text could drive a terminal
+HARMLESS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
+
+
 @lru_cache
 def say_once(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(message.translate(HARMLESS), file=sys.stderr)
 
 # --- rounding ---
 

@@ -19,12 +19,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from checks.common import (
     AWKWARD, CONFIG, LLAMA3_ROPE, byte_level_tokenizer, close, empty_model, write_gguf)
+from checks.hostile import HOSTILE_TOKENIZERS, hostile_tokenizers
+from formats.checkpoint import open_checkpoint
 from formats.pretokenizers import PRE_TOKENIZERS
 from formats.settings import check_settings
 from formats.text import TextStream
-from formats.tokenizer import JSONTokenizer, any_of, load_tokenizer, save_tokenizer
+from formats.tokenizer import JSONTokenizer, any_of, ask, load_tokenizer, save_tokenizer
 from generate import Tokenizer
-from model import ModelConfig, Transformer, load_model, rope_frequencies
+from model import ModelConfig, Transformer, fill_model, load_model, rope_frequencies
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]
 Tensors = dict[str, Tensor]
@@ -214,6 +216,76 @@ def test_truncated_weights(
     file.write_bytes(data[:cut])
     with pytest.raises(ValueError, match=file.name):
         load_model(file if kind == "gguf" else tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "gguf"])
+def test_a_file_cut_short_while_it_is_read_gets_a_sentence(
+    checkpoint: MakeCheckpoint, kind: str, tmp_path: Path
+) -> None:
+    """A file that is mapped would end the process by SIGBUS."""
+    _, hf = checkpoint("llama")
+    if kind == "shards":
+        save_shards(hf, tmp_path)
+        path, file = tmp_path, max(tmp_path.glob("*.safetensors"))
+    else:
+        file = write_weights(tmp_path, hf, kind)
+        path = file if kind == "gguf" else tmp_path
+    opened = open_checkpoint(path)
+    model = opened.empty_model()
+    os.truncate(file, file.stat().st_size // 4)
+    with pytest.raises(ValueError, match=f"{file.name} ends within tensor"):
+        fill_model(model, opened, "cpu", None, "auto", 32)
+
+
+def test_parameters_keep_no_file_and_no_more_than_their_own(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Neither a mapped file, nor the tensor that they are a part of."""
+    folder, hf = checkpoint("qwen3-moe")
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
+    for path in (folder, tmp_path):
+        for x in load_model(path, dtype=torch.float32, quantize="none").parameters():
+            if not x.is_mkldnn:  # packed for a CPU
+                assert x.untyped_storage().nbytes() == x.nbytes
+                assert x.untyped_storage().resizable()  # not a file's
+
+
+def spoil_header(file: Path, change: Callable[[dict], object]) -> None:
+    """Change the header of a safetensors file."""
+    content = file.read_bytes()
+    n = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:n])
+    change(header)
+    new = json.dumps(header).encode()
+    file.write_bytes(len(new).to_bytes(8, "little") + new + content[n:])
+
+
+@pytest.mark.parametrize("changes", [
+    dict(data_offsets=[0, 192]), dict(data_offsets=[-5, 187]), dict(data_offsets=[2**63, 2**63]),
+    dict(shape=[2**32, 2**32]), dict(shape=[0]), dict(dtype="F99\x1b[2J"), dict(dtype="F4"),
+], ids=str)
+def test_hostile_headers_of_safetensors_are_refused(
+    checkpoint: MakeCheckpoint, changes: dict, tmp_path: Path
+) -> None:
+    folder, _ = checkpoint("llama")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    spoil_header(file, lambda header: header[NORM].update(changes))
+    with pytest.raises(ValueError, match=f"cannot read {file}|tensor {NORM}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("n", [0, 2**27, 2**40, 2**63])
+def test_a_safetensors_header_of_absurd_length_is_refused(
+    checkpoint: MakeCheckpoint, n: int, tmp_path: Path
+) -> None:
+    folder, _ = checkpoint("llama")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(n.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match=f"cannot read {file}: "):
+        load_model(tmp_path)
 
 
 def test_index_outside_the_folder(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -419,6 +491,35 @@ def test_broken_tokenizers(tmp_path: Path, name: str, content: str, message: str
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hostile(tokenizer_folder: Path) -> dict[str, bytes]:
+    return hostile_tokenizers((tokenizer_folder / "tokenizer.json").read_text())
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_TOKENIZERS, "cut to 0", "cut to 50"])
+def test_what_tokenizers_raises_or_panics_with_is_a_sentence(
+    hostile: dict[str, bytes], tokenizer_folder: Path, tmp_path: Path, name: str
+) -> None:
+    """While reading, encoding and decoding, and in a stream. A panic is no Exception."""
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_bytes(hostile[name])
+    with pytest.raises(ValueError, match="tokenizer") as e:
+        tokenizer = load_tokenizer(tmp_path)
+        ids = tokenizer.encode("x" * 50 + " aab")
+        stream = TextStream(tokenizer)
+        for i in ids:
+            stream.push([i])
+    assert "\n" not in str(e.value)
+
+
+def test_ctrl_c_passes_through_a_tokenizer() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(interrupted)
 
 
 # --- chat templates ---

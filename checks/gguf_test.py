@@ -2,8 +2,11 @@
 import copy
 import ctypes
 import re
+import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +24,13 @@ from benchmarks.quality import perplexity
 from checks.common import (
     CPU_ENV, HERE, byte_level_tokenizer, random_blocks, run_cli, write_gguf,
 )
+from checks.hostile import GGUF, hostile_gguf
 from cpu.products import tile, tiling, untile, untile_rows
-from formats.blocks import TYPES, file_blocks
+from formats.blocks import TYPES, dequantized, file_blocks
 from formats.default import default_model
 from formats.gguf_file import read_gguf
 from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
-from generate import Tokenizer, generate
+from generate import Tokenizer, generate, load_tokenizer
 from model import Transformer, load_model
 from products import Int4OnGPU
 from products.linear import int4_linear_reference
@@ -83,14 +87,14 @@ def test_blocks_are_exactly_what_gguf_reads(
     path = file_of(name)
     _, tensors = read_gguf(path)
     stored = tensors["blk.1.ffn_down.weight"]
-    blocks = file_blocks(path, stored, None)
+    blocks = file_blocks(stored, None)
     parts = [blocks.affine(rows) for rows in blocks.slices(100)]
     q, scale, zero = [torch.cat(part) for part in zip(*parts)]
     assert q.shape == blocks.shape == (256, 512)
     assert int(q.max()) < 2**blocks.bits
     assert scale.shape == zero.shape == (256, 512 // (16 if name == "Q6_K" else 32))
     dense = (q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]).flatten(1)
-    assert np.array_equal(dense.numpy(), gguf.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(dense, dequantized(stored))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -270,6 +274,42 @@ def test_a_truncated_file_is_one_sentence(
     assert out == ""
     assert "cut.gguf" in err
     assert err.count("\n") == 1
+
+
+HOSTILE = hostile_gguf()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_its_own_size(tmp_path: Path, name: str) -> None:
+    """Whatever it claims: without a list of 2^40 numbers in memory, or a minute of reading."""
+    path = tmp_path / "x.gguf"
+    path.write_bytes(HOSTILE[name])
+    began = time.perf_counter()
+    tracemalloc.start()
+    with pytest.raises(ValueError) as e:
+        load_tokenizer(path)
+        load_model(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "\n" not in str(e.value)
+    assert peak < 2**24 and time.perf_counter() - began < 10
+
+
+def test_the_hostile_files_are_else_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(GGUF().content())
+    assert load_model(path).config.n_layer == 1
+    assert load_tokenizer(path).encode("a", bos=False) == [259, 100]
+
+
+def test_a_file_that_was_replaced_is_read_anew(
+    file_of: Callable[[str, bool], Path], tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(file_of("Q4_0"), tmp_path / "x.gguf"))
+    load_model(path)
+    shutil.copy(file_of("Q8_0"), path)
+    new, want = load_model(path), load_model(file_of("Q8_0"))
+    assert torch.equal(*(model.lm_head.stored()["weight"] for model in (new, want)))
 
 
 def test_the_default_model_keeps_its_answers(

@@ -3,6 +3,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from checks.common import BASE, close, hf_logits, random_hf
 from cli.stats import weight_bytes
 from families.experts import Experts
-from formats.integers import mxfp4_blocks
+from formats.integers import Blocks, mxfp4_blocks
 from formats.layers import FORMS
 from generate import compile_model
 from model import ModelConfig, Transformer, load_model
@@ -185,8 +186,25 @@ def random_layer(linear: Linear, mode: str | None) -> torch.nn.Module:
     layer = FORMS[mode](linear, 32)
     N, K = linear.weight.shape
     for rows in layer.slices():
-        layer.take(rows, *mxfp4_blocks("w", *random_mxfp4(N, K)).affine(rows), 16)
+        layer.take(rows, *blocks_of(*random_mxfp4(N, K)).affine(rows), 16)
     return layer
+
+
+class InMemory(NamedTuple):
+    """A tensor with what formats/checkpoint.py's InFile has."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self, rows: range) -> Tensor:
+        return self.tensor[rows.start:rows.stop:rows.step]
+
+
+def blocks_of(packed: Tensor, exponents: Tensor) -> Blocks:
+    return mxfp4_blocks("w", InMemory(packed), InMemory(exponents), range(len(packed)))
 
 
 def random_mxfp4(N: int, K: int) -> tuple[Tensor, Tensor]:
@@ -250,7 +268,7 @@ def test_mxfp4_stays_what_it_is(
 
 def test_mxfp4_layer_holds_the_numbers_of_the_file(gpu_layouts: None) -> None:
     packed, exponents = random_mxfp4(70, 96)
-    blocks = mxfp4_blocks("w", packed, exponents)
+    blocks = blocks_of(packed, exponents)
     linear = Linear(96, 70, bias=False)
     layer = FORMS["mxfp4"](linear)
     for rows in blocks.slices(16):

@@ -31,6 +31,7 @@ import cli.program  # once: the runs are forked from here, so that starting take
 import generate as program
 from batching import Engine
 from checks.common import CHATML, byte_level_tokenizer, hf_folder
+from checks.hostile import hostile_gguf, hostile_tokenizers
 from cli.errors import become_a_program
 from formats.tokenizer import sentencepiece_bpe
 from generate import Request, generate
@@ -38,7 +39,7 @@ from model import load_model
 
 LIMIT_S = 60  # that a run may take; most take a tenth of a second
 MEMORY = 8 * 2**30  # addresses that a run may have
-SENT = {signal.SIGTERM, signal.SIGINT}
+SENT = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**40, 1.5, 1e308, float("nan"), float("inf"), "", "x",
     "\ud800", "\0", [], [[]], [None], ["x"], [0] * 1000, {}, {"x": {}},
@@ -63,6 +64,7 @@ class Soak:
             "kills": self.kill,
             "full disk": self.full_disk,
         }
+        self.kinds |= {"hostile gguf": self.hostile_gguf, "hostile json": self.hostile_json}
         for name in self.checkpoints:
             self.kinds[f"corrupted {name}"] = self.corrupt
 
@@ -121,6 +123,26 @@ class Soak:
         code, err = self.run(["--checkpoint_path", spoiled, *flags])
         return problem_of(code, err, {0, 2})
 
+    def hostile_gguf(self) -> str | None:
+        """A file that claims what cannot be: a sentence, with little memory."""
+        file = self.folder / "hostile.gguf"
+        name, content = self.draw.choice(list(hostile_gguf().items()))
+        file.write_bytes(content)
+        code, err = self.run(["--checkpoint_path", file, *self.plain])
+        found = problem_of(code, err, {2})
+        return found and f"{name}: {found}"
+
+    def hostile_json(self) -> str | None:
+        """A tokenizer that fails while it is read or used: a sentence, at the latest."""
+        folder = self.folder / "hostile"
+        shutil.copytree(self.checkpoints["safetensors"], folder, dirs_exist_ok=True)
+        file = folder / "tokenizer.json"
+        name, content = self.draw.choice(list(hostile_tokenizers(file.read_text()).items()))
+        file.write_bytes(content)
+        code, err = self.run(["--checkpoint_path", folder, *self.plain])
+        found = problem_of(code, err, {0, 2})
+        return found and f"{name}: {found}"
+
     def full_disk(self) -> str | None:
         """A file ends at some size, or stdout takes nothing: one sentence, and nothing is left."""
         target = self.folder / "written"
@@ -150,7 +172,7 @@ class Soak:
         answer = ["--prompts", self.prompts(), "--output", target]
         flags = ["--device", "cpu", "--checkpoint_path", self.checkpoints["safetensors"]]
         flags += self.draw.choice([save, answer])
-        sent = self.draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+        sent = self.draw.choice([*sorted(SENT), signal.SIGKILL])
         code, err = self.run(flags, sent=sent, after=self.draw.uniform(0, 0.4))
         found = problem_of(code, err, {0, 128 + sent, -sent})
         if found is None and sent != signal.SIGKILL:

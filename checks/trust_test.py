@@ -30,7 +30,7 @@ from formats.default import default_model
 from formats.settings import check_settings
 from generate import Request, generate, load_tokenizer
 from model import Transformer, load_model, require_memory
-from quantize import quantize_model, save_quantized, workspace
+from quantize import HARMLESS, quantize_model, save_quantized, workspace
 
 PROMPT = list(range(10, 30))
 Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
@@ -246,8 +246,7 @@ def test_generate_inside_its_own_stream_is_refused(model: Transformer) -> None:
 def test_weights_of_no_floating_dtype_are_refused(copied: Path, dtype: torch.dtype) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensor(copied, name, lambda tensor: tensor.to(dtype))
-    kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(ValueError, match=f"tensor {name} has dtype {kind}"):
+    with pytest.raises(ValueError, match=f"tensor {name} has dtype {dtype}"):
         load_model(copied)
 
 
@@ -365,11 +364,20 @@ def test_a_config_that_is_no_json_object_gets_one_line(
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_pipe_in_place_of_a_file_is_refused(copied: Path, name: str) -> None:
-    """Opening it would wait for a writer for ever."""
-    (copied / name).unlink()
-    os.mkfifo(copied / name)
+@pytest.mark.parametrize("device", [None, "/dev/zero"], ids=["pipe", "device"])
+@pytest.mark.parametrize("name", [
+    "config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja",
+    "tokenizer_config.json", "generation_config.json",
+])
+def test_a_pipe_in_place_of_a_file_is_refused(
+    copied: Path, name: str, device: str | None
+) -> None:
+    """Opening it would wait for a writer for ever, and a device may have no end."""
+    (copied / name).unlink(missing_ok=True)
+    if device is None:
+        os.mkfifo(copied / name)
+    else:
+        (copied / name).symlink_to(device)
     with pytest.raises(ValueError, match="no plain file|no tokenizer.json"):
         load_tokenizer(copied)
         load_model(copied)
@@ -416,7 +424,7 @@ TABLE = {"token_embd.weight": np.zeros((40, 32), np.float32)}
 
 
 @pytest.mark.parametrize("settings, tensors, message", [
-    ({}, {"token_embd.weight": np.zeros(8, np.float32)}, "makes no sense|vocab_size"),
+    ({}, {"token_embd.weight": np.zeros(8, np.float32)}, "no tensor blk.0"),
     ({"attention.head_count": [4, 4]}, {}, "num_attention_heads"),
     ({"rope.dimension_count": [1, 2]}, {}, "makes no sense"),
     ({"block_count": "many"}, {}, "num_hidden_layers"),
@@ -585,6 +593,43 @@ def test_characters_that_stdout_cannot_hold_are_replaced(folder: Path, tmp_path:
     assert code == 0 and b"?" in out.read_bytes()
 
 
+ESCAPES = "a\x1b[2J\rb\nc\x07\x9b"
+
+
+@pytest.mark.parametrize("file, content", [
+    (None, ""),
+    ("config.json", json.dumps({"model_type": "llama", "hidden_act": ESCAPES})),
+    ("tokenizer.json", json.dumps({"model": {"type": ESCAPES}})),
+    ("chat_template.jinja", f"{{{{ raise_exception({ESCAPES!r}) }}}}"),
+], ids=["names", "settings", "tokenizer", "template"])
+def test_no_sentence_drives_the_terminal(
+    capfd: pytest.CaptureFixture[str], copied: Path, tmp_path: Path, file: str | None, content: str
+) -> None:
+    """Names of files and what they say may have been chosen to."""
+    folder = copied.rename(tmp_path / ESCAPES)
+    if file is not None:
+        (folder / file).write_text(content)
+    words = [] if file is not None else ["--prompt", f"@{ESCAPES}"]
+    code, _, err = run_cli(capfd, "--device", "cpu", "--checkpoint_path", folder, *words)
+    assert code == 2 and err.count("\n") == 1 and err.rstrip("\n").isprintable()
+
+
+def test_a_text_drives_no_terminal_and_is_else_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as terminal, open(tmp_path / "file", "w") as file:
+        for out in (terminal, file):
+            monkeypatch.setattr(sys, "stdout", out)
+            become_a_program()
+            print(f"\tx{ESCAPES}", flush=True)
+        shown = os.read(ours, 1000).decode()
+    assert shown == "\tx" + ESCAPES.translate(HARMLESS).replace("\n", "\r\n") + "\r\n"
+    assert (tmp_path / "file").read_bytes().decode() == f"\tx{ESCAPES}\n"
+    os.close(ours)
+
+
 def until(found: Callable[[], object]) -> None:
     deadline = time.monotonic() + 120
     while not found():
@@ -592,8 +637,9 @@ def until(found: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm_while_saving_leaves_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_saving_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
 ) -> None:
     def slowly(*_: object) -> None:
         time.sleep(60)
@@ -601,10 +647,12 @@ def test_sigterm_while_saving_leaves_nothing(
     monkeypatch.setattr("cli.program.save_tokenizer", slowly)  # the last of what is written
     target = tmp_path / "to" / "saved"
     work = commanded(folder, "--quantize", "int8", "--save", target)
+    before = signal.signal(sent, signal.SIG_DFL)  # nohup ignores one, which stays so
     process, _ = in_a_process(work, tmp_path / "out", wait=False)
+    signal.signal(sent, before)
     until(lambda: list(target.parent.glob(".gpt-flash-saved-*/saved/config.json")))
-    os.kill(process, signal.SIGTERM)
-    assert exit_code(process) == 143
+    os.kill(process, sent)
+    assert exit_code(process) == 128 + sent
     assert list(target.parent.iterdir()) == []
 
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 
+from cli.errors import fail
 from generate import RANGES, Range, add_flags, say
 from model import first_line
 from quantize import MODES
@@ -231,11 +232,4 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {cut(message)}\n")
-
-
-def cut(message: str) -> str:
-    """A message with the middle left out if it is long, as a path of thousands of characters is."""
-    if len(message) <= 600:
-        return message
-    return f"{message[:300]} ... {message[-250:]}"
+        fail(message)

@@ -7,13 +7,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from cli.arguments import cut
 from generate import say
 from model import first_line
+from quantize import HARMLESS
 
 
 @contextmanager
@@ -38,8 +38,13 @@ def sentences() -> Iterator[None]:
         fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
 
 
-def fail(message: str) -> None:
-    say(f"generate.py: error: {cut(message)}")
+def fail(message: str) -> NoReturn:
+    """Leave with a sentence: one line, with the middle left out where it is long, as a path may be.
+    """
+    message = message.replace("\n", "\ufffd")  # as say replaces other control characters
+    if len(message) > 600:
+        message = f"{message[:300]} ... {message[-250:]}"
+    say(f"generate.py: error: {message}")
     sys.exit(2)
 
 
@@ -109,12 +114,16 @@ def is_of_the_device(error: BaseException) -> bool:
 
 def become_a_program() -> None:
     """Signals become exceptions, so that whatever is half-written goes; characters that the
-    terminal cannot show are no reason to end."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, end_by_signal)
+    terminal cannot show are no reason to end, and those that would drive it are only shown."""
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end_by_signal)
+    for number, handler in (handlers | {signal.SIGINT: signal.default_int_handler}).items():
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for nohup and background jobs
+            signal.signal(number, handler)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")
+        if sys.stdout.isatty():
+            write = sys.stdout.write
+            sys.stdout.write = lambda text: write(text.translate(HARMLESS))
 
 
 def end_by_signal(number: int, frame: object) -> None:

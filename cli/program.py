@@ -200,7 +200,7 @@ def files_of(path: str | None) -> list[Any]:
     kinds = (".safetensors", ".bin", ".gguf", "config.json")  # others come and go, as answers do
     found = []
     for file in sorted(source.iterdir()) if source.is_dir() else [source]:
-        if file.name.endswith(kinds):
+        if file.name.endswith(kinds) and file.is_file():
             with open(file, "rb") as content:
                 digest = sha256(content.read(2**16)).hexdigest()
             found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns, digest])

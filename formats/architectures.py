@@ -17,10 +17,12 @@ from typing import Any
 
 import gguf
 
+from formats.blocks import dequantized
+from formats.checkpoint import InFile
 from formats.settings import check_settings
 from model import FAMILIES, extension
 
-Tensors = dict[str, gguf.ReaderTensor]
+Tensors = dict[str, InFile]
 
 
 # Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
@@ -98,7 +100,7 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
     config["attention_bias"] = "blk.0.attn_output.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if "token_embd.weight" in tensors:
-        config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+        config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     check_settings(config)  # what completes it goes through the layers, as many as it says
     if "complete" in file:
         file["complete"](config, settings, tensors)
@@ -138,11 +140,12 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
     """How the frequencies of the rotary embedding are stretched; {}: not at all."""
     scaling = renamed(settings, ROPE_SETTINGS)
     if "rope_freqs.weight" in tensors:  # llama3's scaling, as a divisor of each frequency
-        scaling |= {"rope_type": "linear", "factors": tensors["rope_freqs.weight"].data.tolist()}
+        factors = dequantized(tensors["rope_freqs.weight"])
+        scaling |= {"rope_type": "linear", "factors": factors.tolist()}
     if "rope_factors_long.weight" in tensors:
         scaling["rope_type"] = "longrope"
         for length in ("long", "short"):
-            factors = tensors[f"rope_factors_{length}.weight"].data
+            factors = dequantized(tensors[f"rope_factors_{length}.weight"])
             scaling[f"{length}_factor"] = factors.tolist()
         if "rope.scaling.attn_factor" in settings:
             scaling["attention_factor"] = settings["rope.scaling.attn_factor"]

@@ -3,7 +3,6 @@ ggml-common.h."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,7 +10,9 @@ import torch
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
+from formats.checkpoint import InFile
 from formats.integers import Affine, Blocks, twice_e2m1
+from model import first_line
 
 
 # --- the types: blocks [n, bytes of a block] uint8 -> q [n, block], scale and zero [n, groups] ---
@@ -116,34 +117,34 @@ FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
 # --- a tensor of a file, by rows ---
 
-def file_blocks(path: Path, stored: gguf.ReaderTensor, order: Tensor | None) -> Blocks:
+def dequantized(stored: InFile) -> Tensor:
+    """All of a tensor of a GGUF file in float32."""
+    try:
+        return torch.from_numpy(gguf.dequantize(stored.read().numpy(), stored.dtype))
+    except Exception as e:  # a type that gguf only knows by name
+        raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
+
+
+def file_blocks(stored: InFile, order: Tensor | None) -> Blocks:
     """A quantized matrix of a GGUF file. order [N]: the file's row of each row, None: as they lie.
     """
-    K, N = stored.shape.tolist()
-    bits, unpack = TYPES.get(stored.tensor_type, (None, None))
-    _, block_bytes = gguf.GGML_QUANT_SIZES[stored.tensor_type]
+    N, K = stored.shape
+    bits, unpack = TYPES.get(stored.dtype, (None, None))
+    _, block_bytes = gguf.GGML_QUANT_SIZES[stored.dtype]
 
     def read(rows: range) -> Affine:
-        data = torch.from_numpy(read_rows(path, stored, order, rows))
-        parts = unpack(data.view(-1, block_bytes))
+        parts = unpack(read_rows(stored, order, rows).view(-1, block_bytes))
         return Affine(*(part.view(len(rows), -1) for part in parts))
 
-    return Blocks(stored.name, stored.tensor_type.name, bits, range(N), range(K), read)
+    return Blocks(stored.name, stored.dtype.name, bits, range(N), range(K), read)
 
 
-def read_rows(
-    path: Path, stored: gguf.ReaderTensor, order: Tensor | None, rows: range
-) -> np.ndarray:
-    """The bytes of some rows, [rows, bytes of a row]. They are not mapped, so that a file takes no
-    memory beside the layers made from it."""
-    _, row_bytes = stored.data.shape
+def read_rows(stored: InFile, order: Tensor | None, rows: range) -> Tensor:
+    """The bytes of some rows, [rows, bytes of a row]."""
     wanted = np.array(rows)
     if order is not None:
         wanted = order.numpy()[wanted]
     # the rows that they lie among: where heads are interleaved, a few more
-    first = wanted.min()
-    n = wanted.max() + 1 - first
-    offset = int(stored.data_offset + first * row_bytes)
-    data = np.fromfile(path, np.uint8, int(n * row_bytes), offset=offset)
-    data = data.reshape(n, row_bytes)
+    first = int(wanted.min())
+    data = stored.read(range(first, int(wanted.max()) + 1))
     return data if order is None else data[wanted - first]

@@ -1,19 +1,23 @@
 """Checkpoints of any form: Hugging Face folders, hub ids, GGUF files, bare configurations.
 
-They may hold anything, so that settings, names and numbers are checked. The tensors lie in mapped
-files: nothing is read before it is used."""
+They may hold anything, so that settings, names and numbers are checked."""
 from __future__ import annotations
 
+import ctypes
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
@@ -136,7 +140,13 @@ class CheckedCheckpoint(Checkpoint):
             q, scale, zero = blocks[0].affine(slice(0, shape[0]))
             return affine(q, 0, scale, zero, torch.float32)
         [stored] = self.stored_names(name)
-        return self.checked(stored, self.part_of(stored, name), shape)
+        in_a_stack = ".experts." in name and stored != name
+        is_turned = in_a_stack and self.config["model_type"] == "gpt_oss" and len(shape) == 2
+        tensor, rows = self.part_of(stored, name, shape, is_turned)
+        self.checked(stored, tensor, tuple(tensor.shape))
+        whole = tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
+        whole = whole.t() if is_turned else whole
+        return whole[rows.start:rows.stop:rows.step]
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
@@ -144,26 +154,33 @@ class CheckedCheckpoint(Checkpoint):
         stored = self.stored_names(name)
         if len(stored) == 1:
             return None
-        blocks = mxfp4_blocks(stored[0], *(self.part_of(part, name) for part in stored))
-        check_shape(stored[0], blocks.shape, shape)
-        return [blocks]
+        N, K = shape
+        packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
+        exponents, _ = self.part_of(stored[1], name, (N, K // 32))
+        return [mxfp4_blocks(stored[0], packed, exponents, rows)]
 
-    def part_of(self, stored: str, name: str) -> Tensor:
-        """What a tensor of the file has for that of a Hugging Face name: all, or of a stack of
-        experts the rows of one. gpt-oss has gate and up by turns, others one below the other."""
+    def part_of(
+        self, stored: str, name: str, shape: tuple[int, ...], is_turned: bool = False
+    ) -> tuple[InFile, range]:
+        """What a tensor of the file has for that of a Hugging Face name and shape -> (it, which of
+        its rows): all, or of a stack of experts those of one. gpt-oss has gate and up by turns,
+        others one below the other. is_turned: rows are columns there. ValueError: another shape."""
         tensor = self.tensors[stored]
+        n_rows, *others = shape
+        rows = range(n_rows)
         expert = EXPERT.search(name)
-        if expert is None or stored == name or "block_sparse_moe" in stored:
-            return tensor
-        check_stack(stored, tensor, self.config)
-        tensor = tensor[int(expert["number"])]
-        of_gpt_oss = self.config["model_type"] == "gpt_oss"
-        if of_gpt_oss and tensor.is_floating_point():
-            tensor = tensor.t()  # of weights, [K, N]
-        if expert["part"] == "down":
-            return tensor
-        gate, up = (tensor[::2], tensor[1::2]) if of_gpt_oss else tensor.chunk(2)
-        return gate if expert["part"] == "gate" else up
+        if expert and stored != name and "block_sparse_moe" not in stored:
+            check_stack(stored, tensor.shape, self.config)
+            tensor = tensor[int(expert["number"])]
+            if expert["part"] != "down":
+                both = range(2 * n_rows)
+                turns, halves = (both[::2], both[1::2]), (both[:n_rows], both[n_rows:])
+                gate, up = turns if self.config["model_type"] == "gpt_oss" else halves
+                rows = gate if expert["part"] == "gate" else up
+                n_rows = len(both)
+        expected = (n_rows, *others)
+        check_shape(stored, tensor.shape, expected[::-1] if is_turned else expected)
+        return tensor, rows
 
 
 @dataclass
@@ -193,6 +210,7 @@ def making_sense_of(path: Path) -> Iterator[None]:
 
 
 def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    stored = tuple(stored)  # a tensor's is torch.Size
     if stored != shape:
         raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 
@@ -219,19 +237,70 @@ def other_names(name: str) -> Iterator[str]:
         yield f"{name[:expert.start()]}experts.{part}{bias}"
 
 
-def check_stack(name: str, stack: Tensor, config: dict) -> None:
+def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
     """ValueError unless a stack has as many experts as the configuration says."""
     n_expert = config.get("num_local_experts")  # as files of Mixtral call it
     if n_expert is None:
         n_expert = config.get("num_experts")
-    if tuple(stack.shape[:1]) != (n_expert,):
+    if shape[:1] != (n_expert,):
         raise ValueError(
-            f"tensor {name} has shape {tuple(stack.shape)}, not an entry for each of {n_expert} "
-            "experts"
+            f"tensor {name} has shape {shape}, not an entry for each of {n_expert} experts"
         )
 
 
 # --- files ---
+
+@dataclass
+class InFile:
+    """A tensor in an open file, read when it is asked for, into memory of its own: where a file is
+    cut short meanwhile, one that is mapped would end the process."""
+
+    name: str
+    dtype: Any  # torch's, or a type of GGUF's
+    shape: tuple[int, ...]
+    row_bytes: int  # those of the last dimension
+    file: BinaryIO
+    offset: int  # of its first byte
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
+    def __getitem__(self, i: int) -> InFile:
+        """One of those that are stacked."""
+        part = replace(self, shape=self.shape[1:])
+        return replace(part, offset=self.offset + i * part.nbytes)
+
+    def read(self, rows: range | None = None) -> Tensor:
+        """All of it, or some rows; of a type of GGUF's bytes. ValueError: the file ends there."""
+        stored = (*self.shape[:-1], self.row_bytes)
+        rows = range(stored[0]) if rows is None else rows
+        data = torch.empty(rows[-1] + 1 - rows[0], *stored[1:], dtype=torch.uint8)
+        end = self.offset + (rows[-1] + 1) * (self.nbytes // stored[0])
+        left = memoryview((ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr()))
+        while left:
+            n = os.preadv(self.file.fileno(), [left], end - len(left))
+            if not n:
+                raise ValueError(f"{self.file.name} ends within tensor {self.name}")
+            left = left[n:]
+        data = data[::rows.step]
+        return data.view(self.dtype) if isinstance(self.dtype, torch.dtype) else data
+
+
+def open_tensors(path: Path) -> dict[str, InFile]:
+    """The tensors of a safetensors file, by name. It raises what safetensors does, which checks
+    that each has a place of its own in the file."""
+    file = open(path, "rb")
+    names = safe_open(path, "pt", backend="pread").keys()
+    n = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(n))
+    tensors = {}
+    for name in names:
+        dtype, shape, (start, end) = map(header[name].get, ("dtype", "shape", "data_offsets"))
+        row_bytes = (end - start) // max(1, math.prod(shape[:-1]))
+        tensors[name] = InFile(name, DTYPES[dtype], tuple(shape), row_bytes, file, 8 + n + start)
+    return tensors
+
 
 def resolve(path: str | Path) -> Path:
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own
@@ -257,7 +326,7 @@ def resolve(path: str | Path) -> Path:
 
 def read_folder(folder: Path) -> CheckedCheckpoint:
     files = weight_files(folder, "model*.safetensors")
-    read_file = load_file
+    read_file = open_tensors
     if not files:
         files = weight_files(folder, "pytorch_model*.bin")
         read_file = read_pickle
@@ -270,9 +339,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         del config["quantization_config"]  # the names of the tensors say it too
     tensors = {}
     for file in files:
-        require_file(file)
         try:
-            tensors |= read_file(file)
+            tensors |= read_file(plain_file(file))
         except Exception as e:  # of safetensors, pickle and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     return CheckedCheckpoint(folder, config, tensors)
@@ -298,16 +366,15 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     for name, x in tensors.items():
         plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
-        if not plain or x.is_quantized or x.is_nested:
+        if not plain or x.is_quantized or x.is_nested or str(name).endswith("_blocks"):  # MXFP4
             raise ValueError(f"{name!r} is no plain tensor of the CPU's")
     return tensors
 
 
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError if the file is anything else."""
-    require_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(plain_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read {path}: {first_line(e)}") from None
     if not isinstance(value, dict):
@@ -315,7 +382,8 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def require_file(path: Path) -> None:
-    """ValueError for a pipe or a device, which one could wait at for ever."""
+def plain_file(path: Path) -> Path:
+    """The path; ValueError for a pipe or a device, which one could wait at for ever."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"cannot read {path}: it is no plain file")
+    return path

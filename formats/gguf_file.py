@@ -2,24 +2,28 @@
 order."""
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as GGML
+from gguf import GGUFValueType as Kind
 from torch import Tensor
 
 from formats.architectures import hf_config
-from formats.blocks import FLOATS, file_blocks
+from formats.blocks import FLOATS, dequantized, file_blocks
 from formats.checkpoint import (
-    CheckedCheckpoint, check_shape, check_stack, making_sense_of, require_file,
+    CheckedCheckpoint, InFile, check_shape, check_stack, making_sense_of, plain_file,
 )
 from formats.integers import Blocks
-from model import first_line
+from formats.settings import short
+from model import first_line, is_number
 
 
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
@@ -29,6 +33,7 @@ def read_checkpoint(path: Path) -> GGUFCheckpoint:
     return GGUFCheckpoint(path, config, tensors, file)
 
 
+NUMBERS = gguf.GGUFReader.gguf_scalar_to_np  # numpy's types of numbers in the metadata
 # the number of an expert in the name of its tensor; GGUF files have those of a layer in one stack
 EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
 
@@ -63,16 +68,14 @@ class GGUFCheckpoint(CheckedCheckpoint):
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
         return stored
 
-    def part_of(self, stored: str, name: str) -> gguf.ReaderTensor:
+    def part_of(self, stored: str, name: str) -> InFile:
         """As it lies in the file, an expert's out of its stack."""
         tensor = self.tensors[stored]
         expert = EXPERT_NUMBER.search(name)
         if expert is None:
             return tensor
-        check_stack(stored, tensor.data, self.config)
-        data = tensor.data[int(expert[1])]
-        offset = tensor.data_offset + int(expert[1]) * data.nbytes
-        return tensor._replace(shape=tensor.shape[:-1], data=data, data_offset=offset)
+        check_stack(stored, tensor.shape, self.config)
+        return tensor[int(expert[1])]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
@@ -85,11 +88,8 @@ class GGUFCheckpoint(CheckedCheckpoint):
     def read_alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The same of a tensor that the file does not have in parts."""
         stored = self.part_of(self.stored_name(name), name)
-        try:
-            tensor = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
-        except Exception as e:  # a quantization that gguf does not know
-            raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
-        check_shape(stored.name, tuple(tensor.shape), shape)
+        check_shape(stored.name, stored.shape, shape)
+        tensor = dequantized(stored)
         shift = self.file.get("norm_shift", 0)
         if name.endswith("norm.weight") and shift:
             tensor = tensor - shift
@@ -100,7 +100,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         """float32 where integers are kept. On SmolLM2 in Q4_1 that is a mean KL of 8.9e-4 from the
         dequantized model, of which scales in bfloat16 are 2.2e-4 and products in it the rest;
         everything in bfloat16 is 1.3e-3."""
-        quantized = any(stored.tensor_type not in FLOATS for stored in self.tensors.values())
+        quantized = any(stored.dtype not in FLOATS for stored in self.tensors.values())
         return torch.float32 if quantized and quantize == "auto" else torch.bfloat16
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
@@ -108,11 +108,10 @@ class GGUFCheckpoint(CheckedCheckpoint):
         if self.alone(name) != [name]:
             return None
         stored = self.part_of(self.stored_name(name), name)
-        if stored.tensor_type in FLOATS:
+        if stored.dtype in FLOATS:
             return None
-        blocks = file_blocks(self.path, stored, self.row_order(name, shape[0]))
-        check_shape(stored.name, blocks.shape, shape)
-        return [blocks]
+        check_shape(stored.name, stored.shape, shape)
+        return [file_blocks(stored, self.row_order(name, shape[0]))]
 
     def row_order(self, name: str, N: int) -> Tensor | None:
         """The file's row of each of the N rows that Hugging Face has; None where it is the same.
@@ -127,30 +126,95 @@ class GGUFCheckpoint(CheckedCheckpoint):
         return pairs.transpose(1, 2).flatten()
 
 
-class Reader(gguf.GGUFReader):
-    """Slices a plain array: slices of numpy's memmap, of which a vocabulary takes 250,000, are
-    three times as slow."""
+# --- reading ---
 
-    @property
-    def data(self) -> np.ndarray:
-        return self.plain
-
-    @data.setter
-    def data(self, mapped: np.memmap) -> None:
-        self.plain = np.asarray(mapped)
-
-
-@lru_cache(maxsize=2)  # the tokenizer asks for the same file
-def read_gguf(path: Path) -> tuple[dict, dict[str, gguf.ReaderTensor]]:
-    """A .gguf file -> (metadata, {name: tensor}); ValueError if it is truncated or a part."""
-    require_file(path)
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
+    """A .gguf file -> (metadata, {name: tensor}). ValueError if it is truncated, a part, or claims
+    what cannot be."""
     try:
-        reader = Reader(path)
-        meta = {key: value.contents() for key, value in reader.fields.items()}
-    except Exception as e:
+        header = Header(open(plain_file(path), "rb"))
+        meta = header.settings()
+        tensors = header.tensors(meta)
+    except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one "
                          f"({first_line(e)})") from None
     if meta.get("split.count", 1) != 1:
         raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's "
                          "gguf-split --merge")
-    return meta, {tensor.name: tensor for tensor in reader.tensors}
+    return meta, tensors
+
+
+class Header:
+    """What a GGUF file says in front of its tensors, read once from its start. Whatever it claims
+    to have, no more is read, or kept, than it has bytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = self.size  # bytes
+        [version] = self.numbers(Kind.UINT32) if self.take(4) == b"GGUF" else [None]
+        if version not in (2, 3):
+            raise ValueError(f"it has version {version}")
+        self.n_tensors, self.n_settings = self.numbers(Kind.UINT64, 2)
+
+    def take(self, n: int) -> bytes:
+        """The next n bytes."""
+        taken = self.file.read(n) if n <= self.left else b""
+        if len(taken) < n:
+            raise ValueError("it ends too early")
+        self.left -= n
+        return taken
+
+    def text(self) -> str:
+        return self.take(int.from_bytes(self.take(8), "little")).decode()
+
+    def numbers(self, kind: int, n: int = 1) -> list[int | float | bool]:
+        if kind not in NUMBERS:
+            raise ValueError(f"it has a value of type {kind}")
+        nbytes = n * np.dtype(NUMBERS[kind]).itemsize
+        return np.frombuffer(self.take(nbytes), NUMBERS[kind]).tolist()
+
+    def value(self) -> Any:
+        """A number, a text, or a list of them."""
+        [kind] = self.numbers(Kind.UINT32)
+        if kind == Kind.STRING:
+            return self.text()
+        if kind != Kind.ARRAY:
+            return self.numbers(kind)[0]
+        [kind], [n] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
+        return [self.text() for _ in range(n)] if kind == Kind.STRING else self.numbers(kind, n)
+
+    def settings(self) -> dict[str, Any]:
+        meta = {self.text(): self.value() for _ in range(self.n_settings)}
+        if len(meta) < self.n_settings:
+            raise ValueError("it has a setting twice")
+        return meta
+
+    def tensors(self, meta: dict[str, Any]) -> dict[str, InFile]:
+        """By name. Each has a place of its own, so that they are as large as the file at most."""
+        tensors = [self.tensor() for _ in range(self.n_tensors)]
+        alignment = meta.get("general.alignment", 32)
+        if not is_number(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its general.alignment is {short(alignment)}, no power of two")
+        end = start = (self.left - self.size) // alignment * -alignment  # rounded up
+        placed = {}
+        for tensor in sorted(tensors, key=lambda each: each.offset):
+            tensor.offset += start
+            if tensor.offset % alignment or tensor.offset < end or tensor.name in placed:
+                raise ValueError(f"tensor {tensor.name} lies over others")
+            end = tensor.offset + tensor.nbytes
+            if end > self.size:
+                raise ValueError(f"it ends before tensor {tensor.name} does")
+            placed[tensor.name] = tensor
+        return placed
+
+    def tensor(self) -> InFile:
+        """The next one, its offset that behind the header."""
+        name = self.text()
+        dims = self.numbers(Kind.UINT64, *self.numbers(Kind.UINT32))
+        [kind], [offset] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
+        block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
+        if not block or not 1 <= len(dims) <= 4 or min(dims) < 1 or dims[0] % block:
+            raise ValueError(f"tensor {name} has type {kind} and shape {short(dims)}")
+        row_bytes = dims[0] // block * nbytes
+        return InFile(name, GGML(kind), tuple(dims[::-1]), row_bytes, self.file, offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,13 +73,11 @@ def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
     return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
 
 
-def mxfp4_blocks(name: str, packed: Tensor, exponents: Tensor) -> Blocks:
-    """As gpt-oss's files have them: packed [N, K / 32, 16] uint8, whose byte c has input 2c in its
-    low nibble and 2c + 1 above; exponents [N, K / 32] uint8."""
-    N, groups, _ = packed.shape
-
+def mxfp4_blocks(name: str, packed: Any, exponents: Any, of: range) -> Blocks:
+    """As gpt-oss's files have them, of tensors in a file these rows: packed [N, K / 32, 16] uint8,
+    whose byte c has input 2c in its low nibble and 2c + 1 above; exponents [N, K / 32] uint8."""
     def read(rows: range) -> Affine:
-        some = slice(rows.start, rows.stop)
-        return twice_e2m1(unpack_nibbles(packed[some].flatten(1)), exponents[some])
+        some = of[rows.start:rows.stop]
+        return twice_e2m1(unpack_nibbles(packed.read(some).flatten(1)), exponents.read(some))
 
-    return Blocks(name, "MXFP4", 5, range(N), range(32 * groups), read)
+    return Blocks(name, "MXFP4", 5, range(len(of)), range(32 * packed.shape[1]), read)

@@ -7,19 +7,20 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
-from formats.checkpoint import read_json, resolve
+from formats.checkpoint import plain_file, read_json, resolve
 from formats.default import default_model
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.templates import render_template
 from formats.text import TextStream
 from generate import Tokenizer
-from model import first_line
+from model import first_line, is_number
 
 
 def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
@@ -27,12 +28,19 @@ def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
     such a file itself, or the vocabulary inside a .gguf; None: the default model's. ValueError says
     what is wrong."""
     path = default_model() if path is None else resolve(path)
+    read = gguf_tokenizer if path.suffix == ".gguf" else folder_tokenizer
+    return ask(read, path, failed=f"cannot read the tokenizer of {path}")
+
+
+def ask(function: Callable, *args: Any, failed: str = "the tokenizer fails") -> Any:
+    """What a function that goes into tokenizers gives. ValueError says what failed: it raises plain
+    exceptions, and panics of Rust are not even these. (They say so on stderr by themselves.)"""
     try:
-        if path.suffix == ".gguf":
-            return gguf_tokenizer(path)
-        return folder_tokenizer(path)
-    except Exception as e:  # tokenizers raises plain ones
-        raise ValueError(f"cannot read the tokenizer of {path}: {first_line(e)}") from None
+        return function(*args)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise ValueError(f"{failed}: {first_line(e)}") from None
 
 
 class ChatTokenizer(Tokenizer):
@@ -106,17 +114,17 @@ class JSONTokenizer(ChatTokenizer):
     """By a tokenizers.Tokenizer."""
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = ask(lambda: self.backend.encode(text, add_special_tokens=False).ids)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
         control = set(self.special.values())
-        return self.backend.decode([i for i in ids if i not in control])
+        return ask(self.backend.decode, [i for i in ids if i not in control])
 
     def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
         if text != text.translate(show):
             return super().template_ids(text, show)
-        return self.knowing.encode(text, add_special_tokens=False).ids
+        return ask(lambda: self.knowing.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def knowing(self) -> tokenizers.Tokenizer:
@@ -181,7 +189,7 @@ def add_settings(tokenizer: ChatTokenizer, folder: Path) -> None:
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = plain_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer.chat_template = template
 
 
@@ -207,13 +215,13 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
     from formats.gguf_file import read_gguf  # gguf is slow to import
     meta = {key.removeprefix("tokenizer.ggml."): v for key, v in read_gguf(path)[0].items()}
-    tokens = meta.get("tokens")
-    kind = meta.get("model")
-    pre = meta.get("pre")
-    if kind not in ("gpt2", "llama") or kind == "gpt2" and pre not in PRE_TOKENIZERS:
+    kind, pre = meta.get("model"), meta.get("pre")
+    if kind not in ("gpt2", "llama") or kind == "gpt2" and str(pre) not in PRE_TOKENIZERS:
         raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
                          f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
-    types = list(meta.get("token_type") or [1] * len(tokens))
+    tokens = meta["tokens"]
+    types = meta.get("token_type") or [1] * len(tokens)
+    special_ids = {name: token_id(meta, name, tokens) for name in ("bos", "eos", "eot", "eom")}
     ends = {i for i, token in enumerate(tokens) if token in END_OF_TURN}
     for i in ends:
         types[i] = CONTROL  # some files have them as plain text
@@ -221,30 +229,37 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
         backend = byte_level_bpe(tokens, meta["merges"], types, pre)
         takes_bos = pre in WHOLE_WORDS
     else:
-        unknown = meta.get("unknown_token_id", 0)
+        unknown = token_id(meta, "unknown", tokens) or 0
         space_prefix = meta.get("add_space_prefix", True)
         backend = sentencepiece_bpe(tokens, meta["scores"], types, unknown, space_prefix)
         takes_bos = True
-    bos_id = meta.get("bos_token_id") if meta.get("add_bos_token", takes_bos) else None
+    bos_id = special_ids["bos"] if meta.get("add_bos_token", takes_bos) else None
     special = {tokens[i]: i for i, token_type in enumerate(types) if token_type == CONTROL}
     if {"<|return|>", "<|call|>"} <= special.keys():
         ends.discard(special.get("<|end|>"))  # of a message, behind which gpt-oss goes on
-    ends |= {meta.get(f"{name}_token_id") for name in ("eos", "eot", "eom")}
-    ends.discard(None)
+    ends |= {special_ids[name] for name in ("eos", "eot", "eom")} - {None}
     template = meta.get("tokenizer.chat_template")
     kind_of_tokenizer = JSONTokenizer if kind == "gpt2" else ChatTokenizer
     tokenizer = kind_of_tokenizer(backend, len(tokens), special, bos_id, ends, template)
     for name in ("bos", "eos"):
-        i = meta.get(f"{name}_token_id", -1)
-        setattr(tokenizer, f"{name}_token", tokens[i] if 0 <= i < len(tokens) else "")
+        i = special_ids[name]
+        setattr(tokenizer, f"{name}_token", "" if i is None else tokens[i])
     return tokenizer
+
+
+def token_id(meta: dict[str, Any], name: str, tokens: list[str]) -> int | None:
+    """The id of a special token, None: there is none. ValueError if it is no token."""
+    i = meta.get(f"{name}_token_id")
+    if i is not None and (not is_number(i, int) or not 0 <= i < len(tokens)):
+        raise ValueError(f"{name}_token_id is {i!r:.60}, none of {len(tokens)} tokens")
+    return i
 
 
 def byte_level_bpe(
     tokens: list[str], merges: list[str], types: list[int], pre: str
 ) -> tokenizers.Tokenizer:
     vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [merge.partition(" ")[::2] for merge in merges]
     bpe = tokenizers.models.BPE(vocab, pairs, ignore_merges=pre in WHOLE_WORDS)
     backend = tokenizers.Tokenizer(bpe)
     backend.pre_tokenizer = PRE_TOKENIZERS[pre]
@@ -288,7 +303,7 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         for name in ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json",
                      "generation_config.json"):
             for file in source.glob(name):
-                shutil.copy(file, folder)
+                shutil.copy(plain_file(file), folder)
         return
     tokenizer = load_tokenizer(source)
     backend = tokenizer.backend
