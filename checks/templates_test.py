@@ -8,10 +8,11 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from checks.common import CHATML
 from formats import templates
 from formats.templates import START, render_template
 from formats.tokenizer import ChatTokenizer, load_tokenizer
+from generate import Tokenizer
+from model import Transformer
 
 FAMILIES = [
     "google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct", "openai-gpt-oss-120b",
@@ -140,34 +141,31 @@ def test_jinja_may_be_where_only_this_process_looks(monkeypatch: pytest.MonkeyPa
     assert render_template("{{ [1] | first }}") == "1"
 
 
-SMOLLM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ 'You' }"
-    "}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% endif %}"
 )
 
 
-@pytest.mark.parametrize("template", [CHATML, SMOLLM])
-def test_plain_templates_need_no_process(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_well_known_templates_need_no_process(
+    monkeypatch: pytest.MonkeyPatch, smollm: tuple[Transformer, Tokenizer], llama_cpp_files: Path,
+    conversation: str,
+) -> None:
     monkeypatch.setattr(templates, "IDLE", [])
     monkeypatch.setattr(sys, "executable", "/no/python")
-    for messages in CONVERSATIONS.values():
-        assert_rendered_alike(template, messages)
-
-
-@pytest.mark.parametrize("template", [
-    "{% for m in messages %}{% for m in messages %}x{% endfor %}{% endfor %}",
-    "{% for m in messages[0].content %}x{% endfor %}", "{{ 'x' * 9 }}", "{{ messages | tojson }}",
-    "{% set x = messages %}", "{{ range(9) }}", "{{ '%9d' % 1 }}", "x" * 501, "{% if", "{{ 2 ** 9 }}",
-])
-def test_what_might_grow_is_not_plain(template: str) -> None:
-    assert not templates.is_plain(template)
+    known = [CHATML, CHATML.replace("\\n", "\n"), smollm[1].chat_template]
+    for name in ("google-gemma-2-2b-it", "microsoft-Phi-3.5-mini-instruct"):
+        file = llama_cpp_files / "templates" / f"{name}.jinja"
+        known.append(file.read_text(encoding="utf-8"))
+    for template in known:
+        assert_rendered_alike(template, CONVERSATIONS[conversation])
 
 
 def test_a_long_conversation_is_no_loop_for_ever() -> None:
-    """A plain one's, which is rendered elsewhere."""
-    messages = [HI] * 10_000
-    assert render_template(CHATML, messages=messages).count("\n") == 20_000
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert render_template(template, messages=[HI] * 10_000).count("\n") == 10_000
 
 
 def test_a_template_gets_the_tokens_that_the_settings_name(tokenizer_folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Chat templates: programs in Jinja that come with a checkpoint, run in a sandbox. One expression
-can take hours or all memory, so all but plain ones run in a process that has limits."""
+can take hours or all memory, so all but well-known ones run in a process that has limits."""
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -21,6 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS = 10  # that a text may take
 MEGABYTES = 1024  # of memory, of which Python has 30
 MAX_CHARACTERS = 20_000_000
+ONE_LOOP = {  # over the messages: SmolLM2, ChatML twice, Llama 3, Gemma 2, Phi-3.5
+    "872be49dbb638044", "153280e3ff55d19d", "58c1a1f04baa7ada", "ba03a121d097859c",
+    "ecd6ae513fe103f0", "78d976a442bcde2f"}
 # this file alone, as its folder imports torch; Jinja may be where only this process looks
 START = "import sys; sys.path += sys.argv[2:]; exec(open(sys.argv[1]).read())"
 IDLE: list[subprocess.Popen] = []  # they wait for the next text, and end with this process
@@ -30,9 +34,10 @@ os.register_at_fork(after_in_child=IDLE.clear)
 def render_template(source: str, **values: Any) -> str:
     """A chat template's text, as transformers renders it, from values that JSON has. Raises what
     the template raises, perhaps as a ValueError, and one where it takes too much."""
-    request = json.dumps([SECONDS, source, values])
-    if is_plain(source) and len(request) * len(values.get("messages", ())) < 300_000:
+    known = source.replace("\\n", "\n").encode()  # either stands for a line's end in Jinja's strings
+    if hashlib.sha256(known).hexdigest()[:16] in ONE_LOOP:
         return compiled(source).render(values)
+    request = json.dumps([SECONDS, source, values])
     command = [sys.executable, "-I", "-c", START, __file__, *sys.path]
     process = IDLE.pop() if IDLE else subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -71,27 +76,6 @@ def serve() -> None:
             text, error = "", str(e)[:1000] or repr(e)
         signal.alarm(0)
         print(json.dumps([text, error]), flush=True)
-
-
-PLAIN = (
-    nodes.TemplateData, nodes.Output, nodes.If, nodes.For, nodes.Name, nodes.Const, nodes.Getattr,
-    nodes.Getitem, nodes.Add, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not,
-)
-
-
-@lru_cache
-def is_plain(source: str) -> bool:
-    """Whether a template, as ChatML, is short, with one loop over the messages, and nothing grows:
-    300,000 characters take a second at most, whatever it is."""
-    if len(source) > 500:
-        return False
-    try:
-        parts = list(TEMPLATES.parse(source).find_all(nodes.Node))
-    except Exception:  # compiling it says more
-        return False
-    loops = [part.iter for part in parts if isinstance(part, nodes.For)]
-    over_messages = loops in ([], [nodes.Name("messages", "load")])
-    return over_messages and all(isinstance(part, PLAIN) for part in parts)
 
 
 class Generation(Extension):
