@@ -34,8 +34,8 @@ os.register_at_fork(after_in_child=IDLE.clear)
 def render_template(source: str, **values: Any) -> str:
     """A chat template's text, as transformers renders it, from values that JSON has. Raises what
     the template raises, perhaps as a ValueError, and one where it takes too much."""
-    known = source.replace("\\n", "\n").encode()  # either stands for a line's end in Jinja's strings
-    if hashlib.sha256(known).hexdigest()[:16] in ONE_LOOP:
+    text = source.replace("\\n", "\n")  # either ends a line in Jinja's strings
+    if hashlib.sha256(text.encode()).hexdigest()[:16] in ONE_LOOP:
         return compiled(source).render(values)
     request = json.dumps([SECONDS, source, values])
     command = [sys.executable, "-I", "-c", START, __file__, *sys.path]
