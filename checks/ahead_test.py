@@ -592,11 +592,66 @@ def test_what_others_can_write_is_not_loaded(
     folder.mkdir(parents=True)
     path = folder / "name.pt2"
     zipfile.ZipFile(path, "w").close()
-    ahead.refuse_others(path)
+    ahead.refuse_others(path, path)
     loose = {"file": path, "folder": folder, "folder above": folder.parent}[which]
     loose.chmod(loose.stat().st_mode | 0o002)
     assert AheadOfTime(run_block, folder=folder).library("name", None, []) is None
     assert f"{loose} can be written by other users" in capsys.readouterr().err
+
+
+def test_what_was_looked_at_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though another file has its name by then; and it is unpacked where nobody else can write,
+    which is gone afterwards, as what a killed run left is."""
+    path = tmp_path / "name.pt2"
+    for each, text in [(path, "mine"), (tmp_path / "other.pt2", "another's")]:
+        with zipfile.ZipFile(each, "w") as archive:
+            archive.writestr("text", text)
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    left = spool / ".gpt-flash-loading-left"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    monkeypatch.setattr("tempfile.tempdir", str(spool))
+    loaded = []
+
+    def load(name: str, *options: object) -> None:
+        os.replace(tmp_path / "other.pt2", path)
+        [folder] = spool.iterdir()
+        assert os.environ["TMPDIR"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+        loaded.append(zipfile.ZipFile(name).read("text"))
+
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
+    before = os.environ.get("TMPDIR")
+    ahead.load(path)
+    assert loaded == [b"mine"]
+    assert list(spool.iterdir()) == [] and os.environ.get("TMPDIR") == before
+    spool.chmod(0o777)
+    with pytest.raises(ValueError, match="spool can be written by other users"):
+        ahead.load(path)
+
+
+def test_a_compiler_writes_into_the_users_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caches and its headers too, which it would take from the TMPDIR that others share."""
+    seen = []
+
+    def compile_in(program: object, package_path: str) -> None:
+        folder = str(Path(package_path).parent)
+        seen.append({os.environ["TMPDIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"]} == {folder})
+        seen.append(not torch._inductor.config.aot_inductor.precompile_headers)
+        Path(package_path).touch()
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_in)
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
+    where = Positions(positions(0), positions(0)[:, None], prefill=False, cached=0)
+    function = FunctionOfTensors(torch.nn.Linear(2, 2), where)
+    examples = function.examples(torch.zeros(1, 1, 2), torch.zeros(2, 1, 1, 1, 1))
+    ahead.compile_to(tmp_path / "name.pt2", function, examples)
+    assert seen == [True, True]
+    assert [each.name for each in tmp_path.iterdir()] == ["name.pt2"]
 
 # --- everything else goes another way ---
 

@@ -2,6 +2,7 @@
 
 Each mistake gets one sentence and exit code 2, or a ValueError with the same sentence; never a
 traceback, a text that is wrong without a word, or a file left behind."""
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from batching import Engine
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
 from checks.soak import make_checkpoints
 from cli.errors import become_a_program
+from formats import default
 from formats.default import default_model
 from formats.settings import check_settings
 from generate import Request, generate, load_tokenizer
@@ -745,3 +747,30 @@ def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
     command = f"{sys.executable} {HERE / 'generate.py'} --help | true"
     result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, env=CPU_ENV)
     assert result.returncode == 0 and result.stderr == b""
+
+
+def test_another_default_model_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit of it may have flipped. It is looked at once for each change, and stays."""
+    looked = []
+
+    def sha256(content: bytes) -> object:
+        looked.append(content)
+        return hashlib.new("sha256", content)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(default.hashlib, "sha256", sha256)
+    monkeypatch.setattr(default, "SHA256_OF_FILE", hashlib.new("sha256", b"model").hexdigest())
+    file = tmp_path / "gpt-flash" / default.FILE
+    file.parent.mkdir()
+    file.write_bytes(b"model")
+    assert default_model() == default_model() == file
+    assert looked == [b"model"]
+    file.write_bytes(b"modem")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{file} is damaged or another model; remove it"):
+            default_model()
+    assert file.read_bytes() == b"modem"
+    file.write_bytes(b"model")
+    assert default_model() == file

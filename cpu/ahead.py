@@ -17,10 +17,12 @@ import os
 import platform
 import stat
 import sys
+import tempfile
 import threading
 import warnings
 import zipfile
 from _signal import getsignal, signal  # in `signal` they take 9 us each, for names of numbers
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import chain, starmap
 from operator import is_, ne
@@ -417,6 +419,8 @@ def processor() -> str:
 
 def compile_to(path: Path, function: FunctionOfTensors, examples: list[Tensor]) -> None:
     """Write a function's library, for a cache with room for any number of tokens."""
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir  # takes seconds
+
     say_once("compiling a block for this CPU, which takes some 15 seconds and is kept")
     for folder in reversed([path.parent, *path.parent.parents]):
         if not folder.is_dir():
@@ -425,7 +429,12 @@ def compile_to(path: Path, function: FunctionOfTensors, examples: list[Tensor]) 
     shapes = [None] * len(examples)
     shapes[function.index_of_kv] = {3: torch.export.Dim.DYNAMIC}
     lengths = torch._dynamo.config.patch(capture_scalar_outputs=True)  # as symbols
-    with workspace(path.parent, "compiling") as folder, warnings.catch_warnings(), lengths:
+    # they would lie in TMPDIR, where others may have put some, and are slower for one library
+    headers = torch._inductor.config.patch({"aot_inductor.precompile_headers": False})
+    with (
+        scratch(path.parent, "compiling") as folder, temporary_cache_dir(str(folder)),
+        warnings.catch_warnings(), lengths, headers,
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
         program = torch.export.export(
             function, tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False
@@ -443,29 +452,48 @@ def load(path: Path) -> Any:
     """Something with run(list of tensors) -> list of tensors. ValueError: the file is damaged, and
     gone now, or others may have written it. RuntimeError: it cannot be loaded here.
     (torch._inductor.aoti_load_package makes the same, and imports Inductor for it.)"""
-    refuse_others(path.resolve())
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            damaged = archive.testzip()  # which the loader would run
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {Path(damaged).name} is another")
-    except zipfile.BadZipFile as error:
-        path.unlink(missing_ok=True)
-        raise ValueError(f"{path} was damaged, and is removed: {first_line(error)}") from error
-    with contextlib.suppress(OSError):  # of a folder that may only be read
-        os.utime(path)  # the last that is thrown away
-    library = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+    unpacked = Path(tempfile.gettempdir())
+    refuse_others(unpacked, unpacked)
+    with path.open("rb") as file:  # which is loaded, whatever has its name by then
+        refuse_others(path, file.fileno())
+        try:
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+                damaged = archive.testzip()  # which the loader would run
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {Path(damaged).name} is another")
+        except zipfile.BadZipFile as error:
+            path.unlink(missing_ok=True)
+            raise ValueError(f"{path} was damaged, and is removed: {first_line(error)}") from error
+        with contextlib.suppress(OSError):  # of a folder that may only be read
+            os.utime(path)  # the last that is thrown away
+        with scratch(unpacked, "loading"):
+            name = f"/dev/fd/{file.fileno()}"
+            library = torch._C._aoti.AOTIModelPackageLoader(name, "model", True, 1, -1)
     if any(name.endswith(".wrapper.json") for name in names):  # lists operators that may be Python
         return SimpleNamespace(run=partial(undisturbed, library.run))
     return library
 
 
-def refuse_others(path: Path) -> None:
-    """ValueError if anybody but the user, their own group and root can put a file there."""
-    for each in (path, *path.parents):
-        found = each.stat()
+@contextlib.contextmanager
+def scratch(parent: Path, name: str) -> Iterator[Path]:
+    """A workspace, for the temporary files of compilers and of the loader too."""
+    before = {key: os.environ[key] for key in ("TMPDIR",) if key in os.environ}
+    with workspace(parent, name) as folder:
+        os.environ["TMPDIR"] = str(folder)
+        try:
+            yield folder
+        finally:
+            del os.environ["TMPDIR"]
+            os.environ.update(before)
+
+
+def refuse_others(path: Path, opened: Path | int) -> None:
+    """ValueError if anybody but the user, their own group and root can write what was opened, or
+    put another into its place."""
+    for each, where in [(path, opened), *((each, each) for each in path.resolve().parents)]:
+        found = os.stat(where)
         writable = stat.S_IWOTH if found.st_gid == os.getegid() else stat.S_IWOTH | stat.S_IWGRP
-        sticky = each.is_dir() and found.st_mode & stat.S_ISVTX
+        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & writable and not sticky:
             raise ValueError(f"{each} can be written by other users, who might have made it")

