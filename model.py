@@ -105,6 +105,8 @@ class Transformer(nn.Module):
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         Transformer.n_prefills += 1
+        for layer in list(quantization.UNPACKED):
+            layer.pack()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         rows = rows or slice(0, B)
@@ -1039,7 +1041,8 @@ def fill_model(
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):
                 tensor = x.to(device)  # a value of its own
             elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
-                tensor = model.embed_tokens.weight
+                module.weight, module.shared = model.embed_tokens.weight, True
+                continue
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
                 tensor = tensor.to(device, x.dtype, copy=True)

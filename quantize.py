@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.nn as nn
@@ -44,7 +45,7 @@ class QuantizedLinear(nn.Module):
     mode: str
     group_size: int | None
     layout: Layout | None = None  # None: the tensors are plain
-    few_rows = 0  # the most that go to its operator
+    shared = False  # whether somebody else reads a tensor all the time
     error = 0.0  # relative, of the weight that quantize_linear has quantized
     # of rows that lie on several ranks: see Linear
     over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -57,7 +58,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= self.few_rows:
+        if self.layout is not None and len(rows) <= self.layout.few_rows:
             y = self.product(rows.bfloat16())
         else:
             dtype = many_rows_dtype(x.device)
@@ -70,9 +71,24 @@ class QuantizedLinear(nn.Module):
         """x [rows, in_features] bfloat16 -> [rows, out_features], by the layout's operator."""
         return self.layout.product(self, x)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What model.to and model.half do. Scales stay bfloat16, as operators want them."""
+        mine = [x for x in self._buffers.values() if x is not None and x.dtype == torch.bfloat16]
+
+        def moved(x: Tensor) -> Tensor:
+            if any(x is each for each in mine):
+                return fn(x.view(torch.int16)).view(torch.bfloat16)
+            return fn(x)
+
+        return super()._apply(moved, recurse)
+
     def pack(self) -> QuantizedLinear:
         """Bring the tensors into the layout of their device, if there is one for this mode."""
         return pack(self, self.mode)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        copied(self)
 
     def slices(self) -> Iterator[slice]:
         """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
@@ -196,6 +212,7 @@ class Linear(nn.Linear):
     """A layer in the model's own precision. A device may keep its weight in another order."""
 
     layout: Layout | None = None
+    shared = False  # whether the embedding has the weight too
     # of rows that lie on several ranks: what makes the largest values of the parts those of the
     # whole rows, so that a part gets the integers that it has in the whole
     over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -208,8 +225,12 @@ class Linear(nn.Linear):
     def pack(self) -> Linear:
         return pack(self, "float")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        copied(self)
+
     def stored(self) -> dict[str, Tensor]:
-        return {"weight": self.weight if self.layout is None else self.weight.to_dense()}
+        return {"weight": self.weight}
 
 
 class Layout(Protocol):
@@ -229,6 +250,8 @@ class Layout(Protocol):
 
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
 LAYOUTS: dict[tuple[str, str], Layout] = {}
+# layers that are plain since somebody looked at them, until the next text begins
+UNPACKED: WeakSet[nn.Module] = WeakSet()
 Layer = TypeVar("Layer", Linear, QuantizedLinear)
 
 
@@ -236,8 +259,14 @@ def pack(layer: Layer, mode: str) -> Layer:
     layout = LAYOUTS.get((mode, layer.weight.device.type))
     if layer.layout is None and layout is not None and layout.pack(layer):
         layer.layout = layout
-        layer.few_rows = layout.few_rows
     return layer
+
+
+def copied(layer: Layer) -> None:
+    """A copy of a layer in an order of the CPU is plain."""
+    if "order" in vars(layer):
+        layer.layout = None
+        UNPACKED.add(layer)
 
 
 def many_rows_dtype(device: torch.device) -> torch.dtype:

@@ -1,0 +1,135 @@
+"""Weights in the order of an operator, which everybody else sees as they were.
+
+A layer's tensor whose values are in an Order stays the same object, of the class Packed: whatever
+looks at it brings its values back first, and the layer is plain until the next text begins."""
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_leaves
+
+from quantize import UNPACKED
+
+LOCK = threading.RLock()
+# what may be asked of a tensor whose values are elsewhere
+METADATA = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.is_meta.__get__,
+    Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.requires_grad.__get__, Tensor.dim,
+    Tensor.size, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
+}
+
+
+class Order:
+    """The values of a layer's tensors for an operator. plain(tensors, name): a tensor as it was.
+    A copy of a layer has none, and is plain."""
+
+    layer: Callable[[], nn.Module | None]
+
+    def __init__(self, tensors: dict[str, Tensor], plain: Callable[..., Tensor]):
+        self.tensors = {
+            name: nn.Parameter(x, requires_grad=False) for name, x in tensors.items()
+        }
+        self.plain = plain
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+class Packed(Tensor):
+    """A tensor whose values are in an Order until somebody looks."""
+
+    order: Order
+    key: str  # in its layer
+    kind: type  # what it was
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        looked_at = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Packed)]
+        if func in METADATA or func is F.embedding and looked_at[0].order.layer().shared:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for x in looked_at:
+            x.unpack()
+        return func(*args, **kwargs)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """An interrupt anywhere leaves it to the next look: a layer without a layout is plain."""
+        with LOCK, DisableTorchFunctionSubclass():
+            if type(self) is not Packed:
+                return
+            layer = self.order.layer()
+            if layer is not None:
+                unpack(layer)
+            self.data = self.order.plain(self.order.tensors, self.key)
+            self.__class__ = self.kind
+            del self.order, self.key, self.kind
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        self.unpack()
+        return copy.deepcopy(self, memo)
+
+    @property
+    def _is_param(self) -> bool:  # what isinstance(x, nn.Parameter) asks for
+        return self.kind is nn.Parameter
+
+
+def unpack(layer: nn.Module) -> None:
+    """A layer decodes with what it shows, from now on until the next text."""
+    layer.layout = None
+    UNPACKED.add(layer)
+
+
+def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether nobody else has a view of a layer's tensors, or wants gradients."""
+    for name in names:
+        x = (layer._parameters | layer._buffers).get(name)
+        if type(x) not in (Tensor, nn.Parameter, Packed) or x.requires_grad:
+            return False
+        if torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2:  # it, and what asks
+            return False
+    return True
+
+
+def packed_of(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """The tensors for a layer's operator; None: others were put in the place of what it has, and it
+    is plain from now on. While compiling, nobody looks at its own."""
+    order = vars(layer).get("order")
+    if order is not None and not torch.compiler.is_compiling():
+        own = layer._buffers if len(names) > 1 else layer._parameters
+        for name in names:
+            x = own.get(name)
+            if type(x) is not Packed or x.order is not order:
+                order = None
+                break
+    if order is None:
+        unpack(layer)
+        return None
+    return order.tensors
+
+
+def hide(layer: nn.Module, order: Order, names: tuple[str, ...]) -> None:
+    """Give the memory of a layer's tensors free, which are in an order now."""
+    with LOCK, DisableTorchFunctionSubclass(), torch.inference_mode(False):
+        layer.order, order.layer = order, ref(layer)
+        hidden = [(name, (layer._parameters | layer._buffers)[name]) for name in names]
+        for name, x in hidden:
+            x.order, x.key, x.kind = order, name, type(x)
+            x.__class__ = Packed
+        for _, x in hidden:
+            if not layer.shared:
+                x.data = torch.zeros((), dtype=x.dtype).expand(x.shape)
+        UNPACKED.discard(layer)
