@@ -279,7 +279,8 @@ def on_its_device(method: Callable) -> Callable:
     def guarded(decoder: Decoder, *args: Any, **options: Any) -> Any:
         eager = decoder.device.type == "cpu" and not decoder.compiled
         mode = torch.inference_mode() if eager else nullcontext()
-        with mode, torch.accelerator.device_index(decoder.device.index):  # a CPU's is None
+        index = decoder.device.index
+        with mode, torch.accelerator.device_index(index) if index is not None else nullcontext():
             return method(decoder, *args, **options)
 
     return guarded

@@ -206,6 +206,7 @@ class Transformer(nn.Module):
             raise ValueError("the cache was made for other windows than the model's layers have")
         return cache
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def setup_caches(
         self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
@@ -750,7 +751,7 @@ def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
 def scaled(rope: Rope, inv_freq: Tensor, kept: Tensor | float) -> Tensor:
     """A share of each frequency is kept, and the rest divided by a factor, or one for each."""
     factors = rope.hf.get("factors") or positive(rope.hf, "factor", kind=float)
-    return inv_freq * (kept + (1 - kept) / torch.tensor(factors, dtype=torch.float64))
+    return inv_freq * (kept + (1 - kept) / torch.tensor(factors, dtype=torch.float64, device="cpu"))
 
 
 # by the rope_type of config.json: from (rope, unscaled frequencies, room for a text)
@@ -763,7 +764,8 @@ ROPES: dict[str, Callable[[Rope, Tensor, int], Frequencies]] = {
 
 def rope_frequencies(rope: Rope, max_seq_len: int) -> Frequencies:
     half = rope.dim // 2
-    inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    steps = torch.arange(half, dtype=torch.float64, device="cpu")
+    inv_freq = rope.theta ** -(steps / half)
     inv_freq, factor = ROPES[rope.kind](rope, inv_freq, max_seq_len)
     return inv_freq.float(), factor
 
@@ -982,6 +984,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 # --- loading ---
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def load_model(
     path: str | Path | None = None, *, device: torch.device | str = "cpu",

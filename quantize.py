@@ -259,6 +259,8 @@ def pack(layer: Layer, mode: str) -> Layer:
     layout = LAYOUTS.get((mode, layer.weight.device.type))
     if layer.layout is None and layout is not None and layout.pack(layer):
         layer.layout = layout
+    if layer.layout is not None:
+        UNPACKED.discard(layer)
     return layer
 
 
@@ -293,6 +295,7 @@ def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Modu
     return model
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_linear(
     linear: Linear, mode: str, group_size: int = 32, name: str = ""

@@ -5,7 +5,6 @@ looks at it brings its values back first, and the layer is plain until the next 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -14,12 +13,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import DisableTorchFunctionSubclass
+from torch._C import _disabled_torch_function_impl
 from torch.utils._pytree import tree_leaves
 
 from quantize import UNPACKED
 
-LOCK = threading.RLock()
 # what may be asked of a tensor whose values are elsewhere
 METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.is_meta.__get__,
@@ -58,8 +56,7 @@ class Packed(Tensor):
         kwargs = kwargs or {}
         looked_at = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Packed)]
         if func in METADATA or func is F.embedding and looked_at[0].order.layer().shared:
-            with DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return unseen(func, *args, **kwargs)
         for x in looked_at:
             x.unpack()
         return func(*args, **kwargs)
@@ -68,15 +65,12 @@ class Packed(Tensor):
     @torch.no_grad()
     def unpack(self) -> None:
         """An interrupt anywhere leaves it to the next look: a layer without a layout is plain."""
-        with LOCK, DisableTorchFunctionSubclass():
-            if type(self) is not Packed:
-                return
-            layer = self.order.layer()
-            if layer is not None:
-                unpack(layer)
-            self.data = self.order.plain(self.order.tensors, self.key)
-            self.__class__ = self.kind
-            del self.order, self.key, self.kind
+        layer = self.order.layer()
+        if layer is not None:
+            unpack(layer)
+        unseen(Tensor.data.__set__, self, self.order.plain(self.order.tensors, self.key))
+        self.__class__ = self.kind
+        del self.order, self.key, self.kind
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         self.unpack()
@@ -87,10 +81,15 @@ class Packed(Tensor):
         return self.kind is nn.Parameter
 
 
+def unseen(func: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What a function does to tensors, Packed or not; no interrupt leaves that switched off."""
+    return _disabled_torch_function_impl(func, (Tensor,), args, kwargs)
+
+
 def unpack(layer: nn.Module) -> None:
     """A layer decodes with what it shows, from now on until the next text."""
-    layer.layout = None
     UNPACKED.add(layer)
+    layer.layout, layer.order = None, None
 
 
 def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
@@ -99,7 +98,8 @@ def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
         x = (layer._parameters | layer._buffers).get(name)
         if type(x) not in (Tensor, nn.Parameter, Packed) or x.requires_grad:
             return False
-        if torch._C._storage_Use_Count(x.untyped_storage()._cdata) > 2:  # it, and what asks
+        n_users = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+        if n_users > 2 or x.is_inference():  # the tensor, and who asks
             return False
     return True
 
@@ -121,15 +121,14 @@ def packed_of(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor] | N
     return order.tensors
 
 
+@torch.inference_mode(False)
 def hide(layer: nn.Module, order: Order, names: tuple[str, ...]) -> None:
     """Give the memory of a layer's tensors free, which are in an order now."""
-    with LOCK, DisableTorchFunctionSubclass(), torch.inference_mode(False):
-        layer.order, order.layer = order, ref(layer)
-        hidden = [(name, (layer._parameters | layer._buffers)[name]) for name in names]
-        for name, x in hidden:
-            x.order, x.key, x.kind = order, name, type(x)
-            x.__class__ = Packed
-        for _, x in hidden:
-            if not layer.shared:
-                x.data = torch.zeros((), dtype=x.dtype).expand(x.shape)
-        UNPACKED.discard(layer)
+    layer.order, order.layer = order, ref(layer)
+    for name in names:
+        x = (layer._parameters | layer._buffers)[name]
+        x.order, x.key, x.kind = order, name, type(x)
+        x.__class__ = Packed
+        if not layer.shared:
+            nothing = torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape)
+            unseen(Tensor.data.__set__, x, nothing)

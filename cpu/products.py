@@ -111,6 +111,7 @@ class OneDNN:
         packed = packed_of(layer, self.names)
         if packed is None:
             return F.linear(x, layer.weight, layer.bias)
+        x = x.to(packed["weight"].dtype)  # autocast makes it another
         if torch.compiler.is_compiling():  # it cannot look into packed weights
             return packed_linear_op(x, packed["weight"], layer.bias)
         return packed_linear(x, packed["weight"], layer.bias)  # spares an operator's dispatch
