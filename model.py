@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         Transformer.n_prefills += 1
-        for layer in list(quantization.UNPACKED):
+        for layer in list(quantization.PLAIN):
             layer.pack()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)

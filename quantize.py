@@ -26,13 +26,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 T = TypeVar("T")
+Layer = TypeVar("Layer", bound="Packable")
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
+SCALES = torch.bfloat16
 BF16 = torch.cpu._is_avx512_bf16_supported()
 
 # --- layers ---
 
 
-class QuantizedLinear(nn.Module):
+class Packable(nn.Module):
+    """A layer whose tensors a device may keep in another order."""
+
+    mode = "float"
+    layout: Layout | None = None  # None: the tensors are plain
+    shared = False  # whether the embedding has the weight too
+    # of rows that lie on several ranks: what makes the largest values of the parts those of the
+    # whole rows, so that a part gets the integers that it has in the whole
+    over_ranks: Callable[[Tensor], Tensor] | None = None
+
+    def pack(self: Layer) -> Layer:
+        """Bring the tensors into the layout of their device, if there is one for this mode."""
+        layout = LAYOUTS.get((self.mode, self.weight.device.type))
+        if self.layout is None and layout is not None and layout.pack(self):
+            self.layout = layout
+        if self.layout is not None:
+            PLAIN.discard(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "order" in state:  # a copy has no other than the plain one
+            self.layout = None
+            PLAIN.add(self)
+
+
+class QuantizedLinear(Packable):
     """What quantized layers share. One starts out empty, with the shape and device of a Linear.
 
     A mode defines quantize(rows, w), which fills a slice of rows from float32 and returns the
@@ -42,13 +70,8 @@ class QuantizedLinear(nn.Module):
     A few rows of x go to the operator of the layer's layout, in bfloat16 (rounding them is a fifth
     of int8's own error). More rows, as in prefill, pay for dequantizing the weight once."""
 
-    mode: str
     group_size: int | None
-    layout: Layout | None = None  # None: the tensors are plain
-    shared = False  # whether somebody else reads a tensor all the time
     error = 0.0  # relative, of the weight that quantize_linear has quantized
-    # of rows that lie on several ranks: see Linear
-    over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -73,22 +96,10 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What model.to and model.half do. Scales stay bfloat16, as operators want them."""
-        mine = [x for x in self._buffers.values() if x is not None and x.dtype == torch.bfloat16]
-
-        def moved(x: Tensor) -> Tensor:
-            if any(x is each for each in mine):
-                return fn(x.view(torch.int16)).view(torch.bfloat16)
-            return fn(x)
-
-        return super()._apply(moved, recurse)
-
-    def pack(self) -> QuantizedLinear:
-        """Bring the tensors into the layout of their device, if there is one for this mode."""
-        return pack(self, self.mode)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        copied(self)
+        scales = {id(x) for x in self._buffers.values() if x is not None and x.dtype == SCALES}
+        return super()._apply(
+            lambda x: fn(x.view(torch.int16)).view(SCALES) if id(x) in scales else fn(x), recurse
+        )
 
     def slices(self) -> Iterator[slice]:
         """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
@@ -208,26 +219,13 @@ class Int4Linear(QuantizedLinear):
 MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-class Linear(nn.Linear):
-    """A layer in the model's own precision. A device may keep its weight in another order."""
-
-    layout: Layout | None = None
-    shared = False  # whether the embedding has the weight too
-    # of rows that lie on several ranks: what makes the largest values of the parts those of the
-    # whole rows, so that a part gets the integers that it has in the whole
-    over_ranks: Callable[[Tensor], Tensor] | None = None
+class Linear(Packable, nn.Linear):
+    """A layer in the model's own precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout is not None:
             return self.layout.product(self, x)
         return F.linear(x, self.weight, self.bias)
-
-    def pack(self) -> Linear:
-        return pack(self, "float")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        copied(self)
 
     def stored(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
@@ -251,24 +249,7 @@ class Layout(Protocol):
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
 LAYOUTS: dict[tuple[str, str], Layout] = {}
 # layers that are plain since somebody looked at them, until the next text begins
-UNPACKED: WeakSet[nn.Module] = WeakSet()
-Layer = TypeVar("Layer", Linear, QuantizedLinear)
-
-
-def pack(layer: Layer, mode: str) -> Layer:
-    layout = LAYOUTS.get((mode, layer.weight.device.type))
-    if layer.layout is None and layout is not None and layout.pack(layer):
-        layer.layout = layout
-    if layer.layout is not None:
-        UNPACKED.discard(layer)
-    return layer
-
-
-def copied(layer: Layer) -> None:
-    """A copy of a layer in an order of the CPU is plain."""
-    if "order" in vars(layer):
-        layer.layout = None
-        UNPACKED.add(layer)
+PLAIN: WeakSet[nn.Module] = WeakSet()
 
 
 def many_rows_dtype(device: torch.device) -> torch.dtype:

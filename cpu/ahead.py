@@ -44,7 +44,7 @@ from cpu import packed, products
 from model import (
     Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
 )
-from quantize import LAYOUTS, UNPACKED, cache_folder, say_once, workspace
+from quantize import LAYOUTS, cache_folder, say_once, workspace
 
 PLACES = 64  # of the cache that a block is exported with; compiled, it takes any
 KEPT = 64  # libraries, of 2 MB each: those that were used last
@@ -214,11 +214,11 @@ class FunctionOfTensors(nn.Module):
         [block] = self.blocks
         own = weights_of(block)
         try:
-            for (_, holder, key), tensor in zip(self.weights, given, strict=True):
+            for (holder, key), tensor in zip(self.weights, given, strict=True):
                 holder[key] = tensor
             return block(x, Positions(*where), cache)
         finally:
-            for (_, holder, key), tensor in zip(self.weights, own):
+            for (holder, key), tensor in zip(self.weights, own):
                 holder[key] = tensor
 
     def agrees(self, library: Any, examples: list[Tensor]) -> bool:
@@ -235,22 +235,21 @@ class FunctionOfTensors(nn.Module):
 # --- what a block is ---
 
 
-def places_of(block: nn.Module) -> list[tuple[str, dict[str, Tensor], str]]:
-    """Where the tensors are that the operators of a block read: the name of a module, a dictionary
-    and a key."""
+def places_of(block: nn.Module) -> list[tuple[dict[str, Tensor], str]]:
+    """Where the tensors are that the operators of a block read: a dictionary and a key."""
     places = []
-    for name, module in block.named_modules():
+    for module in block.modules():
         order = vars(module).get("order")
         in_order = {} if order is None else order.tensors
         for holder in (module._parameters, module._buffers, in_order):
             for key, x in holder.items():
                 if x is not None and type(x) is not packed.Packed:
-                    places.append((name, holder, key))
+                    places.append((holder, key))
     return places
 
 
 def weights_of(block: nn.Module) -> list[Tensor]:
-    return [holder[key] for _, holder, key in places_of(block)]
+    return [holder[key] for holder, key in places_of(block)]
 
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype)
@@ -296,8 +295,7 @@ class Step:
         for holder in self.holders:
             self.add_names(holder)
         self.tensors = [kv, *weights_of(block)]
-        for name, holder, key in places_of(block):
-            self.lines.add(f"{name}.{key} {describe(holder[key])}")
+        self.lines |= {f"{i} {describe(x)}" for i, x in enumerate(self.tensors[1:])}
         self.seen = [(each, dict(each)) for each in hooks + own]
         self.formats = self.formats_now()
 
@@ -321,8 +319,6 @@ class Step:
         if has_options or hasattr(module, "stack"):
             raise NoLibrary
         self.add_class(type(module))
-        if module in UNPACKED:
-            raise NoLibrary  # it is plain for this text alone
         for key, value in vars(module).items():
             if key == "training" or key not in OF_ALL_MODULES | {"order"}:
                 self.lines.add(f"{name}.{key} = {self.described(value)}")

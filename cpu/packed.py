@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _disabled_torch_function_impl
 from torch.utils._pytree import tree_leaves
 
-from quantize import UNPACKED
+from quantize import PLAIN
 
 # what may be asked of a tensor whose values are elsewhere
 METADATA = {
@@ -88,7 +88,7 @@ def unseen(func: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def unpack(layer: nn.Module) -> None:
     """A layer decodes with what it shows, from now on until the next text."""
-    UNPACKED.add(layer)
+    PLAIN.add(layer)
     layer.layout, layer.order = None, None
 
 
