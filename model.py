@@ -764,8 +764,7 @@ ROPES: dict[str, Callable[[Rope, Tensor, int], Frequencies]] = {
 
 def rope_frequencies(rope: Rope, max_seq_len: int) -> Frequencies:
     half = rope.dim // 2
-    steps = torch.arange(half, dtype=torch.float64, device="cpu")
-    inv_freq = rope.theta ** -(steps / half)
+    inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     inv_freq, factor = ROPES[rope.kind](rope, inv_freq, max_seq_len)
     return inv_freq.float(), factor
 
@@ -1044,13 +1043,12 @@ def fill_model(
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):
                 tensor = x.to(device)  # a value of its own
             elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
-                module.weight, module.shared = model.embed_tokens.weight, True
-                continue
+                module.shared, tensor = True, model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
                 tensor = tensor.to(device, x.dtype, copy=True)
                 checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
-            if isinstance(x, nn.Parameter):
+            if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
         if isinstance(module, Linear) and quantize in MODES:

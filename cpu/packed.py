@@ -5,7 +5,7 @@ looks at it brings its values back first, and the layer is plain until the next 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
@@ -21,7 +21,8 @@ from quantize import PLAIN
 # what may be asked of a tensor whose values are elsewhere
 METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.is_meta.__get__,
-    Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.requires_grad.__get__, Tensor.dim,
+    Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.itemsize.__get__, Tensor.dim,
+    Tensor.requires_grad.__get__,
     Tensor.size, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
 }
 
@@ -104,21 +105,18 @@ def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
     return True
 
 
-def packed_of(layer: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """The tensors for a layer's operator; None: others were put in the place of what it has, and it
-    is plain from now on. While compiling, nobody looks at its own."""
-    order = vars(layer).get("order")
-    if order is not None and not torch.compiler.is_compiling():
-        own = layer._buffers if len(names) > 1 else layer._parameters
-        for name in names:
-            x = own.get(name)
-            if type(x) is not Packed or x.order is not order:
-                order = None
-                break
-    if order is None:
-        unpack(layer)
-        return None
-    return order.tensors
+def packed_of(layer: nn.Module, own: dict[str, Tensor], names: Iterable[str]) -> Order | None:
+    """What a layer's operator reads; None: its own tensors, where others were put in the place of
+    those, are plain from now on. While compiling, nobody looks at them."""
+    order = layer.order
+    if torch.compiler.is_compiling():
+        return order
+    for name in names:
+        x = own.get(name)
+        if type(x) is not Packed or x.order is not order:
+            unpack(layer)
+            return None
+    return order
 
 
 @torch.inference_mode(False)

@@ -77,13 +77,14 @@ class Int4OnCPU:
         return nibbles, scales, zeros
 
     def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        packed = packed_of(layer, self.names)
-        return layer.plain(rows) if packed is None else self.rows(packed, rows)
+        order = packed_of(layer, layer._buffers, self.names)
+        return layer.plain(rows) if order is None else self.rows(order.tensors, rows)
 
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
-        packed = packed_of(layer, self.names)
-        if packed is None:
+        order = packed_of(layer, layer._buffers, self.names)
+        if order is None:
             return torch.cat([F.linear(x, weight) for weight in layer.dense(x.dtype)], -1)
+        packed = order.tensors
         if layer.nibbles == 2:
             x = layer.for_nibbles(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -108,13 +109,16 @@ class OneDNN:
         return True
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
-        packed = packed_of(layer, self.names)
-        if packed is None:
+        own = layer._parameters
+        order = packed_of(layer, own, self.names)
+        if order is None:
             return F.linear(x, layer.weight, layer.bias)
-        x = x.to(packed["weight"].dtype)  # autocast makes it another
+        weight = order.tensors["weight"]
+        if x.dtype != weight.dtype:  # under autocast
+            x = x.to(weight.dtype)
         if torch.compiler.is_compiling():  # it cannot look into packed weights
-            return packed_linear_op(x, packed["weight"], layer.bias)
-        return packed_linear(x, packed["weight"], layer.bias)  # spares an operator's dispatch
+            return packed_linear_op(x, weight, own["bias"])
+        return packed_linear(x, weight, own["bias"])  # spares an operator's dispatch
 
 
 LAYOUTS |= {
