@@ -21,9 +21,8 @@ from quantize import PLAIN
 # what may be asked of a tensor whose values are elsewhere
 METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.is_meta.__get__,
-    Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.itemsize.__get__, Tensor.dim,
-    Tensor.requires_grad.__get__,
-    Tensor.size, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
+    Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.itemsize.__get__, Tensor.element_size,
+    Tensor.requires_grad.__get__, Tensor.is_floating_point, Tensor.dim, Tensor.size, Tensor.numel,
 }
 
 
@@ -32,11 +31,10 @@ class Order:
     A copy of a layer has none, and is plain."""
 
     layer: Callable[[], nn.Module | None]
+    shared: bool  # whether an embedding reads the tensor all the time
 
     def __init__(self, tensors: dict[str, Tensor], plain: Callable[..., Tensor]):
-        self.tensors = {
-            name: nn.Parameter(x, requires_grad=False) for name, x in tensors.items()
-        }
+        self.tensors = {name: nn.Parameter(x, False) for name, x in tensors.items()}
         self.plain = plain
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -56,7 +54,7 @@ class Packed(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         looked_at = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Packed)]
-        if func in METADATA or func is F.embedding and looked_at[0].order.layer().shared:
+        if func in METADATA or func is F.embedding and looked_at[0].order.shared:
             return unseen(func, *args, **kwargs)
         for x in looked_at:
             x.unpack()
@@ -122,7 +120,7 @@ def packed_of(layer: nn.Module, own: dict[str, Tensor], names: Iterable[str]) ->
 @torch.inference_mode(False)
 def hide(layer: nn.Module, order: Order, names: tuple[str, ...]) -> None:
     """Give the memory of a layer's tensors free, which are in an order now."""
-    layer.order, order.layer = order, ref(layer)
+    order.layer, order.shared, layer.order = ref(layer), layer.shared, order
     for name in names:
         x = (layer._parameters | layer._buffers)[name]
         x.order, x.key, x.kind = order, name, type(x)
