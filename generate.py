@@ -135,8 +135,7 @@ def taking_turns(what: Transformer | KVCache) -> Iterator[None]:
     """One thread after the other. ValueError where this one is at it already, in a stream."""
     with LOCKS.setdefault(what, threading.RLock()):
         if what in BUSY:
-            name = "model" if isinstance(what, Transformer) else "cache"
-            raise ValueError(f"generate is at work with this {name}; wait until it has returned")
+            raise ValueError("generate is at work with this model or cache; wait until it returns")
         BUSY.add(what)
         try:
             yield

@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         Transformer.n_prefills += 1
         for layer in list(quantization.PLAIN):
-            layer.pack()
+            layer.layout.pack(layer)
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         rows = rows or slice(0, B)
@@ -121,8 +121,7 @@ class Transformer(nn.Module):
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.cached[rows] = [length + T for length in lengths]
         if last is not None:
-            row = torch.arange(B, device=x.device)
-            x = x[row, last][:, None]  # (B, 1, dim)
+            x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, dim)
         return self.head(x)
 
     @torch.no_grad()

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 T = TypeVar("T")
-Layer = TypeVar("Layer", bound="Packable")
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
 SCALES = torch.bfloat16
 BF16 = torch.cpu._is_avx512_bf16_supported()
@@ -38,26 +37,18 @@ class Packable(nn.Module):
     """A layer whose tensors a device may keep in another order."""
 
     mode = "float"
-    layout: Layout | None = None  # None: the tensors are plain
+    layout: Layout | None = None  # None: PyTorch multiplies with the tensors as they are
     shared = False  # whether the embedding has the weight too
     # of rows that lie on several ranks: what makes the largest values of the parts those of the
     # whole rows, so that a part gets the integers that it has in the whole
     over_ranks: Callable[[Tensor], Tensor] | None = None
 
-    def pack(self: Layer) -> Layer:
+    def pack(self) -> Packable:
         """Bring the tensors into the layout of their device, if there is one for this mode."""
         layout = LAYOUTS.get((self.mode, self.weight.device.type))
         if self.layout is None and layout is not None and layout.pack(self):
             self.layout = layout
-        if self.layout is not None:
-            PLAIN.discard(self)
         return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "order" in state:  # a copy has no other than the plain one
-            self.layout = None
-            PLAIN.add(self)
 
 
 class QuantizedLinear(Packable):
@@ -82,17 +73,13 @@ class QuantizedLinear(Packable):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if self.layout is not None and len(rows) <= self.layout.few_rows:
-            y = self.product(rows.bfloat16())
+            y = self.layout.product(self, rows.bfloat16())
         else:
             dtype = many_rows_dtype(x.device)
             rows = rows.to(dtype)
             y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """x [rows, in_features] bfloat16 -> [rows, out_features], by the layout's operator."""
-        return self.layout.product(self, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """What model.to and model.half do. Scales stay bfloat16, as operators want them."""
@@ -276,7 +263,6 @@ def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Modu
     return model
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def quantize_linear(
     linear: Linear, mode: str, group_size: int = 32, name: str = ""

@@ -63,7 +63,7 @@ class Packed(Tensor):
     @torch.inference_mode(False)
     @torch.no_grad()
     def unpack(self) -> None:
-        """An interrupt anywhere leaves it to the next look: a layer without a layout is plain."""
+        """An interrupt anywhere leaves it to the next look: a layer without an order is plain."""
         layer = self.order.layer()
         if layer is not None:
             unpack(layer)
@@ -87,8 +87,9 @@ def unseen(func: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def unpack(layer: nn.Module) -> None:
     """A layer decodes with what it shows, from now on until the next text."""
-    PLAIN.add(layer)
-    layer.layout, layer.order = None, None
+    if layer.layout is not None:
+        PLAIN.add(layer)
+    layer.order = None
 
 
 def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
@@ -98,7 +99,7 @@ def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
         if type(x) not in (Tensor, nn.Parameter, Packed) or x.requires_grad:
             return False
         n_users = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
-        if n_users > 2 or x.is_inference():  # the tensor, and who asks
+        if n_users > 2 or x.is_inference() or not x.is_cpu:  # 2: the tensor, and who asks
             return False
     return True
 
@@ -128,3 +129,4 @@ def hide(layer: nn.Module, order: Order, names: tuple[str, ...]) -> None:
         if not layer.shared:
             nothing = torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape)
             unseen(Tensor.data.__set__, x, nothing)
+    PLAIN.discard(layer)

@@ -78,7 +78,9 @@ class Int4OnCPU:
 
     def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         order = packed_of(layer, layer._buffers, self.names)
-        return layer.plain(rows) if order is None else self.rows(order.tensors, rows)
+        if order is None:
+            return unpack_nibbles(layer.weight[rows]), layer.scales[rows], layer.zeros[rows]
+        return self.rows(order.tensors, rows)
 
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
         order = packed_of(layer, layer._buffers, self.names)
