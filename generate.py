@@ -73,7 +73,7 @@ def generate(
     same. stats: a batching.Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
-    series of calls shares its captured steps. Threads that call this with one model take turns.
+    series of calls shares its captured steps. Threads with one model or cache take turns.
     ValueError says what does not fit."""
     RANGES["seed"].check("seed", 0 if seed is None else seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -81,13 +81,11 @@ def generate(
         raise ValueError(f"prompts must be {wanted}, not {prompts!r:.60}")
     if isinstance(eos_ids, Iterator):
         eos_ids = frozenset(eos_ids)
-    requests = []
-    for i, prompt in enumerate(prompts):
-        requests.append(Request(
-            prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
-            ends=ends_at(stop, tokenizer, prompt) if stop else None,
-        ))
+    requests = [Request(
+        prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
+        ends=ends_at(stop, tokenizer, prompt) if stop else None,
+    ) for i, prompt in enumerate(prompts)]
     if not requests:
         raise ValueError("there is no prompt")
     out: list[list[int]] = [[] for _ in requests]
@@ -99,10 +97,11 @@ def generate(
             engine.stats = stats or type(engine.stats)()
         elif stats is not None:
             raise ValueError("statistics are what a batching.Engine keeps, and not a Decoder")
-        for number, tokens in engine.run(requests):
-            out[number] += tokens
-            if stream:
-                stream(number, tokens)
+        with taking_turns(engine.cache):  # another model may have it too
+            for number, tokens in engine.run(requests):
+                out[number] += tokens
+                if stream:
+                    stream(number, tokens)
     return out
 
 
@@ -127,21 +126,21 @@ def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
     return len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
 
 
-LOCKS: WeakKeyDictionary[Transformer, threading.RLock] = WeakKeyDictionary()
-BUSY: WeakSet[Transformer] = WeakSet()
+LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
+BUSY: WeakSet[Transformer | KVCache] = WeakSet()
 
 
 @contextmanager
-def taking_turns(model: Transformer) -> Iterator[None]:
+def taking_turns(what: Transformer | KVCache) -> Iterator[None]:
     """One thread after the other. ValueError where this one is at it already, in a stream."""
-    with LOCKS.setdefault(model, threading.RLock()):
-        if model in BUSY:
-            raise ValueError("generate is at work with this model; wait until it has returned")
-        BUSY.add(model)
+    with LOCKS.setdefault(what, threading.RLock()):
+        if what in BUSY:
+            raise ValueError("generate is at work with this model or cache; wait until it returns")
+        BUSY.add(what)
         try:
             yield
         finally:
-            BUSY.discard(model)
+            BUSY.discard(what)
 
 
 def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
@@ -279,7 +278,8 @@ def on_its_device(method: Callable) -> Callable:
     def guarded(decoder: Decoder, *args: Any, **options: Any) -> Any:
         eager = decoder.device.type == "cpu" and not decoder.compiled
         mode = torch.inference_mode() if eager else nullcontext()
-        with mode, torch.accelerator.device_index(decoder.device.index):  # a CPU's is None
+        index = decoder.device.index
+        with mode, torch.accelerator.device_index(index) if index is not None else nullcontext():
             return method(decoder, *args, **options)
 
     return guarded

@@ -105,6 +105,8 @@ class Transformer(nn.Module):
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         Transformer.n_prefills += 1
+        for layer in list(quantization.PLAIN):
+            layer.layout.pack(layer)
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         rows = rows or slice(0, B)
@@ -119,8 +121,7 @@ class Transformer(nn.Module):
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.cached[rows] = [length + T for length in lengths]
         if last is not None:
-            row = torch.arange(B, device=x.device)
-            x = x[row, last][:, None]  # (B, 1, dim)
+            x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, dim)
         return self.head(x)
 
     @torch.no_grad()
@@ -204,6 +205,7 @@ class Transformer(nn.Module):
             raise ValueError("the cache was made for other windows than the model's layers have")
         return cache
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def setup_caches(
         self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
@@ -752,7 +754,7 @@ def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
 def scaled(rope: Rope, inv_freq: Tensor, kept: Tensor | float) -> Tensor:
     """A share of each frequency is kept, and the rest divided by a factor, or one for each."""
     factors = rope.hf.get("factors") or positive(rope.hf, "factor", kind=float)
-    return inv_freq * (kept + (1 - kept) / torch.tensor(factors, dtype=torch.float64))
+    return inv_freq * (kept + (1 - kept) / torch.tensor(factors, dtype=torch.float64, device="cpu"))
 
 
 # by the rope_type of config.json: from (rope, unscaled frequencies, room for a text)
@@ -765,7 +767,7 @@ ROPES: dict[str, Callable[[Rope, Tensor, int], Frequencies]] = {
 
 def rope_frequencies(rope: Rope, max_seq_len: int) -> Frequencies:
     half = rope.dim // 2
-    inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     inv_freq, factor = ROPES[rope.kind](rope, inv_freq, max_seq_len)
     return inv_freq.float(), factor
 
@@ -995,6 +997,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 # --- loading ---
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def load_model(
     path: str | Path | None = None, *, device: torch.device | str = "cpu",
@@ -1055,14 +1058,14 @@ def fill_model(
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):
                 tensor = x.to(device)  # a value of its own
             elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
-                tensor = model.embed_tokens.weight
+                module.shared, tensor = True, model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
                 storage = tensor.untyped_storage()  # perhaps that of more, or of a mapped file
                 owned = storage.resizable() and storage.nbytes() == tensor.nbytes
                 tensor = tensor.to(device, x.dtype, copy=not owned)
                 checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
-            if isinstance(x, nn.Parameter):
+            if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
         if isinstance(module, Linear) and quantize in MODES:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.nn as nn
@@ -26,12 +27,31 @@ from torch import Tensor
 
 T = TypeVar("T")
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
+SCALES = torch.bfloat16
 BF16 = torch.cpu._is_avx512_bf16_supported()
 
 # --- layers ---
 
 
-class QuantizedLinear(nn.Module):
+class Packable(nn.Module):
+    """A layer whose tensors a device may keep in another order."""
+
+    mode = "float"
+    layout: Layout | None = None  # None: PyTorch multiplies with the tensors as they are
+    shared = False  # whether the embedding has the weight too
+    # of rows that lie on several ranks: what makes the largest values of the parts those of the
+    # whole rows, so that a part gets the integers that it has in the whole
+    over_ranks: Callable[[Tensor], Tensor] | None = None
+
+    def pack(self) -> Packable:
+        """Bring the tensors into the layout of their device, if there is one for this mode."""
+        layout = LAYOUTS.get((self.mode, self.weight.device.type))
+        if self.layout is None and layout is not None and layout.pack(self):
+            self.layout = layout
+        return self
+
+
+class QuantizedLinear(Packable):
     """What quantized layers share. One starts out empty, with the shape and device of a Linear.
 
     A mode defines quantize(rows, w), which fills a slice of rows from float32 and returns the
@@ -41,13 +61,8 @@ class QuantizedLinear(nn.Module):
     A few rows of x go to the operator of the layer's layout, in bfloat16 (rounding them is a fifth
     of int8's own error). More rows, as in prefill, pay for dequantizing the weight once."""
 
-    mode: str
     group_size: int | None
-    layout: Layout | None = None  # None: the tensors are plain
-    few_rows = 0  # the most that go to its operator
     error = 0.0  # relative, of the weight that quantize_linear has quantized
-    # of rows that lie on several ranks: see Linear
-    over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -57,8 +72,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= self.few_rows:
-            y = self.product(rows.bfloat16())
+        if self.layout is not None and len(rows) <= self.layout.few_rows:
+            y = self.layout.product(self, rows.bfloat16())
         else:
             dtype = many_rows_dtype(x.device)
             rows = rows.to(dtype)
@@ -66,13 +81,12 @@ class QuantizedLinear(nn.Module):
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def product(self, x: Tensor) -> Tensor:
-        """x [rows, in_features] bfloat16 -> [rows, out_features], by the layout's operator."""
-        return self.layout.product(self, x)
-
-    def pack(self) -> QuantizedLinear:
-        """Bring the tensors into the layout of their device, if there is one for this mode."""
-        return pack(self, self.mode)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What model.to and model.half do. Scales stay bfloat16, as operators want them."""
+        scales = {id(x) for x in self._buffers.values() if x is not None and x.dtype == SCALES}
+        return super()._apply(
+            lambda x: fn(x.view(torch.int16)).view(SCALES) if id(x) in scales else fn(x), recurse
+        )
 
     def slices(self) -> Iterator[slice]:
         """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
@@ -192,24 +206,16 @@ class Int4Linear(QuantizedLinear):
 MODES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-class Linear(nn.Linear):
-    """A layer in the model's own precision. A device may keep its weight in another order."""
-
-    layout: Layout | None = None
-    # of rows that lie on several ranks: what makes the largest values of the parts those of the
-    # whole rows, so that a part gets the integers that it has in the whole
-    over_ranks: Callable[[Tensor], Tensor] | None = None
+class Linear(Packable, nn.Linear):
+    """A layer in the model's own precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.layout is not None:
             return self.layout.product(self, x)
         return F.linear(x, self.weight, self.bias)
 
-    def pack(self) -> Linear:
-        return pack(self, "float")
-
     def stored(self) -> dict[str, Tensor]:
-        return {"weight": self.weight if self.layout is None else self.weight.to_dense()}
+        return {"weight": self.weight}
 
 
 class Layout(Protocol):
@@ -229,15 +235,8 @@ class Layout(Protocol):
 
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
 LAYOUTS: dict[tuple[str, str], Layout] = {}
-Layer = TypeVar("Layer", Linear, QuantizedLinear)
-
-
-def pack(layer: Layer, mode: str) -> Layer:
-    layout = LAYOUTS.get((mode, layer.weight.device.type))
-    if layer.layout is None and layout is not None and layout.pack(layer):
-        layer.layout = layout
-        layer.few_rows = layout.few_rows
-    return layer
+# layers that are plain since somebody looked at them, until the next text begins
+PLAIN: WeakSet[nn.Module] = WeakSet()
 
 
 def many_rows_dtype(device: torch.device) -> torch.dtype:

@@ -35,7 +35,7 @@ def weight_bytes(model: Transformer, rows: int = 1) -> int:
 
 
 def module_bytes(module: nn.Module) -> int:
-    return sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    return sum(x.nbytes for x in module.state_dict(keep_vars=True).values())
 
 
 def bytes_read(cache: KVCache, length: float) -> float:

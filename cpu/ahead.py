@@ -25,7 +25,7 @@ from _signal import getsignal, signal  # in `signal` they take 9 us each, for na
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import chain, starmap
-from operator import is_, ne
+from operator import ne
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -42,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 import kernels
 import model
 import quantize
-from cpu import products
+from cpu import packed, products
 from model import (
     Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
 )
@@ -136,7 +136,14 @@ class AheadOfTime:
         self.sign = sign
         if any(held(each) != was for each, was in self.shared.items()):
             return True
-        return any(step.has_changed() for _, step in self.ready.values() if step is not None)
+        steps = [(block, step) for block, step in self.ready.values() if step is not None]
+        if any(step.has_changed() for _, step in steps):
+            return True
+        for block, step in steps:  # which somebody may have looked at: they are packed anew
+            was, step.tensors[1:] = step.tensors[1:], weights_of(block)
+            if list(map(describe, was)) != list(map(describe, step.tensors[1:])):
+                return True
+        return False
 
     def library(self, name: str, function: FunctionOfTensors, examples: list[Tensor]) -> Any | None:
         """The library of that fingerprint, None if there is none or it cannot be made."""
@@ -184,7 +191,7 @@ class FunctionOfTensors(nn.Module):
         super().__init__()
         self.blocks = [block]  # hidden from nn.Module: its weights are to be arguments
         self.positions = positions
-        self.weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+        self.weights = places_of(block)
         self.index_of_kv = 1 + sum(map(torch.is_tensor, positions))
 
     def examples(self, x: Tensor, kv: Tensor) -> list[Tensor]:
@@ -199,7 +206,8 @@ class FunctionOfTensors(nn.Module):
 
         cache = kv.new_empty(2, rows_around(kv), kv.shape[2], PLACES, kv.shape[4])
         where = [like(value) for value in self.positions if isinstance(value, Tensor)]
-        return [like(x), *where, like(cache)[:, :1], *self.weights.values()]
+        [block] = self.blocks
+        return [like(x), *where, like(cache)[:, :1], *weights_of(block)]
 
     def forward(self, *tensors: Tensor) -> Tensor:
         given = iter(tensors)
@@ -207,9 +215,15 @@ class FunctionOfTensors(nn.Module):
         where = [next(given) if isinstance(v, Tensor) else v for v in self.positions]
         kv = next(given)
         cache = LayerCache([kv], Places(kv.shape[3]), flash=True)
-        weights = dict(zip(self.weights, given, strict=True))
         [block] = self.blocks
-        return torch.func.functional_call(block, weights, (x, Positions(*where), cache))
+        own = weights_of(block)
+        try:
+            for (holder, key), tensor in zip(self.weights, given, strict=True):
+                holder[key] = tensor
+            return block(x, Positions(*where), cache)
+        finally:
+            for (holder, key), tensor in zip(self.weights, own):
+                holder[key] = tensor
 
     def agrees(self, library: Any, examples: list[Tensor]) -> bool:
         """Whether a library gives what the block does, which is compiled in other lines of Python,
@@ -223,6 +237,23 @@ class FunctionOfTensors(nn.Module):
         return True
 
 # --- what a block is ---
+
+
+def places_of(block: nn.Module) -> list[tuple[dict[str, Tensor], str]]:
+    """Where the tensors are that the operators of a block read: a dictionary and a key."""
+    places = []
+    for module in block.modules():
+        order = vars(module).get("order")
+        in_order = {} if order is None else order.tensors
+        for holder in (module._parameters, module._buffers, in_order):
+            for key, x in holder.items():
+                if x is not None and type(x) is not packed.Packed:
+                    places.append((holder, key))
+    return places
+
+
+def weights_of(block: nn.Module) -> list[Tensor]:
+    return [holder[key] for holder, key in places_of(block)]
 
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype)
@@ -253,7 +284,7 @@ class Step:
         self.files = {__file__, str(Path(model.__file__).with_name("generate.py"))}
         self.holders: set[type | ModuleType] = set()
         self.kinds: set[type] = set()  # classes of the block's modules, and of what these hold
-        for module in (model, kernels, quantize, products):
+        for module in (model, kernels, quantize, packed, products):
             self.add_source(module)
         for each in (cache, cache.places):
             self.add_class(type(each))
@@ -267,7 +298,8 @@ class Step:
             raise NoLibrary
         for holder in self.holders:
             self.add_names(holder)
-        self.tensors = [kv, *block.parameters(), *block.buffers()]
+        self.tensors = [kv, *weights_of(block)]
+        self.lines |= {f"{i} {describe(x)}" for i, x in enumerate(self.tensors[1:])}
         self.seen = [(each, dict(each)) for each in hooks + own]
         self.formats = self.formats_now()
 
@@ -277,7 +309,8 @@ class Step:
         if self.formats != self.formats_now():
             return True
         return not all(
-            len(now) == len(then) and all(map(is_, map(now.get, then), then.values()))
+            len(now) == len(then)
+            and all(now.get(key) is value for key, value in then.items() if key != "order")
             for now, then in self.seen
         )
 
@@ -290,10 +323,8 @@ class Step:
         if has_options or hasattr(module, "stack"):
             raise NoLibrary
         self.add_class(type(module))
-        for key, tensor in chain(module._parameters.items(), module._buffers.items()):
-            self.lines.add(f"{name}.{key} {None if tensor is None else describe(tensor)}")
         for key, value in vars(module).items():
-            if key == "training" or key not in OF_ALL_MODULES:
+            if key == "training" or key not in OF_ALL_MODULES | {"order"}:
                 self.lines.add(f"{name}.{key} = {self.described(value)}")
 
     def described(self, value: Any) -> str:

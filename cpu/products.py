@@ -4,15 +4,16 @@ Importing it puts a layout for each into quantize.LAYOUTS."""
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from cpu.packed import Order, can_pack, hide, packed_of
 from quantize import (
-    BF16, LAYOUTS, Int4Linear, Int8Linear, Linear, many_rows_dtype, unpack_nibbles,
+    BF16, CHUNK_ROWS, LAYOUTS, Int4Linear, Int8Linear, Linear, many_rows_dtype, pack_nibbles,
+    unpack_nibbles,
 )
 
 
@@ -29,8 +30,10 @@ class Int8OnCPU:
 
 
 class Int4OnCPU:
-    """N a multiple of 64, weight in the operator's layout, see untile; scales [K/group_size, N, 2]
-    with the zeros beside them."""
+    """In an Order: weight in the operator's layout, see untile, N a multiple of 64, and lines, the
+    scales with the zeros beside them, [K/group_size, N, 2]."""
+
+    names = ("weight", "scales", "zeros")
 
     def __init__(self, few_rows: int):
         self.few_rows = few_rows
@@ -38,38 +41,56 @@ class Int4OnCPU:
 
     def pack(self, layer: Int4Linear) -> bool:
         self.tiling = tiling()
-        if self.tiling is None:
+        if self.tiling is None or not can_pack(layer, self.names):
             return False
-        # rows of zeros up to a multiple of 64
-        missing = -layer.out_features % 64
-        weight, scales, zeros = [
-            F.pad(x, (0, 0, 0, missing)) if missing else x
-            for x in (layer.weight, layer.scales, layer.zeros)
-        ]
-        # in place, so that packing takes no memory beside the layer, and by as many rows as a CPU's
-        # cache holds, of which 64 are packed together
-        for part in weight.split(64 * max(1, 2**13 // layer.in_features)):
-            part.copy_(tile(unpack_nibbles(part), *self.tiling))
-        layer.weight = weight
-        layer.scales = torch.stack((scales.t(), zeros.t()), -1)  # (K/group_size, N, 2)
-        layer.zeros = None
+        N, half = layer.weight.shape
+        missing = -N % 64  # rows of zeros
+        weight = layer.weight.new_empty(N + missing, half)
+        # by as many rows as a CPU's cache holds, of which 64 are packed together
+        at_once = 64 * max(1, 2**13 // layer.in_features)
+        for part, packed in zip(layer.weight.split(at_once), weight.split(at_once), strict=True):
+            part = F.pad(part, (0, 0, 0, len(packed) - len(part)))
+            packed.copy_(tile(unpack_nibbles(part), *self.tiling))
+        lines = torch.stack((layer.scales.t(), layer.zeros.t()), -1)
+        lines = F.pad(lines, (0, 0, 0, missing))
+        hide(layer, Order({"weight": weight, "lines": lines}, partial(self.shown, N)), self.names)
         return True
 
-    def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A slice begins at a multiple of 64."""
+    def shown(self, N: int, packed: dict[str, Tensor], name: str) -> Tensor:
+        """A tensor of the layer as it was."""
+        if name == "weight":
+            parts = [slice(n, min(n + CHUNK_ROWS, N)) for n in range(0, N, CHUNK_ROWS)]
+            return torch.cat([pack_nibbles(self.rows(packed, part)[0]) for part in parts])
+        lines = packed["lines"][:, :N, self.names.index(name) - 1]
+        return lines.t().contiguous()
+
+    def rows(
+        self, packed: dict[str, Tensor], rows: slice | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Nibbles, scales and zeros of some rows; a slice begins at a multiple of 64."""
         if isinstance(rows, Tensor):
-            nibbles = untile_rows(layer.weight, rows, *self.tiling)
+            nibbles = untile_rows(packed["weight"], rows, *self.tiling)
         else:
             whole = slice(rows.start, 64 * math.ceil(rows.stop / 64))
-            nibbles = untile(layer.weight[whole], *self.tiling)[:rows.stop - rows.start]
-        scales, zeros = layer.scales[:, rows].transpose(0, 1).unbind(-1)
+            nibbles = untile(packed["weight"][whole], *self.tiling)[:rows.stop - rows.start]
+        scales, zeros = packed["lines"][:, rows].transpose(0, 1).unbind(-1)
         return nibbles, scales, zeros
 
+    def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        order = packed_of(layer, layer._buffers, self.names)
+        if order is None:
+            return unpack_nibbles(layer.weight[rows]), layer.scales[rows], layer.zeros[rows]
+        return self.rows(order.tensors, rows)
+
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
+        order = packed_of(layer, layer._buffers, self.names)
+        if order is None:
+            return torch.cat([F.linear(x, weight) for weight in layer.dense(x.dtype)], -1)
+        packed = order.tensors
         if layer.nibbles == 2:
             x = layer.for_nibbles(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, layer.weight, layer.group_size * layer.nibbles, layer.scales
+            x, packed["weight"], layer.group_size * layer.nibbles, packed["lines"]
         )
         if y.shape[1] > layer.out_features:  # rows that fill 64
             y = y[:, :layer.out_features].contiguous()
@@ -80,18 +101,26 @@ class OneDNN:
     """A float weight in oneDNN's own blocks: measured 1.6x plain F.linear at batch 1 in bf16."""
 
     few_rows = 0  # it takes any number
+    names = ("weight",)
 
     def pack(self, layer: Linear) -> bool:
-        if not onednn_takes(layer.weight.dtype):
+        if not can_pack(layer, self.names) or not onednn_takes(layer.weight.dtype):
             return False
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        hide(layer, Order({"weight": weight}, lambda packed, name: packed[name].to_dense()), self.names)
         return True
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
+        own = layer._parameters
+        order = packed_of(layer, own, self.names)
+        if order is None:
+            return F.linear(x, layer.weight, layer.bias)
+        weight = order.tensors["weight"]
+        if x.dtype != weight.dtype:  # under autocast
+            x = x.to(weight.dtype)
         if torch.compiler.is_compiling():  # it cannot look into packed weights
-            return packed_linear_op(x, layer.weight, layer.bias)
-        return packed_linear(x, layer.weight, layer.bias)  # spares an operator's dispatch
+            return packed_linear_op(x, weight, own["bias"])
+        return packed_linear(x, weight, own["bias"])  # spares an operator's dispatch
 
 
 LAYOUTS |= {

@@ -120,6 +120,10 @@ class QuantizedEmbedding(nn.Module):
         self.table = table
         self.dtype = dtype  # of what it gives
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedEmbedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, tokens: Tensor) -> Tensor:
         table = self.table
         rows = table.line(*table.plain(tokens.flatten()), torch.float32).to(self.dtype)
