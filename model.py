@@ -1143,9 +1143,14 @@ class Checkpoint:
 
     def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
         tensors = [self.read(*part) for part in self.parts(model, name, x).items()]
+        tensors = self.cut(name, tensors, tuple(x.shape))
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         convert = FAMILIES[model.config.family].convert(model.config, name)
         return tensor if convert is None or "gpt_flash" in self.config else convert(tensor)
+
+    def cut(self, name: str, tensors: list[Any], shape: tuple[int, ...]) -> list[Any]:
+        """What this process keeps, of that shape, of the tensors that make our parameter: all."""
+        return tensors
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file. ValueError if there is

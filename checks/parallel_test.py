@@ -18,7 +18,7 @@ from torch import Tensor
 from checks.common import CPU_ENV, HERE, SMALL, close, hf_folder, random_hf
 from generate import generate
 from model import ModelConfig, load_model, open_checkpoint
-from parallel.ranks import Ranks, local, part_of, piece
+from parallel.ranks import Ranks, local, piece, take_part
 from quantize import quantize_linear, save_quantized
 
 ENV = {**CPU_ENV, "OMP_NUM_THREADS": "1"}
@@ -130,18 +130,24 @@ def test_a_rank_reads_its_part_of_saved_experts(tmp_path: Path) -> None:
     source = tmp_path / "model"
     random_hf("gpt-oss", intermediate_size=64, hidden_size=64).save_pretrained(source)
     save_quantized(load_model(source, quantize="int8"), tmp_path / "saved")
-    checkpoint = open_checkpoint(tmp_path / "saved")
-    whole = checkpoint.empty_model()
-    parts = [part_of(checkpoint, whole, Ranks(rank, 2)) for rank in range(2)]
+    stored = open_checkpoint(tmp_path / "saved").tensors
     name = "layers.0.mlp.experts.gate_up_proj.1.weight"
-    stored = checkpoint.tensors[name]  # (2 * 64, 64)
-    gate, up = stored.chunk(2)
-    for rank, part in enumerate(parts):
-        half = slice(32 * rank, 32 * rank + 32)
-        assert torch.equal(part.read(name, (64, 64)), torch.cat((gate[half], up[half])))
+    gate, up = stored[name].chunk(2)  # of (2 * 64, 64)
     bias = "layers.0.mlp.experts.down_proj.1.bias"
-    assert torch.equal(parts[0].read(bias, (64,)), checkpoint.tensors[bias])
-    assert not parts[1].read(bias, (64,)).any()
+    for rank in range(2):
+        half = slice(32 * rank, 32 * rank + 32)
+        part = part_of(tmp_path / "saved", rank, name, (64, 64))
+        assert torch.equal(part, torch.cat((gate[half], up[half])))
+        kept = stored[bias] if rank == 0 else torch.zeros(64)
+        assert torch.equal(part_of(tmp_path / "saved", rank, bias, (64,)), kept)
+
+
+def part_of(folder: Path, rank: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """What one of two ranks reads for a parameter of that shape."""
+    checkpoint = open_checkpoint(folder)
+    model = checkpoint.empty_model()
+    take_part(checkpoint, model, Ranks(rank, 2))
+    return checkpoint.parameter(model, name, torch.empty(shape, device="meta"))
 
 
 def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding(
@@ -153,10 +159,9 @@ def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding
         if name.endswith("_proj"):
             model.set_submodule(name, quantize_linear(layer, "int8"))
     save_quantized(model, tmp_path / "saved")
-    checkpoint = open_checkpoint(tmp_path / "saved")
-    part = part_of(checkpoint, checkpoint.empty_model(), Ranks(0, 2))
-    table = checkpoint.tensors["embed_tokens.weight"]  # (331, 448)
-    assert torch.equal(part.read("lm_head.weight", (166, 448)), table[:166])
+    table = open_checkpoint(tmp_path / "saved").tensors["embed_tokens.weight"]  # (331, 448)
+    part = part_of(tmp_path / "saved", 0, "lm_head.weight", (166, 448))
+    assert torch.equal(part, table[:166])
 
 
 @pytest.mark.parametrize("changes, n, message", [
