@@ -420,7 +420,7 @@ class Decoder:
             self.cache.refuse_lost(rows, cached)
         new = Sampling.of(requests, self.device)
         if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
-            new = new._replace(key=self.model.broadcast(new.key.cpu()).to(self.device))
+            new = new._replace(key=new.key.new_tensor(self.model.broadcast(new.key.tolist())))
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
         lengths = torch.tensor([len(r.prompt) for r in requests], device=self.device)  # (n)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,13 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from checks.common import CPU_ENV, HERE, SMALL, close, hf_folder, random_hf
+from checks.common import HERE, SMALL, close, hf_folder, random_hf, run_cli
+from checks.parallel_worker import run_cases
+from checks.ranks import ENV, Run, program
 from generate import generate
 from model import ModelConfig, load_model, open_checkpoint
 from parallel.ranks import Ranks, local, piece, take_part
 from quantize import quantize_linear, save_quantized
 
-ENV = {**CPU_ENV, "OMP_NUM_THREADS": "1"}
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 THREE = dict(num_attention_heads=12, num_key_value_heads=4, hidden_size=384, intermediate_size=256)
 SEVEN = dict(
@@ -49,7 +49,7 @@ CASES = [
 
 
 def torchrun(n: int, *command: object) -> list[str]:
-    """The command line that starts n processes."""
+    """The command line that starts n processes, behind flags of torchrun's own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc_per_node={n}", *map(str, command)]
 
@@ -95,11 +95,8 @@ def test_ranks_together_say_what_one_process_says(
     cases = []
     for name, case in CASES:
         cases.append(dict(case, path=str(folders[name]), prompts=PROMPTS, max_new_tokens=12))
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worker = HERE / "checks/parallel_worker.py"
-    command = torchrun(n, worker, tmp_path / "cases.json", tmp_path / "results.json")
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path / "run", run_cases, [(cases, tmp_path / "results.json")] * n)
+    assert run.wait() == 0, run.said()
     results = json.loads((tmp_path / "results.json").read_text())
     for (name, case), result, (tokens, logits) in zip(CASES, results, alone, strict=True):
         assert result["tokens"] == [result["tokens"][0]] * n
@@ -197,43 +194,51 @@ def answers(file: Path) -> dict[int, str]:
 
 
 def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) -> None:
+    """Two groups of two ranks, of which one is killed when the first answers are there: torchrun
+    starts all again. Killed itself, it leaves none behind."""
     prompts = tmp_path / "prompts.jsonl"
     lines = []
     for i in range(24):
         lines.append(json.dumps({"prompt": "ab" * (1 + i % 7), "max_new_tokens": 20 + 4 * i}))
     prompts.write_text("\n".join(lines))
     flags = [
-        HERE / "generate.py", "--checkpoint_path", small, "--dtype", "float32", "--prompts",
-        prompts, "--batch_size", "2", "--temperature", "1", "--seed", "7", "--output",
+        "--checkpoint_path", small, "--dtype", "float32", "--prompts", prompts, "--batch_size",
+        "2", "--temperature", "1", "--seed", "7", "--output",
     ]
     expected = tmp_path / "alone.jsonl"
-    subprocess.run([sys.executable, *map(str, flags), expected], env=ENV, check=True)
-
-    # two groups of two ranks, of which one is killed when the first answers are there
+    alone = Run(tmp_path / "alone", program, [([*flags, expected],)])
     together = tmp_path / "together.jsonl"
-    command = torchrun(4, *flags, together, "--tp", "2")
+    command = torchrun(4, "--max_restarts=1", HERE / "generate.py", *flags, together, "--tp", "2")
+    assert alone.wait() == 0, alone.said()
+
     run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    while run.poll() is None and (not together.exists() or together.stat().st_size < 500):
-        time.sleep(0.02)
+    wait_for(together, 500)
     os.kill(children_of(run.pid)[-1], signal.SIGKILL)
-    assert run.wait(60) != 0
-    before = answers(together)
-    assert 0 < len(before) < 24
+    assert 0 < len(answers(together)) < 24
+    assert run.wait(60) == 0
+    assert answers(together) == answers(expected)
 
-    for _ in range(2):  # the second time nothing is left to do
-        again = subprocess.run(command, env=ENV, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
-        assert answers(together) == answers(expected)
+    again = Run(tmp_path / "again", program, [([*flags, together, "--tp", "2"],)] * 4)
+    assert again.wait() == 0, again.said()
+    assert answers(together) == answers(expected)
+
+    other = tmp_path / "other.jsonl"
+    command[command.index(str(together))] = str(other)
+    run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
+    wait_for(other, 500)
+    ranks = children_of(run.pid)
+    run.kill()
+    run.wait()
+    time.sleep(0.5)
+    assert len(ranks) == 4 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 
-def test_all_ranks_have_what_the_first_one_reads(small: Path) -> None:
-    command = torchrun(2, HERE / "generate.py", "--checkpoint_path", small, "--prompt", "-")
-    flags = ["--dtype", "float32", "--max_new_tokens", "8"]
-    done = subprocess.run([*command, *flags], input="ab", env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, HERE / "generate.py", "--checkpoint_path", small, "--prompt", "ab"]
-    alone = subprocess.run([*command, *flags], env=ENV, capture_output=True, text=True)
-    assert done.stdout == alone.stdout
+def wait_for(file: Path, size: int) -> None:
+    """Until a file has so many bytes."""
+    end = time.monotonic() + 60
+    while not file.exists() or file.stat().st_size < size:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def children_of(pid: int) -> list[int]:
@@ -249,20 +254,24 @@ def children_of(pid: int) -> list[int]:
     return sorted(found)
 
 
+def test_all_ranks_have_what_the_first_one_reads(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("äb")
+    flags = ["--checkpoint_path", small, "--dtype", "float32", "--max_new_tokens", 8, "--prompt"]
+    runs = []
+    for n, prompt in ((1, "äb"), (2, "-")):
+        run = Run(tmp_path / str(n), program, [([*flags, prompt],)] * n, stdin="äb")
+        assert run.wait() == 0, run.said()
+        runs.append((run.folder / "out").read_text())
+    assert runs[0] == runs[1] != ""
+
+
 # --- the end of one is the end of all ---
 
 def one_sentence(stderr: str) -> str:
-    """What generate.py said, once; torchrun reports what it started in its own words."""
+    """What generate.py said, once."""
     said = re.findall(r"^generate.py: error: (.*)$", stderr, re.MULTILINE)
     assert len(said) == 1, stderr
     return said[0]
-
-
-def test_tp_takes_torchrun(small: Path) -> None:
-    command = [sys.executable, HERE / "generate.py", "--checkpoint_path", small, "--tp", "2"]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--tp 2 takes 2 processes: torchrun --nproc_per_node=2" in one_sentence(done.stderr)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -270,44 +279,68 @@ def test_tp_takes_torchrun(small: Path) -> None:
     (["--seed", "-1"], "argument --seed: -1 is not at least 0 and at most 9223372036854775807"),
     ([], "4 query heads do not divide over 3 ranks"),
 ])
-def test_a_wrong_number_is_said_once(flags: list[str], message: str, small: Path) -> None:
-    command = torchrun(3, HERE / "generate.py", "--checkpoint_path", small, *flags)
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert one_sentence(done.stderr) == message
+def test_a_wrong_number_is_said_once(
+    flags: list[str], message: str, small: Path, tmp_path: Path
+) -> None:
+    """Though the first process comes late, and torchrun ends it when another one has left."""
+    flags = ["--checkpoint_path", small, *flags]
+    run = Run(tmp_path / "run", program, [(flags, 0.5), (flags,), (flags, 0.2)])
+    assert run.wait() == 2
+    assert one_sentence(run.said()) == message
 
 
-def test_a_peer_that_does_not_come(small: Path) -> None:
-    env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, HERE / "generate.py", "--checkpoint_path", small]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "1" in one_sentence(done.stderr)
+def test_what_fails_in_one_rank_alone_is_said(small: Path, tmp_path: Path) -> None:
+    flags = ["--checkpoint_path", small]
+    run = Run(tmp_path / "run", program, [(flags,), ([*flags, "--device", "abacus"], 0.5)])
+    assert run.wait() == 2
+    assert "--device abacus" in one_sentence(run.said())
 
 
 def test_a_lost_rank_ends_the_others(small: Path, tmp_path: Path) -> None:
     """Also where no torchrun ends them."""
-    command = [
-        sys.executable, HERE / "generate.py", "--checkpoint_path", small, "--prompt", "ab",
-        "--num_samples", "1000", "--max_new_tokens", "100",
-    ]
-    out = tmp_path / "out"
-    runs = []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    for rank in range(2):
-        place = {
-            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }
-        runs.append(subprocess.Popen(
-            command, env={**ENV, **place}, stdout=out.open("w"), stderr=subprocess.PIPE, text=True
-        ))
-    first, second = runs
-    while first.poll() is None and out.stat().st_size == 0:  # until it answers
-        time.sleep(0.02)
+    flags = ["--checkpoint_path", small, "--num_samples", 1000, "--max_new_tokens", 100]
+    run = Run(tmp_path / "run", program, [([*flags, "--prompt", "ab"],)] * 2)
+    wait_for(run.folder / "out", 1)
+    first, second = run.ranks
     second.kill()
-    _, stderr = first.communicate(timeout=60)
-    assert first.returncode == 2
-    assert one_sentence(stderr).startswith("another process has gone: ")
-    second.communicate()
+    first.join(60)
+    assert first.exitcode == 2
+    assert one_sentence(run.said()).startswith("another process has gone: ")
+
+
+def test_tp_takes_torchrun(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_cli(capfd, "--checkpoint_path", small, "--tp", "2")
+    assert code == 2
+    assert "--tp 2 takes 2 processes: torchrun --nproc_per_node=2" in one_sentence(err)
+
+
+PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({}, "only 1 of 2 processes have come within "),
+    ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is no number from 1 to "),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ({"WORLD_SIZE": "-3"}, "WORLD_SIZE=-3"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
+    ({"WORLD_SIZE": None}, "WORLD_SIZE="),
+    ({"RANK": None}, "RANK="),
+    ({"RANK": "2"}, "RANK=2 in the environment is no number from 0 to 1"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR"),
+    ({"MASTER_PORT": None}, "MASTER_PORT="),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+])
+def test_what_torchrun_would_not_set_is_refused(
+    changes: dict[str, str | None], message: str, small: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("parallel.team.JOIN_S", 0.1)
+    for name, value in (PLACE | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    code, _, err = run_cli(capfd, "--checkpoint_path", small, "--prompt", "ab")
+    assert code == 2
+    assert message in one_sentence(err)

@@ -61,9 +61,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     # of the processes that torchrun starts on a machine, each has a GPU of its own
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
-        n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if n > torch.cuda.device_count():
-            parser.error(f"{n} processes need as many GPUs; here are {torch.cuda.device_count()}")
         args.device += f":{os.environ['LOCAL_RANK']}"
 
     # a device is checked by using it
@@ -101,8 +98,9 @@ def is_plain(args: argparse.Namespace) -> bool:
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun started this process and others."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    """Whether torchrun started this process and others, or something else says half of that."""
+    is_one = {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    return bool(is_one) and os.environ.get("WORLD_SIZE") != "1"
 
 
 def say_what_does_nothing(args: argparse.Namespace) -> None:
@@ -231,7 +229,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {cut(message)}\n")
+        raise ValueError(message)
 
 
 def cut(message: str) -> str:

@@ -11,6 +11,7 @@ what only one process can know, such as standard input or a clock, the first one
 """
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -34,12 +35,17 @@ T = TypeVar("T")
 
 def from_first(value: T, group: dist.ProcessGroup | None) -> T:
     """The value of a group's first process, for all of them; waits for the slowest. None: nobody
-    else is asked."""
+    else is asked. It is what JSON holds, and travels so, since a pickle can run code and whoever
+    reaches torchrun's MASTER_PORT could send one. Tuples arrive as lists."""
     if group is None:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    return box[0]
+    text = bytearray(json.dumps(value).encode())
+    size = torch.tensor(len(text))
+    dist.broadcast(size, group=group, group_src=0)
+    if dist.get_rank(group) > 0:
+        text = bytearray(int(size))
+    dist.broadcast(torch.frombuffer(text, dtype=torch.uint8), group=group, group_src=0)
+    return json.loads(text)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Ranks:
     rank: int = 0  # of this process, from 0
     size: int = 1
     group: dist.ProcessGroup | None = None  # moves tensors; None: there is one process
-    control: dist.ProcessGroup | None = None  # moves the host's objects
+    control: dist.ProcessGroup | None = None  # moves the host's values
 
     def broadcast(self, value: T) -> T:
         """The first rank's value, for all of them."""
@@ -208,7 +214,7 @@ def take_part(checkpoint: Checkpoint, whole: Transformer, ranks: Ranks) -> None:
         if whole.config.tied and name.startswith("lm_head.") and not saved:  # it is the embedding
             name = name.replace("lm_head.", "embed_tokens.table.")
             name = name if name in tensors else "embed_tokens.weight"
-        return parts_of_whole(whole, name, tensors[name])
+        return parts_of_whole(whole, name, tensors.get(name, x))
 
     def put_layer(model: Transformer, name: str, mode: str, group_size: int | None) -> None:
         put_one(model, name, mode, group_size)
