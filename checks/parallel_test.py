@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from checks.common import HERE, SMALL, close, hf_folder, random_hf, run_cli
@@ -211,11 +212,12 @@ def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) 
     command = torchrun(4, "--max_restarts=1", HERE / "generate.py", *flags, together, "--tp", "2")
     assert alone.wait() == 0, alone.said()
 
-    run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    wait_for(together, 500)
+    run = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    wait_until(has_bytes(together, 500))
     os.kill(children_of(run.pid)[-1], signal.SIGKILL)
     assert 0 < len(answers(together)) < 24
-    assert run.wait(60) == 0
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0, stderr
     assert answers(together) == answers(expected)
 
     again = Run(tmp_path / "again", program, [([*flags, together, "--tp", "2"],)] * 4)
@@ -225,20 +227,24 @@ def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) 
     other = tmp_path / "other.jsonl"
     command[command.index(str(together))] = str(other)
     run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    wait_for(other, 500)
+    wait_until(has_bytes(other, 500))
     ranks = children_of(run.pid)
     run.kill()
     run.wait()
-    time.sleep(0.5)
-    assert len(ranks) == 4 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert len(ranks) == 4
+    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 5)
+    assert len(answers(other)) < 24
 
 
-def wait_for(file: Path, size: int) -> None:
-    """Until a file has so many bytes."""
-    end = time.monotonic() + 60
-    while not file.exists() or file.stat().st_size < size:
+def wait_until(reached: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def has_bytes(file: Path, n: int) -> Callable[[], bool]:
+    return lambda: file.exists() and file.stat().st_size >= n
 
 
 def children_of(pid: int) -> list[int]:
@@ -300,7 +306,7 @@ def test_a_lost_rank_ends_the_others(small: Path, tmp_path: Path) -> None:
     """Also where no torchrun ends them."""
     flags = ["--checkpoint_path", small, "--num_samples", 1000, "--max_new_tokens", 100]
     run = Run(tmp_path / "run", program, [([*flags, "--prompt", "ab"],)] * 2)
-    wait_for(run.folder / "out", 1)
+    wait_until(has_bytes(run.folder / "out", 1))
     first, second = run.ranks
     second.kill()
     first.join(60)
@@ -314,7 +320,10 @@ def test_tp_takes_torchrun(small: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "--tp 2 takes 2 processes: torchrun --nproc_per_node=2" in one_sentence(err)
 
 
-PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+PLACE = {
+    "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -336,7 +345,8 @@ def test_what_torchrun_would_not_set_is_refused(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("parallel.team.JOIN_S", 0.1)
-    for name, value in (PLACE | changes).items():
+    table = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (PLACE | {"MASTER_PORT": str(table.port)} | changes).items():
         if value is None:
             monkeypatch.delenv(name, raising=False)
         else:
