@@ -994,8 +994,7 @@ def load_model(
     file stay, else bfloat16. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
-    model = checkpoint.empty_model()
-    return fill_model(model, checkpoint, device, dtype, quantize, group_size)
+    return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
 
 
 def check_target(
@@ -1101,6 +1100,7 @@ class Checkpoint:
     config: dict  # as in Hugging Face's config.json
     tensors: dict[str, Any] = field(repr=False)  # by the file's own names, in mapped memory
     put_layer = staticmethod(quantization.put_layer)  # which puts an empty one into a model
+    cut = staticmethod(lambda name, tensors, shape: tensors)  # parallel/ keeps a part of them
 
     @classmethod
     def from_folder(cls, folder: Path) -> Checkpoint:
@@ -1148,10 +1148,6 @@ class Checkpoint:
         convert = FAMILIES[model.config.family].convert(model.config, name)
         return tensor if convert is None or "gpt_flash" in self.config else convert(tensor)
 
-    def cut(self, name: str, tensors: list[Any], shape: tuple[int, ...]) -> list[Any]:
-        """What this process keeps, of that shape, of the tensors that make our parameter: all."""
-        return tensors
-
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file. ValueError if there is
         none, or one of another shape."""
@@ -1164,9 +1160,8 @@ class Checkpoint:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
         if tensor.dtype not in WEIGHT_DTYPES and not ours:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"tensor {name} has dtype {dtype}; weights are read in {names}")
+            names = ", ".join(map(str, WEIGHT_DTYPES))
+            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are read in {names}")
         return tensor
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -1,13 +1,14 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 import generate
-from cli.arguments import is_one_of_several, is_plain, parse_args
+from cli.arguments import is_plain, parse_args
 from cli.errors import become_a_program, refusals, sentences
 from cli.progress import say_missing_library, show_loading, watch_prompts
 from cli.prompts import read_text
@@ -20,19 +21,19 @@ def main(argv: list[str] | None) -> None:
     if argv is None:
         become_a_program()
     with sentences():
-        several = is_one_of_several()
+        several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
         with extension("parallel").Team() if several else nullcontext() as team:
             answer(argv, team)
 
 
 def answer(argv: list[str] | None, team: Any) -> None:
-    """team: the processes that torchrun started, None without it."""
+    """team: the processes that torchrun has started; None without it."""
     args = parse_args(argv)
     with refusals(args):
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         show_loading()
-        if not is_plain(args):
+        if team is not None or not is_plain(args):
             for folder in ("batching", "formats", "parallel"):
                 extension(folder)  # it says so where this copy has none
             from cli.program import run

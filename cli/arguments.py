@@ -94,13 +94,7 @@ def is_plain(args: argparse.Namespace) -> bool:
             return False
     is_number = args.prompt is not None and args.prompt.isdecimal()
     is_json = str(args.checkpoint_path).endswith(".json")
-    return not (is_number or is_json or is_one_of_several())
-
-
-def is_one_of_several() -> bool:
-    """Whether torchrun started this process and others, or something else says half of that."""
-    is_one = {"RANK", "WORLD_SIZE"} & os.environ.keys()
-    return bool(is_one) and os.environ.get("WORLD_SIZE") != "1"
+    return not (is_number or is_json)
 
 
 def say_what_does_nothing(args: argparse.Namespace) -> None:

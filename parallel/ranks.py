@@ -166,10 +166,7 @@ def load_model(
         rows = math.ceil(whole.config.vocab_size / ranks.size)
         model.lm_head = Linear(whole.config.dim, rows, bias=False)
     check_norms(whole, ranks)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
-            n_inputs = whole.get_submodule(name).in_features
-            share_rows(name, layer, n_inputs, ranks, quantize, group_size)
+    share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
     take_part(checkpoint, whole, ranks)
     core.fill_model(model, checkpoint, device, dtype, quantize, group_size)
     join(model, ranks)
@@ -178,28 +175,27 @@ def load_model(
 
 def check_norms(whole: Transformer, ranks: Ranks) -> None:
     """ValueError if a norm over all heads cannot be taken over the ranks."""
-    n_kv_head = whole.config.n_kv_head
-    over_heads = any(hasattr(module, "mean_over_ranks") for module in whole.modules())
-    if over_heads and n_kv_head % ranks.size:
+    n, family = whole.config.n_kv_head, whole.config.family
+    if n % ranks.size and any(hasattr(module, "mean_over_ranks") for module in whole.modules()):
         raise ValueError(
-            f"the norm over {n_kv_head} key heads, as {whole.config.family} has, cannot be taken "
-            f"over {ranks.size} ranks that share them"
+            f"the norm over {n} key heads, as {family} has, cannot be taken over {ranks.size} "
+            "ranks that share them"
         )
 
 
-def share_rows(
-    name: str, layer: Linear, n_inputs: int, ranks: Ranks, quantize: str | None, group_size: int
-) -> None:
-    """Let a layer whose rows, of n_inputs, lie on several ranks be quantized as the whole is."""
-    ours = layer.in_features
-    if ours == n_inputs:
-        return
-    layer.over_ranks = ranks.largest
-    if quantize == "int4" and ours % group_size:
-        raise ValueError(
-            f"{ours} inputs of {name}, a part of {n_inputs}, do not divide into groups of "
-            f"{group_size}: take fewer ranks"
-        )
+def share_rows(model: Transformer, whole: Transformer, ranks: Ranks, group_size: int) -> None:
+    """Let layers whose rows lie on several ranks be quantized as the whole ones are."""
+    for name, layer in model.named_modules():
+        n_inputs = getattr(whole.get_submodule(name), "in_features", None)
+        ours = getattr(layer, "in_features", None)
+        if ours == n_inputs:
+            continue
+        layer.over_ranks = ranks.largest
+        if ours % group_size:
+            raise ValueError(
+                f"{ours} inputs of {name}, a part of {n_inputs}, do not divide into groups of "
+                f"{group_size}: take fewer ranks"
+            )
 
 
 def take_part(checkpoint: Checkpoint, whole: Transformer, ranks: Ranks) -> None:

@@ -182,8 +182,8 @@ def from_environment(name: str, low: int, high: int) -> int:
 
 
 def end_with_torchrun() -> None:
-    """Let Linux end this process with torchrun, also with one that was killed: who waits for another
-    process in a collective would not see it."""
+    """Let Linux end this process when torchrun has ended, which whoever waits for others cannot
+    see."""
     if dist.is_torchelastic_launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
