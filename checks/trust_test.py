@@ -163,7 +163,7 @@ def test_arguments_that_make_no_sense_are_refused_by_name(
 
 
 @pytest.mark.parametrize("prompts, message", [
-    ("hello", "prompts must be a list of prompts.*not 'hello'"),
+    ("hello", "prompts must be a list, each a list.*not 'hello'"),
     (torch.tensor([[1, 2]]), "prompts must be a list.*tolist.*not tensor"),
     (iter([[1]]), "prompts must be a list"),
     (None, "prompts must be a list"),

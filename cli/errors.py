@@ -108,13 +108,14 @@ def is_of_the_device(error: BaseException) -> bool:
 
 
 def become_a_program() -> None:
-    """Signals become exceptions, so that whatever is half-written goes; characters that the
-    terminal cannot show are no reason to end."""
+    """Signals become exceptions, so that whatever is half-written goes. Texts leave in UTF-8, but
+    for a terminal of another encoding: what that cannot show is no reason to end."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a shell's background jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, end_by_signal)
     if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")
+        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="replace")
 
 
 def end_by_signal(number: int, frame: object) -> None:

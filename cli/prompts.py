@@ -1,4 +1,5 @@
 """What to answer: prompts as flags and files give them, plain lines or JSON lines, checked."""
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -40,8 +41,11 @@ class Asked(NamedTuple):
 
 
 def standard_input() -> TextIO:
+    """In UTF-8, whatever the locale says; what is none is for others to refuse."""
     if sys.stdin is None:
         raise ValueError("standard input is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     return sys.stdin
 
 
