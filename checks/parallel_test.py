@@ -93,13 +93,16 @@ def test_ranks_together_say_what_one_process_says(
 ) -> None:
     """All ranks the same; quantized layers round what they multiply, so that there the order of a
     sum may change a token."""
+    shown = [*zip(CASES, alone, strict=True)]
+    if n > 2:  # to compile takes a core half a minute in each
+        shown = [each for each in shown if not each[0][1]["compile"]]
     cases = []
-    for name, case in CASES:
+    for (name, case), _ in shown:
         cases.append(dict(case, path=str(folders[name]), prompts=PROMPTS, max_new_tokens=12))
     run = Run(tmp_path / "run", run_cases, [(cases, tmp_path / "results.json")] * n)
     assert run.wait() == 0, run.said()
     results = json.loads((tmp_path / "results.json").read_text())
-    for (name, case), result, (tokens, logits) in zip(CASES, results, alone, strict=True):
+    for ((name, case), (tokens, logits)), result in zip(shown, results, strict=True):
         assert result["tokens"] == [result["tokens"][0]] * n
         exact = case["quantize"] is None and not case["int8_kv"] and name != "seven-int8"
         if exact:
@@ -195,8 +198,8 @@ def answers(file: Path) -> dict[int, str]:
 
 
 def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) -> None:
-    """Two groups of two ranks, of which one is killed when the first answers are there: torchrun
-    starts all again. Killed itself, it leaves none behind."""
+    """When one of torchrun's processes is killed, it starts all again; killed itself, it leaves
+    none behind; and two groups of two ranks go on."""
     prompts = tmp_path / "prompts.jsonl"
     lines = []
     for i in range(24):
@@ -206,34 +209,28 @@ def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) 
         "--checkpoint_path", small, "--dtype", "float32", "--prompts", prompts, "--batch_size",
         "2", "--temperature", "1", "--seed", "7", "--output",
     ]
-    expected = tmp_path / "alone.jsonl"
-    alone = Run(tmp_path / "alone", program, [([*flags, expected],)])
     together = tmp_path / "together.jsonl"
-    command = torchrun(4, "--max_restarts=1", HERE / "generate.py", *flags, together, "--tp", "2")
-    assert alone.wait() == 0, alone.said()
-
-    run = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
-    wait_until(has_bytes(together, 500))
-    os.kill(children_of(run.pid)[-1], signal.SIGKILL)
-    assert 0 < len(answers(together)) < 24
-    _, stderr = run.communicate(timeout=60)
-    assert run.returncode == 0, stderr
-    assert answers(together) == answers(expected)
-
-    again = Run(tmp_path / "again", program, [([*flags, together, "--tp", "2"],)] * 4)
-    assert again.wait() == 0, again.said()
-    assert answers(together) == answers(expected)
-
-    other = tmp_path / "other.jsonl"
-    command[command.index(str(together))] = str(other)
+    command = torchrun(2, "--max_restarts=1", HERE / "generate.py", *flags, together, "--tp", "1")
     run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    wait_until(has_bytes(other, 500))
+    wait_until(has_bytes(together, 500))
+    before = children_of(run.pid)
+    os.kill(before[-1], signal.SIGKILL)
+    wait_until(lambda: len(set(children_of(run.pid)) - set(before)) == 2)
+    n = len(answers(together))
+    wait_until(has_bytes(together, 500 + together.stat().st_size))
     ranks = children_of(run.pid)
     run.kill()
     run.wait()
-    assert len(ranks) == 4
     wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 5)
-    assert len(answers(other)) < 24
+    assert len(ranks) == 2 and 0 < n < len(answers(together)) < 24
+
+    expected = tmp_path / "alone.jsonl"
+    alone = Run(tmp_path / "alone", program, [([*flags, expected],)])
+    assert alone.wait() == 0, alone.said()
+    for name in ("again", "nothing is left"):
+        again = Run(tmp_path / name, program, [([*flags, together, "--tp", "2"],)] * 4)
+        assert again.wait() == 0, again.said()
+        assert answers(together) == answers(expected)
 
 
 def wait_until(reached: Callable[[], bool], seconds: float = 60) -> None:

@@ -80,7 +80,14 @@ def start(place: dict[str, str], folder: Path, function: Callable[..., Any], *ar
 
 
 def program(flags: Sequence[object], late_s: float = 0.0) -> None:
-    """generate.py with these flags."""
+    """generate.py with these flags. Between ranks nothing may travel as a pickle, which runs code.
+    """
     time.sleep(late_s)
+    sys.addaudithook(refuse_pickles)
     sys.argv = ["generate.py", *map(str, flags)]
     generate.main()
+
+
+def refuse_pickles(event: str, args: tuple) -> None:
+    if event == "pickle.find_class":
+        raise AssertionError(f"a pickle brings in {args}")

@@ -33,14 +33,14 @@ class Team:
     ValueError: what torchrun sets in the environment makes no sense, or its table is not found."""
 
     def __init__(self) -> None:
-        self.number, self.n = place()
+        self.number, self.n = number_and_count()
         self.ranks = ALONE
         self.n_groups = 1
         self.everyone: dist.ProcessGroup | None = None  # moves the host's values
         self.store: dist.Store | None = None  # torchrun's table of keys and values
         self.looked = 0.0  # when answers were last looked for
         self.n_received = 0
-        self.stderr = sys.stderr
+        self.stderr = sys.stderr  # where one that is muted says why it fails
         if self.n > 1:
             end_with_torchrun()
             self.store = find_store(self.number, self.n)
@@ -162,7 +162,7 @@ class Team:
             yield number, record
 
 
-def place() -> tuple[int, int]:
+def number_and_count() -> tuple[int, int]:
     """Which process this is, from 0, and of how many, as torchrun says; (0, 1) without it."""
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         return 0, 1
