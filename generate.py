@@ -11,8 +11,7 @@ import sys
 if __name__ == "__main__":
     if sys.flags.safe_path:  # of python -P and -I, which leave the script's own folder out
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    if sys.stderr is None:  # closed: what is opened next would be taken for it
-        sys.stderr = open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # or the next open would be taken for it
 
     def refuse(kind: type, error: BaseException, traceback: Any) -> None:
         """In one sentence, where memory or a package is missing, as while libraries are loaded."""
@@ -23,6 +22,8 @@ if __name__ == "__main__":
         sys.exit(2)
 
     sys.excepthook = refuse
+    if not os.stat(".").st_nlink:
+        raise OSError("the current folder has been deleted: MKL does not load in it")
     sys.modules["generate"] = sys.modules["__main__"]  # what the folders import is this module
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
@@ -514,8 +515,7 @@ class Decoder:
             cached = [min(cached)] * len(requests)
         for request, there in zip(requests, cached):
             if request.cached > there:
-                known = f"the cache has {there} in one of the rows"
-                raise ValueError(f"{request.cached} tokens cannot be cached already: {known}")
+                raise ValueError(f"{request.cached} tokens are not cached: one row has {there}")
         self.running.clear()
         self.finish_reasons.clear()
         self.active.zero_()
