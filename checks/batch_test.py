@@ -25,7 +25,7 @@ from generate import Request
 from parallel import Team
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
-ALONE = Team(None, "cpu")  # of this process
+ALONE = Team()  # of this process
 DEFAULTS = {**dict.fromkeys(SETTINGS), "max_new_tokens": 9, "temperature": 0.0, "stop": []}
 
 
