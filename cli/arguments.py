@@ -53,8 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The flags of a command line (None: this process's), with their defaults filled in: device as
-    a torch.device; compile may stay None, which takes what an earlier run compiled. Leaves by exit
-    code 2 and one line on stderr where a value or a combination is impossible."""
+    a torch.device; compile may stay None, which takes what an earlier run compiled. ValueError
+    where a value or a combination is impossible."""
     parser = make_parser()
     args = parser.parse_args(argv)
     check_combinations(parser, args)
@@ -187,7 +187,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Leave with a sentence where flags contradict each other."""
+    """ValueError where flags contradict each other."""
     sources = [args.prompt is not None, args.prompts is not None, args.interactive]
     measures = args.benchmark or args.profile is not None
     several = args.num_samples > 1 or args.batch_size > 1
@@ -220,14 +220,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Raises what is wrong, for whoever says it: in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
-
-
-def cut(message: str) -> str:
-    """A message with the middle left out if it is long, as a path of thousands of characters is."""
-    if len(message) <= 600:
-        return message
-    return f"{message[:300]} ... {message[-250:]}"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cli.arguments import cut
 from generate import say
 from model import first_line
 
@@ -41,6 +40,13 @@ def sentences() -> Iterator[None]:
 def fail(message: str) -> None:
     say(f"generate.py: error: {cut(message)}")
     sys.exit(2)
+
+
+def cut(message: str) -> str:
+    """A message with the middle left out if it is long, as a path of thousands of characters is."""
+    if len(message) <= 600:
+        return message
+    return f"{message[:300]} ... {message[-250:]}"
 
 
 def discard_output() -> None:
