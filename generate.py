@@ -11,8 +11,19 @@ import sys
 if __name__ == "__main__":
     if sys.flags.safe_path:  # of python -P and -I, which leave the script's own folder out
         sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    if sys.stderr is None:  # closed: what is opened next would be taken for it
-        sys.stderr = open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # or the next open would be taken for it
+
+    def refuse(kind: type, error: BaseException, traceback: Any) -> None:
+        """In one sentence, where memory or a package is missing, as while libraries are loaded."""
+        if not issubclass(kind, (ImportError, MemoryError, OSError)):
+            return sys.__excepthook__(kind, error, traceback)
+        *_, said = ["there is not enough memory", *str(error).splitlines()]
+        print(f"generate.py: error: {said}", file=sys.stderr)
+        sys.exit(2)
+
+    sys.excepthook = refuse
+    if not os.stat(".").st_nlink:
+        raise OSError("the current folder has been deleted: MKL does not load in it")
     sys.modules["generate"] = sys.modules["__main__"]  # what the folders import is this module
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
@@ -77,8 +88,7 @@ def generate(
     ValueError says what does not fit."""
     RANGES["seed"].check("seed", 0 if seed is None else seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        wanted = f"a list of prompts, each a {IDS_WANTED}"
-        raise ValueError(f"prompts must be {wanted}, not {prompts!r:.60}")
+        raise ValueError(f"prompts must be a list, each a {IDS_WANTED}, not {prompts!r:.60}")
     if isinstance(eos_ids, Iterator):
         eos_ids = frozenset(eos_ids)
     requests = [Request(
@@ -420,7 +430,7 @@ class Decoder:
             self.cache.refuse_lost(rows, cached)
         new = Sampling.of(requests, self.device)
         if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
-            new = new._replace(key=self.model.broadcast(new.key.cpu()).to(self.device))
+            new = new._replace(key=new.key.new_tensor(self.model.broadcast(new.key.tolist())))
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
         lengths = torch.tensor([len(r.prompt) for r in requests], device=self.device)  # (n)
@@ -505,8 +515,7 @@ class Decoder:
             cached = [min(cached)] * len(requests)
         for request, there in zip(requests, cached):
             if request.cached > there:
-                known = f"the cache has {there} in one of the rows"
-                raise ValueError(f"{request.cached} tokens cannot be cached already: {known}")
+                raise ValueError(f"{request.cached} tokens are not cached: one row has {there}")
         self.running.clear()
         self.finish_reasons.clear()
         self.active.zero_()
@@ -526,12 +535,7 @@ class Decoder:
         copy.copy_(tensor, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-
-        def wait() -> list[int]:
-            event.synchronize()
-            return copy[:, 0].tolist()
-
-        return wait
+        return lambda: event.synchronize() or copy[:, 0].tolist()  # None, when it is there
 
 
 def compile_model(model: Transformer, prefill: bool = False, keep: bool = False) -> None:
@@ -541,11 +545,9 @@ def compile_model(model: Transformer, prefill: bool = False, keep: bool = False)
     Hooks are compiled in: after adding one, call this again, and make decoders anew."""
     options = {}
     if model.device.type == "cuda":
-        options["coordinate_descent_tuning"] = True
-        # what makes q, k and v of their product is one launch and not up to three
-        options["combo_kernels"] = True
-        options["combo_kernels_pointwise_only"] = True
-        options |= model.compile_options
+        # combo: what makes q, k and v of their product is one launch and not up to three
+        on = ("coordinate_descent_tuning", "combo_kernels", "combo_kernels_pointwise_only")
+        options = dict.fromkeys(on, True) | model.compile_options
         model.decode_head = compiled_whole(run_head, options=options)
     else:
         torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols
@@ -827,9 +829,7 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     """Answer one prompt. ready: called before it begins."""
     began = time.perf_counter()
     tokenizer = load_tokenizer(args.checkpoint_path)
-    model = load_model(
-        args.checkpoint_path, device=args.device, quantize=args.quantize or "auto"
-    )
+    model = load_model(args.checkpoint_path, device=args.device, quantize=args.quantize or "auto")
     n, known = tokenizer.vocab_size, model.config.vocab_size
     if n > known:
         raise ValueError(f"the tokenizer has {n} tokens but the model only {known}")

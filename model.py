@@ -1012,8 +1012,7 @@ def load_model(
     file stay, else bfloat16. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
-    model = checkpoint.empty_model()
-    return fill_model(model, checkpoint, device, dtype, quantize, group_size)
+    return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
 
 
 def check_target(
@@ -1122,6 +1121,7 @@ class Checkpoint:
     config: dict  # as in Hugging Face's config.json
     tensors: dict[str, Any] = field(repr=False)  # by the file's own names
     put_layer = staticmethod(quantization.put_layer)  # which puts an empty one into a model
+    cut = staticmethod(lambda name, tensors, shape: tensors)  # parallel/ keeps a part of them
 
     @classmethod
     def from_folder(cls, folder: Path) -> Checkpoint:
@@ -1163,6 +1163,7 @@ class Checkpoint:
 
     def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
         tensors = [self.read(*part) for part in self.parts(model, name, x).items()]
+        tensors = self.cut(name, tensors, tuple(x.shape))
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         convert = FAMILIES[model.config.family].convert(model.config, name)
         return tensor if convert is None or "gpt_flash" in self.config else convert(tensor)

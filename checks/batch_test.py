@@ -25,7 +25,7 @@ from generate import Request
 from parallel import Team
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
-ALONE = Team(None, "cpu")  # of this process
+ALONE = Team()  # of this process
 DEFAULTS = {**dict.fromkeys(SETTINGS), "max_new_tokens": 9, "temperature": 0.0, "stop": []}
 
 
@@ -97,7 +97,7 @@ def test_lines_are_prompts(text: str, want: list[str], tmp_path: Path) -> None:
 
 def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n one\n")))
-    assert read_lines("-") == [Line(2, b" one", False)]
+    assert read_lines("-") == [Line(2, " one", False)]
 
 
 def test_a_closed_standard_input_has_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

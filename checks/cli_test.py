@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -301,14 +302,9 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--top_p", "0"], "argument --top_p: 0 is not above 0 and at most 1"),
     (["--batch_size", "1.5"], "argument --batch_size: invalid whole number value: '1.5'"),
 ])
-def test_impossible_flags_get_one_sentence(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as e:
+def test_impossible_flags_get_one_sentence(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parse_args([*CPU, *words])
-    out, err = capsys.readouterr()
-    assert e.value.code == 2
-    assert (out, err) == ("", f"generate.py: error: {message}\n")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -316,15 +312,9 @@ def test_impossible_flags_get_one_sentence(
     (["--device", "abacus"], "--device abacus: "),
     (["--device", "cuda:99"], "--device cuda:99: "),
 ])
-def test_impossible_values_get_one_sentence(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as e:
+def test_impossible_values_get_one_sentence(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}.*$"):
         parse_args(words)
-    err = capsys.readouterr().err
-    assert e.value.code == 2
-    assert err.startswith(f"generate.py: error: {message}")
-    assert err.count("\n") == 1
 
 
 def test_every_flag_says_what_its_default_is() -> None:

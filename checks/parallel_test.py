@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,15 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from checks.common import CPU_ENV, HERE, SMALL, close, hf_folder, random_hf
+from checks.common import HERE, SMALL, close, hf_folder, random_hf, run_cli
+from checks.parallel_worker import run_cases
+from checks.ranks import ENV, Run, program
 from generate import generate
 from model import ModelConfig, load_model, open_checkpoint
-from parallel.ranks import Ranks, local, part_of, piece
+from parallel.ranks import Ranks, local, piece, take_part
 from quantize import quantize_linear, save_quantized
 
-ENV = {**CPU_ENV, "OMP_NUM_THREADS": "1"}
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 THREE = dict(num_attention_heads=12, num_key_value_heads=4, hidden_size=384, intermediate_size=256)
 SEVEN = dict(
@@ -49,7 +50,7 @@ CASES = [
 
 
 def torchrun(n: int, *command: object) -> list[str]:
-    """The command line that starts n processes."""
+    """The command line that starts n processes, behind flags of torchrun's own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc_per_node={n}", *map(str, command)]
 
@@ -92,16 +93,16 @@ def test_ranks_together_say_what_one_process_says(
 ) -> None:
     """All ranks the same; quantized layers round what they multiply, so that there the order of a
     sum may change a token."""
+    shown = [*zip(CASES, alone, strict=True)]
+    if n > 2:  # to compile takes a core half a minute in each
+        shown = [each for each in shown if not each[0][1]["compile"]]
     cases = []
-    for name, case in CASES:
+    for (name, case), _ in shown:
         cases.append(dict(case, path=str(folders[name]), prompts=PROMPTS, max_new_tokens=12))
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worker = HERE / "checks/parallel_worker.py"
-    command = torchrun(n, worker, tmp_path / "cases.json", tmp_path / "results.json")
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run = Run(tmp_path / "run", run_cases, [(cases, tmp_path / "results.json")] * n)
+    assert run.wait() == 0, run.said()
     results = json.loads((tmp_path / "results.json").read_text())
-    for (name, case), result, (tokens, logits) in zip(CASES, results, alone, strict=True):
+    for ((name, case), (tokens, logits)), result in zip(shown, results, strict=True):
         assert result["tokens"] == [result["tokens"][0]] * n
         exact = case["quantize"] is None and not case["int8_kv"] and name != "seven-int8"
         if exact:
@@ -130,18 +131,24 @@ def test_a_rank_reads_its_part_of_saved_experts(tmp_path: Path) -> None:
     source = tmp_path / "model"
     random_hf("gpt-oss", intermediate_size=64, hidden_size=64).save_pretrained(source)
     save_quantized(load_model(source, quantize="int8"), tmp_path / "saved")
-    checkpoint = open_checkpoint(tmp_path / "saved")
-    whole = checkpoint.empty_model()
-    parts = [part_of(checkpoint, whole, Ranks(rank, 2)) for rank in range(2)]
+    stored = open_checkpoint(tmp_path / "saved").tensors
     name = "layers.0.mlp.experts.gate_up_proj.1.weight"
-    stored = checkpoint.tensors[name]  # (2 * 64, 64)
-    gate, up = stored.chunk(2)
-    for rank, part in enumerate(parts):
-        half = slice(32 * rank, 32 * rank + 32)
-        assert torch.equal(part.read(name, (64, 64)), torch.cat((gate[half], up[half])))
+    gate, up = stored[name].chunk(2)  # of (2 * 64, 64)
     bias = "layers.0.mlp.experts.down_proj.1.bias"
-    assert torch.equal(parts[0].read(bias, (64,)), checkpoint.tensors[bias])
-    assert not parts[1].read(bias, (64,)).any()
+    for rank in range(2):
+        half = slice(32 * rank, 32 * rank + 32)
+        part = part_of(tmp_path / "saved", rank, name, (64, 64))
+        assert torch.equal(part, torch.cat((gate[half], up[half])))
+        kept = stored[bias] if rank == 0 else torch.zeros(64)
+        assert torch.equal(part_of(tmp_path / "saved", rank, bias, (64,)), kept)
+
+
+def part_of(folder: Path, rank: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """What one of two ranks reads for a parameter of that shape."""
+    checkpoint = open_checkpoint(folder)
+    model = checkpoint.empty_model()
+    take_part(checkpoint, model, Ranks(rank, 2))
+    return checkpoint.parameter(model, name, torch.empty(shape, device="meta"))
 
 
 def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding(
@@ -153,10 +160,9 @@ def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding
         if name.endswith("_proj"):
             model.set_submodule(name, quantize_linear(layer, "int8"))
     save_quantized(model, tmp_path / "saved")
-    checkpoint = open_checkpoint(tmp_path / "saved")
-    part = part_of(checkpoint, checkpoint.empty_model(), Ranks(0, 2))
-    table = checkpoint.tensors["embed_tokens.weight"]  # (331, 448)
-    assert torch.equal(part.read("lm_head.weight", (166, 448)), table[:166])
+    table = open_checkpoint(tmp_path / "saved").tensors["embed_tokens.weight"]  # (331, 448)
+    part = part_of(tmp_path / "saved", 0, "lm_head.weight", (166, 448))
+    assert torch.equal(part, table[:166])
 
 
 @pytest.mark.parametrize("changes, n, message", [
@@ -192,43 +198,50 @@ def answers(file: Path) -> dict[int, str]:
 
 
 def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) -> None:
+    """When one of torchrun's processes is killed, it starts all again; killed itself, it leaves
+    none behind; and two groups of two ranks go on."""
     prompts = tmp_path / "prompts.jsonl"
     lines = []
     for i in range(24):
         lines.append(json.dumps({"prompt": "ab" * (1 + i % 7), "max_new_tokens": 20 + 4 * i}))
     prompts.write_text("\n".join(lines))
     flags = [
-        HERE / "generate.py", "--checkpoint_path", small, "--dtype", "float32", "--prompts",
-        prompts, "--batch_size", "2", "--temperature", "1", "--seed", "7", "--output",
+        "--checkpoint_path", small, "--dtype", "float32", "--prompts", prompts, "--batch_size",
+        "2", "--temperature", "1", "--seed", "7", "--output",
     ]
-    expected = tmp_path / "alone.jsonl"
-    subprocess.run([sys.executable, *map(str, flags), expected], env=ENV, check=True)
-
-    # two groups of two ranks, of which one is killed when the first answers are there
     together = tmp_path / "together.jsonl"
-    command = torchrun(4, *flags, together, "--tp", "2")
+    command = torchrun(2, "--max_restarts=1", HERE / "generate.py", *flags, together, "--tp", "1")
     run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    while run.poll() is None and (not together.exists() or together.stat().st_size < 500):
-        time.sleep(0.02)
-    os.kill(children_of(run.pid)[-1], signal.SIGKILL)
-    assert run.wait(60) != 0
-    before = answers(together)
-    assert 0 < len(before) < 24
+    wait_until(has_bytes(together, 500))
+    before = children_of(run.pid)
+    os.kill(before[-1], signal.SIGKILL)
+    wait_until(lambda: len(set(children_of(run.pid)) - set(before)) == 2)
+    n = len(answers(together))
+    wait_until(has_bytes(together, 500 + together.stat().st_size))
+    ranks = children_of(run.pid)
+    run.kill()
+    run.wait()
+    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 5)
+    assert len(ranks) == 2 and 0 < n < len(answers(together)) < 24
 
-    for _ in range(2):  # the second time nothing is left to do
-        again = subprocess.run(command, env=ENV, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
+    expected = tmp_path / "alone.jsonl"
+    alone = Run(tmp_path / "alone", program, [([*flags, expected],)])
+    assert alone.wait() == 0, alone.said()
+    for name in ("again", "nothing is left"):
+        again = Run(tmp_path / name, program, [([*flags, together, "--tp", "2"],)] * 4)
+        assert again.wait() == 0, again.said()
         assert answers(together) == answers(expected)
 
 
-def test_all_ranks_have_what_the_first_one_reads(small: Path) -> None:
-    command = torchrun(2, HERE / "generate.py", "--checkpoint_path", small, "--prompt", "-")
-    flags = ["--dtype", "float32", "--max_new_tokens", "8"]
-    done = subprocess.run([*command, *flags], input="ab", env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    command = [sys.executable, HERE / "generate.py", "--checkpoint_path", small, "--prompt", "ab"]
-    alone = subprocess.run([*command, *flags], env=ENV, capture_output=True, text=True)
-    assert done.stdout == alone.stdout
+def wait_until(reached: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def has_bytes(file: Path, n: int) -> Callable[[], bool]:
+    return lambda: file.exists() and file.stat().st_size >= n
 
 
 def children_of(pid: int) -> list[int]:
@@ -244,20 +257,24 @@ def children_of(pid: int) -> list[int]:
     return sorted(found)
 
 
+def test_all_ranks_have_what_the_first_one_reads(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("äb")
+    flags = ["--checkpoint_path", small, "--dtype", "float32", "--max_new_tokens", 8, "--prompt"]
+    runs = []
+    for n, prompt in ((1, "äb"), (2, "-")):
+        run = Run(tmp_path / str(n), program, [([*flags, prompt],)] * n, stdin="äb")
+        assert run.wait() == 0, run.said()
+        runs.append((run.folder / "out").read_text())
+    assert runs[0] == runs[1] != ""
+
+
 # --- the end of one is the end of all ---
 
 def one_sentence(stderr: str) -> str:
-    """What generate.py said, once; torchrun reports what it started in its own words."""
+    """What generate.py said, once."""
     said = re.findall(r"^generate.py: error: (.*)$", stderr, re.MULTILINE)
     assert len(said) == 1, stderr
     return said[0]
-
-
-def test_tp_takes_torchrun(small: Path) -> None:
-    command = [sys.executable, HERE / "generate.py", "--checkpoint_path", small, "--tp", "2"]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--tp 2 takes 2 processes: torchrun --nproc_per_node=2" in one_sentence(done.stderr)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -265,44 +282,72 @@ def test_tp_takes_torchrun(small: Path) -> None:
     (["--seed", "-1"], "argument --seed: -1 is not at least 0 and at most 9223372036854775807"),
     ([], "4 query heads do not divide over 3 ranks"),
 ])
-def test_a_wrong_number_is_said_once(flags: list[str], message: str, small: Path) -> None:
-    command = torchrun(3, HERE / "generate.py", "--checkpoint_path", small, *flags)
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert one_sentence(done.stderr) == message
+def test_a_wrong_number_is_said_once(
+    flags: list[str], message: str, small: Path, tmp_path: Path
+) -> None:
+    """Though the first process comes late, and torchrun ends it when another one has left."""
+    flags = ["--checkpoint_path", small, *flags]
+    run = Run(tmp_path / "run", program, [(flags, 0.5), (flags,), (flags, 0.2)])
+    assert run.wait() == 2
+    assert one_sentence(run.said()) == message
 
 
-def test_a_peer_that_does_not_come(small: Path) -> None:
-    env = {**ENV, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, HERE / "generate.py", "--checkpoint_path", small]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "1" in one_sentence(done.stderr)
+def test_what_fails_in_one_rank_alone_is_said(small: Path, tmp_path: Path) -> None:
+    flags = ["--checkpoint_path", small]
+    run = Run(tmp_path / "run", program, [(flags,), ([*flags, "--device", "abacus"], 0.5)])
+    assert run.wait() == 2
+    assert "--device abacus" in one_sentence(run.said())
 
 
 def test_a_lost_rank_ends_the_others(small: Path, tmp_path: Path) -> None:
     """Also where no torchrun ends them."""
-    command = [
-        sys.executable, HERE / "generate.py", "--checkpoint_path", small, "--prompt", "ab",
-        "--num_samples", "1000", "--max_new_tokens", "100",
-    ]
-    out = tmp_path / "out"
-    runs = []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    for rank in range(2):
-        place = {
-            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }
-        runs.append(subprocess.Popen(
-            command, env={**ENV, **place}, stdout=out.open("w"), stderr=subprocess.PIPE, text=True
-        ))
-    first, second = runs
-    while first.poll() is None and out.stat().st_size == 0:  # until it answers
-        time.sleep(0.02)
+    flags = ["--checkpoint_path", small, "--num_samples", 1000, "--max_new_tokens", 100]
+    run = Run(tmp_path / "run", program, [([*flags, "--prompt", "ab"],)] * 2)
+    wait_until(has_bytes(run.folder / "out", 1))
+    first, second = run.ranks
     second.kill()
-    _, stderr = first.communicate(timeout=60)
-    assert first.returncode == 2
-    assert one_sentence(stderr).startswith("another process has gone: ")
-    second.communicate()
+    first.join(60)
+    assert first.exitcode == 2
+    assert one_sentence(run.said()).startswith("another process has gone: ")
+
+
+def test_tp_takes_torchrun(small: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_cli(capfd, "--checkpoint_path", small, "--tp", "2")
+    assert code == 2
+    assert "--tp 2 takes 2 processes: torchrun --nproc_per_node=2" in one_sentence(err)
+
+
+PLACE = {
+    "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({}, "only 1 of 2 processes have come within "),
+    ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x in the environment is no number from 1 to "),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ({"WORLD_SIZE": "-3"}, "WORLD_SIZE=-3"),
+    ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
+    ({"WORLD_SIZE": None}, "WORLD_SIZE="),
+    ({"RANK": None}, "RANK="),
+    ({"RANK": "2"}, "RANK=2 in the environment is no number from 0 to 1"),
+    ({"MASTER_ADDR": None}, "MASTER_ADDR"),
+    ({"MASTER_PORT": None}, "MASTER_PORT="),
+    ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+    ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+])
+def test_what_torchrun_would_not_set_is_refused(
+    changes: dict[str, str | None], message: str, small: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("parallel.team.JOIN_S", 0.1)
+    table = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in (PLACE | {"MASTER_PORT": str(table.port)} | changes).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    code, _, err = run_cli(capfd, "--checkpoint_path", small, "--prompt", "ab")
+    assert code == 2
+    assert message in one_sentence(err)

@@ -1,15 +1,11 @@
-"""What each rank of parallel_test.py runs: cases from a file, what came out into another.
-
-    torchrun --nproc_per_node=2 checks/parallel_worker.py cases.json results.json"""
+"""What each rank of parallel_test.py runs."""
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel
 from cli.stats import weight_bytes
 from generate import compile_model, generate
@@ -68,15 +64,12 @@ def rows_of(name: str, n_rows: int, config: ModelConfig) -> list[int]:
     return joined_rows(module, n_rows, config) if module in JOINED else [n_rows]
 
 
-def main() -> None:
-    cases, out = sys.argv[1:]
+def run_cases(cases: list[dict[str, Any]], out: Path) -> None:
+    """What a rank runs: the first one writes all results."""
     results = []
-    with Team(None, "cpu") as team:
-        for case in json.loads(Path(cases).read_text()):
+    with Team() as team:
+        team.form_groups(None, "cpu")
+        for case in cases:
             results.append(run_case(case, team.ranks))
         if team.is_first:
-            Path(out).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+            out.write_text(json.dumps(results))

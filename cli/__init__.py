@@ -1,10 +1,14 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 
 import generate
-from cli.arguments import is_one_of_several, is_plain, parse_args
+from cli.arguments import is_plain, parse_args
 from cli.errors import become_a_program, refusals, sentences
 from cli.progress import say_missing_library, show_loading, watch_prompts
 from cli.prompts import read_text
@@ -17,22 +21,27 @@ def main(argv: list[str] | None) -> None:
     if argv is None:
         become_a_program()
     with sentences():
-        if is_one_of_several():
-            extension("parallel").mute_all_but_the_first()  # also of what is wrong with the flags
-        args = parse_args(argv)
-        with refusals(args):
-            if args.threads is not None:
-                torch.set_num_threads(args.threads)
-            show_loading()
-            if not is_plain(args):
-                for folder in ("batching", "formats", "parallel"):
-                    extension(folder)  # it says so where this copy has none
-                from cli.program import run
-                run(args)
-                return
-            if args.prompt is not None:
-                args.prompt = read_text(args.prompt)
-            decoder = generate.run(args, watch_prompts)
-            say_cuts(list(decoder.finish_reasons.values()))
-            say_memory(decoder)
-            say_missing_library(decoder.model)
+        several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
+        with extension("parallel").Team() if several else nullcontext() as team:
+            answer(argv, team)
+
+
+def answer(argv: list[str] | None, team: Any) -> None:
+    """team: the processes that torchrun has started; None without it."""
+    args = parse_args(argv)
+    with refusals(args):
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        show_loading()
+        if team is not None or not is_plain(args):
+            for folder in ("batching", "formats", "parallel"):
+                extension(folder)  # it says so where this copy has none
+            from cli.program import run
+            run(args, team)
+            return
+        if args.prompt is not None:
+            args.prompt = read_text(args.prompt)
+        decoder = generate.run(args, watch_prompts)
+        say_cuts(list(decoder.finish_reasons.values()))
+        say_memory(decoder)
+        say_missing_library(decoder.model)

@@ -48,6 +48,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def cut(message: str) -> str:
+    """A message with the middle left out if it is long, as a path of thousands of characters is."""
+    if len(message) <= 600:
+        return message
+    return f"{message[:300]} ... {message[-250:]}"
+
+
 def discard_output() -> None:
     """What stdout still holds goes nowhere, so that Python does not try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,17 +120,20 @@ def is_of_the_device(error: BaseException) -> bool:
 
 
 def become_a_program() -> None:
-    """Signals become exceptions, so that whatever is half-written goes; characters that the
-    terminal cannot show are no reason to end, and those that would drive it are only shown."""
+    """Signals become exceptions, so that whatever is half-written goes. Texts leave in UTF-8, but
+    for a terminal of another encoding: what that cannot show is no reason to end, and what would
+    drive it is only shown."""
     handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end_by_signal)
     for number, handler in (handlers | {signal.SIGINT: signal.default_int_handler}).items():
         if signal.getsignal(number) is not signal.SIG_IGN:  # as for nohup and background jobs
             signal.signal(number, handler)
     if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")
+        encoding = "utf-8"
         if sys.stdout.isatty():
+            encoding = sys.stdout.encoding
             write = sys.stdout.write
             sys.stdout.write = lambda text: write(text.translate(HARMLESS))
+        sys.stdout.reconfigure(encoding=encoding, errors="replace")
 
 
 def end_by_signal(number: int, frame: object) -> None:

@@ -1,5 +1,4 @@
 """What a user types, pastes or pipes in: line editing, history, messages of several lines."""
-import io
 import os
 import re
 import select
@@ -28,8 +27,6 @@ class Messages:
 
     def __init__(self) -> None:
         source = standard_input()
-        if isinstance(source, io.TextIOWrapper):  # what is no UTF-8 is for others to refuse
-            source.reconfigure(encoding="utf-8", errors="surrogateescape")
         self.on_terminal = source.isatty()
         self.edits = readline is not None and self.on_terminal and sys.stdout.isatty()
         self.history = start_editing() if self.edits else None

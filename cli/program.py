@@ -26,24 +26,25 @@ from formats.checkpoint import resolve
 from formats.default import default_model
 from generate import QUESTION, Request, Tokenizer, generate, load_tokenizer, prepare_steps, say
 from model import ModelConfig, Transformer, first_line
-from parallel import ALONE, Ranks, Team, load_model, n_processes
+from parallel import ALONE, Ranks, Team, load_model
 from quantize import QuantizedLinear, refuse_existing, save_quantized
 
 
-def run(args: Any) -> None:
-    """Read what is asked, and do what the flags ask for."""
-    if n_processes() > 1 and (args.save is not None or args.profile is not None):
+def run(args: Any, team: Team | None) -> None:
+    """Read what is asked, and do what the flags ask for. team: None: this process is alone."""
+    team = team or Team()
+    if team.n > 1 and (args.save is not None or args.profile is not None):
         raise ValueError("--save and --profile take one process: run them without torchrun")
     if args.save is not None:
         save(args)
         return
-    with Team(args.tp, args.device.type) as team:
-        asked = team.broadcast(read_asked(args) if team.is_first else None)
-        output = nullcontext()
-        if args.output is not None and team.is_first:
-            output = Records(args.output)
-        with output as records:
-            answer(args, asked, records, team)
+    team.form_groups(args.tp, args.device.type)
+    asked = Asked(*team.broadcast(read_asked(args) if team.is_first else None))
+    output = nullcontext()
+    if args.output is not None and team.is_first:
+        output = Records(args.output)
+    with output as records:
+        answer(args, asked, records, team)
 
 
 def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None:

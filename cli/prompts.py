@@ -1,4 +1,5 @@
 """What to answer: prompts as flags and files give them, plain lines or JSON lines, checked."""
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class Job:
 class Line(NamedTuple):
     """A line of a file of prompts."""
     number: int  # in the file, from 1
-    content: bytes
+    content: str  # with a half of a character for each byte that is no UTF-8
     is_json: bool
 
 
@@ -40,8 +41,11 @@ class Asked(NamedTuple):
 
 
 def standard_input() -> TextIO:
+    """In UTF-8, whatever the locale says; what is none is for others to refuse."""
     if sys.stdin is None:
         raise ValueError("standard input is closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     return sys.stdin
 
 
@@ -92,7 +96,8 @@ def read_lines(path: str) -> list[Line]:
     lines = []
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            lines.append(Line(number, line.removesuffix(b"\r"), is_json))
+            text = line.removesuffix(b"\r").decode(errors="surrogateescape")
+            lines.append(Line(number, text, is_json))
     return lines
 
 
@@ -107,7 +112,7 @@ def read_jobs(
     not give. A default seed is that of the first answer, the next one has the next; a line's own is
     that of its first sample. model: what is to answer; another one's answers have other digests."""
     jobs = []
-    for index, line in enumerate(lines):
+    for index, line in enumerate(Line(*line) for line in lines):
         try:
             entry = parse_line(line)
             settings = {name: entry.get(name, default) for name, default in defaults.items()}
@@ -115,7 +120,8 @@ def read_jobs(
                 settings["seed"] += index * n_samples
             jobs += samples(index, title_of(entry), encode(entry), settings, n_samples, model)
         except ValueError as e:
-            digest = sha256(line.content).hexdigest()[:16]
+            content = line.content.encode(errors="surrogateescape")
+            digest = sha256(content).hexdigest()[:16]
             jobs.append(Job(index, error=f"line {line.number}: {e}", digest=digest))
     return jobs
 
@@ -139,13 +145,14 @@ def samples(
 def parse_line(line: Line) -> dict[str, Any]:
     """{"prompt": text} or what a JSON line holds, keys checked. ValueError says what is wrong."""
     try:
-        text = line.content.decode()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"not UTF-8: byte 0x{line.content[e.start]:02x}") from None
+        line.content.encode()
+    except UnicodeEncodeError as e:
+        byte = ord(line.content[e.start]) - 0xDC00
+        raise ValueError(f"not UTF-8: byte 0x{byte:02x}") from None
     if not line.is_json:
-        return {"prompt": text}
+        return {"prompt": line.content}
     try:
-        entry = json.loads(text, object_pairs_hook=without_doubles, parse_int=whole_number)
+        entry = json.loads(line.content, object_pairs_hook=without_doubles, parse_int=whole_number)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
     except RecursionError:

@@ -106,7 +106,7 @@ class CheckedCheckpoint(Checkpoint):
             for part, shape in parts.items():
                 blocks += self.blocks(part, shape) or [None]
             if None not in blocks:
-                stored[prefix] = blocks
+                stored[prefix] = self.cut(name, blocks, tuple(layer.weight.shape))
         return stored
 
     def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:

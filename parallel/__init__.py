@@ -5,6 +5,6 @@
 from __future__ import annotations
 
 from parallel.ranks import ALONE, Ranks, load_model
-from parallel.team import Team, mute_all_but_the_first, n_processes
+from parallel.team import Team
 
-__all__ = ["ALONE", "Ranks", "Team", "load_model", "mute_all_but_the_first", "n_processes"]
+__all__ = ["ALONE", "Ranks", "Team", "load_model"]

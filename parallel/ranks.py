@@ -1,7 +1,7 @@
 """One model over several processes: tensor parallelism on torch.distributed.
 
 A rank has a smaller model: a part of the heads, of the feed-forward and of the vocabulary (local),
-its parameters cut out of the checkpoint's while they are read (PartOfCheckpoint). What attention
+its parameters cut out of the checkpoint's while they are read (take_part). What attention
 and the feed-forward give are then parts of sums: an all-reduce after each makes them whole, an
 all-gather behind the output layer the logits (join). After Megatron-LM, arXiv 1909.08053.
 
@@ -11,10 +11,12 @@ what only one process can know, such as standard input or a clock, the first one
 """
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import model as core
-from model import FAMILIES, JOINED, Checkpoint, ModelConfig, Transformer, joined_rows, sources
+from model import FAMILIES, JOINED, Checkpoint, ModelConfig, Transformer, joined_rows
 from quantize import Linear
 
 T = TypeVar("T")
@@ -33,12 +35,17 @@ T = TypeVar("T")
 
 def from_first(value: T, group: dist.ProcessGroup | None) -> T:
     """The value of a group's first process, for all of them; waits for the slowest. None: nobody
-    else is asked."""
+    else is asked. It is what JSON holds, and travels so, since a pickle can run code and whoever
+    reaches torchrun's MASTER_PORT could send one. Tuples arrive as lists."""
     if group is None:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    return box[0]
+    text = bytearray(json.dumps(value).encode())
+    size = torch.tensor(len(text))
+    dist.broadcast(size, group=group, group_src=0)
+    if dist.get_rank(group) > 0:
+        text = bytearray(int(size))
+    dist.broadcast(torch.frombuffer(text, dtype=torch.uint8), group=group, group_src=0)
+    return json.loads(text)
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Ranks:
     rank: int = 0  # of this process, from 0
     size: int = 1
     group: dist.ProcessGroup | None = None  # moves tensors; None: there is one process
-    control: dist.ProcessGroup | None = None  # moves the host's objects
+    control: dist.ProcessGroup | None = None  # moves the host's values
 
     def broadcast(self, value: T) -> T:
         """The first rank's value, for all of them."""
@@ -159,131 +166,80 @@ def load_model(
         rows = math.ceil(whole.config.vocab_size / ranks.size)
         model.lm_head = Linear(whole.config.dim, rows, bias=False)
     check_norms(whole, ranks)
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear):
-            n_inputs = whole.get_submodule(name).in_features
-            share_rows(name, layer, n_inputs, ranks, quantize, group_size)
-    part = part_of(checkpoint, whole, ranks)
-    core.fill_model(model, part, device, dtype, quantize, group_size)
+    share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
+    take_part(checkpoint, whole, ranks)
+    core.fill_model(model, checkpoint, device, dtype, quantize, group_size)
     join(model, ranks)
     return model
 
 
 def check_norms(whole: Transformer, ranks: Ranks) -> None:
     """ValueError if a norm over all heads cannot be taken over the ranks."""
-    n_kv_head = whole.config.n_kv_head
-    over_heads = any(hasattr(module, "mean_over_ranks") for module in whole.modules())
-    if over_heads and n_kv_head % ranks.size:
+    n, family = whole.config.n_kv_head, whole.config.family
+    if n % ranks.size and any(hasattr(module, "mean_over_ranks") for module in whole.modules()):
         raise ValueError(
-            f"the norm over {n_kv_head} key heads, as {whole.config.family} has, cannot be taken "
-            f"over {ranks.size} ranks that share them"
+            f"the norm over {n} key heads, as {family} has, cannot be taken over {ranks.size} "
+            "ranks that share them"
         )
 
 
-def share_rows(
-    name: str, layer: Linear, n_inputs: int, ranks: Ranks, quantize: str | None, group_size: int
-) -> None:
-    """Let a layer whose rows, of n_inputs, lie on several ranks be quantized as the whole is."""
-    ours = layer.in_features
-    if ours == n_inputs:
-        return
-    layer.over_ranks = ranks.largest
-    if quantize == "int4" and ours % group_size:
-        raise ValueError(
-            f"{ours} inputs of {name}, a part of {n_inputs}, do not divide into groups of "
-            f"{group_size}: take fewer ranks"
-        )
+def share_rows(model: Transformer, whole: Transformer, ranks: Ranks, group_size: int) -> None:
+    """Let layers whose rows lie on several ranks be quantized as the whole ones are."""
+    for name, layer in model.named_modules():
+        n_inputs = getattr(whole.get_submodule(name), "in_features", None)
+        ours = getattr(layer, "in_features", None)
+        if ours == n_inputs:
+            continue
+        layer.over_ranks = ranks.largest
+        if ours % group_size:
+            raise ValueError(
+                f"{ours} inputs of {name}, a part of {n_inputs}, do not divide into groups of "
+                f"{group_size}: take fewer ranks"
+            )
 
 
-class PartOfCheckpoint(Checkpoint):
-    """What gives a rank's part of each tensor: in front of a checkpoint's own class, see part_of.
-    """
-
-    checkpoint: Checkpoint  # the whole one
-    whole: Transformer  # the model that it is of, on meta
-    ranks: Ranks
-    saved: bool  # it has our names
-    shapes: dict[str, tuple[int, ...]]  # of the whole tensors
-
-    def stored_as(self, name: str) -> str:
-        """Where a tensor is read from: the whole model's output layer may be its embedding."""
-        tied = self.whole.config.tied and name.startswith("lm_head.")
-        if not tied or self.saved and name in self.shapes:  # a quantized one is no embedding
-            return name
-        if not self.saved:
-            return "model.embed_tokens.weight"
-        tied = name.replace("lm_head.", "embed_tokens.table.")
-        return tied if tied in self.shapes else "embed_tokens.weight"
-
-    def check_names(self, wanted: Any) -> None:
-        self.checkpoint.check_names(map(self.stored_as, wanted))
-
-    def put_layers(
-        self, model: Transformer, quantize: str | None, device: torch.device | str
-    ) -> Callable[[], None]:
-        head = self.whole.lm_head
-        if head is getattr(self.whole.embed_tokens, "table", None):
-            model.lm_head = type(head)(model.lm_head, head.group_size)
-        return super().put_layers(model, quantize, device)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if not self.checkpoint.tensors:  # random weights
-            return self.checkpoint.read(name, shape)
-        stored = self.stored_as(name)
-        tensor = self.checkpoint.read(stored, self.shapes[stored])
-        if without_number(name).endswith(ADDED_UP_BIASES) and self.ranks.rank > 0:
-            return tensor.new_zeros(shape)  # the sum over ranks is to have it once
-        parts = self.pieces(name, [tensor], shape)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def blocks(self, name: str, shape: tuple[int, ...]) -> list[Any] | None:
-        stored = self.stored_as(name)
-        blocks = self.checkpoint.blocks(stored, self.shapes[stored])
-        return None if blocks is None else self.pieces(name, blocks, shape)
-
-    def pieces(self, name: str, whole: list[Any], shape: tuple[int, ...]) -> list[Any]:
-        """A rank's parts, of that shape in all, of a tensor. What joins several layers is cut at
-        their borders first."""
-        [tensor] = whole
-        config = self.whole.config
-        ours = {theirs: name for name, theirs in FAMILIES[config.family].stored_joined.items()}
-        module = without_number(name).split(".")[-2]
-        module = ours.get(module, module)
-        if module not in JOINED:
-            return [piece(tensor, shape, self.ranks)]
-        parts = []
-        first = 0
-        rows = joined_rows(module, tensor.shape[0], config)
-        our_rows = joined_rows(module, shape[0], local(config, self.ranks))
-        for n, our_n in zip(rows, our_rows, strict=True):
-            part = tensor.narrow(0, first, n)
-            parts.append(piece(part, (our_n, *shape[1:]), self.ranks))
-            first += n
-        return parts
-
-
-def part_of(checkpoint: Checkpoint, whole: Transformer, ranks: Ranks) -> PartOfCheckpoint:
-    """A rank's part of a checkpoint of any class, which is the whole one in all else."""
-    kind = type("PartOfCheckpoint", (PartOfCheckpoint, type(checkpoint)), {})
-    part = kind.__new__(kind)
-    vars(part).update(vars(checkpoint))
+def take_part(checkpoint: Checkpoint, whole: Transformer, ranks: Ranks) -> None:
+    """From now on a checkpoint is read for a rank's model: its plan says what each parameter of the
+    whole one, on meta, is read from, and of that a rank keeps its part."""
     checkpoint.put_layers(whole, None, "meta")
-    part.checkpoint = checkpoint
-    part.whole = whole
-    part.ranks = ranks
-    part.saved = "gpt_flash" in checkpoint.config
-    part.shapes = {}
-    for name, x in [*whole.named_parameters(), *whole.named_buffers()]:
-        if not part.saved:
-            part.shapes |= sources(whole, name, x)
-        elif name in checkpoint.tensors:  # all but a tied output layer
-            part.shapes[name] = tuple(x.shape)
-    return part
+    tensors = dict([*whole.named_parameters(), *whole.named_buffers()])
+    parts_of_whole, put_one = checkpoint.parts, checkpoint.put_layer
+
+    def parts(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ...]]:
+        saved = "gpt_flash" in checkpoint.config and name in checkpoint.tensors
+        if whole.config.tied and name.startswith("lm_head.") and not saved:  # it is the embedding
+            name = name.replace("lm_head.", "embed_tokens.table.")
+            name = name if name in tensors else "embed_tokens.weight"
+        return parts_of_whole(whole, name, tensors.get(name, x))
+
+    def put_layer(model: Transformer, name: str, mode: str, group_size: int | None) -> None:
+        put_one(model, name, mode, group_size)
+        if whole.config.tied and name == "embed_tokens.table":
+            put_one(model, "lm_head", mode, group_size)
+
+    checkpoint.parts = parts
+    checkpoint.put_layer = put_layer
+    checkpoint.cut = partial(cut, whole.config, ranks)
 
 
-def without_number(name: str) -> str:
-    """A parameter's name without the number of an expert, which ours have last."""
-    return re.sub(r"\.\d+(?=\.\w+$)", "", name)
+def cut(
+    config: ModelConfig, ranks: Ranks, name: str, tensors: list[Any], shape: tuple[int, ...]
+) -> list[Any]:
+    """A rank's parts, of that shape in all, of the tensors that make a parameter. What joins
+    several layers is cut at their borders first. config: of the whole model."""
+    name = re.sub(r"\.\d+(?=\.\w+$)", "", name)  # without the number of an expert
+    if name.endswith(ADDED_UP_BIASES) and ranks.rank > 0:
+        return [torch.zeros(shape)]  # the sum over ranks is to have it once
+    module = name.split(".")[-2]
+    our_rows = [shape[0]]
+    if module in JOINED:
+        our_rows = joined_rows(module, shape[0], local(config, ranks))
+        if len(tensors) == 1:  # the file has them joined
+            [tensor] = tensors
+            rows = joined_rows(module, tensor.shape[0], config)
+            ends = accumulate(rows)
+            tensors = [tensor.narrow(0, end - n, n) for n, end in zip(rows, ends)]
+    return [piece(x, (n, *shape[1:]), ranks) for x, n in zip(tensors, our_rows, strict=True)]
 
 
 # of layers that multiply parts of their inputs on each rank: what they give is added up

@@ -1,12 +1,16 @@
 """The processes that torchrun started: groups of ranks with a model each, and one queue of work."""
 from __future__ import annotations
 
+import atexit
+import ctypes
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -16,27 +20,36 @@ from parallel.ranks import ALONE, Ranks, T, from_first
 
 CONNECT_S = 4.0  # to find torchrun's table, which is there before any process is
 JOIN_S = 8.0  # for all processes to come: torchrun starts them together
+SAY_S = 5.0  # for the one that failed first to say why
 PATIENCE = timedelta(days=1)  # of one that waits for another: a user may think before typing
 POLL_S = 0.05  # between looks at what other groups have answered
 
 
 class Team:
-    """All processes of a run: groups of ranks with a model each, which share one queue of work. As
-    a context it ends them together: of those that fail, which is all of them where one does, the
-    first says why.
+    """All processes of a run, of which the first one speaks. As a context it ends them together: of
+    those that fail, which is all of them where one does, the first to fail says why, and no other
+    leaves before, since torchrun ends all when one has left.
 
-    tp: the ranks of a group, by default all processes. ValueError: there are too few, they do not
-    come, or do not divide into groups."""
+    ValueError: what torchrun sets in the environment makes no sense, or its table is not found."""
 
-    def __init__(self, tp: int | None, device: str):
-        self.n = n_processes()
-        self.number = process_number()
+    def __init__(self) -> None:
+        self.number, self.n = number_and_count()
         self.ranks = ALONE
         self.n_groups = 1
-        self.everyone: dist.ProcessGroup | None = None  # moves the host's objects
+        self.everyone: dist.ProcessGroup | None = None  # moves the host's values
         self.store: dist.Store | None = None  # torchrun's table of keys and values
         self.looked = 0.0  # when answers were last looked for
         self.n_received = 0
+        self.stderr = sys.stderr  # where one that is muted says why it fails
+        if self.n > 1:
+            end_with_torchrun()
+            self.store = find_store(self.number, self.n)
+        if not self.is_first:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+
+    def form_groups(self, tp: int | None, device: str) -> None:
+        """Wait for all processes, and make groups of tp ranks, by default one of all. ValueError:
+        there are too few, they do not come, or do not divide into groups."""
         tp = tp or self.n
         if self.n == 1 and tp > 1:
             raise ValueError(
@@ -44,12 +57,10 @@ class Team:
             )
         if self.n % tp:
             raise ValueError(f"{self.n} processes do not divide into groups of --tp {tp}")
-        if self.n > 1:
-            self.n_groups = self.n // tp
-            self.store = meet(self.number, self.n)
-            self.form_groups(tp, device)
-
-    def form_groups(self, tp: int, device: str) -> None:
+        if self.n == 1:
+            return
+        self.n_groups = self.n // tp
+        self.wait_for_all()
         dist.init_process_group(
             "gloo", store=dist.PrefixStore("everyone", self.store), rank=self.number,
             world_size=self.n, timeout=PATIENCE,
@@ -65,13 +76,24 @@ class Team:
             if self.number in members:
                 self.ranks = Ranks(self.number - first, tp, tensors, control)
 
+    def wait_for_all(self) -> None:
+        there = self.store.add("joined", 1)
+        began = time.perf_counter()
+        while there < self.n:
+            if time.perf_counter() - began > JOIN_S:
+                raise ValueError(
+                    f"only {there} of {self.n} processes have come within {JOIN_S:.0f} s"
+                )
+            time.sleep(0.02)
+            there = self.store.add("joined", 0)
+
     @property
     def is_first(self) -> bool:
         """Whether this process is the one that reads and speaks."""
         return self.number == 0
 
     def broadcast(self, value: T) -> T:
-        """What the first process says, for all of them."""
+        """What the first process says, for all of them; see parallel.ranks.from_first."""
         return from_first(value, self.everyone)
 
     def share_input(self) -> None:
@@ -83,18 +105,30 @@ class Team:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        if self.everyone is None:
-            return
-        if error is None:
-            dist.barrier(self.everyone)  # who leaves earlier breaks the others' ties
+        if error is None and self.everyone is not None:
+            with suppress(RuntimeError):  # nobody is missed now
+                dist.barrier(self.everyone)  # who leaves earlier breaks the others' ties
             dist.destroy_process_group()
-        elif isinstance(error, Exception):
-            sys.stderr = open(os.devnull, "w")
-            if self.is_first_to_fail():
-                sys.stderr = sys.__stderr__
+        elif isinstance(error, Exception) and self.store is not None:
+            self.let_the_first_to_fail_speak()
             if is_lost_peer(error):
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"another process has gone: {reason}") from error
+
+    def let_the_first_to_fail_speak(self) -> None:
+        sys.stderr = open(os.devnull, "w")
+        mine = str(self.number)
+        with suppress(RuntimeError):  # torchrun, whose table it is, has gone
+            if self.store.compare_set("failed", "", mine).decode() == mine:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                sys.stderr = self.stderr
+                atexit.register(self.have_spoken)
+            else:
+                self.store.wait(["said"], timedelta(seconds=SAY_S))
+
+    def have_spoken(self) -> None:
+        with suppress(RuntimeError):
+            self.store.set("said", "")
 
     # --- one queue of work for all groups ---
 
@@ -127,30 +161,32 @@ class Team:
             self.n_received += 1
             yield number, record
 
-    def is_first_to_fail(self) -> bool:
-        """Whether no other process has failed before: then the others fail because this one did."""
-        mine = str(self.number)
-        try:
-            return self.store.compare_set("failed", "", mine).decode() == mine
-        except RuntimeError:  # torchrun has gone
-            return False
+
+def number_and_count() -> tuple[int, int]:
+    """Which process this is, from 0, and of how many, as torchrun says; (0, 1) without it."""
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return 0, 1
+    n = from_environment("WORLD_SIZE", 1, 2**15)
+    return from_environment("RANK", 0, n - 1), n
 
 
-def n_processes() -> int:
-    """How many torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def from_environment(name: str, low: int, high: int) -> int:
+    """A number that torchrun sets. ValueError: it is none from low to high."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or not low <= int(text[:9]) <= high:
+        raise ValueError(
+            f"{name}={text} in the environment is no number from {low} to {high}: torchrun sets it "
+            "for the processes that it starts; without torchrun, unset RANK and WORLD_SIZE"
+        )
+    return int(text)
 
 
-def process_number() -> int:
-    """Which of them this is, from 0."""
-    return int(os.environ.get("RANK", 0))
-
-
-def mute_all_but_the_first() -> None:
-    """Of several processes that torchrun started, let the first one speak."""
-    if process_number() > 0:
-        sys.stdout = open(os.devnull, "w")
-        sys.stderr = sys.stdout
+def end_with_torchrun() -> None:
+    """Let Linux end this process when torchrun has ended, which whoever waits for others cannot
+    see."""
+    if dist.is_torchelastic_launched() and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class SharedInput(io.RawIOBase):
@@ -165,31 +201,24 @@ class SharedInput(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         data = None
         if self.team.is_first:
-            data = os.read(0, len(buffer))
-        data = self.team.broadcast(data)
+            data = os.read(0, len(buffer)).decode("latin-1")  # a character for each byte
+        data = self.team.broadcast(data).encode("latin-1")
         buffer[:len(data)] = data
         return len(data)
 
 
-def meet(number: int, n: int) -> dist.Store:
-    """The table that n processes share, once all of them have come."""
+def find_store(number: int, n: int) -> dist.Store:
+    """torchrun's table, of which each start of n processes has a part of its own."""
+    from_environment("MASTER_PORT", 0, 2**16 - 1)
     patience = timedelta(seconds=CONNECT_S)
     try:
         store, _, _ = next(dist.rendezvous("env://", number, n, timeout=patience))
-    except (RuntimeError, ValueError, KeyError) as e:
-        sys.stderr = sys.__stderr__  # the others cannot know
+    except (RuntimeError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"process {number} of {n} finds no others: {reason}") from None
     store.set_timeout(PATIENCE)  # NCCL asks it long after: behind loading and compiling
-    store = dist.PrefixStore("gpt-flash", store)
-    there = store.add("joined", 1)
-    began = time.perf_counter()
-    while there < n:
-        if time.perf_counter() - began > JOIN_S:
-            raise ValueError(f"only {there} of {n} processes have come within {JOIN_S:.0f} s")
-        time.sleep(0.02)
-        there = store.add("joined", 0)
-    return store
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"gpt-flash {restarts}", store)
 
 
 def is_lost_peer(error: Exception) -> bool:
