@@ -196,7 +196,8 @@ def on_meta(model: Transformer) -> list[Tensor]:
 
 def compiled(model: Transformer) -> Transformer:
     compiler = torch.compile
-    with patch.object(torch, "compile", lambda f, options, **k: compiler(f, backend="eager", **k)):
+    eager = dict(backend="eager")
+    with patch.object(torch, "compile", lambda f, options, **k: compiler(f, **eager, **k)):
         compile_model(model)
     logits(model)
     return edited(model)
