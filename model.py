@@ -1055,7 +1055,8 @@ def fill_model(
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, x in own:
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):
-                tensor = x.to(device)  # a value of its own
+                here = x.device.type == torch.device(device).type
+                tensor = x if here else x.to(device)  # a value of its own
             elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
                 module.shared, tensor = True, model.embed_tokens.weight
             else:

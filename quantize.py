@@ -38,6 +38,7 @@ class Packable(nn.Module):
 
     mode = "float"
     layout: Layout | None = None  # None: PyTorch multiplies with the tensors as they are
+    order: Any = None  # of a CPU's layout: cpu/packed.py
     shared = False  # whether the embedding has the weight too
     # of rows that lie on several ranks: what makes the largest values of the parts those of the
     # whole rows, so that a part gets the integers that it has in the whole
@@ -91,7 +92,7 @@ class QuantizedLinear(Packable):
     def slices(self) -> Iterator[slice]:
         """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
         n = self.out_features
-        if self.weight.device.type == "cpu":
+        if self.order is not None or self.weight.device.type == "cpu":
             n = CHUNK_ROWS
         for start in range(0, self.out_features, n):
             yield slice(start, min(start + n, self.out_features))

@@ -196,7 +196,8 @@ def on_meta(model: Transformer) -> list[Tensor]:
 
 def compiled(model: Transformer) -> Transformer:
     compiler = torch.compile
-    with patch.object(torch, "compile", lambda f, options, **k: compiler(f, backend="eager", **k)):
+    eager = dict(backend="eager")
+    with patch.object(torch, "compile", lambda f, options, **k: compiler(f, **eager, **k)):
         compile_model(model)
     logits(model)
     return edited(model)
@@ -206,7 +207,8 @@ DEEDS = [
     copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded, assigned,
     nn.Module.half, nn.Module.float, nn.Module.double, nn.Module.share_memory, looked_at, edited,
     edited_data, edited_while_held, edited_between_steps, embedding_edited, replaced,
-    taken_from_another, parametrized, pruned, stepped, functional, under_autocast, on_meta, compiled,
+    taken_from_another, parametrized, pruned, stepped, functional, under_autocast, on_meta,
+    compiled,
 ]
 
 

@@ -23,6 +23,7 @@ METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.is_meta.__get__,
     Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.itemsize.__get__, Tensor.element_size,
     Tensor.requires_grad.__get__, Tensor.is_floating_point, Tensor.dim, Tensor.size, Tensor.numel,
+    Tensor.__len__,  # loading asks for it
 }
 
 

@@ -107,7 +107,8 @@ class OneDNN:
         if not can_pack(layer, self.names) or not onednn_takes(layer.weight.dtype):
             return False
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)
-        hide(layer, Order({"weight": weight}, lambda packed, name: packed[name].to_dense()), self.names)
+        order = Order({"weight": weight}, lambda packed, name: packed[name].to_dense())
+        hide(layer, order, self.names)
         return True
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
