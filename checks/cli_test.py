@@ -345,11 +345,6 @@ def test_what_generate_run_does_not_know_is_not_left_to_it(words: str) -> None:
     assert not is_plain(parse_args([*CPU, *words.split()]))
 
 
-def test_one_of_several_processes_is_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not is_plain(parse_args(CPU))
-
-
 # --- threads ---
 
 def openmp_settings(**chosen: str) -> str:
