@@ -30,7 +30,7 @@ from formats.default import default_model
 from formats.settings import check_settings
 from generate import Request, generate, load_tokenizer
 from model import Transformer, load_model, require_memory
-from quantize import quantize_model, save_quantized, workspace
+from quantize import quantize_model, save_quantized, workspace, write_quantized
 
 PROMPT = list(range(10, 30))
 Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
@@ -595,17 +595,18 @@ def until(found: Callable[[], object]) -> None:
 def test_sigterm_while_saving_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(*_: object) -> None:
+    def slowly(model: Transformer, new: Path) -> None:
+        write_quantized(model, new)
         time.sleep(60)
 
-    monkeypatch.setattr("cli.program.save_tokenizer", slowly)  # the last of what is written
+    monkeypatch.setattr("cli.program.write_quantized", slowly)
     target = tmp_path / "to" / "saved"
     work = commanded(folder, "--quantize", "int8", "--save", target)
     process, _ = in_a_process(work, tmp_path / "out", wait=False)
-    until(lambda: list(target.parent.glob(".gpt-flash-saved-*/saved/config.json")))
+    until(lambda: list(tmp_path.glob(".gpt-flash-saved-*/saved/config.json")))
     os.kill(process, signal.SIGTERM)
     assert exit_code(process) == 143
-    assert list(target.parent.iterdir()) == []
+    assert not target.parent.exists() and not list(tmp_path.glob(".gpt-flash-*"))
 
 
 def script(path: Path, line: str) -> str:

@@ -1,6 +1,8 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
 from __future__ import annotations
 
+import sys
+
 import torch
 
 import generate
@@ -21,6 +23,8 @@ def main(argv: list[str] | None) -> None:
             extension("parallel").mute_all_but_the_first()  # also of what is wrong with the flags
         args = parse_args(argv)
         with refusals(args):
+            if sys.stdout is None and args.output is None and args.save is None:
+                raise ValueError("standard output is closed: there is no place for an answer")
             if args.threads is not None:
                 torch.set_num_threads(args.threads)
             show_loading()

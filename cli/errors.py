@@ -38,6 +38,16 @@ def sentences() -> Iterator[None]:
         fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
 
 
+@contextmanager
+def afterthought() -> Iterator[None]:
+    """Behind an answer nothing fails a run: what goes wrong here is said. A function that this
+    decorates gives None then."""
+    try:
+        yield
+    except Exception as e:
+        say(f"what it took cannot be said: {type(e).__name__}: {first_line(e)}")
+
+
 def fail(message: str) -> None:
     say(f"generate.py: error: {cut(message)}")
     sys.exit(2)
