@@ -197,9 +197,7 @@ class Int4Linear(QuantizedLinear):
         for rows in self.slices():
             yield self.line(*self.plain(rows), dtype)
 
-    def line(
-        self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def line(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
         """The weights that some rows of plain() stand for."""
         return affine(nibbles, 8, scales, zeros, dtype)
 
@@ -316,9 +314,7 @@ def say_once(message: str) -> None:
 # --- rounding ---
 
 
-def round_to_line(
-    w: Tensor, scale: Tensor, zero: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def round_to_line(w: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The nearest q * scale + zero to w [..., group_size], q from -8 to 7, with scale and zero
     [..., 1] rounded to bfloat16 -> (q, scale, zero, squared error [..., 1])."""
     scale = scale.bfloat16().float()
@@ -338,9 +334,7 @@ def least_squares_line(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def affine(
-    q: Tensor, middle: int, scales: Tensor, zeros: Tensor, dtype: torch.dtype
-) -> Tensor:
+def affine(q: Tensor, middle: int, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
     """(q - middle) * scales + zeros, for q [rows, K] and scales and zeros [rows, groups]."""
     # a CPU takes three times as long in bfloat16
     compute = torch.float32 if q.device.type == "cpu" else dtype
@@ -389,16 +383,16 @@ def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
 # --- saving and loading ---
 
 
+def save_quantized(model: nn.Module, folder: str | Path) -> None:
+    """Write a quantized model as a new_folder that load_model opens on any device."""
+    with new_folder(folder) as new:
+        write_quantized(model, new)
+
+
 @torch.no_grad()
-def save_quantized(
-    model: nn.Module, folder: str | Path, finish: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a quantized model as a folder that load_model opens on any device: config.json, which
-    says what each layer is, and model.safetensors with the layers' stored() tensors. finish(folder)
-    may add files. The folder appears when all is written; ValueError if it exists already, unless
-    empty."""
-    folder = Path(folder)
-    refuse_existing(folder)
+def write_quantized(model: nn.Module, folder: Path) -> None:
+    """Put config.json, which says what each layer is, and model.safetensors with the layers'
+    stored() tensors into a folder. ValueError: no layer is quantized."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
@@ -409,18 +403,11 @@ def save_quantized(
             "quantize int8 or int4"
         )
     config = {**model.config.hf, "gpt_flash": {"layers": layers}}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(folder.parent, folder.name) as tmp:
-        new = tmp / folder.name
-        new.mkdir()
-        weights = new / "model.safetensors"
-        save_file(stored_tensors(model), weights, {"format": "pt"})
-        settings = new / "config.json"
-        settings.write_text(json.dumps(config, indent=2), encoding="utf-8")
-        shutil.copymode(settings, weights)  # safetensors hides its file from other users
-        if finish is not None:
-            finish(new)
-        new.replace(folder)
+    weights = folder / "model.safetensors"
+    save_file(stored_tensors(model), weights, {"format": "pt"})
+    settings = folder / "config.json"
+    settings.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    shutil.copymode(settings, weights)  # safetensors hides its file from other users
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -459,13 +446,6 @@ def put_layer(model: nn.Module, name: str, mode: str, group_size: int | None) ->
     return layer
 
 
-def refuse_existing(folder: Path) -> None:
-    """ValueError unless the folder does not exist or is empty."""
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty:
-        raise ValueError(f"{folder} exists already; remove it or choose another folder")
-
-
 def cache_folder() -> Path:
     """Where what can be made again is kept. RuntimeError: the user has no home."""
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
@@ -475,13 +455,32 @@ def cache_folder() -> Path:
 
 
 @contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which appears at that path at the end, but not by an exception. What
+    cannot be there is refused at the beginning. ValueError: the path exists, and is no empty folder
+    that one could replace. OSError: no folder can be made there."""
+    folder = Path(os.path.realpath(path))  # a link to it stays
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; remove it or choose another folder")
+    if folder.is_mount() or folder == Path.cwd():
+        raise ValueError(f"{folder} is in use; choose a new folder inside")
+    parent = next(parent for parent in folder.parents if parent.exists())
+    with workspace(parent, folder.name) as tmp:
+        new = tmp / folder.name
+        new.mkdir()
+        yield new
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.replace(folder)
+
+
+@contextmanager
 def workspace(parent: Path, name: str) -> Iterator[Path]:
     """A new hidden folder in `parent` to write into until all is there; gone at the end, by an
     exception too.
 
     A process that is killed leaves its own, so those of the same name that no process has locked
     are removed first: the lock ends with the process that has it."""
-    prefix = f".gpt-flash-{name[:100]}-"
+    prefix = f".gpt-flash-{name[:50]}-"
     for folder in parent.iterdir():
         if folder.name.startswith(prefix) and not folder.is_symlink():
             remove_abandoned(folder)

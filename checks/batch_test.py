@@ -375,9 +375,10 @@ def jobs(tmp_path: Path) -> list[Job]:
 
 
 def test_a_run_goes_on_wherever_it_was_cut(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For every length that a killed run may leave of its file."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # most of the time
     file = tmp_path / "out.jsonl"
     jobs = jobs_of(b"one\n\xff\nthree\n", tmp_path)
     whole = answer_into(file, jobs)
@@ -465,6 +466,7 @@ def test_other_prompts_or_settings_are_refused(tmp_path: Path, jobs: list[Job]) 
     b"\0\0\0", b"\xff\n", b'{"index": [1], "sample": 0, "digest": "x"}\n', b"\n",
     b'{"index": Infinity, "sample": 0, "digest": "x"}\n',
     b'{"index": ' + 50_000 * b"[" + b"\n", b'{"index": 3}', b'{"index": 3, "sample": 1, "x',
+    b'{"index": 0, "sample": 0, "text": "of another program"}',
 ])
 def test_a_file_of_something_else_is_left_alone(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
@@ -478,7 +480,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     for path, message in [
         (tmp_path, "Is a directory"), (tmp_path / "no" / "out", "No such file"),
         ("/dev/null", "is no plain file"), ("/dev/full", "is no plain file"),
-        ("", "No such file"),
+        ("", "Is a directory"),
     ]:
         with pytest.raises(ValueError, match=message):
             Records(str(path))
@@ -496,13 +498,49 @@ def test_only_a_file_of_the_run_itself_is_removed(theirs: str, tmp_path: Path) -
         if theirs == "put there meanwhile":
             file.unlink()
             file.touch()
-    assert file.is_symlink() if theirs == "link" else file.exists()
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+    assert file.is_symlink() == (theirs == "link")
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_is_replaced_meanwhile_ends_the_run(
+    gone: bool, tmp_path: Path, jobs: list[Job]
+) -> None:
+    """What comes then would be lost, or written into what somebody else put there."""
+    file = tmp_path / "out.jsonl"
+
+    class Replacing(Shouter):
+        def run(self, requests: list[Request], *rest: None) -> Iterator[tuple[int, list[int]]]:
+            file.unlink()
+            if not gone:
+                file.write_text("mine")
+            return super().run(requests, *rest)
+
+    with pytest.raises(ValueError, match="was removed or replaced while this run had it open"):
+        answer_into(file, jobs, Replacing())
+    assert not file.exists() if gone else file.read_text() == "mine"
+
+
+def test_half_an_answer_stays_until_the_run_goes_on(tmp_path: Path, jobs: list[Job]) -> None:
+    """A run that fails before, by its model or its prompts, has changed nothing."""
+    file = tmp_path / "out.jsonl"
+    answer_into(file, jobs)
+    half = file.read_bytes()[:-9]
+    file.write_bytes(half)
+    with Records(str(file)):
+        pass
+    with pytest.raises(ValueError, match="answers another prompt"):
+        answer_into(file, plain_jobs("other"))
+    assert file.read_bytes() == half
 
 
 def test_other_weights_at_the_same_path_are_others(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"some weights")
+    without = files_of(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     before = files_of(tmp_path)
+    assert before != without
     (tmp_path / "answers.jsonl").write_text("{}")  # an --output may lie beside them
     assert files_of(tmp_path) == before == files_of(os.path.relpath(tmp_path))
     file.write_bytes(b"same length:")
@@ -714,7 +752,9 @@ def test_a_second_run_goes_on(
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--prompts {p} --output {p}", "is no answer of an earlier run"),
+    ("--prompts {p} --output {p}", "--output goes to another file than --prompts comes from"),
+    ("--prompts /dev/zero", "cannot read --prompts /dev/zero: it has more than 256 MiB"),
+    ("--prompt @/dev/zero", "cannot read the prompt @/dev/zero: it has more than 256 MiB"),
     ("--prompts {p} --output /", "cannot write --output /: Is a directory"),
     ("--prompts {p} --output /no/such/folder", "cannot write --output /no/such/folder: No such"),
     ("--prompts /no/such/file", "cannot read --prompts /no/such/file: "),
@@ -746,8 +786,11 @@ def test_mistakes_get_one_sentence(
     ("--prompts /no/such/file", "cannot read --prompts /no/such/file: "),
     ("--prompts {p} --output /no/such/folder", "cannot write --output /no/such/folder: "),
     ("--interactive --system @/no/such/file", "cannot read the system message @/no/such/file: "),
-    ("--prompt x --profile /no/such/file", "cannot write --profile /no/such/file: there is no "),
-    ("--prompt x --profile /", "cannot write --profile /: it is a folder"),
+    ("--prompt x --profile /no/such/file", "cannot read or write /no/such: "),
+    ("--prompt x --profile /", "--profile / is there and no trace"),
+    ("--prompt x --profile {p}", "is there and no trace"),
+    ("--quantize int8 --save /dev/null/q", "cannot write /dev/null/q: "),
+    ("--quantize int8 --save .", "exists already"),
     ("--prompt x --speculate_k 2 --draft_checkpoint_path /no/such/model", "/no/such/model"),
     ("--checkpoint_path /no/such/model", "/no/such/model"),
     ("--quantize int8 --save {p}", "exists already"),

@@ -468,7 +468,7 @@ def test_a_bar_counts_the_layers_of_a_long_prompt(
     monkeypatch.setattr("sys.stderr", err)
 
     def slowly(block: int, x: Shaped, *rest: object) -> tuple:
-        time.sleep(0.2)
+        time.sleep(0.15)
         if rest == ("interrupted",):
             raise KeyboardInterrupt
         return block, x, rest

@@ -1,12 +1,14 @@
 """Tests of cli/: the flags and statistics. None needs a model."""
 import argparse
+import errno
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +20,8 @@ import cli.stats
 import generate
 from batching import Stats
 from checks.common import CPU_ENV, HERE
-from cli.arguments import is_plain, make_parser, number, parse_args, setting
-from cli.stats import PROFILED, copy_bandwidth, profile, say_kernels, summarize
+from cli.arguments import is_plain, make_parser, number, parse_args
+from cli.stats import PROFILED, copy_bandwidth, new_trace, profile, say_kernels, summarize
 from formats.default import default_model
 
 CPU = ["--device", "cpu"]
@@ -126,6 +128,24 @@ def test_summary_of_a_compiled_run_of_one_token(
     assert capsys.readouterr().err.splitlines()[0] == start
 
 
+def test_statistics_that_cannot_be_made_are_no_reason_to_fail(
+    engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No memory to measure with, a clock that stands still: the rest is said."""
+
+    def bandwidth(device: torch.device, nbytes: int) -> float:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(cli.stats, "copy_bandwidth", bandwidth)
+    engine.stats = replace(STATS, steps_s=[0.0], wall_s=0.0, first_token_s=[0.0])
+    summary = summarize(engine, measure=True)
+    assert summary["new_tokens"] == 40 and "bandwidth_gb_s" not in summary
+    json.dumps(summary, allow_nan=False)
+    assert "what it took cannot be said: MemoryError: no room\n" in capsys.readouterr().err
+    monkeypatch.setattr(cli.stats, "weight_bytes", bandwidth)
+    assert summarize(engine) is None
+
+
 def test_copy_bandwidth() -> None:
     assert 0 < copy_bandwidth("cpu", 2**16) < math.inf
 
@@ -151,17 +171,18 @@ def test_profile(
     parts = {"q_proj": 20_000_000, "attention": 5_000_000.0, "of all layers: lm_head": 100_000_000}
     monkeypatch.setattr(cli.stats, "bytes_of_parts", lambda engine: parts)
     file = tmp_path / "trace.json"
-    profile(multiplier, str(file))
+    with new_trace(str(file)) as new:
+        profile(multiplier, new)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("a decode step takes 1000 us, the kernels ")
     product = next(line for line in lines if line.endswith("aten::mm"))
     assert "%    1.0 x " in product
     assert lines[-5:] == [
+        "open the trace in chrome://tracing or ui.perfetto.dev",
         "what a layer's parts take at least, at the 10 GB/s that this machine copies at:",
         "    2000.0 us     20.00 MB  q_proj",
         "     500.0 us      5.00 MB  attention",
         "   10000.0 us    100.00 MB  of all layers: lm_head",
-        f"trace written to {file}; open it in chrome://tracing or ui.perfetto.dev",
     ]
     assert json.loads(file.read_text())["traceEvents"]
 
@@ -201,10 +222,45 @@ def test_a_profile_of_a_gpu_counts_each_kernel_once(capsys: pytest.CaptureFixtur
     ]
 
 
-def test_a_profile_that_cannot_be_written(multiplier: SimpleNamespace, tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "no" / "folder.json", tmp_path / "no" / "folder.json.gz"):
-        with pytest.raises(ValueError, match=f"cannot write --profile {path}: "):
-            profile(multiplier, str(path))
+@pytest.mark.parametrize("theirs", [b"my thesis", b"", b"{}", "a folder", "a pipe", "a link to it"])
+def test_a_profile_takes_no_place_but_a_trace_s(theirs: bytes | str, tmp_path: Path) -> None:
+    """Said before anything is loaded; what is there stays."""
+    path = tmp_path / "trace.json"
+    if theirs == "a folder":
+        path.mkdir()
+    elif theirs == "a pipe":
+        os.mkfifo(path)
+    elif theirs == "a link to it":
+        path.symlink_to(tmp_path / "thesis")
+        (tmp_path / "thesis").write_text("mine")
+    else:
+        path.write_bytes(theirs)
+    before = path.lstat()
+    with pytest.raises(ValueError, match=f"--profile {path} is there and no trace; choose another"):
+        with new_trace(str(path)):
+            raise AssertionError("begun")
+    assert path.lstat() == before
+
+
+def test_a_trace_replaces_one_when_it_is_whole(tmp_path: Path) -> None:
+    """A link to it stays; nothing is left of one that could not be written to its end."""
+    old = tmp_path / "old.json"
+    old.write_bytes(b'{"schemaVersion": 1}')
+    link = tmp_path / "link.json"
+    link.symlink_to(old)
+    with pytest.raises(OSError, match="No space left"):
+        with new_trace(str(link)) as new:
+            new.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert old.read_bytes() == b'{"schemaVersion": 1}'
+    with new_trace(str(link)) as new:
+        new.write_bytes(b"new")
+    assert old.read_bytes() == b"new" and link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "old.json"]
+    for path, message in (("/no/such/trace", "No such file"), (tmp_path / ("x" * 300), "too long")):
+        with pytest.raises(OSError, match=message):
+            with new_trace(str(path)):
+                raise AssertionError("begun")
 
 
 # --- the flags ---
@@ -214,7 +270,7 @@ def test_a_profile_that_cannot_be_written(multiplier: SimpleNamespace, tmp_path:
     (number(int, 1, 4), ["1", "4"], ["0", "5"], "{} is not at least 1 and at most 4"),
     (number(float, 0), ["0", "inf", "1e9"], ["-0.1", "nan"], "{} is not at least 0"),
     (number(float, 0, 1), ["0", "1"], ["-1", "1.1"], "{} is not at least 0 and at most 1"),
-    (setting("top_p"), ["1e-9", "1"], ["0", "-1"], "{} is not above 0 and at most 1"),
+    (number("top_p"), ["1e-9", "1"], ["0", "-1"], "{} is not above 0 and at most 1"),
 ])
 def test_number(
     parse: Callable[[str], float], good: list[str], bad: list[str], message: str
@@ -294,7 +350,7 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--output", "x"], OUTPUT),
     (["--output", "x", "--prompt", "x"], OUTPUT),
     (["--output", "x", "--interactive"], OUTPUT),
-    (["--output", "x", "--prompts", "x", "--profile", "x"], OUTPUT),
+    (["--output", "x", "--prompts", "y", "--profile", "x"], OUTPUT),
     (["--stop", ""], "argument --stop: an empty text would end every answer at once"),
     (["--system", "x"], "--system goes with --interactive or --chat"),
     (["--threads", "0"], "argument --threads: 0 is not at least 1 and at most 1024"),

@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import model as loading
 from checks.common import CONFIG, CPU_ENV, HERE, run_cli
 from generate import Tokenizer, generate
 from model import Transformer
@@ -175,7 +176,11 @@ def shape(tmp_path: Path) -> Path:
     return path
 
 
-def test_benchmark(cli: Callable[..., Run], shape: Path) -> None:
+def test_benchmark(
+    cli: Callable[..., Run], shape: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling, which takes long and has tests of its own, leaves the steps as they are here."""
+    monkeypatch.setattr("generate.compile_model", lambda *args, **options: None)
     options = "--benchmark --prompt 20 --max_new_tokens 5 --json --compile".split()
     code, out, _ = cli("--checkpoint_path", shape, *options)
     result = json.loads(out.splitlines()[-1])
@@ -209,10 +214,11 @@ def run_copy(program: Path, *words: object) -> Run:
 
 @pytest.mark.parametrize("folder", ["batching", "formats", "parallel"])
 def test_a_copy_without_a_folder_says_so_where_it_is_needed(
-    folder: str, tiny: Path, tmp_path: Path
+    folder: str, cli: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = copy_without([folder], tmp_path)
-    code, out, err = run_copy(program, "--checkpoint_path", tiny, "--prompts", "-")
+    copied = copy_without([folder], tmp_path).parent
+    monkeypatch.setattr(loading, "__file__", str(copied / "model.py"))  # beside which folders are
+    code, out, err = cli("--prompts", "-")
     sentence = f"this copy of gpt-flash has no folder {folder}, which this needs"
     assert (code, out, err) == (2, "", f"generate.py: error: {sentence}\n")
 
@@ -226,7 +232,7 @@ def test_one_prompt_needs_neither_batching_nor_parallel(
 
 
 @pytest.mark.parametrize("command", [
-    [sys.executable, "-P"], [sys.executable, "-I"],
+    [sys.executable, "-I"],  # which -P is a part of
     ["bash", "-c", 'exec "$0" "$@" 2>&-', sys.executable],  # stderr is closed
 ])
 def test_unusual_starts(command: list[str], checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Tests of quantize.py: layers, saved models, the int8 cache, quality, the flags that save."""
 import copy
+import io
 import json
 import math
+import os
 import subprocess
 import sys
 import weakref
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +23,13 @@ import quantize
 from benchmarks.quality import perplexity
 from checks.common import CPU_ENV, HERE, hf_folder, run_cli
 from cli.stats import weight_bytes
+from formats import save_tokenizer
 from formats.default import default_model
 from generate import Tokenizer, load_tokenizer
 from model import KVCache, Transformer, load_model
 from products.linear import int4_linear
 from quantize import (
-    Int4Linear, Int8Linear, Linear, QuantizedLinear, quantize_linear, quantize_model,
+    Int4Linear, Int8Linear, Linear, QuantizedLinear, new_folder, quantize_linear, quantize_model,
     save_quantized,
 )
 
@@ -358,9 +363,48 @@ def test_save_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="m exists already; remove it or choose another folder$"):
         save_quantized(model, source)
     assert sorted(source.iterdir()) == before
-    (tmp_path / "empty").mkdir()
-    save_quantized(model, tmp_path / "empty")
-    assert (tmp_path / "empty/config.json").exists()
+
+
+@pytest.mark.parametrize("place", ["empty", "link", "link to nothing", "new/and/new"])
+def test_a_folder_appears_where_none_or_an_empty_one_is(place: str, tmp_path: Path) -> None:
+    """A link to it stays a link."""
+    there = tmp_path / place
+    if place == "empty":
+        there.mkdir()
+    elif place.startswith("link"):
+        there.symlink_to(tmp_path / "target")
+        if place == "link":
+            (tmp_path / "target").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        with new_folder(there) as new:
+            (new / "half").touch()
+            raise KeyboardInterrupt
+    assert not any(tmp_path.rglob("*half")) and not (tmp_path / "new").exists()
+    with new_folder(there) as new:
+        (new / "whole").touch()
+    assert [path.name for path in there.iterdir()] == ["whole"]
+    assert there.is_symlink() == place.startswith("link")
+    assert not list(tmp_path.glob(".gpt-flash-*"))
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loop = tmp_path / "inside" / "loop"
+    for place, message in [
+        (".", "is in use; choose a new folder inside"), ("", "is in use"), ("/", "exists already"),
+        ("/dev/null", "exists already"), ("/dev/null/x", "Not a directory"),
+        ("x" * 300, "File name too long"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            with new_folder(place):
+                raise AssertionError("begun")
+    loop.parent.mkdir()
+    loop.symlink_to(loop)
+    with pytest.raises(ValueError, match="exists already"):
+        with new_folder(loop):
+            raise AssertionError("begun")
 
 
 @pytest.fixture(scope="module")
@@ -508,34 +552,28 @@ def test_weights_keep_the_quality_of_a_real_model(
 # --- the command line ---
 
 @pytest.fixture(scope="module")
-def smollm_int8(
-    tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess]:
-    """The default model as --save writes it in int8, and how that run went."""
+def smollm_int8(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The default model as --save writes it in int8, and what that said on stdout and stderr."""
     folder = tmp_path_factory.mktemp("save") / "smol-int8"
-    command = [sys.executable, HERE / "generate.py", "--quantize", "int8", "--save", folder,
-               "--dtype", "float32"]
-    done = subprocess.run(command, env=CPU_ENV, capture_output=True, text=True)
-    return folder, done
+    words = ["--device", "cpu", "--quantize", "int8", "--save", str(folder), "--dtype", "float32"]
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        generate.main(words)
+    return folder, out.getvalue(), err.getvalue()
 
 
-def test_saving_says_what_became_smaller(
-    smollm_int8: tuple[Path, subprocess.CompletedProcess]
-) -> None:
-    folder, done = smollm_int8
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+def test_saving_says_what_became_smaller(smollm_int8: tuple[Path, str, str]) -> None:
+    folder, out, err = smollm_int8
+    assert out == ""
     sizes = "121 layers, 537.9 MB in float32, are now 134.9 MB; largest relative error"
-    assert f"{folder}: {sizes}" in done.stderr
+    assert f"{folder}: {sizes}" in err
 
 
 def test_generate_opens_what_it_has_saved(
-    smollm: tuple[Transformer, Tokenizer],
-    smollm_int8: tuple[Path, subprocess.CompletedProcess],
+    smollm: tuple[Transformer, Tokenizer], smollm_int8: tuple[Path, str, str],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     _, before = smollm
-    folder, _ = smollm_int8
+    folder, _, _ = smollm_int8
     after = load_tokenizer(folder)
     text = "Naïve café 12345 <|im_end|> \n\n\tprint('hi')  日本"
     ids = before.encode(text)
@@ -566,6 +604,43 @@ def test_saving_into_a_folder_that_exists_is_refused(
     assert err.endswith("m exists already; remove it or choose another folder\n")
     assert err.count("\n") == 1
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_disk_without_room_is_refused_before_the_work(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.program.load_model", None)  # which is not reached
+    monkeypatch.setattr("cli.program.shutil.disk_usage", lambda folder: SimpleNamespace(free=9999))
+    source = hf_folder(tmp_path / "m")
+    words = ["--checkpoint_path", source, "--quantize", "int8", "--save", tmp_path / "q"]
+    code, _, err = run_cli(capfd, "--device", "cpu", *words)
+    assert code == 2 and "q takes at least 0.1 MB, which its disk lacks\n" in err
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_what_lies_outside_is_not_copied_with_a_tokenizer(tmp_path: Path) -> None:
+    """Nor what only has such a name; in the hub's cache all files are links to a folder beside."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.txt").symlink_to(tmp_path / "secret")
+    (folder / "tokenizer.old").mkdir()
+    (tmp_path / "copy").mkdir()
+    save_tokenizer(folder, tmp_path / "copy")
+    assert os.listdir(tmp_path / "copy") == ["tokenizer.json"]
+    for make in (lambda file: file.symlink_to(tmp_path / "secret"), os.mkfifo, os.mkdir):
+        file = folder / "chat_template.jinja"
+        make(file)
+        with pytest.raises(ValueError, match="cannot copy .*jinja: it is no plain file of its"):
+            save_tokenizer(folder, tmp_path / "copy")
+        file.rmdir() if file.is_dir() else file.unlink()
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blob").write_text("{}")
+    (snapshot / "tokenizer_config.json").symlink_to("../../blob")
+    save_tokenizer(snapshot, tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer_config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -1,4 +1,5 @@
-"""Minutes of random trouble: requests and cancels, corrupted files, kills, full disks.
+"""Minutes of random trouble: requests and cancels, corrupted files, kills, full disks, and files of
+the user where others are to go.
 
     python checks/soak.py --minutes 10
 
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -63,6 +65,7 @@ class Soak:
             "requests": self.requests,
             "kills": self.kill,
             "full disk": self.full_disk,
+            "in the way": self.in_the_way,
         }
         self.kinds |= {"hostile gguf": self.hostile_gguf, "hostile json": self.hostile_json}
         for name in self.checkpoints:
@@ -184,6 +187,35 @@ class Soak:
             found = problem_of(code, err, {0}) or self.leftovers()
         return found
 
+    def in_the_way(self) -> str | None:
+        """Something of the user's lies where a file or folder is to go: it stays as it is wherever
+        a run is refused, and a link stays a link."""
+        target, theirs = self.folder / "written", self.folder / "theirs"
+        self.draw.choice([
+            lambda: target.write_text('{"index": 0, "sample": 0, "text": "theirs"}'),
+            lambda: target.write_text('{"index": 0, "sample": 0, "te'),
+            target.touch, target.mkdir, partial(os.mkfifo, target),
+            partial(target.symlink_to, theirs),
+            lambda: (theirs.write_text("theirs"), target.symlink_to(theirs)),
+            lambda: (theirs.mkdir(), target.symlink_to(theirs)),
+            lambda: (target.mkdir(), (target / "theirs").touch()),
+        ])()
+        before = [snapshot(target), snapshot(theirs)]
+        flags = ["--checkpoint_path", self.checkpoints["safetensors"], "--device", "cpu"]
+        flags += self.draw.choice([
+            ["--prompts", self.prompts(), "--output", target],
+            ["--prompts", self.prompts(), "--output", target, "--max_seq_len", 10**6],
+            ["--prompts", target, "--output", target], ["--prompt", 5, "--profile", target],
+            ["--quantize", "int8", "--save", self.draw.choice([target, target / "x"])],
+        ])
+        code, err = self.run(flags)
+        found = problem_of(code, err, {0, 2}) or self.leftovers()
+        if found is None and code == 2 and [snapshot(target), snapshot(theirs)] != before:
+            found = f"changed what was there: {before}"
+        if found is None and (before[0][0] == "link") != target.is_symlink():
+            found = "a link has gone"
+        return found
+
     def prompts(self) -> Path:
         file = self.folder / "prompts.txt"
         file.write_text("one\ntwo words\nthree\n" * 4)
@@ -224,8 +256,10 @@ class Soak:
 
     def case(self, kind: str) -> str | None:
         """One case of a kind -> what is wrong."""
-        shutil.rmtree(self.folder / "written", ignore_errors=True)
-        (self.folder / "written").unlink(missing_ok=True)
+        for name in ("written", "theirs"):
+            if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
+                shutil.rmtree(self.folder / name)
+            (self.folder / name).unlink(missing_ok=True)
         if kind.startswith("corrupted "):
             return self.corrupt(kind.removeprefix("corrupted "))
         return self.kinds[kind]()
@@ -238,7 +272,7 @@ def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) 
         for number, path in ((1, out), (2, log)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+        sys.stderr = open(2, "w", 1, encoding="utf-8", errors="replace", closefd=False)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         if most_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error and not a signal
@@ -254,6 +288,15 @@ def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) 
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def snapshot(path: Path) -> tuple[str, object]:
+    """What is at a path: its kind, and what it holds."""
+    if path.is_symlink():
+        return "link", os.readlink(path)
+    if path.is_dir():
+        return "folder", sorted(os.listdir(path))
+    return ("file", path.read_bytes()) if path.is_file() else ("other", path.exists())
 
 
 def problem_of(code: int | None, err: str, allowed: set[int]) -> str | None:

@@ -414,7 +414,7 @@ def test_flags(
 
     code, out, _ = run_cli(capfd, *speculate, *"--benchmark --max_new_tokens 9 --json".split())
     found = json.loads(out)["speculation"]
-    assert code == 0 and found["checking_steps"] == 2 and found["times_plain"] > 0
+    assert code == 0 and found["checking_steps"] == 2
 
 
 @pytest.mark.parametrize("arguments, message", [

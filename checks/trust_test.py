@@ -32,7 +32,7 @@ from formats.default import default_model
 from formats.settings import check_settings
 from generate import Request, generate, load_tokenizer
 from model import Transformer, load_model, require_memory
-from quantize import HARMLESS, quantize_model, save_quantized, workspace
+from quantize import HARMLESS, quantize_model, save_quantized, workspace, write_quantized
 
 PROMPT = list(range(10, 30))
 Outcome = tuple[int, bytes, str]  # exit code, stdout, stderr
@@ -643,19 +643,20 @@ def until(found: Callable[[], object]) -> None:
 def test_a_signal_while_saving_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
 ) -> None:
-    def slowly(*_: object) -> None:
+    def slowly(model: Transformer, new: Path) -> None:
+        write_quantized(model, new)
         time.sleep(60)
 
-    monkeypatch.setattr("cli.program.save_tokenizer", slowly)  # the last of what is written
+    monkeypatch.setattr("cli.program.write_quantized", slowly)
     target = tmp_path / "to" / "saved"
     work = commanded(folder, "--quantize", "int8", "--save", target)
     before = signal.signal(sent, signal.SIG_DFL)  # nohup ignores one, which stays so
     process, _ = in_a_process(work, tmp_path / "out", wait=False)
     signal.signal(sent, before)
-    until(lambda: list(target.parent.glob(".gpt-flash-saved-*/saved/config.json")))
+    until(lambda: list(tmp_path.glob(".gpt-flash-saved-*/saved/config.json")))
     os.kill(process, sent)
     assert exit_code(process) == 128 + sent
-    assert list(target.parent.iterdir()) == []
+    assert not target.parent.exists() and not list(tmp_path.glob(".gpt-flash-*"))
 
 
 def script(path: Path, line: str) -> str:

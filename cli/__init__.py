@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,6 +31,8 @@ def answer(argv: list[str] | None, team: Any) -> None:
     """team: the processes that torchrun has started; None without it."""
     args = parse_args(argv)
     with refusals(args):
+        if sys.stdout is None and args.output is None and args.save is None:
+            raise ValueError("standard output is closed: there is no place for an answer")
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         show_loading()

@@ -3,7 +3,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,26 +13,20 @@ from model import first_line
 from quantize import MODES
 
 
-def number(
-    kind: type, low: float, high: float = float("inf"), above: bool = False
-) -> Callable[[str], int | float]:
-    """An argparse type: a number in a Range of generate.py."""
+def number(*limits: Any) -> Callable[[str], int | float]:
+    """An argparse type: a number in a Range of generate.py, or of RANGES by its name."""
+    allowed = RANGES.get(limits[0]) or Range(*limits)
 
     def parse(text: str) -> int | float:
-        value = kind(text)
+        value = allowed.kind(text)
         try:
-            return Range(kind, low, high, above).check("", value)
+            return allowed.check("", value)
         except ValueError as e:
-            problem = str(e).removeprefix(f": {value}")
-            raise argparse.ArgumentTypeError(text + problem) from None
+            raise argparse.ArgumentTypeError(text + str(e).removeprefix(f": {value}")) from None
 
-    parse.__name__ = "whole number" if kind is int else "number"  # by which argparse calls it
+    # by which argparse calls it
+    parse.__name__ = "whole number" if allowed.kind is int else "number"
     return parse
-
-
-def setting(name: str) -> Callable[[str], int | float]:
-    """An argparse type: what a request may have for a setting."""
-    return number(*RANGES[name])
 
 
 def stop_text(text: str) -> str:
@@ -46,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
-    add_flags(parser.add_argument_group("a prompt and its answer").add_argument, setting)
+    add_flags(parser.add_argument_group("a prompt and its answer").add_argument, number)
     add_asking(parser)
     add_running(parser)
     return parser
@@ -137,11 +131,11 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
         help="end an answer in front of this text; may be given several times; default: none")
     add = parser.add_argument_group("more about drawing tokens").add_argument
-    add("--top_p", metavar="P", type=setting("top_p"),
+    add("--top_p", metavar="P", type=number("top_p"),
         help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
-    add("--min_p", metavar="P", type=setting("min_p"),
+    add("--min_p", metavar="P", type=number("min_p"),
         help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
-    add("--seed", metavar="N", type=setting("seed"),
+    add("--seed", metavar="N", type=number("seed"),
         help="of the first answer, the next one has the next; the same seed, the same text; "
         "default: new ones")
 
@@ -198,6 +192,9 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         "--prompt, --prompts and --interactive exclude each other": sources.count(True) > 1,
         "--output goes with --prompts and without --profile":
             args.output is not None and (args.prompts is None or args.profile),
+        "--output goes to another file than --prompts comes from":
+            all(name and os.path.exists(name) for name in (args.output, args.prompts))
+            and os.path.samefile(args.output, args.prompts),
         "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size":
             args.interactive and (args.json or measures or several),
         "--system goes with --interactive or --chat":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from batching import Engine
 from cli.prompts import Job
+from cli.stats import NO_TIME
 from formats.text import TextStream
 from generate import Request, Tokenizer, say
 from parallel import Team
@@ -89,10 +90,11 @@ class InOrder:
         self.held[number] += piece
         if ended:
             self.ended.add(number)
-        print(self.held.pop(self.turn, ""), end="", flush=True)
-        while self.turn in self.ended:
-            self.turn += 1
+        while True:
             print(self.held.pop(self.turn, ""), end="", flush=True)
+            if self.turn not in self.ended:
+                break
+            self.turn += 1
 
 
 def headings(jobs: list[Job]) -> list[str]:
@@ -180,7 +182,7 @@ def answer_left(
         wanted = [jobs[number] for number in left]
         for number, n_new, record in answers_of_all(wanted, engine, tokenizer, team):
             n_tokens += n_new
-            speed = n_tokens / (time.perf_counter() - began)
+            speed = n_tokens / max(time.perf_counter() - began, NO_TIME)
             bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
             bar.update(0)  # draws it anew if that is due
             if record["finish_reason"] is not None:
@@ -220,7 +222,7 @@ def answers_of_all(
 
 
 def is_begun(line: bytes) -> bool:
-    """Whether a line is the beginning of one that Records writes, or could be."""
+    """Whether a part of a line is the beginning of one that Records writes, or could be."""
     seen = re.sub(rb"\d+", b"0", line[:100])
     return any(seen.startswith(start) or start.startswith(seen) for start in RECORD_STARTS)
 
@@ -229,18 +231,20 @@ class Records:
     """A file of answers, one JSON line each, that a run appends to and a later one goes on from.
 
     A line is on the disk before the next one is begun, so that a run may be killed at any moment:
-    what it left behind its last whole line is cut off. The file is locked; as a context it is
-    closed, and removed if this run made it and it is empty. ValueError: it cannot be read or
-    written, or holds anything else.
+    what it left behind its last whole line is cut off before the first answer. The file is locked;
+    as a context it is closed, and removed if this run made it and it is empty. ValueError: it
+    cannot be read or written, holds anything else, or is no longer where it was.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.made = not os.path.lexists(path)
+        self.path = os.path.realpath(path)  # a link stays one
+        self.made = not os.path.exists(self.path)
+        make = os.O_CREAT | os.O_EXCL if self.made else 0
         try:
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | make, 0o666)
         except OSError as e:
             raise ValueError(f"cannot write --output {path}: {e.strerror}") from None
+        self.size = 0  # of the whole lines
         try:
             self.lock()
             self.done = self.read()  # (index, sample) -> digest
@@ -252,11 +256,18 @@ class Records:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with suppress(FileNotFoundError):
-            ours = os.path.samestat(os.fstat(self.file), os.lstat(self.path))
-            if self.made and ours and os.fstat(self.file).st_size == 0:
+        if self.made and os.fstat(self.file).st_size == 0:
+            with suppress(OSError, ValueError):
+                self.check_place()
                 os.unlink(self.path)
         os.close(self.file)
+
+    def check_place(self) -> None:
+        """ValueError if the path leads to another file by now, or to none."""
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self.file), os.stat(self.path)):
+                return
+        raise ValueError(f"--output {self.path} was removed or replaced while this run had it open")
 
     def lock(self) -> None:
         """Keep other runs away until this process ends."""
@@ -268,29 +279,33 @@ class Records:
             raise ValueError(f"another run is writing to --output {self.path}") from None
         except OSError as e:
             raise ValueError(f"cannot lock --output {self.path}: {e.strerror}") from None
+        self.check_place()
 
     def read(self) -> dict[tuple[int, int], str]:
-        """The answers that are there; what was not written to its end is cut off."""
+        """The answers that are there, as far as they were written to the ends of their lines."""
         done = {}
-        size = 0
-        with open(self.path, "rb") as lines:
+        with open(self.file, "rb", closefd=False) as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n") and is_begun(line):
-                    break
+                ended = line.endswith(b"\n")
                 try:
                     record = json.loads(line)
-                    done[int(record["index"]), int(record["sample"])] = str(record["digest"])
-                except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+                    key = int(record["index"]), int(record["sample"])
+                    digest = str(record["digest"])
+                except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as e:
+                    if isinstance(e, json.JSONDecodeError) and is_begun(line) and not ended:
+                        break
                     raise ValueError(
                         f"line {number} of --output {self.path} is no answer of an earlier run; "
                         "choose another file"
                     ) from None
-                size += len(line)
-        os.ftruncate(self.file, size)
+                if ended:
+                    done[key] = digest
+                    self.size += len(line)
         return done
 
     def answers_to(self, jobs: list[Job]) -> set[tuple[int, int]]:
-        """The (index, sample) of those that are there. ValueError: one is no answer to a job."""
+        """The (index, sample) of those that are there; what one lacks of its line's end is cut off.
+        ValueError: one is no answer to a job."""
         asked = {(job.index, job.sample): job.digest for job in jobs}
         wrong = self.done.items() - asked.items()
         if wrong:
@@ -299,10 +314,12 @@ class Records:
                 f"--output {self.path} answers another prompt {index}, or with other settings: "
                 "give the prompts and flags that it was begun with, or choose another file"
             )
+        os.ftruncate(self.file, self.size)
         return set(self.done)
 
     def append(self, record: Record) -> None:
         """Write a record and wait until it is on the disk."""
+        self.check_place()
         line = json.dumps(record).encode() + b"\n"
         try:
             while line:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from batching import Engine
+from cli.files import new_file, read_all
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_text, with_system
+from cli.stats import NO_TIME
 from formats.text import TextStream
 from generate import Tokenizer, generate, say
 from model import first_line
-from quantize import workspace
 
 Message = dict[str, str]  # role and content
 
@@ -133,7 +134,7 @@ class Chat:
             return self.show_reply(ids, 0)
         print(text.push([], final=True), flush=True)
         if answer:
-            total_s = times[-1] - times[0]
+            total_s = max(times[-1] - times[0], NO_TIME)
             self.took = (
                 f"last answer: {len(answer)} tokens in {total_s:.2f} s, "
                 f"{len(answer) / total_s:.1f} tokens/s, the first one after "
@@ -263,7 +264,8 @@ def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is no plain file")
-        messages = json.loads(file.read_text(encoding="utf-8"))
+        with open(file, encoding="utf-8") as text:
+            messages = json.loads(read_all(text))
         check_messages("messages", messages)
         system = None
         if messages[0]["role"] == "system":
@@ -283,9 +285,8 @@ def write_conversation(file: Path, messages: list[Message]) -> None:
     try:
         if file.exists():
             read_conversation(file)
-        with workspace(file.parent, "saving") as folder:
-            (folder / "conversation").write_text(text, encoding="utf-8")
-            os.replace(folder / "conversation", file)
+        with new_file(file) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as e:
         raise ValueError(f"cannot write {file}: {e.strerror}") from None
     except ValueError as e:

@@ -38,6 +38,16 @@ def sentences() -> Iterator[None]:
         fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
 
 
+@contextmanager
+def afterthought() -> Iterator[None]:
+    """Behind an answer nothing fails a run: what goes wrong here is said. A function that this
+    decorates gives None then."""
+    try:
+        yield
+    except Exception as e:
+        say(f"what it took cannot be said: {type(e).__name__}: {first_line(e)}")
+
+
 def fail(message: str) -> NoReturn:
     """Leave with a sentence: one line, with the middle left out where it is long, as a path may be.
     """
@@ -46,13 +56,6 @@ def fail(message: str) -> NoReturn:
         message = f"{message[:300]} ... {message[-250:]}"
     say(f"generate.py: error: {message}")
     sys.exit(2)
-
-
-def cut(message: str) -> str:
-    """A message with the middle left out if it is long, as a path of thousands of characters is."""
-    if len(message) <= 600:
-        return message
-    return f"{message[:300]} ... {message[-250:]}"
 
 
 def discard_output() -> None:

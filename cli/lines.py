@@ -91,7 +91,8 @@ def start_editing() -> Path | None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         file = Path(state) / "gpt-flash" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if file.is_file():
             readline.read_history_file(file)
-        return file
+        if file.is_file() or not file.exists():  # no pipe, at which one waits for ever
+            return file
     return None

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from contextlib import nullcontext
-from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples, title_of,
     with_system,
 )
-from cli.stats import check_writable, profile, say_cuts, summarize
+from cli.stats import new_trace, profile, say_cuts, summarize
 from formats import save_tokenizer
-from formats.checkpoint import resolve
+from formats.checkpoint import open_checkpoint, resolve
 from formats.default import default_model
 from generate import QUESTION, Request, Tokenizer, generate, load_tokenizer, prepare_steps, say
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
-from quantize import QuantizedLinear, refuse_existing, save_quantized
+from quantize import QuantizedLinear, new_folder, write_quantized
 
 
 def run(args: Any, team: Team | None) -> None:
@@ -41,14 +42,16 @@ def run(args: Any, team: Team | None) -> None:
     team.form_groups(args.tp, args.device.type)
     asked = Asked(*team.broadcast(read_asked(args) if team.is_first else None))
     output = nullcontext()
-    if args.output is not None and team.is_first:
+    if args.profile is not None:
+        output = new_trace(args.profile)
+    elif args.output is not None and team.is_first:
         output = Records(args.output)
-    with output as records:
-        answer(args, asked, records, team)
+    with output as file:
+        answer(args, asked, file, team)
 
 
-def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None:
-    """Load, prepare, and answer. records: of --output in the first process."""
+def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
+    """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
     began = time.perf_counter()
     tokenizer, model = load_both(args, team.ranks)
     load_s = time.perf_counter() - began
@@ -65,10 +68,10 @@ def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None
         prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
         settings["max_new_tokens"] = 16  # to warm up
         generate(model, prompts, stats=engine.stats, engine=engine, **settings)
-        profile(engine, args.profile)
+        profile(engine, file)
         summarize(engine)
     elif args.prompts is not None:
-        answer_file(jobs, engine, tokenizer, as_json=args.json, records=records, team=team)
+        answer_file(jobs, engine, tokenizer, as_json=args.json, records=file, team=team)
         if engine.stats.new_tokens:
             summarize(engine)
         if all(job.error for job in jobs):
@@ -80,8 +83,6 @@ def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None
 
 def read_asked(args: Any) -> Asked:
     """What the flags ask about. ValueError: a file of theirs cannot be read, or be written."""
-    if args.profile is not None:
-        check_writable(args.profile)
     if args.draft_checkpoint_path is not None:
         resolve(args.draft_checkpoint_path)
     has_text = args.prompt is not None and not args.prompt.isdecimal()
@@ -92,12 +93,11 @@ def read_asked(args: Any) -> Asked:
     )
 
 
-def load(args: Any, ranks: Ranks) -> Transformer:
-    """The model; args.dtype becomes the one that it has."""
+def load(args: Any, ranks: Ranks, path: str | Path | None, quantize: str) -> Transformer:
+    """A model; args.dtype becomes the one that it has."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load_model(
-        args.checkpoint_path, ranks, device=args.device, dtype=dtype, quantize=args.quantize,
-        group_size=args.group_size,
+        path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
@@ -109,16 +109,10 @@ def load_both(args: Any, ranks: Ranks) -> tuple[Tokenizer | None, Transformer]:
     tokenizer = None
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
-    model = load(args, ranks)
+    model = load(args, ranks, args.checkpoint_path, args.quantize)
     n, context = model.config.vocab_size, model.config.max_seq_len
-    if tokenizer is not None:
-        if tokenizer.vocab_size > n:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {n}"
-            )
-        last = max(tokenizer.eos_ids, default=0)
-        if last >= n:
-            raise ValueError(f"eos_token_id {last} is none of the model's {n} tokens")
+    if tokenizer is not None and tokenizer.vocab_size > n:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {n}")
     if args.max_seq_len is not None and args.max_seq_len > context:
         raise ValueError(
             f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
@@ -137,15 +131,10 @@ def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transfor
                 f"the draft {path} has another tokenizer than the model: its proposals would be "
                 "tokens of other words; give one of the same family"
             )
-    return load_model(
-        path, ranks, device=args.device, dtype=getattr(torch, args.dtype),
-        quantize=args.draft_quantize or "auto",
-    )
+    return load(args, ranks, path, args.draft_quantize or "auto")
 
 
-def wanted(
-    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
-) -> list[Job]:
+def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Job]:
     """The answers that the flags ask for."""
     if args.interactive and tokenizer is not None:
         return []
@@ -156,7 +145,10 @@ def wanted(
         n_samples *= args.batch_size
 
     if args.prompt and args.prompt.isdecimal():
-        prompt = random_prompt(args, room, config)
+        n = min(int(args.prompt), room)  # for which there is no room already
+        generator = torch.Generator().manual_seed(args.seed or 0)
+        prompt = torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+        Request(prompt, 1).budget(config.vocab_size, room)
         if tokenizer is not None and not args.profile:
             say(
                 f"--prompt {args.prompt} is {args.prompt} random tokens, as in gpt-fast; for this "
@@ -198,7 +190,8 @@ def files_of(path: str | None) -> list[Any]:
     """What tells a checkpoint from another one, at the same path too: of each file with weights or
     settings its name, size, time and a hash of its beginning, where headers are."""
     source = default_model() if path is None else resolve(path)
-    kinds = (".safetensors", ".bin", ".gguf", "config.json")  # others come and go, as answers do
+    # others come and go, as answers do
+    kinds = (".safetensors", ".bin", ".gguf", "config.json", "tokenizer.json", "tokenizer.model")
     found = []
     for file in sorted(source.iterdir()) if source.is_dir() else [source]:
         if file.name.endswith(kinds) and file.is_file():
@@ -206,17 +199,6 @@ def files_of(path: str | None) -> list[Any]:
                 digest = sha256(content.read(2**16)).hexdigest()
             found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns, digest])
     return found
-
-
-def random_prompt(args: Any, room: int, config: ModelConfig) -> list[int]:
-    """As many random tokens as --prompt says. ValueError: there is no room for them."""
-    n_tokens = int(args.prompt)
-    if n_tokens >= room:
-        raise ValueError(
-            f"a prompt of {n_tokens} tokens leaves no room for a new one in the context of {room}"
-        )
-    generator = torch.Generator().manual_seed(args.seed or 0)
-    return torch.randint(config.vocab_size, (n_tokens,), generator=generator).tolist()
 
 
 def make_engine(
@@ -238,14 +220,10 @@ def make_engine(
         draft = load_draft(args, tokenizer, team.ranks)
     for each in filter(None, (model, draft)):
         compiled = prepare_steps(each, args.compile, rows, args.compile_prefill)
-    return Engine(
-        model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room
-    )
+    return Engine(model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room)
 
 
-def answer_prompt(
-    engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any
-) -> None:
+def answer_prompt(engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any) -> None:
     """Continue one prompt, once or several times, and say what it took."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         for _ in work_off(jobs[:args.batch_size], engine, tokenizer):
@@ -257,11 +235,7 @@ def answer_prompt(
     reasons = [record["finish_reason"] for record in records]
     if not args.benchmark:
         say_cuts(reasons)
-    elif engine.stats.speculation.checked:
-        middle = len(jobs[0].prompt) + args.max_new_tokens // 2
-        plain_s = plain_steps(engine, min(middle, engine.context - 1), 16)
-        engine.stats.speculation.plain_s = plain_s
-    summary = summarize(engine, args.benchmark)
+    summary = summarize(engine, args.benchmark) or {}
     say_missing_library(engine.model)
     if args.json:
         texts = [record["text"] for record in records if tokenizer]
@@ -269,32 +243,31 @@ def answer_prompt(
         print(json.dumps(result, default=str, allow_nan=False))
 
 
-def plain_steps(engine: Engine, position: int, n: int) -> list[float]:
-    """The seconds of n steps without proposals of rows that stand at a position."""
-    plain = Engine(engine.model, engine.cache, compiled=engine.compiled)
-    plain.kind = engine.kind
-    plain.input_pos.fill_(position)
-    plain.step()  # to compile
-    return plain.timed_steps(n)
+def check_room(args: Any, folder: Path) -> None:
+    """ValueError where the disk has less room than --save takes at least."""
+    weights = open_checkpoint(args.checkpoint_path).empty_model().parameters()
+    needed = sum(w.numel() for w in weights) * (1 if args.quantize == "int8" else 0.5)
+    if shutil.disk_usage(folder).free < needed:
+        raise ValueError(f"{args.save} takes at least {needed / 1e6:.1f} MB, which its disk lacks")
 
 
 def save(args: Any) -> None:
     """--save: quantize while loading, and write a folder that loads like any checkpoint."""
     source = args.checkpoint_path
     args.checkpoint_path = default_model() if source is None else resolve(source)
+    began = time.perf_counter()
     try:
-        refuse_existing(args.save)
-        began = time.perf_counter()
-        model = load(args, ALONE)
-        save_quantized(model, args.save, partial(save_tokenizer, args.checkpoint_path))
+        with new_folder(args.save) as folder:  # what cannot be written shows before the long work
+            save_tokenizer(args.checkpoint_path, folder)
+            check_room(args, folder)
+            model = load(args, ALONE, args.checkpoint_path, args.quantize)
+            write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    n_weights = sum(layer.out_features * layer.in_features for layer in layers)
-    before = n_weights * model.dtype.itemsize
+    before = sum(layer.out_features * layer.in_features for layer in layers) * model.dtype.itemsize
     after = sum(x.nbytes for layer in layers for x in layer.stored().values())
-    worst = max(layer.error for layer in layers)
-    loss = f"largest relative error of a layer {worst:.2%}"
+    loss = f"largest relative error of a layer {max(layer.error for layer in layers):.2%}"
     if args.quantize == "auto":
         loss = "the file's own integers"
     say(

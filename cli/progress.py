@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 import quantize
+from cli.errors import afterthought
 from generate import Decoder, say
 from model import Transformer
 
@@ -54,6 +55,7 @@ def show_loading() -> None:
     quantize.progress = partial(tqdm, unit=" layers", disable=None, leave=False)
 
 
+@afterthought()
 def say_missing_library(model: Transformer) -> None:
     if getattr(model.decode_block, "missing", False):
         say("--compile makes a library, in some 15 seconds, by which all later runs decode faster")

@@ -3,11 +3,12 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from cli.files import read_all
 from generate import RANGES, Tokenizer
 
 # what a line may set for itself
@@ -56,11 +57,12 @@ def read_text(source: str, what: str = "the prompt") -> str:
     text = source
     try:
         if is_prompt and source == "-":
-            text = standard_input().read()
+            text = read_all(standard_input())
         elif source.startswith("@@"):
             text = source[1:]
         elif source.startswith("@"):
-            text = Path(source[1:]).read_text(encoding="utf-8")
+            with open(source[1:], encoding="utf-8") as file:
+                text = read_all(file)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {what} {source}: {e}") from None
     check_text("--prompt" if is_prompt else what, text)
@@ -86,7 +88,8 @@ def read_lines(path: str) -> list[Line]:
     """The lines of a file, - for standard input, that are not blank: JSON if its name ends in
     .jsonl or the first one begins with a brace. ValueError: there is none, or it cannot be read."""
     try:
-        content = standard_input().buffer.read() if path == "-" else Path(path).read_bytes()
+        with nullcontext(standard_input().buffer) if path == "-" else open(path, "rb") as file:
+            content = read_all(file)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read --prompts {path}: {e}") from None
     content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark

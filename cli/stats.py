@@ -4,7 +4,10 @@ from __future__ import annotations
 import os
 import resource
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +16,10 @@ import torch.nn as nn
 from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
 
+from cli.errors import afterthought
+from cli.files import new_file
 from generate import Decoder, say
-from model import MAX_DECODE_TOKENS, KVCache, Transformer, first_line
+from model import MAX_DECODE_TOKENS, KVCache, Transformer
 
 if TYPE_CHECKING:
     from batching import Engine
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 # why an answer ends though its model would go on -> what is said of it
 CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
 PROFILED = 16  # decode steps in a trace
+NO_TIME = 1e-9  # seconds that stand for none, where a clock has not moved
 
 
 def weight_bytes(model: Transformer, rows: int = 1) -> int:
@@ -49,6 +55,7 @@ def bytes_read(cache: KVCache, length: float) -> float:
     return nbytes
 
 
+@afterthought()
 def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
     """Say what a run took -> the same as a dict of plain numbers, which --json prints. measure:
     also beside how fast this machine copies, which takes half a second and memory of its own."""
@@ -59,7 +66,7 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
             stats, steps_s=stats.first_token_s, decode_tokens=n_requests, row_steps=n_requests,
             useful_row_steps=n_requests,
         )
-    steps = sorted(stats.steps_s)
+    steps = sorted(max(seconds, NO_TIME) for seconds in stats.steps_s)
     tenth = len(steps) // 10
     # a step reads all weights, a draft's once for each proposal, and the tokens cached
     model, *drafts = engine.models()
@@ -79,7 +86,7 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
         "ms_per_step_p90": 1e3 * steps[-1 - tenth],
         "tokens_per_s": stats.decode_tokens / sum(steps),
         "wall_s": stats.wall_s,
-        "wall_tokens_per_s": stats.new_tokens / stats.wall_s,
+        "wall_tokens_per_s": stats.new_tokens / max(stats.wall_s, NO_TIME),
         "useful_row_steps": stats.useful_row_steps / stats.row_steps,
         "bytes_per_step": round(read),
         "kv_cache_bytes": engine.cache.nbytes,
@@ -87,7 +94,7 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
     say_summary(summary)
     summary["peak_memory_gb"] = say_memory(engine)
     if measure:
-        summary |= say_bandwidth(read, statistics.median(steps), engine.device)
+        summary |= say_bandwidth(read, statistics.median(steps), engine.device) or {}
     if stats.speculation.checked:
         summary["speculation"] = say_speculation(stats.speculation)
     return summary
@@ -109,6 +116,7 @@ def say_summary(summary: dict[str, float]) -> None:
     )
 
 
+@afterthought()
 def say_memory(decoder: Decoder) -> float:
     """-> the most memory that was in use, GB."""
     if decoder.device.type == "cuda":
@@ -127,6 +135,7 @@ def say_cuts(reasons: list[str]) -> None:
             say(f"{n} of {len(reasons)} answers cut {where}")
 
 
+@afterthought()
 def say_bandwidth(read: float, step_s: float, device: torch.device) -> dict[str, float]:
     """How much of the speed at which a device copies a step makes, that reads so many bytes."""
     bandwidth = copy_bandwidth(device, 2**30 if device.type == "cuda" else 2**27)
@@ -156,7 +165,7 @@ def say_speculation(found: Any) -> dict[str, float | list[float]]:
     if found.plain_s:
         plain_s = statistics.median(found.plain_s)
         summary["ms_per_plain_step"] = 1e3 * plain_s
-        summary["times_plain"] = tokens * plain_s / checking_s
+        summary["times_plain"] = tokens * plain_s / max(checking_s, NO_TIME)
         text += (
             f", {summary['times_plain']:.2f}x the tokens/s of plain ones of {1e3 * plain_s:.2f} ms"
         )
@@ -176,26 +185,25 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     return 2 * nbytes / measured.median
 
 
-def profile(engine: Engine, path: str) -> None:
-    """Trace warm decode steps, write a Chrome trace, and say what a step consists of and must take.
-    ValueError: the trace cannot be written."""
+def profile(engine: Engine, file: Path) -> None:
+    """Trace warm decode steps, say what a step consists of and must take, and write a Chrome trace.
+    OSError: it cannot be written."""
     with torch.profiler.profile() as trace:
         seconds = engine.timed_steps(PROFILED)
-    try:
-        open(path, "ab").close()  # PyTorch only logs where it cannot write
-        trace.export_chrome_trace(path)
-    except (OSError, RuntimeError) as e:
-        raise ValueError(f"cannot write --profile {path}: {first_line(e)}") from None
     say_kernels(trace, 1e6 * sum(seconds) / PROFILED, len(engine.model.layers), engine.device)
-    bandwidth = copy_bandwidth(engine.device, 2**28)
-    say(
-        "what a layer's parts take at least, at the "
-        f"{bandwidth / 1e9:.0f} GB/s that this machine copies at:"
-    )
-    for name, nbytes in bytes_of_parts(engine).items():
-        least_us = nbytes / bandwidth * 1e6
-        say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
-    say(f"trace written to {path}; open it in chrome://tracing or ui.perfetto.dev")
+    trace.export_chrome_trace(str(file))
+    if file.suffix != ".gz" and b'"traceName"' not in file.read_bytes()[-9999:]:
+        raise OSError(ENOSPC, os.strerror(ENOSPC), str(file))  # of which PyTorch says nothing
+    say("open the trace in chrome://tracing or ui.perfetto.dev")
+    with afterthought():
+        bandwidth = copy_bandwidth(engine.device, 2**28)
+        say(
+            "what a layer's parts take at least, at the "
+            f"{bandwidth / 1e9:.0f} GB/s that this machine copies at:"
+        )
+        for name, nbytes in bytes_of_parts(engine).items():
+            least_us = nbytes / bandwidth * 1e6
+            say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
 
 
 def bytes_of_parts(engine: Engine) -> dict[str, float]:
@@ -213,19 +221,16 @@ def bytes_of_parts(engine: Engine) -> dict[str, float]:
     return parts
 
 
-def check_writable(path: str) -> None:
-    """ValueError where a trace could not be written, said before a model is loaded for it."""
-    file = Path(path)
-    place = file if file.exists() else file.parent
-    if file.is_dir():
-        problem = "it is a folder"
-    elif not place.exists():
-        problem = f"there is no folder {place}"
-    elif not os.access(place, os.W_OK):
-        problem = f"{place} may not be written"
-    else:
-        return
-    raise ValueError(f"cannot write --profile {path}: {problem}")
+@contextmanager
+def new_trace(path: str) -> Iterator[Path]:
+    """A path for a trace that appears at another one in the end. At once, ValueError where anything
+    else is there; OSError where nothing can be written."""
+    if os.path.exists(path):
+        start = Path(path).open("rb").read(100) if os.path.isfile(path) else b""
+        if b'"schemaVersion"' not in start:
+            raise ValueError(f"--profile {path} is there and no trace; choose another name")
+    with new_file(path) as new:
+        yield new
 
 
 def say_kernels(

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -298,12 +299,20 @@ def sentencepiece_bpe(
 # --- writing ---
 
 def save_tokenizer(source: Path, folder: Path) -> None:
-    """Put the tokenizer of a checkpoint into a folder, as files of Hugging Face's form."""
+    """Put the tokenizer of a checkpoint into a folder, as files of Hugging Face's form. ValueError
+    for a file that is none, or a link that leads out of the checkpoint."""
     if source.is_dir():
-        for name in ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json",
+        home = source.resolve()
+        if home.parent.name == "snapshots":  # of the hub's cache, where files are links
+            home = home.parents[1]
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                     "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
                      "generation_config.json"):
-            for file in source.glob(name):
-                shutil.copy(plain_file(file), folder)
+            file = source / name
+            if file.is_file() and file.resolve().is_relative_to(home):
+                shutil.copy(file, folder)
+            elif os.path.lexists(file):  # a copy would give away what is elsewhere
+                raise ValueError(f"cannot copy {file}: it is no plain file of its folder")
         return
     tokenizer = load_tokenizer(source)
     backend = tokenizer.backend

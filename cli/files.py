@@ -1,0 +1,33 @@
+"""Files of the user: read up to some length, and written whole or not at all."""
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, AnyStr
+
+from quantize import workspace
+
+LONGEST = 2**28  # bytes or characters of a file that is read
+
+
+def read_all(file: IO[AnyStr]) -> AnyStr:
+    """What a file holds, or sends as a pipe does. ValueError: it has no end that is near."""
+    content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
+        raise ValueError(f"it has more than {LONGEST // 2**20} MiB")
+    return content
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """A file's path to write to, which takes the place of `path` at the end, with its mode, but not
+    by an exception."""
+    file = Path(os.path.realpath(path))  # a link to it stays
+    with workspace(file.parent, "writing") as folder:
+        new = folder / file.name
+        new.touch()  # now, lest its name cannot be
+        yield new
+        if file.exists():
+            shutil.copymode(file, new)
+        new.replace(file)
