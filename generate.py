@@ -29,6 +29,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -541,11 +542,9 @@ def compile_model(model: Transformer, prefill: bool = False, keep: bool = False)
     Hooks are compiled in: after adding one, call this again, and make decoders anew."""
     options = {}
     if model.device.type == "cuda":
-        options["coordinate_descent_tuning"] = True
-        # what makes q, k and v of their product is one launch and not up to three
-        options["combo_kernels"] = True
-        options["combo_kernels_pointwise_only"] = True
-        options |= model.compile_options
+        # the last two make q, k and v of their product in one launch and not up to three
+        wanted = "coordinate_descent_tuning", "combo_kernels", "combo_kernels_pointwise_only"
+        options = dict.fromkeys(wanted, True) | model.compile_options
         model.decode_head = compiled_whole(run_head, options=options)
     else:
         torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols
@@ -565,9 +564,12 @@ def use_libraries(model: Transformer, build: bool) -> None:
 
 def compiled_whole(function: Callable, **settings: Any) -> Callable:
     """In one graph, but for every window and every shape of cache that it meets, of any model:
-    hence a limit of its own."""
-    defaults = dict(dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64)
-    return torch.compile(function, **(defaults | settings))
+    hence a limit of its own, or before torch 2.13 a higher one for all functions."""
+    limits = dict(isolate_recompiles=True, recompile_limit=64)
+    if not limits.keys() <= signature(torch.compile).parameters.keys():
+        limits = {}
+        torch._dynamo.config.recompile_limit = 256
+    return torch.compile(function, **(dict(dynamic=False, fullgraph=True) | limits | settings))
 
 # --- sampling ---
 
@@ -827,9 +829,7 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     """Answer one prompt. ready: called before it begins."""
     began = time.perf_counter()
     tokenizer = load_tokenizer(args.checkpoint_path)
-    model = load_model(
-        args.checkpoint_path, device=args.device, quantize=args.quantize or "auto"
-    )
+    model = load_model(args.checkpoint_path, device=args.device, quantize=args.quantize or "auto")
     n, known = tokenizer.vocab_size, model.config.vocab_size
     if n > known:
         raise ValueError(f"the tokenizer has {n} tokens but the model only {known}")
