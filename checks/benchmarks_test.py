@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType
+from torch import Tensor
+from torch._dynamo.utils import counters
 
+from benchmarks import attention
 from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
 from formats import save_tokenizer
@@ -157,6 +161,35 @@ def test_benchmark_runs(tmp_path: Path) -> None:
             assert row["us"] > 0
         if row["us"] is None:
             assert row["why"]
+
+
+def test_compiled_peers_stay_compiled(dynamo: None, no_inductor: None) -> None:
+    """However many shapes there are: behind dynamo's limit of eight they would run eagerly."""
+    kernel = attention.compiled(attention.sdpa_math)
+    for n in range(1, 13):
+        case = attention.Case("", 8, 2, 64, [16 * n], 16 * n, torch.bfloat16)
+        kernel(attention.make_inputs(case))
+        assert counters["stats"]["unique_graphs"] == n
+
+
+def test_rows_are_written_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A run that ends in the middle leaves what it measured."""
+    def fail_behind_one(x: attention.Inputs) -> Tensor:
+        if x.common_len is None:
+            return attention.ours(x)
+        raise RuntimeError("a fault of the device")
+
+    results = tmp_path / "results.json"
+    flags = ["--only", "ragged", "int8", "--rounds", "1", "--json", str(results)]
+    monkeypatch.setattr(sys, "argv", ["attention.py", *flags])
+    monkeypatch.setattr(attention, "contestants", lambda: {"ours": fail_behind_one})
+    monkeypatch.setattr(attention, "copy_bandwidth", lambda *_: 1e10)
+    with pytest.raises(RuntimeError, match="a fault"):
+        attention.main()
+    [row] = json.loads(results.read_text())["rows"]
+    assert row["group"] == "ragged" and row["us"] > 0
 
 
 PLOT_WITHOUT_MATPLOTLIB = """
