@@ -994,8 +994,8 @@ def load_model(
 
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
-    groups are joined in 8 bits; "none": dequantized. dtype None: float32 where the integers of a
-    file stay, else bfloat16. ValueError says what is wrong."""
+    groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
+    the integers of a file stay. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
     return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
@@ -1029,7 +1029,7 @@ def fill_model(
     dtype: torch.dtype | None, quantize: str | None, group_size: int,
 ) -> Transformer:
     """Read a model on meta onto a device, layer by layer, and quantize what is to be."""
-    model.to(dtype or checkpoint.default_dtype(quantize)).eval()
+    model.to(dtype or checkpoint.default_dtype(quantize, torch.device(device))).eval()
     fill_layers = checkpoint.put_layers(model, quantize, device)
     stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
@@ -1121,7 +1121,7 @@ class Checkpoint:
         with torch.device("meta"):
             return FAMILIES[config.family].model(config)
 
-    def default_dtype(self, quantize: str | None) -> torch.dtype:
+    def default_dtype(self, quantize: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16
 
     def put_layers(

@@ -159,8 +159,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--max_seq_len", metavar="N", type=number(int, 1),
         help="room in the KV cache, from 1; default: prompt and answer")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
-        help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
-        "where the integers of a GGUF file are kept")
+        help="of activations, and of weights that are not quantized; default: bfloat16, on a CPU "
+        "float32 where the integers of a GGUF file are kept")
     add("--kv_dtype", choices=["auto", "int8"], default="auto",
         help="of the KV cache; auto, the default: --dtype")
     add("--attention", choices=["auto", "flash", "math"], default="auto",
