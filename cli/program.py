@@ -24,7 +24,9 @@ from cli.stats import check_writable, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import resolve
 from formats.default import default_model
-from generate import QUESTION, Request, Tokenizer, generate, load_tokenizer, prepare_steps, say
+from generate import (
+    QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
+)
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model, n_processes
 from quantize import QuantizedLinear, refuse_existing, save_quantized
@@ -35,13 +37,11 @@ def run(args: Any) -> None:
     if n_processes() > 1 and (args.save is not None or args.profile is not None):
         raise ValueError("--save and --profile take one process: run them without torchrun")
     if args.save is not None:
-        save(args)
-        return
+        return save(args)
     with Team(args.tp, args.device.type) as team:
         asked = team.broadcast(read_asked(args) if team.is_first else None)
-        output = nullcontext()
-        if args.output is not None and team.is_first:
-            output = Records(args.output)
+        writes = args.output is not None and team.is_first
+        output = Records(args.output) if writes else nullcontext()
         with output as records:
             answer(args, asked, records, team)
 
@@ -71,8 +71,7 @@ def answer(args: Any, asked: Asked, records: Records | None, team: Team) -> None
         if engine.stats.new_tokens:
             summarize(engine)
         if all(job.error for job in jobs):
-            n = len(jobs)
-            raise ValueError(f"none of the {n} prompts of {args.prompts} could be answered")
+            raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
     else:
         answer_prompt(engine, tokenizer, jobs, args)
 
@@ -231,15 +230,15 @@ def make_engine(
         rows = min(rows, math.ceil(len(jobs) / team.n_groups))
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
     # steps that check proposals write as far behind the last token
-    model.setup_caches(rows, room + args.speculate_k, kv_dtype, args.attention)
+    size = room + args.speculate_k
+    size = few_sizes(size) if args.compile and args.max_seq_len is None else size
+    model.setup_caches(rows, size, kv_dtype, args.attention)
     draft = None
     if args.draft_checkpoint_path is not None:
         draft = load_draft(args, tokenizer, team.ranks)
     for each in filter(None, (model, draft)):
         compiled = prepare_steps(each, args.compile, rows, args.compile_prefill)
-    return Engine(
-        model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room
-    )
+    return Engine(model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room)
 
 
 def answer_prompt(
