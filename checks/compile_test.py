@@ -80,10 +80,10 @@ def test_many_cache_sizes_where_functions_share_a_limit(
         return compiled(model, fullgraph=fullgraph, dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", of_2_11)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model = loaded(checkpoint, "mistral")
     eager = generate(model, PROMPTS[:1], 4)
-    compile_model(model)
-    for size in range(10):
-        model.setup_caches(1, 16 + 8 * size)
-        assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_model(model)
+        for size in range(10):
+            model.setup_caches(1, 16 + 8 * size)
+            assert generate(model, PROMPTS[:1], 4, compile=True) == eager
