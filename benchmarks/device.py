@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ class Job:
     @property
     def bandwidth(self) -> float:
         """Bytes a second of a large copy."""
-        return next(line["copy_gb_s"] * 1e9 for line in self.lines("machine"))
+        return next((x["copy_gb_s"] * 1e9 for x in self.lines("machine") if "copy_gb_s" in x), nan)
 
     @property
     def flash_works(self) -> bool:
@@ -220,8 +221,14 @@ def sanitizer(job: Job) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = ["compute-sanitizer", sys.executable, __file__, "--out", folder]
         command += ["--only", failed[0]]
-        done = subprocess.run(command, capture_output=True, text=True)
-    job.emit(name=failed[0], says=(done.stdout + done.stderr)[-3000:])
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            says, _ = process.communicate(timeout=job.ends - time.monotonic() - 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            says, _ = process.communicate()
+    job.emit(name=failed[0], says=says[-3000:])
 
 
 class Reporter:
@@ -288,6 +295,8 @@ def decode_steps(job: Job) -> None:
             for context in CONTEXTS:
                 if job.has(8):
                     measure(job, [model], batch, context)
+                else:
+                    job.emit(left_out=f"{variant}, batch {batch}, context {context}: no time left")
         del model
         free_memory()
 
@@ -415,7 +424,7 @@ class Part(NamedTuple):
 
 
 PARTS = [
-    Part("machine", 15, machine),
+    Part("machine", 20, machine),
     Part("smoke", 40, smoke),
     Part("sanitizer", 45, sanitizer),  # which has little to do where nothing failed
     Part("cuda_test", 70, partial(tests, file="cuda_test.py", small="greedy and llama")),

@@ -94,9 +94,10 @@ def time_cell(case: Case, cells: dict[Case, Row], reference: dict[Case, Row] | N
     if case not in cells:
         return ""
     ms = cells[case]["ms"]
+    text = f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
     if reference is None or case not in reference:
-        return f"{ms:.1f}"
-    return f"{ms:.1f} ({reference[case]['ms'] / ms:.2f}x)"
+        return text
+    return f"{text} ({reference[case]['ms'] / ms:.2f}x)"
 
 
 def summary_cells(cells: dict[Case, Row], copy_gb_s: float) -> list[str]:
@@ -186,7 +187,8 @@ def checks_table(lines: list[Line]) -> str:
             counts = [str(right[True] or ""), str(right[False] or "")]
             rows.append([line["part"], *counts, f"{line['seconds']:.0f}", line["ended"]])
             failed += [f"- {x['name']}: {x.get('why', '')}" for x in checks if not x["ok"]]
-    return in_columns(rows) + "".join(text.replace("\n", " ") + "\n" for text in failed)
+    texts = [text.replace("\n", " ") for text in failed]
+    return in_columns(rows) + "\n".join(["", *texts, ""] if texts else [])
 
 
 def plain_table(title: str, keys: tuple[str, ...], rows: list[Line]) -> str:
