@@ -40,6 +40,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +90,7 @@ def generate(
     RANGES["seed"].check("seed", 0 if seed is None else seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be a list, each a {IDS_WANTED}, not {prompts!r:.60}")
-    if isinstance(eos_ids, Iterator):
-        eos_ids = frozenset(eos_ids)
+    eos_ids = frozenset(eos_ids) if isinstance(eos_ids, Iterator) else eos_ids
     requests = [Request(
         prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
@@ -101,7 +101,7 @@ def generate(
     out: list[list[int]] = [[] for _ in requests]
     with taking_turns(model):
         if engine is None:
-            fit_cache(model, requests, speculate_k)
+            fit_cache(model, requests, speculate_k, compile)
             engine = decoder_for(model, requests, compile, speculate_k, draft, stats is not None)
         if hasattr(engine, "stats"):
             engine.stats = stats or type(engine.stats)()
@@ -153,9 +153,9 @@ def taking_turns(what: Transformer | KVCache) -> Iterator[None]:
             BUSY.discard(what)
 
 
-def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
+def fit_cache(model: Transformer, requests: Sequence[Request], k: int, compiled: bool) -> None:
     """Make a cache, or a larger one where the model's has not the rows, or was made here and has
-    not the length. k: places behind a text."""
+    not the length. k: places behind a text. compiled: by few_sizes."""
     cached = requests[0].cached
     known = model.config.vocab_size, model.config.max_seq_len
     needed = cached + max(len(each.prompt) + each.budget(*known) for each in requests) + k
@@ -172,7 +172,13 @@ def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
         raise ValueError(
             f"no cache with {cached} tokens cached has {n_rows} rows with room for {needed}"
         )
-    model.setup_caches(n_rows, needed, *kind).grows = grows
+    room = few_sizes(needed) if compiled and grows else needed
+    model.setup_caches(n_rows, room, *kind).grows = grows
+
+
+def few_sizes(n: int) -> int:
+    """Room for n tokens or some more. A size is compiled anew, which takes seconds: hence few."""
+    return 2 ** (n - 1).bit_length() if n <= 1024 else -(-n // 1024) * 1024
 
 
 def ends_at(stop: Sequence[str], tokenizer: Any, prompt: list[int]) -> Callable[..., bool]:
@@ -239,7 +245,8 @@ class Request:
                 allowed.check(name, value)
         for name, kind in ("prompt", list), ("eos_ids", Collection):
             ids = getattr(self, name)
-            if not isinstance(ids, kind) or not all(map(is_token, ids)):
+            kinds = {type(i) for i in ids} if isinstance(ids, kind) else {bool}
+            if bool in kinds or not all(issubclass(each, Integral) for each in kinds):
                 raise ValueError(f"{name} must be a {IDS_WANTED}, not {ids!r:.60}")
 
     def budget(self, vocab_size: int, context: int) -> int:
@@ -265,10 +272,6 @@ class Request:
         if n == self.max_new_tokens:
             return "length"
         return "context" if n == budget else None
-
-
-def is_token(i: Any) -> bool:
-    return isinstance(i, Integral) and not isinstance(i, bool)
 
 # --- the decode step ---
 
@@ -428,17 +431,17 @@ class Decoder:
         cached = requests[0].cached
         if cached:
             self.cache.refuse_lost(rows, cached)
-        new = Sampling.of(requests, self.device)
+        new = Sampling.of(requests, torch.device("cpu"))
         if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
             new = new._replace(key=new.key.new_tensor(self.model.broadcast(new.key.tolist())))
+        prompts = [torch.tensor(request.prompt, dtype=torch.int64) for request in requests]
+        tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (n, width)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])  # (n)
+        lengths, tokens, *new = self.to_device(lengths, tokens, *new)
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
-        lengths = torch.tensor([len(r.prompt) for r in requests], device=self.device)  # (n)
-        width = max(len(r.prompt) for r in requests)
-        padded = [r.prompt + [0] * (width - len(r.prompt)) for r in requests]
-        tokens = torch.tensor(padded, device=self.device)  # (n, width)
         self.input_pos[rows] = cached
-        done, last_logits = 0, None
+        done, width, last_logits = 0, tokens.shape[1], None
         while done < width:
             part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
             last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
@@ -525,17 +528,23 @@ class Decoder:
         self.owner = object()
         return self.owner
 
+    def to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Tensors of 4-byte numbers behind those of 8, in one copy that a GPU's host outruns."""
+        flat = torch.cat([x.flatten().view(torch.int32) for x in tensors])
+        flat = flat.pin_memory() if self.device.type == "cuda" else flat
+        parts = flat.to(self.device, non_blocking=True).split([x.nbytes // 4 for x in tensors])
+        return [part.view(x.dtype).view_as(x) for part, x in zip(parts, tensors)]
+
     @on_its_device
     def to_host(self, tensor: Tensor) -> Callable[[], list[int]]:
         """Send tokens [B, 1] on their way -> what waits for them."""
         if self.device.type != "cuda":
             tokens = tensor[:, 0].tolist()
             return lambda: tokens
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        copy.copy_(tensor, non_blocking=True)
+        copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
         event = torch.cuda.Event()
         event.record()
-        return lambda: event.synchronize() or copy[:, 0].tolist()  # None, when it is there
+        return lambda: event.synchronize() or copy[:, 0].tolist()  # it returns None
 
 
 def compile_model(model: Transformer, prefill: bool = False, keep: bool = False) -> None:
@@ -545,9 +554,9 @@ def compile_model(model: Transformer, prefill: bool = False, keep: bool = False)
     Hooks are compiled in: after adding one, call this again, and make decoders anew."""
     options = {}
     if model.device.type == "cuda":
-        # combo: what makes q, k and v of their product is one launch and not up to three
-        on = ("coordinate_descent_tuning", "combo_kernels", "combo_kernels_pointwise_only")
-        options = dict.fromkeys(on, True) | model.compile_options
+        # the last two make q, k and v of their product in one launch and not up to three
+        wanted = "coordinate_descent_tuning", "combo_kernels", "combo_kernels_pointwise_only"
+        options = dict.fromkeys(wanted, True) | model.compile_options
         model.decode_head = compiled_whole(run_head, options=options)
     else:
         torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols
@@ -567,9 +576,12 @@ def use_libraries(model: Transformer, build: bool) -> None:
 
 def compiled_whole(function: Callable, **settings: Any) -> Callable:
     """In one graph, but for every window and every shape of cache that it meets, of any model:
-    hence a limit of its own."""
-    defaults = dict(dynamic=False, fullgraph=True, isolate_recompiles=True, recompile_limit=64)
-    return torch.compile(function, **(defaults | settings))
+    hence a limit of its own, or before torch 2.13 a higher one for all functions."""
+    limits = dict(isolate_recompiles=True, recompile_limit=64)
+    if not limits.keys() <= signature(torch.compile).parameters.keys():
+        limits = {}
+        torch._dynamo.config.recompile_limit = 256
+    return torch.compile(function, **(dict(dynamic=False, fullgraph=True) | limits | settings))
 
 # --- sampling ---
 
@@ -584,8 +596,7 @@ class Filter(NamedTuple):
 
 def keep_top_k(probs: Tensor, k: Tensor) -> Tensor:
     """The k likeliest."""
-    rank = torch.arange(probs.shape[1], device=probs.device)
-    return probs.masked_fill(rank >= k, 0)
+    return probs.masked_fill(torch.arange(probs.shape[1], device=probs.device) >= k, 0)
 
 
 def keep_top_p(probs: Tensor, p: Tensor) -> Tensor:
@@ -636,10 +647,8 @@ class Sampling(NamedTuple):
 
 def key_of(seed: int | None) -> tuple[int, int]:
     """Two int32 numbers from a seed, None: a new one, so that neighbouring seeds share nothing."""
-    if seed is None:
-        seed = random.getrandbits(64)
-    digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
-    return struct.unpack("<ii", digest)
+    seed = random.getrandbits(64) if seed is None else seed
+    return struct.unpack("<ii", hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
 
 
 def kind_of(requests: Iterable[Request]) -> str:
@@ -789,8 +798,7 @@ def main(argv: list[str] | None = None) -> None:
     """The program. It leaves by exit code 2 and one sentence where it cannot do what is asked."""
     cli = extension("cli", required=False)
     if cli is not None:
-        cli.main(argv)
-        return
+        return cli.main(argv)
     parser = argparse.ArgumentParser("generate.py", description="Generate text.")
     add_flags(parser.add_argument)
     try:
@@ -838,8 +846,9 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
         ids = tokenizer.chat([{"role": "user", "content": QUESTION}])
     else:
         ids = tokenizer.encode(QUESTION if args.prompt is None else args.prompt)
-    model.setup_caches(1, min(len(ids) + args.max_new_tokens, model.config.max_seq_len))
-    decoder = Decoder(model, compiled=prepare_steps(model, args.compile))
+    compiled = prepare_steps(model, args.compile)
+    fit_cache(model, [Request(ids, args.max_new_tokens)], 0, compiled)
+    decoder = Decoder(model, compiled=compiled)
     ready(decoder)
     compile_s = decoder.prepare()
     printer = Printer(tokenizer, ids)
@@ -852,9 +861,9 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     print(flush=True)
     n, first_s = len(printer.times) - 1, printer.times[0] - asked
     step_ms = 1e3 * (printer.times[-1] - printer.times[0]) / max(1, n - 1)
-    compiled = f", compiled in {compile_s:.1f} s" if compile_s else ""
+    also = f", compiled in {compile_s:.1f} s" if compile_s else ""
     say(
-        f"loaded in {loaded - began:.1f} s{compiled}; {len(ids)} prompt tokens, first token after "
+        f"loaded in {loaded - began:.1f} s{also}; {len(ids)} prompt tokens, first token after "
         f"{first_s:.2f} s; {n} new tokens, {step_ms:.2f} ms a token"
     )
     return decoder

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Any number of tokens of the given rows of the cache, by default the first ones.
 
-        cached: the largest input_pos, if the caller knows it: reading it waits for the device.
+        cached: the input_pos of all rows, if the caller knows it: reading it waits for the device.
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         Transformer.n_prefills += 1
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
             cache.refuse_lost(rows, input_pos)
         cache.refuse_overflow(cached, T)
         cache.note_written(rows, input_pos, T if last is None else last + 1)
-        positions = self.positions(input_pos, T, cache, cached, last)
+        positions = self.positions(input_pos, T, cache, cached, last, min(lengths) == cached)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.cached[rows] = [length + T for length in lengths]
         if last is not None:
@@ -163,16 +164,16 @@ class Transformer(nn.Module):
 
     def positions(
         self, input_pos: Tensor, T: int, cache: KVCache, cached: int | None = None,
-        last: Tensor | None = None,
+        last: Tensor | None = None, even: bool = False,
     ) -> list[Positions]:
         """For each layer, where T tokens stand behind input_pos; cached: None for decode. last: see
-        prefill."""
+        prefill; even: see Positions."""
         index = input_pos.long()[:, None]  # (B, 1)
         if T > 1:
             index = index + torch.arange(T, device=index.device)  # (B, T)
         if last is not None:
             last = input_pos + last
-        positions = Positions(input_pos, index, cached is not None, cached or 0, last=last)
+        positions = Positions(input_pos, index, cached is not None, cached or 0, even, last=last)
         return self.turned(positions, index, cache.max_seq_len)
 
     def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
@@ -311,23 +312,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         """attend in PyTorch, where flash_decode does not: keys and values [B, Hkv, S, D] stand at
         positions key_pos [B or 1, S]."""
-        attention = prefill_attention
-        if not positions.prefill:
-            attention = math_attention
-        elif torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
-            attention = torch.ops.gpt_flash.prefill_attention
-        return attention(q, keys, values, positions.index, key_pos, **self.options())
+        attention, options = math_attention, self.options()
+        if positions.prefill:
+            attention = prefill_attention
+            options["in_order"] = positions.even and keys.shape[2] == positions.cached + q.shape[2]
+            if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
+                attention = torch.ops.gpt_flash.prefill_attention
+        return attention(q, keys, values, positions.index, key_pos, **options)
 
     def options(self) -> dict[str, Any]:
         """How scores become weights: what flash_decode takes by name."""
         return {"scale": self.softmax_scale, "window": self.window}
 
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
+GELU_TANH = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": GELU_TANH}
 
 
 class MLP(nn.Module):
@@ -353,21 +352,33 @@ MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 def prefill_attention(
     q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
-    scale: float | None = None, window: int | None = None,
+    scale: float | None = None, window: int | None = None, in_order: bool = False,
 ) -> Tensor:
     """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
     [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
-    as far from the last one as it is from the last query.
+    as far from the last one as it is from the last query; in_order: all see so far, by window.
 
-    PyTorch's flash kernels take a prompt from its beginning. Elsewhere a mask is needed, with which
-    a GPU wants as many key as query heads (ATen's sdp_utils.cpp): so it is folded, and in tiles."""
-    from_beginning = keys.shape[2] == q.shape[2] and (window is None or q.shape[2] <= window)
-    if from_beginning and flash_takes(q, keys, values):
-        y = F.scaled_dot_product_attention(
-            q, keys, values, is_causal=True, scale=scale, enable_gqa=True
+    PyTorch's flash kernels take that. Elsewhere a mask is needed, with which a GPU wants as many
+    key as query heads (ATen's sdp_utils.cpp): so it is folded, and in tiles. cuDNN, first in
+    PyTorch's order on an H100, takes some 30 ms of the host for each new pair of lengths."""
+    if window is not None and window >= keys.shape[2]:
+        window = None
+    if in_order and flash_takes(q, keys, values, window):
+        if q.is_cpu:
+            causal = dict(is_causal=True, scale=scale, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, keys, values, **causal)
+            return y.transpose(1, 2).contiguous().transpose(1, 2)
+        # its mask ends with the last query and key, which F.scaled_dot_product_attention hides
+        inputs = [x.transpose(1, 2) for x in (q, keys, values)]  # (B, T or S, H, D) each
+        y, *_ = torch.ops.aten._flash_attention_forward(
+            *inputs, None, None, q.shape[2], keys.shape[2], 0.0, True, False, scale=scale,
+            window_size_left=None if window is None else window - 1, window_size_right=0,
         )
-        return y.transpose(1, 2).contiguous().transpose(1, 2)
-    return in_tiles(folded_attention, q, keys, values, index, key_pos, scale=scale, window=window)
+        return y.transpose(1, 2)
+    masked = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    options = dict(scale=scale, window=window)
+    with sdpa_kernel(masked) if q.is_cuda else nullcontext():
+        return in_tiles(folded_attention, q, keys, values, index, key_pos, **options)
 
 
 def in_tiles(
@@ -413,12 +424,15 @@ def math_attention(
         return F.scaled_dot_product_attention(q, keys, values, seen, scale=scale, enable_gqa=True)
 
 
-def flash_takes(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether causal attention runs in a flash kernel of PyTorch."""
-    if q.device.type == "cpu":
-        return torch.backends.cuda.flash_sdp_enabled()  # the switch is the CPU's too
-    parameters = SDPAParams(q, keys, values, None, 0.0, True, True)
-    return torch.backends.cuda.can_use_flash_attention(parameters)
+def flash_takes(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> bool:
+    """Whether causal attention to keys in order runs in a flash kernel of PyTorch: of a whole
+    prompt, on NVIDIA's GPUs also behind others and in a window."""
+    whole = window is None and q.shape[2] == keys.shape[2]
+    if q.is_cpu:
+        return whole and torch.backends.cuda.flash_sdp_enabled()  # the switch is the CPU's too
+    parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
+    takes = torch.backends.cuda.can_use_flash_attention(parameters)
+    return takes and (whole or torch.version.hip is None)
 
 
 def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
@@ -436,15 +450,14 @@ def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
 torch.library.define(
     "gpt_flash::prefill_attention",
     "(Tensor q, Tensor keys, Tensor values, Tensor index, Tensor key_pos, *, float? scale, "
-    "int? window) -> Tensor",
+    "int? window, bool in_order) -> Tensor",
 )
 torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
 
 
 @torch.library.register_fake("gpt_flash::prefill_attention")
 def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
-    B, Hq, T, D = q.shape
-    return q.new_empty(B, T, Hq, D).transpose(1, 2)
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 
 # --- the cache: a format (LayerCache and its subclasses), and places ---
 
@@ -456,6 +469,7 @@ class Positions(NamedTuple):
     index: Tensor  # [B, T] int64: the position of each new token
     prefill: bool  # decode has no length on the host
     cached: int  # prefill: the largest input_pos
+    even: bool = False  # prefill: that is every row's
     cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
     sin: Tensor | None = None  # the same of its sine
     last: Tensor | None = None  # [B] int64: of each row's last token; None: no row has padding
@@ -482,9 +496,8 @@ class Places:
         cache.write(k, v, positions.index)
         if positions.prefill and positions.cached == 0:  # which needs nothing of the cache
             return k, v, positions.index
-        end = self.S  # decode does not know the lengths: it reads everything
-        if positions.prefill:
-            end = positions.cached + k.shape[2]
+        # decode does not know the lengths: it reads everything
+        end = positions.cached + k.shape[2] if positions.prefill else self.S
         keys, values = cache.read(end, k.dtype)
         return keys, values, torch.arange(end, device=k.device)[None]
 
@@ -518,8 +531,7 @@ class LayerCache:
 
     def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hkv, T, D] of what pack made."""
-        keys, values = tensors[0].to(dtype).unbind(0)
-        return keys, values
+        return tensors[0].to(dtype).unbind(0)
 
     def write(self, k: Tensor, v: Tensor, place: Tensor) -> None:
         """Put k, v [B, Hkv, T, D] to the places [B, T] of their rows."""
@@ -596,8 +608,7 @@ class Int8LayerCache(LayerCache):
 
     def unpack(self, tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         values, scale = tensors
-        keys, values = (values * scale[..., None]).to(dtype).unbind(0)
-        return keys, values
+        return (values * scale[..., None]).to(dtype).unbind(0)
 
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
@@ -655,10 +666,9 @@ class KVCache:
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
         )
-        self.whole: list[LayerCache] = []
-        for shape, each in zip(shapes, places):
-            tensors = kind.allocate(shape, dtype, device)
-            self.whole.append(kind(tensors, each, self.attention == "flash"))
+        flash = self.attention == "flash"
+        made = (kind.allocate(shape, dtype, device) for shape in shapes)
+        self.whole = [kind(tensors, each, flash) for tensors, each in zip(made, places)]
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
 
     def places(self, n_layer: int) -> list[Places]:
@@ -739,10 +749,6 @@ class Rope:
 Frequencies = tuple[Tensor, float]  # [D/2], and the factor on cos and sin
 
 
-def linear_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
-    return scaled(rope, inv_freq, 0.0), 1.0
-
-
 def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
     """What is kept of a frequency depends on its turns over the original context."""
     low = positive(rope.hf, "low_freq_factor", kind=float)
@@ -760,7 +766,7 @@ def scaled(rope: Rope, inv_freq: Tensor, kept: Tensor | float) -> Tensor:
 # by the rope_type of config.json: from (rope, unscaled frequencies, room for a text)
 ROPES: dict[str, Callable[[Rope, Tensor, int], Frequencies]] = {
     "default": lambda rope, inv_freq, max_seq_len: (inv_freq, 1.0),
-    "linear": linear_rope,
+    "linear": lambda rope, inv_freq, max_seq_len: (scaled(rope, inv_freq, 0.0), 1.0),
     "llama3": llama3_rope,
 }
 
@@ -778,10 +784,9 @@ def rope_table(rope: Rope, max_seq_len: int, device: torch.device) -> Tensor:
     inv_freq, factor = rope_frequencies(rope, max_seq_len)
     positions = torch.arange(max_seq_len, device=device)[:, None].float()
     angles = positions * torch.cat([inv_freq, inv_freq]).to(device)  # (S, D)
-    cos = angles.cos() * factor
-    sin = angles.sin() * factor
-    sin[:, :len(inv_freq)].neg_()
-    return torch.stack((cos, sin), dim=1)[:, :, None]  # (S, 2, 1, D)
+    table = torch.stack((angles.cos(), angles.sin()), dim=1)[:, :, None] * factor  # (S, 2, 1, D)
+    table[:, 1, :, :len(inv_freq)].neg_()
+    return table
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1008,8 +1013,8 @@ def load_model(
 
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
-    groups are joined in 8 bits; "none": dequantized. dtype None: float32 where the integers of a
-    file stay, else bfloat16. ValueError says what is wrong."""
+    groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
+    the integers of a file stay. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
     return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
@@ -1043,7 +1048,7 @@ def fill_model(
     dtype: torch.dtype | None, quantize: str | None, group_size: int,
 ) -> Transformer:
     """Read a model on meta onto a device, layer by layer, and quantize what is to be."""
-    model.to(dtype or checkpoint.default_dtype(quantize)).eval()
+    model.to(dtype or checkpoint.default_dtype(quantize, torch.device(device))).eval()
     fill_layers = checkpoint.put_layers(model, quantize, device)
     stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
     nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
@@ -1080,10 +1085,7 @@ def fill_model(
 
 
 # our products, and the layers of Hugging Face that they do at once
-JOINED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ...]]:
@@ -1142,7 +1144,7 @@ class Checkpoint:
         with torch.device("meta"):
             return FAMILIES[config.family].model(config)
 
-    def default_dtype(self, quantize: str | None) -> torch.dtype:
+    def default_dtype(self, quantize: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16
 
     def put_layers(

@@ -7,7 +7,8 @@ bandwidth is the floor, with the bandwidth measured in the same run. All kernels
 tensors, run out of a CUDA graph, and go round as many copies of the tensors as it takes to find
 nothing in the L2 cache. flash, efficient and cuDNN get caches cut to the live length, which no
 decoder can do in a graph; math and flex mask the whole cache. A kernel that cannot do a case, or
-does it wrong, shows no time. On a CPU: the PyTorch versions, small shapes."""
+does it wrong, shows no time. On a CPU: the PyTorch versions, small shapes. The --json file has all
+rows so far, whenever the run ends."""
 import argparse
 import functools
 import importlib
@@ -190,9 +191,17 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
 
 
+def compiled(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """In one graph for each shape, however many there are: behind dynamo's limits a kernel that may
+    not break ran eagerly, and would be timed so."""
+    torch._dynamo.config.recompile_limit = 10_000
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
+    return torch.compile(kernel, dynamic=False, fullgraph=True)
+
+
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention)
 
 
 @functools.lru_cache(maxsize=MAX_COPIES)
@@ -238,7 +247,7 @@ def contestants() -> dict[str, Kernel]:
     }
     if not CUDA:
         return found
-    found["SDPA math compiled"] = torch.compile(sdpa_math, dynamic=False)
+    found["SDPA math compiled"] = compiled(sdpa_math)
     found["FlexAttention"] = flex
     found["SDPA efficient"] = functools.partial(sdpa_fused, SDPBackend.EFFICIENT_ATTENTION)
     found["SDPA cuDNN"] = functools.partial(sdpa_fused, SDPBackend.CUDNN_ATTENTION)
@@ -252,20 +261,19 @@ def contestants() -> dict[str, Kernel]:
 
 def measure(
     case: Case, kernels: dict[str, Kernel], bandwidth: float, rounds: int
-) -> list[dict[str, Any]]:
-    """One row a contestant, its time None where it cannot do the case; no rows if the device has
-    not the memory."""
+) -> Iterator[dict[str, Any]]:
+    """One row a contestant, as it comes, its time None where it cannot do the case; no rows if the
+    device has not the memory."""
     n_copies = 2
     if CUDA:
         l2 = torch.cuda.get_device_properties(0).L2_cache_size
         n_copies = max(1, min(MAX_COPIES, math.ceil(4 * l2 / case.nbytes)))
         free, _ = torch.cuda.mem_get_info()
         if case.allocated * (n_copies + 1.5) > 0.9 * free:
-            return []
+            return
     copies = [make_inputs(case) for _ in range(n_copies)]
     expected = reference(copies[0], slice(0, 2))
 
-    rows = []
     for name, kernel in kernels.items():
         micros, why = None, ""
         try:
@@ -275,8 +283,7 @@ def measure(
             if name == "ours":
                 raise
             why = f"{type(e).__name__}: {e}".splitlines()[0]
-        rows.append(row_of(case, name, micros, why, bandwidth))
-    return rows
+        yield row_of(case, name, micros, why, bandwidth)
 
 
 def check(out: Tensor, expected: Tensor) -> None:
@@ -357,22 +364,22 @@ def gpu_times(kernel: Kernel, calls: list[Inputs], rounds: int) -> list[float]:
 
 # --- what is printed and drawn ---
 
-def show(case: Case, rows: list[dict[str, Any]], bandwidth: float) -> None:
+def show_case(case: Case, bandwidth: float) -> None:
     kind = "int8" if case.int8 else dtype_name(case.dtype)
     floor = 1e6 * case.nbytes / bandwidth
-    missing = "" if rows else ", left out: not enough memory"
     print(
         f"\n{case.group}: {case.n_head}/{case.n_kv_head} heads of {case.head_dim}, "
         f"batch {len(case.lens)}, {min(case.lens)}-{max(case.lens)} tokens, "
-        f"capacity {case.capacity}, {kind}: {case.nbytes / 1e6:.1f} MB, "
-        f"floor {floor:.1f} us{missing}"
+        f"capacity {case.capacity}, {kind}: {case.nbytes / 1e6:.1f} MB, floor {floor:.1f} us",
+        flush=True,
     )
-    for row in rows:
-        if row["us"] is None:
-            result = f"  {row['why'][:80]}"
-        else:
-            result = f"{row['us']:10.1f} us {row['share']:7.1%}"
-        print(f"  {row['kernel']:20}{result}", flush=True)
+
+
+def show(row: dict[str, Any]) -> None:
+    result = f"  {row['why'][:80]}"
+    if row["us"] is not None:
+        result = f"{row['us']:10.1f} us {row['share']:7.1%}"
+    print(f"  {row['kernel']:20}{result}", flush=True)
 
 
 def group_to_plot(rows: list[dict[str, Any]]) -> str:
@@ -425,7 +432,7 @@ def parse_args() -> tuple[argparse.Namespace, ModuleType | None]:
         help="groups of cases to run, of %(choices)s; default: all")
     add("--rounds", metavar="N", type=number(int, 1), default=20,
         help="repetitions whose median counts, from 1; default: 20")
-    add("--json", metavar="FILE", help="write the results there too")
+    add("--json", metavar="FILE", help="write the results there too, each as it comes")
     add("--plot", metavar="FILE",
         help="draw time against length there (.png, .svg); needs matplotlib")
     args = p.parse_args()
@@ -455,11 +462,6 @@ def main() -> None:
     )
     kernels = contestants()
     rows = []
-    for case in chosen_cases(args.only):
-        new = measure(case, kernels, bandwidth, args.rounds)
-        show(case, new, bandwidth)
-        rows += new
-
     result = {
         "device": device,
         "torch": torch.__version__,
@@ -468,8 +470,16 @@ def main() -> None:
         "command": " ".join(sys.argv),
         "rows": rows,
     }
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    for case in chosen_cases(args.only):
+        show_case(case, bandwidth)
+        before = len(rows)
+        for row in measure(case, kernels, bandwidth, args.rounds):
+            show(row)
+            rows.append(row)
+            if args.json:
+                Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        if len(rows) == before:
+            print("  left out: not enough memory", flush=True)
     if pyplot:
         plot(args.plot, pyplot, rows, bandwidth, device)
     print(json.dumps(result))

@@ -9,7 +9,10 @@ llama.cpp then reads too. At batch 1 every step reads all weights and
 the live part of the KV cache once, so the floor of a step is those bytes over the memory's
 bandwidth, which is measured in the same run. All contestants stand in memory at once and take
 turns, --rounds times --steps decode steps each at the same context length, and the median of a
-contestant's steps counts. Results are added to the --json file; render.py draws from it."""
+contestant's steps counts. Results are added to the --json file as they come; render.py draws from
+it."""
+from __future__ import annotations
+
 import argparse
 import gc
 import importlib
@@ -28,12 +31,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import gguf
 import numpy as np
 import torch
 import torch._inductor.config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    import gguf
+except ImportError:  # it is wanted for llama.cpp only
+    gguf = None
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -84,16 +91,19 @@ def measure(
     contestants: list[Contestant], case: Case, args: argparse.Namespace, vocab_size: int
 ) -> list[dict]:
     """-> one row a contestant. Setup and prefill first, then rounds of decode steps, in turns."""
+    say(f"batch {case.batch}, context {case.context}, capacity {case.capacity}:")
     shape = (case.batch, case.context)
     tokens = torch.randint(3, vocab_size, shape, device=args.device)  # (B, T)
     rows = {c.name: {"contestant": c.name, **case._asdict()} for c in contestants}
     for c in contestants:
         rows[c.name]["compile_s"] = c.setup(case.batch, case.capacity)
+        say(f"  {c.name} is ready, after {rows[c.name]['compile_s']:.1f} s of compiling")
 
     # read the prompt; the last time counts
     for _ in range(args.prefills):
         for c in contestants:
             rows[c.name]["first_token_s"] = timed(partial(c.prefill, tokens))
+            say(f"  {c.name} has read the prompts in {rows[c.name]['first_token_s']:.2f} s")
 
     # decode; a first round warms up
     for c in contestants:
@@ -179,6 +189,7 @@ class Ours(Contestant):
         self.name = label(f"gpt-flash {variant}", device, compiled)
         self.variant = VARIANTS[variant]
         self.compiled = compiled
+        say(f"{self.name}: making the weights")
         self.model = load_model(
             shape, device=device, dtype=self.variant.dtype, quantize=self.variant.quantize
         )
@@ -515,6 +526,7 @@ def make_transformers(args: argparse.Namespace, hf: dict) -> list[Contestant]:
 
 
 def make_llama_cpp(args: argparse.Namespace, config: ModelConfig) -> list[Contestant]:
+    importlib.import_module("gguf")
     if args.shape.suffix == ".gguf":
         return [LlamaCpp(args.shape, config, args.shape.stem, args.threads)]
     kinds = dict.fromkeys(LLAMA_CPP_KINDS.get(variant, "BF16") for variant in args.variants)
@@ -627,7 +639,13 @@ def run(args: argparse.Namespace) -> None:
     contestants = make_contestants(args, config, hf)
     gc.collect()
 
-    rows = []
+    nbytes = 2**28 if args.device == "cpu" else 2**30
+    bandwidth = copy_bandwidth(torch.device(args.device), nbytes)
+    result = device_facts(args.device)
+    result["command"] = shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]])
+    result["shape"] = args.shape.stem
+    result["copy_gb_s"] = bandwidth / 1e9
+    result["rows"] = rows = []
     for batch in args.batches:
         taking_part = [c for c in contestants if batch == 1 or not c.single_row]
         for capacity in args.capacities:
@@ -635,16 +653,9 @@ def run(args: argparse.Namespace) -> None:
                 if context < capacity:
                     case = Case(batch, context, capacity)
                     rows += measure(taking_part, case, args, config.vocab_size)
+                    if args.json:
+                        args.json.write_text(json.dumps([*runs, result], indent=1) + "\n")
 
-    nbytes = 2**28 if args.device == "cpu" else 2**30
-    bandwidth = copy_bandwidth(torch.device(args.device), nbytes)
-    result = device_facts(args.device)
-    result["command"] = shlex.join(["python", "benchmarks/decode.py", *sys.argv[1:]])
-    result["shape"] = args.shape.stem
-    result["copy_gb_s"] = bandwidth / 1e9
-    result["rows"] = rows
-    if args.json:
-        args.json.write_text(json.dumps([*runs, result], indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -1,10 +1,14 @@
-"""Redraw the tables of benchmarks/README.md, and the pictures beside it, from benchmarks/*.json.
+"""Redraw the tables of benchmarks/README.md and README.md, and the pictures, of what was measured.
 
-    python benchmarks/render.py            # rewrites that file between its marks, and the pictures
-    python benchmarks/render.py --check    # exit code 1 if it does not say what the results say"""
+That is in benchmarks/*.json, and in benchmarks/device.jsonl once a GPU was at hand:
+
+    python benchmarks/render.py                         # rewrites both between their marks
+    python benchmarks/render.py --device results.jsonl  # keeps these results of a GPU first
+    python benchmarks/render.py --check                 # exit code 1 if they disagree"""
 import importlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,15 @@ sys.path.insert(0, str(HERE.parent))
 from cli.arguments import Parser
 from generate import say
 
-README = HERE / "README.md"
-BEGIN = "<!-- benchmarks: begin, written by benchmarks/render.py -->"
-END = "<!-- benchmarks: end -->"
+DEVICE = HERE / "device.jsonl"
+NOTHING_YET = (
+    "**Nothing has run on a GPU yet** (`python benchmarks/device.py --out FOLDER` tries all):\n"
+    "kernels run in Triton's interpreter against references and are compiled ahead of time."
+)
+NOT_MEASURED = (
+    "**Not measured yet: everything on a GPU.** `python benchmarks/device.py --out FOLDER` on a\n"
+    "CUDA machine fills the gap in some eight minutes."
+)
 
 Run = dict[str, Any]  # what one run of benchmarks/decode.py wrote
 Row = dict[str, Any]  # one contestant of it in one case
@@ -84,9 +94,10 @@ def time_cell(case: Case, cells: dict[Case, Row], reference: dict[Case, Row] | N
     if case not in cells:
         return ""
     ms = cells[case]["ms"]
-    if reference is None:
-        return f"{ms:.1f}"
-    return f"{ms:.1f} ({reference[case]['ms'] / ms:.2f}x)"
+    text = f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+    if reference is None or case not in reference:
+        return text
+    return f"{text} ({reference[case]['ms'] / ms:.2f}x)"
 
 
 def summary_cells(cells: dict[Case, Row], copy_gb_s: float) -> list[str]:
@@ -110,6 +121,116 @@ def describe(run: Run) -> str:
         "live cache, as a share of the first column's."
     )
 
+
+# --- what a GPU said: lines of benchmarks/device.py ---
+
+Line = dict[str, Any]
+
+
+def device_lines() -> list[Line]:
+    return [json.loads(text) for text in DEVICE.read_text().splitlines()] if DEVICE.exists() else []
+
+
+def of_part(lines: list[Line], part: str, key: str) -> list[Line]:
+    """The lines of a part that have something to say."""
+    return [line for line in lines if line["part"] == part and key in line]
+
+
+def run_of(lines: list[Line]) -> Run:
+    """The decode steps as a run of benchmarks/decode.py."""
+    [facts] = of_part(lines, "machine", "device")
+    rows = of_part(lines, "decode", "ms")
+    for part in ("gpt-fast", "transformers"):
+        rows += of_part(lines, part, "ms")
+    return facts | {"rows": rows}
+
+
+def is_verified(lines: list[Line]) -> bool:
+    """Whether all comparisons with a CPU and with references ran and were right."""
+    parts = ("smoke", "cuda_test", "kernels_test")
+    found = [of_part(lines, part, "ok") for part in parts]
+    ended = [line["ended"] == "done" for part in parts for line in of_part(lines, part, "ended")]
+    right = all(line["ok"] for each in found for line in each)
+    return all(found) and ended == [True] * len(parts) and right
+
+
+def device_section(lines: list[Line]) -> str:
+    """All that a run of benchmarks/device.py says, in Markdown, however far it came."""
+    if not of_part(lines, "machine", "device"):
+        return "Nothing was found out.\n"
+    run = run_of(lines)
+    verified = "" if is_verified(lines) else "**Unverified: not all checks ran and passed.** "
+    versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "triton") if name in run)
+    parts = [f"{verified}{run['device']}, {versions}.\n", checks_table(lines)]
+    if run["rows"]:
+        parts.append(table(run))
+    shown = {
+        "profile": ("variant", "step_us", "us", "calls", "kernel"),
+        "attention": ("group", "batch", "length", "kernel", "us", "share", "why"),
+        "prefill": ("variant", "tokens", "first_ms", "room", "attention", "ms", "compile_s"),
+    }
+    for part, keys in shown.items():
+        rows = of_part(lines, part, keys[0])
+        if rows:
+            parts.append(plain_table(part, keys, rows))
+    return "\n".join(parts)
+
+
+def checks_table(lines: list[Line]) -> str:
+    """How each part ended, how many of its checks passed, and what failed."""
+    rows = [["part", "passed", "failed", "seconds", "ended"]]
+    failed = []
+    for line in lines:
+        if "ended" in line:
+            checks = of_part(lines, line["part"], "ok")
+            right = Counter(check["ok"] for check in checks)
+            counts = [str(right[True] or ""), str(right[False] or "")]
+            rows.append([line["part"], *counts, f"{line['seconds']:.0f}", line["ended"]])
+            failed += [f"- {x['name']}: {x.get('why', '')}" for x in checks if not x["ok"]]
+    texts = [text.replace("\n", " ") for text in failed]
+    return in_columns(rows) + "\n".join(["", *texts, ""] if texts else [])
+
+
+def plain_table(title: str, keys: tuple[str, ...], rows: list[Line]) -> str:
+    texts = [[title if key == keys[0] else key for key in keys]]
+    for row in rows:
+        texts.append([text_of(row.get(key)) for key in keys])
+    return in_columns(texts)
+
+
+def text_of(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def in_columns(rows: list[list[str]]) -> str:
+    lines = [markdown(rows[0]), "|" + "---|" * len(rows[0]), *map(markdown, rows[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def gpu_paragraph(lines: list[Line]) -> str:
+    """README's words on GPUs: that nothing has run there, or a table of the decode steps."""
+    if not lines:
+        return NOTHING_YET
+    run = run_of(lines)
+    cells: dict[str, dict[Case, Row]] = {}
+    for row in run["rows"]:
+        case = (row["batch"], row["context"], row["capacity"])
+        cells.setdefault(row["contestant"], {})[case] = row
+    columns = {case: row for of_one in cells.values() for case, row in of_one.items()}
+    texts = [[f"{run['shape']}, ms a step at", *map(column_title, columns.values())]]
+    for name, of_one in cells.items():
+        texts.append([name, *(share_cell(of_one.get(case)) for case in columns)])
+    verified = "" if is_verified(lines) else " Not all checks passed there."
+    note = f"On one {run['device']}, torch {run['torch']}, {run['date']}.{verified} In brackets:"
+    return f"{note}\nshare of the copy bandwidth.\n\n{in_columns(texts)}".rstrip()
+
+
+def share_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ms']:.2f}" + (f" ({row['share']:.0%})" if "share" in row else "")
 
 # --- pictures ---
 
@@ -172,21 +293,48 @@ def fastest_possible(
 
 # --- the command line ---
 
+def between(text: str, mark: str, new: str) -> str:
+    """A page with other words between two marks."""
+    before, begin, rest = text.partition(f"<!-- {mark}: begin")
+    first_line, _, rest = rest.partition("\n")
+    _, end, after = rest.partition(f"<!-- {mark}: end")
+    assert begin and end, f"there is no mark {mark}"
+    return f"{before}{begin}{first_line}\n{new}\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """What the pages are to be."""
+    lines = device_lines()
+    page = HERE / "README.md"
+    text = between(page.read_text(encoding="utf-8"), "benchmarks", f"\n{section()}")
+    text = between(text, "device", device_section(lines) if lines else NOT_MEASURED)
+    first = HERE.parent / "README.md"
+    return {page: text, first: between(first.read_text("utf-8"), "gpu", gpu_paragraph(lines))}
+
+
 def main() -> None:
     p = Parser("render.py", description=__doc__.splitlines()[0])
     p.add_argument("--check", action="store_true", help="only say whether tables and results agree")
+    p.add_argument("--device", metavar="FILE", type=Path, help="results of benchmarks/device.py")
     args = p.parse_args()
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = f"{before}{BEGIN}\n\n{section()}\n{END}{after}"
+    if args.device is not None:
+        try:
+            lines = args.device.read_text().splitlines()
+            run_of([json.loads(text) for text in lines])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            p.error(f"--device {args.device} has no results of benchmarks/device.py: {e!r:.100}")
+        DEVICE.write_text("\n".join(lines) + "\n")
+    new = pages()
+    wrong = [page for page, text in new.items() if page.read_text(encoding="utf-8") != text]
     if args.check:
-        if new != text:
-            say("benchmarks/README.md and *.json disagree: run python benchmarks/render.py")
+        if wrong:
+            say("README.md or benchmarks/README.md and the results disagree: run "
+                "python benchmarks/render.py")
             sys.exit(1)
         return
 
-    README.write_text(new, encoding="utf-8")
+    for page, text in new.items():
+        page.write_text(text, encoding="utf-8")
     try:
         for file, run in runs():
             if has_curve(run):

@@ -1,9 +1,9 @@
 """What a compiled decode step launches on a GPU: `python benchmarks/report.py --step [WORD ...]`.
 
-PyTorch needs no GPU to compile for one. Here a CPU build of it is made to believe in an H100:
-tensors on "cuda" are fake, a device guard does nothing, and torch.cuda answers from a table. The
-decoder's own step is compiled; Inductor writes its Triton kernels, which are logged instead of
-launched, and the code that launches them runs on the fake tensors. A line for each variant says
+PyTorch needs no GPU to compile for one. Here it is made to believe in an H100: tensors on "cuda"
+are fake, a device guard does nothing, and torch.cuda answers from a table. The decoder's own step
+is compiled; Inductor writes its Triton kernels, which are logged instead of launched, and the code
+that launches them runs on the fake tensors. A line for each variant says
 
     layer        launches in a layer: Inductor's kernels, and operators called between them
     head, rest   launches of the output head, and of what is not compiled (embedding, sampling)
@@ -12,7 +12,7 @@ launched, and the code that launches them runs on the fake tensors. A line for e
     graphs       how many were compiled in the first step, and how many more in a second
 
 WORDs pick the variants that have them all in their names. Not seen: what autotuning chooses, and
-time. Needs a CPU build of PyTorch, Triton and g++."""
+time. Needs a machine without a GPU, Triton and g++."""
 from __future__ import annotations
 
 import collections
@@ -43,7 +43,7 @@ from torch._dynamo import device_interface
 from torch._dynamo.utils import counters
 from torch._inductor import async_compile, graph, utils
 from torch._inductor.fx_passes import joint_graph
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -328,7 +328,7 @@ def pretend_gpu() -> None:
 
 
 def register_device_guard() -> None:
-    """A guard of CUDA devices that does nothing: a CPU build of PyTorch has none."""
+    """A guard of CUDA devices that does nothing, where there is no driver."""
     home = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/guard.so"
@@ -352,6 +352,7 @@ def answer_for_cuda() -> None:
     device_interface.caching_worker_device_properties["cuda"] = [H100]
     torch.version.cuda = "13.0"
     FakeTensorMode.avoid_device_init = True
+    fake_tensor.init_gpu_context = always(None)  # a CUDA build would look for a driver
     torch._inductor.config.shape_padding = False  # decided by measuring
 
 
@@ -450,8 +451,8 @@ def under(mode: Callable[[], AbstractContextManager], fn: Callable) -> Callable:
 
 def main(words: list[str]) -> None:
     """Print the lines of the variants that have all these words in their names."""
-    if torch.version.cuda is not None or shutil.which("g++") is None:
-        print("report.py: error: --step needs a CPU build of PyTorch, and g++", file=sys.stderr)
+    if torch.cuda.is_available() or shutil.which("g++") is None:
+        print("report.py: error: --step needs a machine without a GPU, and g++", file=sys.stderr)
         sys.exit(2)
     warnings.simplefilter("ignore")  # of caches that are off, and of fake tensors' addresses
     pretend_gpu()

@@ -2,12 +2,18 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType
+from torch import Tensor
+from torch._dynamo.utils import counters
 
+from benchmarks import attention, render
 from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
 from formats import save_tokenizer
@@ -26,6 +32,113 @@ def python(*args: str | Path) -> subprocess.CompletedProcess[str]:
 def test_readme_says_what_the_results_say() -> None:
     done = python("benchmarks/render.py", "--check")
     assert done.returncode == 0, done.stderr
+
+
+MACHINE = dict(part="machine", device="GPU", torch="2.11.0", triton="3.6.0", date="today",
+               copy_gb_s=4000.0, shape="Llama-3-8B", command="device.py --out x")
+
+
+def device_lines(smoke: bool = True) -> list[dict[str, Any]]:
+    """What benchmarks/device.py may find on a GPU."""
+    step = dict(batch=1, context=128, capacity=9216, compile_s=9.0, first_token_s=0.1)
+    ended = [dict(part=part, ended="done", seconds=3.0)
+             for part in ("smoke", "cuda_test", "kernels_test", "decode")]
+    return [
+        MACHINE,
+        dict(part="smoke", name="int8, 1 rows", ok=smoke, why="wrong"),
+        dict(part="cuda_test", name="test_tokens", ok=True),
+        dict(part="kernels_test", name="test_fuzz", ok=True),
+        dict(part="decode", contestant="gpt-flash bf16", ms=4.0, share=0.9375, bytes_read=15e9,
+             tokens_per_s=250.0, **step),
+        dict(part="gpt-fast", contestant="gpt-fast", ms=6.0, tokens_per_s=160.0, **step),
+        dict(part="transformers", left_out="not there"),
+        *ended,
+    ]
+
+
+def test_results_of_a_gpu_take_the_place_of_the_sentence_that_there_are_none() -> None:
+    assert "Nothing has run on a GPU" in render.gpu_paragraph([])
+    text = render.gpu_paragraph(device_lines())
+    assert "| gpt-flash bf16 | 4.00 (94%) |" in text
+    assert "| gpt-fast | 6.00 |" in text
+    assert "Nothing has run" not in text and "Not all checks" not in text
+
+
+def test_results_with_a_failed_check_say_so() -> None:
+    failed = device_lines(smoke=False)
+    assert "Not all checks passed" in render.gpu_paragraph(failed)
+    assert "Unverified" in render.device_section(failed)
+    assert "- int8, 1 rows: wrong" in render.device_section(failed)
+    cut_off = [line for line in device_lines() if line["part"] != "cuda_test"]
+    assert "Unverified" in render.device_section(cut_off)
+    assert "Unverified" not in render.device_section(device_lines())
+
+
+def test_there_is_a_table_wherever_results_are_cut_off() -> None:
+    lines = device_lines()
+    for n in range(len(lines)):
+        render.device_section(lines[:n])
+
+# --- benchmarks/device.py ---
+
+
+# as on a machine that has what the core needs, and no more
+DEVICE_COMMAND = """
+import runpy
+import sys
+sys.modules["gguf"] = None
+runpy.run_path("benchmarks/device.py", run_name="__main__")
+"""
+
+
+def results_in(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "results.jsonl"
+    if not file.exists():
+        return []
+    return [json.loads(text) for text in file.read_text().splitlines()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU")
+def test_the_command_for_a_gpu_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
+    """All of its parts, with a result of each and no more files than one may bring back."""
+    done = python("-c", DEVICE_COMMAND, "--seconds", "900", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    lines = results_in(tmp_path / "out")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    ended = {line["part"]: line["ended"] for line in lines if "ended" in line}
+    assert set(ended.values()) == {"done"}, log
+    assert list(ended) == [
+        "machine", "smoke", "sanitizer", "cuda_test", "kernels_test", "decode", "profile",
+        "attention", "prefill", "gpt-fast", "transformers", "pictures",
+    ]
+    said = {line["part"] for line in lines if "ended" not in line}
+    assert ended.keys() - said <= {"sanitizer", "pictures"}
+    assert all(line.get("ok", True) for line in lines), log
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "**gpt-flash int4**" in table and "Unverified" not in table
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="takes minutes on a GPU")
+def test_what_was_found_before_the_command_is_killed_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "benchmarks/device.py", "--out", str(out)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=HERE, env=CPU_ENV, **quiet)
+    try:
+        while sum(line["part"] == "smoke" for line in results_in(out)) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+    assert process.wait(timeout=30) != 0
+    lines = results_in(out)
+    assert lines[0]["part"] == "machine" and lines[0]["copy_gb_s"] > 0
+    assert sum(line["part"] == "smoke" for line in lines) >= 3
+    assert "| machine |" in (out / "table.md").read_text()
+    again = python("benchmarks/device.py", "--out", out)
+    assert again.returncode == 2 and "File exists" in again.stderr
+    assert results_in(out)[:len(lines)] == lines
 
 # --- benchmarks/decode.py ---
 
@@ -157,6 +270,36 @@ def test_benchmark_runs(tmp_path: Path) -> None:
             assert row["us"] > 0
         if row["us"] is None:
             assert row["why"]
+
+
+def test_compiled_peers_stay_compiled(dynamo: None, no_inductor: None) -> None:
+    """However many shapes there are: behind dynamo's limit of eight they would run eagerly."""
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=8):
+        kernel = attention.compiled(attention.sdpa_math)
+        for n in range(1, 13):
+            case = attention.Case("", 8, 2, 64, [16 * n], 16 * n, torch.bfloat16)
+            kernel(attention.make_inputs(case))
+            assert counters["stats"]["unique_graphs"] == n
+
+
+def test_rows_are_written_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A run that ends in the middle leaves what it measured."""
+    def fail_behind_one(x: attention.Inputs) -> Tensor:
+        if x.common_len is None:
+            return attention.ours(x)
+        raise RuntimeError("a fault of the device")
+
+    results = tmp_path / "results.json"
+    flags = ["--only", "ragged", "int8", "--rounds", "1", "--json", str(results)]
+    monkeypatch.setattr(sys, "argv", ["attention.py", *flags])
+    monkeypatch.setattr(attention, "contestants", lambda: {"ours": fail_behind_one})
+    monkeypatch.setattr(attention, "copy_bandwidth", lambda *_: 1e10)
+    with pytest.raises(RuntimeError, match="a fault"):
+        attention.main()
+    [row] = json.loads(results.read_text())["rows"]
+    assert row["group"] == "ragged" and row["us"] > 0
 
 
 PLOT_WITHOUT_MATPLOTLIB = """

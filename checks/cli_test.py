@@ -179,7 +179,7 @@ def test_profile(
     assert "%    1.0 x " in product
     assert lines[-5:] == [
         "open the trace in chrome://tracing or ui.perfetto.dev",
-        "what a layer's parts take at least, at the 10 GB/s that this machine copies at:",
+        "what a layer's parts take at the 10 GB/s that this machine copies at:",
         "    2000.0 us     20.00 MB  q_proj",
         "     500.0 us      5.00 MB  attention",
         "   10000.0 us    100.00 MB  of all layers: lm_head",

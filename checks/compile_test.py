@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
@@ -64,3 +65,25 @@ def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: N
     compile_model(model)
     for n in range(4, 60, 10):
         assert generate(model, PROMPTS[:1], n, compile=True) == [eager[:n]]
+
+
+def test_many_cache_sizes_where_functions_share_a_limit(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
+) -> None:
+    """As before torch 2.13, whose torch.compile takes no limit for a function."""
+    compiled = torch.compile
+
+    def of_2_11(
+        model: Callable, *, fullgraph: bool = False, dynamic: bool | None = None,
+        options: dict | None = None,
+    ) -> Callable:
+        return compiled(model, fullgraph=fullgraph, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", of_2_11)
+    model = loaded(checkpoint, "mistral")
+    eager = generate(model, PROMPTS[:1], 4)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_model(model)
+        for size in range(10):
+            model.setup_caches(1, 16 + 8 * size)
+            assert generate(model, PROMPTS[:1], 4, compile=True) == eager

@@ -18,9 +18,10 @@ import cli.stats
 from batching import Engine, Stats
 from checks.common import hf_folder, run_cli
 from checks.engine_test import insert
+from cli.arguments import parse_args
 from cli.errors import refusals
 from cli.stats import copy_bandwidth, summarize
-from generate import Drawn, Request
+from generate import Drawn, Request, few_sizes, fit_cache, key_of
 from model import KVCache, choose_attention, load_model
 
 GPU_1 = torch.device("cuda", 1)
@@ -179,6 +180,74 @@ def test_copies_are_waited_for_where_they_run(
     monkeypatch.setattr(cli.stats, "Timer", OneRun)
     assert copy_bandwidth(torch.device("meta", 1), 16) == 32
     assert waits == [1]
+
+
+def test_a_rank_takes_its_gpu_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or all ranks have a context on the first one too."""
+    calls = []
+
+    def empty(*shape: int, device: str) -> None:
+        calls.append(("empty", device))
+        raise RuntimeError("there is none")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(SystemExit):
+        parse_args(["--device", "cuda"])
+    assert calls == [("set", "cuda:1"), ("empty", "cuda:1")]
+
+# --- what the host sends ---
+
+
+def test_a_request_is_sent_in_one_copy(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of pinned memory, which the host does not wait for; nothing comes back."""
+    requests = [Request([3, 4, 5], 4, 1.0, top_p=0.9), Request([6], 4, 1.0, seed=5)]
+    rows = slice(0, 2)
+    copies = []
+    to = torch.Tensor.to
+
+    def sent(x: torch.Tensor, device: object, *args: object, **options: bool) -> torch.Tensor:
+        if device != GPU_1:
+            return to(x, device, *args, **options)
+        copies.append(options)
+        return x.clone()
+
+    def never(x: torch.Tensor) -> None:
+        raise AssertionError("the host waits for the device")
+
+    monkeypatch.setattr(torch.Tensor, "to", sent)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "cpu", never)
+    prefill = engine.prefill(rows, requests)
+    while not engine.read_on(prefill):
+        pass
+    assert copies == [{"non_blocking": True}]
+    assert engine.input_pos.tolist() == [3, 1]
+    assert torch.allclose(engine.sampling.filters[0], torch.tensor([float("inf"), 0.9, 0.0]))
+    assert engine.sampling.key[1].tolist() == list(key_of(5))
+    assert engine.sampling.temperature.tolist() == [1, 1]
+
+# --- the size of a cache ---
+
+
+def test_compiled_steps_have_caches_of_few_sizes(tmp_path: Path) -> None:
+    """A size is compiled anew, and prompts have any length; a cache of the caller's stays."""
+    assert [few_sizes(n) for n in (1, 3, 512, 513, 1024, 1025, 3000)] == [
+        1, 4, 512, 1024, 1024, 2048, 3072]
+    model = load_model(hf_folder(tmp_path / "model"), dtype=torch.float32)
+    sizes = {True: set(), False: set()}
+    for compiled in sizes:
+        for n in range(1, 60):
+            model.cache = None
+            fit_cache(model, [Request([3] * n, 5)], 0, compiled)
+            sizes[compiled].add(model.cache.max_seq_len)
+    assert sizes == {True: {8, 16, 32, 64}, False: set(range(6, 65))}
+    model.setup_caches(1, 50)
+    fit_cache(model, [Request([3], 5)] * 2, 0, True)
+    assert model.cache.max_seq_len == 50
 
 # --- what a device refuses ---
 

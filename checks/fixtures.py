@@ -7,6 +7,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 
 import checks  # before Triton is imported: it says whether Triton interprets
@@ -82,6 +83,7 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile stops at the graphs, and runs them as they are: their number is the same."""
     compiled = torch.compile
 
+    @wraps(compiled)
     def trace_only(fn: Callable, **options: object) -> Callable:
         options.pop("options", None)
         return compiled(fn, backend="eager", **options)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 
 import gguf
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from formats.default import default_model
 from formats.gguf_file import read_gguf
 from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
 from generate import Tokenizer, generate, load_tokenizer
-from model import Transformer, load_model
+from model import Transformer, load_model, open_checkpoint
 from products import Int4OnGPU
 from products.linear import int4_linear_reference
 from quantize import Linear, say_once, save_quantized
@@ -237,6 +236,9 @@ def test_activations_take_their_precision_from_the_file(
 ) -> None:
     assert load_model(file_of(mix)).dtype == dtype
     assert load_model(file_of(mix), quantize="none").dtype == torch.bfloat16
+    # a GPU's flash kernels refuse float32, and so does its cache
+    on_gpu = open_checkpoint(file_of(mix)).default_dtype("auto", torch.device("cuda"))
+    assert on_gpu == torch.bfloat16
 
 
 def test_what_auto_made_is_saved(

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+import model as model_module
 from checks.common import close, hf_logits
 from model import Transformer, load_model
 
@@ -103,3 +104,63 @@ def test_tiles_of_queries_change_nothing(
     logits = model.prefill(behind, positions(20, 9))
     close(logits[:1], hf_logits(hf, tokens[:1])[:, 20:])
     close(logits[1:], hf_logits(hf, tokens[1:])[:, 9:49])
+
+# --- on a GPU, pretended ---
+
+
+def flash_of_a_gpu(
+    q: Tensor, keys: Tensor, values: Tensor, cum_seq_q: None, cum_seq_k: None, max_q: int,
+    max_k: int, dropout_p: float, is_causal: bool, return_debug_mask: bool, *,
+    scale: float | None = None, window_size_left: int | None = None,
+    window_size_right: int | None = None, **_: Any,
+) -> tuple[Tensor, ...]:
+    """aten._flash_attention_forward, as flash-attention defines its masks."""
+    assert (max_q, max_k) == (q.shape[1], keys.shape[1]) and dropout_p == 0
+    distance = torch.arange(max_k - max_q, max_k)[:, None] - torch.arange(max_k)  # (T, S)
+    right = 0 if is_causal else window_size_right
+    seen = distance >= -right
+    if window_size_left is not None and window_size_left >= 0:
+        seen &= distance <= window_size_left
+    y = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, keys, values)), seen, scale=scale, enable_gqa=True)
+    return y.transpose(1, 2), *(torch.empty(0) for _ in range(4))
+
+
+@pytest.mark.parametrize("name, flash", [
+    # a call a layer for each of two chunks; of rings, whose places go round, for the first alone
+    ("llama", 6), ("qwen3", 6), ("mistral", 3), ("qwen2-window", 4), ("gemma2", 0),
+])
+def test_a_gpus_flash_kernel_takes_chunks_and_windows(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, flash: int
+) -> None:
+    folder, hf = checkpoint(name)
+    model = load_model(folder, dtype=torch.float32)
+    model.setup_caches(2, 64)
+    tokens = random_tokens(2, 60)
+    calls = []
+
+    class OnGPU(torch.Tensor):
+        is_cpu = False
+        is_cuda = True
+
+    def called(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+        calls.append(args)
+        return flash_of_a_gpu(*args, **options)
+
+    plain = model_module.prefill_attention
+
+    def with_gpu(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        return plain(q.as_subclass(OnGPU), *args, **options).as_subclass(Tensor)
+
+    monkeypatch.setattr(model_module, "prefill_attention", with_gpu)
+    monkeypatch.setattr(model_module, "SDPAParams", lambda *args: args)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", called)
+    close(model.prefill(tokens[:, :40], positions(0, 0)), hf_logits(hf, tokens)[:, :40])
+    close(model.prefill(tokens[:, 40:], positions(40, 40)), hf_logits(hf, tokens)[:, 40:])
+    assert len(calls) == flash
+    # rows of different depths have a mask of their own
+    behind = torch.stack((tokens[0, 20:50], tokens[1, 9:39]))
+    if name in ("llama", "qwen3"):
+        close(model.prefill(behind, positions(20, 9))[1:], hf_logits(hf, tokens[1:])[:, 9:39])
+        assert len(calls) == flash

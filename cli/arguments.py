@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from cli.errors import fail
 from generate import RANGES, Range, add_flags, say
 from model import first_line
 from quantize import MODES
@@ -57,6 +56,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # of the processes that torchrun starts on a machine, each has a GPU of its own
     if args.device == "cuda" and "LOCAL_RANK" in os.environ:
         args.device += f":{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)  # before anything: each process has one to itself
 
     # a device is checked by using it
     try:
@@ -144,16 +144,16 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     """In which formats it runs, how, what is kept of it, and what it says about itself."""
     add = parser.add_argument_group("speed and memory").add_argument
     add("--max_seq_len", metavar="N", type=number(int, 1),
-        help="room in the KV cache, from 1; default: prompt and answer")
+        help="room in the KV cache, from 1; default: prompt and answer, or one of few sizes above "
+        "that, as each is compiled anew: powers of two to 1024, steps of 1024")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
-        help="of activations, and of weights that are not quantized; default: bfloat16, float32 "
-        "where the integers of a GGUF file are kept")
+        help="of activations, and of weights that are not quantized; default: bfloat16, on a CPU "
+        "float32 where the integers of a GGUF file are kept")
     add("--kv_dtype", choices=["auto", "int8"], default="auto",
         help="of the KV cache; auto, the default: --dtype")
     add("--attention", choices=["auto", "flash", "math"], default="auto",
         help="how decode attends; default: auto")
-    add("--compile_prefill", action="store_true",
-        help="with --compile: prefill too")
+    add("--compile_prefill", action="store_true", help="with --compile: prefill too")
     add("--tp", metavar="N", type=number(int, 1, 1024),
         help="split the model over N processes that torchrun starts; with more of them, groups of "
         "N share the prompts of --prompts; default: all processes")

@@ -25,7 +25,9 @@ from cli.stats import new_trace, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
 from formats.default import default_model
-from generate import QUESTION, Request, Tokenizer, generate, load_tokenizer, prepare_steps, say
+from generate import (
+    QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
+)
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
 from quantize import QuantizedLinear, new_folder, write_quantized
@@ -37,8 +39,7 @@ def run(args: Any, team: Team | None) -> None:
     if team.n > 1 and (args.save is not None or args.profile is not None):
         raise ValueError("--save and --profile take one process: run them without torchrun")
     if args.save is not None:
-        save(args)
-        return
+        return save(args)
     team.form_groups(args.tp, args.device.type)
     asked = Asked(*team.broadcast(read_asked(args) if team.is_first else None))
     output = nullcontext()
@@ -75,8 +76,7 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         if engine.stats.new_tokens:
             summarize(engine)
         if all(job.error for job in jobs):
-            n = len(jobs)
-            raise ValueError(f"none of the {n} prompts of {args.prompts} could be answered")
+            raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
     else:
         answer_prompt(engine, tokenizer, jobs, args)
 
@@ -214,7 +214,9 @@ def make_engine(
         rows = min(rows, math.ceil(len(jobs) / team.n_groups))
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
     # steps that check proposals write as far behind the last token
-    model.setup_caches(rows, room + args.speculate_k, kv_dtype, args.attention)
+    size = room + args.speculate_k
+    size = few_sizes(size) if args.compile and args.max_seq_len is None else size
+    model.setup_caches(rows, size, kv_dtype, args.attention)
     draft = None
     if args.draft_checkpoint_path is not None:
         draft = load_draft(args, tokenizer, team.ranks)

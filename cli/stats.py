@@ -197,10 +197,8 @@ def profile(engine: Engine, file: Path) -> None:
     say("open the trace in chrome://tracing or ui.perfetto.dev")
     with afterthought():
         bandwidth = copy_bandwidth(engine.device, 2**28)
-        say(
-            "what a layer's parts take at least, at the "
-            f"{bandwidth / 1e9:.0f} GB/s that this machine copies at:"
-        )
+        speed = f"{bandwidth / 1e9:.0f} GB/s that this machine copies at"
+        say(f"what a layer's parts take at the {speed}:")
         for name, nbytes in bytes_of_parts(engine).items():
             least_us = nbytes / bandwidth * 1e6
             say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
@@ -235,8 +233,8 @@ def new_trace(path: str) -> Iterator[Path]:
 
 def say_kernels(
     trace: torch.profiler.profile, wall_us: float, n_layer: int, device: torch.device
-) -> None:
-    """Which kernels a step's time goes to. wall_us: microseconds of one step."""
+) -> list[tuple[float, float, str]]:
+    """Say in which kernels a step of wall_us is -> microseconds, calls and name of each."""
     rows = trace.key_averages()
     own_time = "self_cpu_time_total"
     if device.type == "cuda":
@@ -244,6 +242,7 @@ def say_kernels(
         rows = [r for r in rows if r.device_type == DeviceType.CUDA and not r.is_user_annotation]
         own_time = "self_device_time_total"
     kernels = [(getattr(r, own_time) / PROFILED, r.count / PROFILED, r.key) for r in rows]
+    kernels.sort(reverse=True)
     busy_us = sum(step_us for step_us, _, _ in kernels)
     gaps_us = max(0, wall_us - busy_us)
     say(
@@ -251,8 +250,9 @@ def say_kernels(
         f"{gaps_us:.0f}; the twelve kernels with most time: share of the step, calls in a layer, "
         "time of one"
     )
-    for step_us, calls, name in sorted(kernels, reverse=True)[:12]:
+    for step_us, calls, name in kernels[:12]:
         say(
             f"  {step_us / wall_us:5.1%}  {calls / n_layer:5.1f} x {step_us / calls:8.1f} us  "
             f"{name[:80]}"
         )
+    return kernels
