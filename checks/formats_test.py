@@ -152,7 +152,7 @@ def test_random_weights_are_announced(
     (dict(hidden_size=None), "hidden_size"),
     (dict(num_hidden_layers="3"), "num_hidden_layers"),
     (dict(vocab_size=-5), "vocab_size"),
-    (dict(head_dim=20), "head_dim 20"),
+    (dict(head_dim=21), "21 of a head's 21 values"),
     (dict(rms_norm_eps="small"), "rms_norm_eps"),
     (dict(rope_theta=0.0), "rope_theta"),
 ])
