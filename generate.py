@@ -436,8 +436,7 @@ class Decoder:
             new = new._replace(key=new.key.new_tensor(self.model.broadcast(new.key.tolist())))
         prompts = [torch.tensor(request.prompt, dtype=torch.int64) for request in requests]
         tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (n, width)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])  # (n)
-        lengths, tokens, *new = self.to_device(lengths, tokens, *new)
+        lengths, tokens, *new = self.to_device(torch.tensor(list(map(len, prompts))), tokens, *new)
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
         self.input_pos[rows] = cached
@@ -576,12 +575,13 @@ def use_libraries(model: Transformer, build: bool) -> None:
 
 def compiled_whole(function: Callable, **settings: Any) -> Callable:
     """In one graph, but for every window and every shape of cache that it meets, of any model:
-    hence a limit of its own, or before torch 2.13 a higher one for all functions."""
-    limits = dict(isolate_recompiles=True, recompile_limit=64)
-    if not limits.keys() <= signature(torch.compile).parameters.keys():
-        limits = {}
-        torch._dynamo.config.recompile_limit = 256
-    return torch.compile(function, **(dict(dynamic=False, fullgraph=True) | limits | settings))
+    hence a limit and a cache of its own, as before torch 2.13 each code object has one."""
+    settings = dict(dynamic=False, fullgraph=True) | settings
+    if "isolate_recompiles" in signature(torch.compile).parameters:
+        return torch.compile(function, isolate_recompiles=True, recompile_limit=64, **settings)
+    torch._dynamo.config.recompile_limit = 64
+    alone = type(function)(function.__code__.replace(), function.__globals__)
+    return torch.compile(alone, **settings)
 
 # --- sampling ---
 

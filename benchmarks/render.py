@@ -201,7 +201,7 @@ def plain_table(title: str, keys: tuple[str, ...], rows: list[Line]) -> str:
 def text_of(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "/")
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
 def in_columns(rows: list[list[str]]) -> str:

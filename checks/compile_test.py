@@ -1,5 +1,5 @@
 """torch.compile over many lengths, prompts and sizes of cache: how many graphs there are."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,10 +67,11 @@ def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: N
         assert generate(model, PROMPTS[:1], n, compile=True) == [eager[:n]]
 
 
-def test_many_cache_sizes_where_functions_share_a_limit(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
-) -> None:
-    """As before torch 2.13, whose torch.compile takes no limit for a function."""
+@pytest.fixture
+def torch_2_11(
+    monkeypatch: pytest.MonkeyPatch, dynamo: None, no_inductor: None
+) -> Iterator[None]:
+    """torch.compile as before torch 2.13: without a limit and a cache for each call."""
     compiled = torch.compile
 
     def of_2_11(
@@ -80,10 +81,30 @@ def test_many_cache_sizes_where_functions_share_a_limit(
         return compiled(model, fullgraph=fullgraph, dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", of_2_11)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
+def test_many_cache_sizes_under_an_older_torch(checkpoint: Checkpoint, torch_2_11: None) -> None:
     model = loaded(checkpoint, "mistral")
     eager = generate(model, PROMPTS[:1], 4)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        compile_model(model)
-        for size in range(10):
-            model.setup_caches(1, 16 + 8 * size)
-            assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+    compile_model(model)
+    for size in range(10):
+        model.setup_caches(1, 16 + 8 * size)
+        assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+
+
+def test_what_was_compiled_before_is_not_taken_for_what_is_compiled_anew(
+    checkpoint: Checkpoint, torch_2_11: None
+) -> None:
+    """Guards do not look at hooks."""
+    model = loaded(checkpoint)
+    plain = generate(model, PROMPTS[:1], 8)
+    compile_model(model)
+    assert generate(model, PROMPTS[:1], 8, compile=True) == plain
+    for block in model.layers:
+        block.register_forward_hook(lambda block, inputs, output: inputs[0] - output)
+    hooked = generate(model, PROMPTS[:1], 8)
+    assert hooked != plain
+    compile_model(model)
+    assert generate(model, PROMPTS[:1], 8, compile=True) == hooked

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import generate as generation
 from generate import compile_model, generate
-from kernels import flash_decode_reference
+from kernels import flash_decode, flash_decode_reference
 from model import Transformer, load_model, math_attention, open_checkpoint, prefill_attention
 
 DEVICE = os.environ.get("GPT_FLASH_TEST_DEVICE", "cuda")
@@ -147,7 +147,6 @@ def test_prefill_attention_in_bfloat16(T: int, S: int, window: int | None, G: in
 
 def test_attention_of_a_long_cache() -> None:
     """In all places of a cache that a prompt and steps fill."""
-    from kernels import flash_decode
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 8, 1, 64, generator=generator).to(DEVICE, torch.bfloat16)
     kv = torch.randn(2, 2, 2, 3000, 64, generator=generator).to(DEVICE, torch.bfloat16)
