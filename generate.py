@@ -431,12 +431,14 @@ class Decoder:
         cached = requests[0].cached
         if cached:
             self.cache.refuse_lost(rows, cached)
-        new = Sampling.of(requests, torch.device("cpu"))
+        cpu = torch.device("cpu")  # whatever the default is
+        new = Sampling.of(requests, cpu)
         if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
             new = new._replace(key=new.key.new_tensor(self.model.broadcast(new.key.tolist())))
-        prompts = [torch.tensor(request.prompt, dtype=torch.int64) for request in requests]
+        prompts = [torch.tensor(each.prompt, dtype=torch.int64, device=cpu) for each in requests]
         tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (n, width)
-        lengths, tokens, *new = self.to_device(torch.tensor(list(map(len, prompts))), tokens, *new)
+        lengths = torch.tensor(list(map(len, prompts)), device=cpu)
+        lengths, tokens, *new = self.to_device(lengths, tokens, *new)
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
         self.input_pos[rows] = cached

@@ -106,8 +106,7 @@ class Transformer(nn.Module):
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
         Transformer.n_prefills += 1
-        for layer in list(quantization.PLAIN):
-            layer.layout.pack(layer)
+        quantization.pack_again()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         rows = rows or slice(0, B)
@@ -134,6 +133,7 @@ class Transformer(nn.Module):
         sliding window has passed, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
+        quantization.pack_again()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
         cached = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
@@ -1066,9 +1066,7 @@ def fill_model(
                 module.shared, tensor = True, model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
-                storage = tensor.untyped_storage()  # perhaps that of more, or of a mapped file
-                owned = storage.resizable() and storage.nbytes() == tensor.nbytes
-                tensor = tensor.to(device, x.dtype, copy=not owned)
+                tensor = tensor.to(device, x.dtype, copy=not owns_memory(tensor)).detach()
                 checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
             if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
@@ -1082,6 +1080,12 @@ def fill_model(
         if hasattr(module, "stack"):  # of experts
             module.stack()
     return model
+
+
+def owns_memory(x: Tensor) -> bool:
+    """Whether a tensor's memory is not that of more, or of a mapped file."""
+    storage = x.untyped_storage()
+    return storage.resizable() and storage.nbytes() == x.nbytes
 
 
 # our products, and the layers of Hugging Face that they do at once

@@ -238,6 +238,12 @@ LAYOUTS: dict[tuple[str, str], Layout] = {}
 PLAIN: WeakSet[nn.Module] = WeakSet()
 
 
+def pack_again() -> None:
+    for layer in list(PLAIN):
+        layer.layout.pack(layer)
+
+
+
 def many_rows_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which many rows multiply fastest: bfloat16, by 2x, but on a CPU without
     instructions for it float32, by 3x."""

@@ -195,7 +195,7 @@ def test_a_rank_takes_its_gpu_before_anything_else(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="cuda:1: there is none"):
         parse_args(["--device", "cuda"])
     assert calls == [("set", "cuda:1"), ("empty", "cuda:1")]
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,9 @@ from checks.common import HERE, hf_folder
 from cpu.packed import Packed
 from generate import compile_model, generate
 from model import Transformer, load_model
-from quantize import LAYOUTS, PLAIN, Int4Linear, Linear
+from quantize import (
+    LAYOUTS, PLAIN, Int4Linear, Linear, QuantizedLinear, save_quantized,
+)
 
 PROMPT = [list(range(5, 25))]
 MODES = {
@@ -65,6 +68,18 @@ def logits(model: Transformer) -> Tensor:
 def close(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     assert (got.double() - want.double()).norm() <= 0.05 * want.double().norm()
+
+@pytest.mark.parametrize("form", ["folder", "saved"])
+def test_layers_are_in_order_when_they_are_loaded(load: Load, form: str, tmp_path: Path) -> None:
+    """Nothing that loads them holds their tensors, or looks at them again."""
+    model = load()
+    if form == "saved" and any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
+        save_quantized(model, tmp_path / "saved")
+        model = load_model(tmp_path / "saved", dtype=model.dtype)
+    for layer in model.modules():
+        layout = getattr(layer, "layout", None)
+        assert layout is None or not hasattr(layout, "names") or layer.order is not None
+    assert any(getattr(layer, "layout", None) is not None for layer in model.modules())
 
 # --- what is done to a model, and what comes of it ---
 

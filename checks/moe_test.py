@@ -144,6 +144,7 @@ def test_quantized_experts_are_what_each_is_alone_and_come_back(
     expected = quantize_linear(alone, mode).stored()
     for name, tensor in ours.stored().items():
         assert torch.equal(tensor, expected[name])
+    del tensor  # whoever holds one keeps its layer plain, which rounds otherwise
 
     save_quantized(model, tmp_path / "saved")
     again = load_model(tmp_path / "saved", dtype=torch.float32)

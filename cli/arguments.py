@@ -36,7 +36,7 @@ def stop_text(text: str) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = OurParser(
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
     add_flags(parser.add_argument_group("a prompt and its answer").add_argument, number)
@@ -218,7 +218,14 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises what is wrong, for whoever says it: in one line, without the usage."""
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message:.600}\n")
+
+
+class OurParser(Parser):
+    """Raises what is wrong, for whoever says it of a run."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

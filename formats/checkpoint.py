@@ -275,7 +275,8 @@ class InFile:
         """All of it, or some rows; of a type of GGUF's bytes. ValueError: the file ends there."""
         stored = (*self.shape[:-1], self.row_bytes)
         rows = range(stored[0]) if rows is None else rows
-        data = torch.empty(rows[-1] + 1 - rows[0], *stored[1:], dtype=torch.uint8)
+        shape = rows[-1] + 1 - rows[0], *stored[1:]
+        data = torch.empty(shape, dtype=torch.uint8, device="cpu")
         end = self.offset + (rows[-1] + 1) * (self.nbytes // stored[0])
         left = memoryview((ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr()))
         while left:
