@@ -45,11 +45,19 @@ def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 Weights = tuple[Tensor, ...]
 
 
-def run_linear_kernel(x: Tensor, *weights: Tensor) -> Tensor:
+def run_linear_kernel(
+    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None, n_sm: int = 0,
+) -> Tensor:
     """The kernel: on the GPU, or interpreted. Outputs that it forgets are NaN."""
-    kernel, grid, arguments = linear._linear_arguments(x, *weights)
+    kernel, grid, arguments = linear._linear_arguments(x, w, scales, ids, n_sm)
     arguments["y_ptr"].fill_(math.nan)
+    if n_sm:
+        assert arguments["SPLIT"] == grid[2] > 1
+        arguments["part_ptr"].fill_(math.nan)
+        arguments["counter_ptr"] = torch.zeros(grid[:2], dtype=torch.int32, device=DEVICE)
     kernel[grid](**arguments)
+    if n_sm:
+        assert not arguments["counter_ptr"].any()  # for the next launch
     return arguments["y_ptr"]
 
 
@@ -101,6 +109,8 @@ SHAPES = pytest.mark.parametrize("N, K, rows, dtype", [
     (40, 1024, 8, F32),
     (1, 576, 13, F16),
     (65, 512, 16, BF16),
+    (40, 256, 17, BF16),
+    (70, 96, 64, F32),
 ], ids=str)
 
 
@@ -129,6 +139,19 @@ def test_int4_linear(N: int, K: int, rows: int, group: int, dtype: torch.dtype) 
     ):
         assert y.dtype == dtype
         check_linear(y, expected)
+
+
+@pytest.mark.parametrize("N, K, rows, split", [(24, 4096, 2, 2), (20, 2080, 17, 4)])
+def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> None:
+    """On a GPU that few outputs do not fill; K need not divide into turns of a loop or parts."""
+    x = vectors(rows, K)
+    int4 = int4_weights(N, K, 32)
+    for weights, expected in (
+        (int8_weights(N, K), linear.int8_linear_reference(x, *int8_weights(N, K))),
+        (linear.pack_int4(*int4), linear.int4_linear_reference(x, *int4)),
+    ):
+        assert linear._linear_arguments(x, *weights, n_sm=132)[1][2] == split
+        check_linear(run_linear_kernel(x, *weights, n_sm=132), expected)
 
 
 @pytest.mark.parametrize("rows, K, outliers", [(1, 1024, False), (4, 1000, True), (8, 704, True)])
@@ -259,10 +282,8 @@ def test_experts_linear(
         x = x[:, 0]
     expected = linear.experts_linear_reference(x.float(), ids, *weights)
     scales = weights[1] if len(weights) > 1 else None
-    kernel, grid, arguments = linear._linear_arguments(x, weights[0], scales, ids)
-    arguments["y_ptr"].fill_(math.nan)
-    kernel[grid](**arguments)
-    for y in (arguments["y_ptr"], linear.experts_linear(x, ids, *weights)):
+    by_kernel = run_linear_kernel(x, weights[0], scales, ids)
+    for y in (by_kernel, linear.experts_linear(x, ids, *weights)):
         assert y.dtype == dtype
         check_linear(y, expected)
 
@@ -272,9 +293,8 @@ def test_experts_linear_reads_what_was_chosen_only() -> None:
     ids = torch.tensor([[4, 1], [1, 0]], device=DEVICE)
     x = vectors(2, 64).flatten(1)
     w[[2, 3, 5]] = math.nan
-    kernel, grid, arguments = linear._linear_arguments(x, w, None, ids)
-    kernel[grid](**arguments)
-    check_linear(arguments["y_ptr"], linear.experts_linear_reference(x, ids, w))
+    y = run_linear_kernel(x, w, None, ids)
+    check_linear(y, linear.experts_linear_reference(x, ids, w))
 
 
 def test_mxfp4_is_what_it_is_said_to_be() -> None:

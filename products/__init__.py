@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from products import linear
 from quantize import LAYOUTS, Int4Linear, Int8Linear
 
@@ -15,7 +16,7 @@ from quantize import LAYOUTS, Int4Linear, Int8Linear
 class Int8OnGPU:
     """Takes Int8Linear's tensors as they are."""
 
-    few_rows = 16  # what the kernels take
+    few_rows = 64  # what the kernels take
 
     def pack(self, layer: Int8Linear) -> bool:
         return True
@@ -32,7 +33,7 @@ class Int8OnGPU:
 class Int4OnGPU:
     """weight and scales are what linear.pack_int4 returns, the zeros again with the scales."""
 
-    few_rows = 16
+    few_rows = 64
 
     def pack(self, layer: Int4Linear) -> bool:
         layer.weight, layer.scales = linear.pack_int4(layer.weight, layer.scales, layer.zeros)
@@ -72,6 +73,7 @@ class ExpertsOnGPU:
         return linear.experts_linear(x, ids, layer.weight, getattr(layer, "scales", None))
 
 
+linear.counters = kernels._counters  # zeros that are kept
 LAYOUTS |= {
     ("int8", "cuda"): Int8OnGPU(),
     ("int4", "cuda"): Int4OnGPU(),

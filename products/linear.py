@@ -7,13 +7,13 @@ experts that each token chose.
     experts_linear(x, ids, w, scales)     of a stack of weights, in any of these forms or MXFP4
 
 To lift it, copy this file: it needs torch and triton only. The _reference functions say in float32
-what is right; they are also what runs without a GPU or Triton, and for more than 16 vectors with
+what is right; they are also what runs without a GPU or Triton, and for more than 64 vectors with
 one weight. It works under torch.compile and in CUDA graphs.
 
 Decoding one token multiplies every weight once, and its time is that of reading them. A weight
 takes 2 bytes in bfloat16, 1 in int8, 0.625 in int4 with groups of 32 inputs, 0.53 with groups of
 128 or in MXFP4: of Llama-3-8B's layers 14.0, 7.0, 4.4 and 3.7 GB a token. Of a mixture of experts
-only those count that a token chose: 4 of 32 in gpt-oss-20b, 1.3 GB a token in MXFP4. Up to 16
+only those count that a token chose: 4 of 32 in gpt-oss-20b, 1.3 GB a token in MXFP4. Up to 64
 vectors share one reading."""
 from __future__ import annotations  # Triton reads the kernels' annotations, and may be absent
 
@@ -39,7 +39,7 @@ except ImportError:
 
 def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in
-    float32; [..., N]. On a GPU up to 16 vectors are taken in 16-bit steps, as said below."""
+    float32; [..., N]. On a GPU up to 64 vectors are taken in 16-bit steps, as said below."""
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
@@ -63,7 +63,7 @@ def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 16 vectors are
+    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 64 vectors are
     taken in 16-bit steps, as said below."""
     K = x.shape[-1]
     blocks = (K + 63) // 64
@@ -280,7 +280,9 @@ _operator("experts_linear", "(Tensor x, Tensor ids, Tensor w, Tensor? scales) ->
 #     x = step * (256 * high + low),
 # with less than a seventh of the error of rounding the result to bfloat16, also where some inputs
 # are 1000 times larger than the rest. A program has all rows of x, up to 16, and a few outputs, so
-# that every weight is read and unpacked once.
+# that every weight is read and unpacked once; of more rows each 16, which run one beside the other,
+# so that a weight comes from memory once. Where that makes too few programs for the GPU, each has a
+# part of the inputs only, and the last to finish, by a counter, sums the parts.
 
 
 @jit
@@ -314,8 +316,40 @@ def _times_steps(w, x, step):
 
 
 @jit
-def _store_outputs(y_ptr, y, n, row, live, N):
+def _my_part(ALL: tl.constexpr, TURN: tl.constexpr, SPLIT: tl.constexpr):
+    """Where a program's part of all inputs, whole turns of its loop, starts and ends."""
+    PART: tl.constexpr = (ALL + TURN * SPLIT - 1) // (TURN * SPLIT) * TURN
+    start = 0
+    if SPLIT > 1:
+        start = tl.program_id(2) * PART
+    return start, start + PART
+
+
+@jit
+def _sum_parts(part_ptr, counter_ptr, y, SPLIT: tl.constexpr):
+    """y (outputs, rows) of all parts, in their order, and whether this program has it: the last of
+    them to come does."""
+    SIZE: tl.constexpr = y.shape[0] * y.shape[1]
+    place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at = tl.arange(0, y.shape[0])[:, None] * y.shape[1] + tl.arange(0, y.shape[1])[None, :]
+    part_ptrs = part_ptr + place * (SPLIT * SIZE) + at
+    tl.store(part_ptrs + tl.program_id(2) * SIZE, y)
+    tl.debug_barrier()  # every thread's part is written before one of them counts
+    last = tl.atomic_add(counter_ptr + place, 1, sem="acq_rel") == SPLIT - 1
+    tl.store(counter_ptr + place, 0, last)
+    part = tl.arange(0, SPLIT)[:, None, None]
+    # .cg: past L1, which does not see what other SMs wrote
+    parts = tl.load(part_ptrs[None, :, :] + part * SIZE, last, other=0, cache_modifier=".cg")
+    return tl.sum(parts, 0), last
+
+
+@jit
+def _store_outputs(y_ptr, y, n, row, live, N, part_ptr=None, counter_ptr=None,
+                   SPLIT: tl.constexpr = 1):
     """y (outputs n, rows) into [rows, N], of the live rows."""
+    if SPLIT > 1:
+        y, last = _sum_parts(part_ptr, counter_ptr, y, SPLIT)
+        live = live & last
     y_ptrs = y_ptr + row[None, :] * N + n[:, None]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), (n < N)[:, None] & live[None, :])
 
@@ -338,16 +372,16 @@ def _choices(ids_ptr, pair, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr,
 def _rows(ids_ptr, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
           BLOCK_M: tl.constexpr):
     """What a program multiplies: the number of its weight, the rows of x and of y, which of them
-    are live, and whether there is anything to do. Without ids: all rows by the only weight. With
-    them: a pair of token and expert, together with the same expert's of the tokens behind it; what
-    a token before it has begun is nothing to do."""
+    are live, and whether there is anything to do. Without ids: BLOCK_M rows by the only weight.
+    With them: a pair of token and expert, together with the same expert's of the tokens behind it;
+    what a token before it has begun is nothing to do."""
     if ids_ptr is None:
         expert = 0
-        y_row = tl.arange(0, BLOCK_M)
+        y_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         live = y_row < ROWS
         begins = True
     else:
-        pair = tl.program_id(1)
+        pair = tl.program_id(0)
         expert, y_row = _choices(ids_ptr, pair, ROWS, N_ACTIVE, ACTIVE, BLOCK_M)
         live = y_row >= 0
         begins = tl.min(tl.where(live, y_row, pair)) == pair
@@ -366,7 +400,7 @@ def _float_linear_kernel(
         ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
     if not begins:
         return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_rows = w_ptr + (expert * N + n)[None, :, None] * K
     acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
     for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
@@ -382,19 +416,20 @@ def _float_linear_kernel(
 
 @jit
 def _int8_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, scales_ptr, y_ptr, ROWS, N, K: tl.constexpr, N_ACTIVE: tl.constexpr,
-    ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, scales_ptr, y_ptr, part_ptr, counter_ptr, ROWS, N, K: tl.constexpr,
+    N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
 ):
     STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
     expert, x_row, y_row, row_live, begins = _rows(
         ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
     if not begins:
         return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * K
     acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
+    start, end = _my_part(K, CHUNKS * CHUNK, SPLIT)
+    for at in tl.range(start, end, CHUNKS * CHUNK, num_stages=STAGES):
         # a chunk of inputs, with a step of its own, for each warp
         k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
@@ -406,7 +441,7 @@ def _int8_linear_kernel(
         acc += _times_steps(w, x, step) * step[:, None, :]
     scales = tl.load(scales_ptr + expert * N + n, n < N, other=0).to(tl.float32)
     y = tl.sum(acc, 0) * scales[:, None]
-    _store_outputs(y_ptr, y, n, y_row, row_live, N)
+    _store_outputs(y_ptr, y, n, y_row, row_live, N, part_ptr, counter_ptr, SPLIT)
 
 
 @jit
@@ -501,9 +536,9 @@ def _lines(lines_ptr, n, block, live, N, K: tl.constexpr, GROUP: tl.constexpr,
 
 @jit
 def _int4_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
-    N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, lines_ptr, y_ptr, part_ptr, counter_ptr, ROWS, N, K: tl.constexpr,
+    GROUP: tl.constexpr, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
 ):
     STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
     ALL_BLOCKS: tl.constexpr = (K + 63) // 64
@@ -512,7 +547,7 @@ def _int4_linear_kernel(
         ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
     if not begins:
         return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, 32)[None, None, :]
     w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * (ALL_BLOCKS * 32)
     if MXFP4:
@@ -522,7 +557,8 @@ def _int4_linear_kernel(
     else:
         lines_ptr += expert * N * (K // GROUP)
     acc = tl.zeros([BLOCKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, ALL_BLOCKS, BLOCKS, num_stages=STAGES):
+    start, end = _my_part(ALL_BLOCKS, BLOCKS, SPLIT)
+    for at in tl.range(start, end, BLOCKS, num_stages=STAGES):
         block = at + tl.arange(0, BLOCKS)
         # inputs of the low nibbles, and 32 further on of the high ones
         k = block[:, None, None] * 64 + byte
@@ -544,19 +580,21 @@ def _int4_linear_kernel(
         dot = _times_steps(w_low, x_low, step) * scale_low
         dot += _times_steps(w_high, x_high, step) * scale_high
         acc += dot * (step / (2 if MXFP4 else 16))[:, None, :]
-    _store_outputs(y_ptr, tl.sum(acc, 0), n, y_row, row_live, N)
+    _store_outputs(
+        y_ptr, tl.sum(acc, 0), n, y_row, row_live, N, part_ptr, counter_ptr, SPLIT)
 
 
 def _linear_arguments(
-    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None,
-) -> tuple[Any, tuple[int, int], dict[str, Any]]:
-    """The kernel, its grid and its arguments. scales: or, after pack_int4, lines; ids: of a stack
-    of weights."""
+    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None, n_sm: int = 0,
+) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+    """The kernel, its grid and its arguments but the counters. scales: or, after pack_int4, lines;
+    ids: of a stack of weights; n_sm: of a GPU whose programs can wait for each other's parts."""
     x = x.contiguous()
     K = x.shape[-1]
     if ids is None:
         N = len(w)
-        rows, pairs = x.numel() // K, 1
+        rows = x.numel() // K
+        pairs = triton.cdiv(rows, 16)  # slices of the rows
         of_ids = dict(ids_ptr=None, N_ACTIVE=1, ACTIVE=1, X_PER_PAIR=False)
         y = x.new_empty(*x.shape[:-1], N)
     else:
@@ -573,32 +611,56 @@ def _linear_arguments(
     BLOCK_N = 32 if rows <= 8 else 64
     most = 1024 if ids is None else 512  # experts are narrow
     inputs = min(most, 4096 // BLOCK_M)
+    grid = (pairs, triton.cdiv(N, BLOCK_N))
     arguments = of_ids | dict(
         x_ptr=x, w_ptr=w, y_ptr=y, ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         num_warps=4)
-    grid = (triton.cdiv(N, BLOCK_N), pairs)
     if scales is None:
         of_floats = dict(CHUNKS=4, CHUNK=inputs // 8)
-        return _float_linear_kernel, grid, arguments | of_floats
+        return _float_linear_kernel, (*grid, 1), arguments | of_floats
+    split = _split(grid, K // inputs, inputs, n_sm)
+    part = x.new_empty(*grid, split, BLOCK_N, BLOCK_M, dtype=torch.float32) if split > 1 else None
+    arguments |= dict(SPLIT=split, part_ptr=part, counter_ptr=None)
     lines = scales if ids is None else scales[0]  # of a weight
     if lines.dim() == 1:
         of_int8 = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
-        return _int8_linear_kernel, grid, arguments | of_int8
+        return _int8_linear_kernel, (*grid, split), arguments | of_int8
     mxfp4 = lines.dtype == torch.uint8
     group = 32 if mxfp4 or len(lines) == 2 else K // lines.shape[2]
     of_int4 = dict(lines_ptr=scales, GROUP=group, BLOCKS=inputs // 64)
-    return _int4_linear_kernel, grid, arguments | of_int4
+    return _int4_linear_kernel, (*grid, split), arguments | of_int4
+
+
+def _split(grid: tuple[int, int], turns: int, inputs: int, n_sm: int) -> int:
+    """Into how many parts the inputs are cut, of two turns at least, so that a GPU of n_sm is full:
+    of a program for each SM, if it takes 1024 inputs in a turn, else of two."""
+    wanted = n_sm * 7 // (8 if inputs == 1024 else 4)
+    split = 1
+    while grid[0] * grid[1] * split < wanted and 4 * split <= min(turns, 16):
+        split *= 2
+    return split
 
 
 def _takes_kernel(x: Tensor) -> bool:
-    """Whether x is 1 to 16 vectors on a GPU."""
-    return triton is not None and x.is_cuda and 0 < x.numel() <= 16 * x.shape[-1]
+    """Whether x is 1 to 64 vectors on a GPU."""
+    return triton is not None and x.is_cuda and 0 < x.numel() <= 64 * x.shape[-1]
+
+
+def counters(device: torch.device, n: int) -> Tensor:
+    """n zeros, which a launch leaves at zero: whoever keeps some puts a function here that returns
+    them, and spares a launch."""
+    return torch.zeros(n, dtype=torch.int32, device=device)
 
 
 def _launch_linear(
     x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None,
 ) -> Tensor:
-    kernel, grid, arguments = _linear_arguments(x, w, scales, ids)
+    n_sm = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if torch.version.hip:
+        n_sm = 0  # a barrier there waits for no other thread's stores
+    kernel, grid, arguments = _linear_arguments(x, w, scales, ids, n_sm)
     with torch.cuda.device_of(x):
+        if arguments.get("SPLIT", 1) > 1:
+            arguments["counter_ptr"] = counters(x.device, grid[0] * grid[1])
         kernel[grid](**arguments)
     return arguments["y_ptr"]
