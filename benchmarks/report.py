@@ -189,6 +189,8 @@ def cases(arch: str) -> Iterator[Case]:
     for rows in (1, 8, 16):
         for form in ("bf16", "int8", "int4", "mxfp4"):
             yield experts_linear(form, rows)
+    for form in ("int4", "mxfp4"):
+        yield dense_weight(form)
 
 
 def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -247,7 +249,7 @@ def linear_arguments(arch: str, *tensors: Tensor) -> tuple[Any, dict[str, Any]]:
     n_sm = 0 if arch.startswith("gfx") else 132
     kernel, grid, arguments = linear._linear_arguments(*tensors, n_sm=n_sm)
     if grid[2] > 1:
-        arguments["counter_ptr"] = tensor(torch.int32, *grid[:2])
+        arguments["counter_ptr"] = tensor(torch.int32, grid[0])
     return kernel, arguments
 
 
@@ -278,13 +280,7 @@ def experts_linear(form: str, rows: int) -> Case:
     K = 2880  # gpt-oss's
     x = tensor(torch.bfloat16, rows, K)
     ids = tensor(torch.int64, rows, 8)
-    packed = tensor(torch.int8, E, N, K // 64, 32)
-    w, scales = {
-        "bf16": (tensor(torch.bfloat16, E, N, K), None),
-        "int8": (tensor(torch.int8, E, N, K), tensor(torch.bfloat16, E, N)),
-        "int4": (packed, tensor(torch.int32, E, 2, N, K // 64)),
-        "mxfp4": (packed, tensor(torch.uint8, E, N, K // 32)),
-    }[form]
+    w, scales = experts(form, E, K)
     kernel, _, arguments = linear._linear_arguments(x, w, scales, ids)
     outputs = arguments["BLOCK_N"]
     if "BLOCKS" in arguments:
@@ -292,6 +288,24 @@ def experts_linear(form: str, rows: int) -> Case:
     else:
         needed = outputs * arguments["CHUNKS"] * arguments["CHUNK"] * w.element_size()
     return f"experts_linear {form} rows={rows}", kernel, arguments, needed
+
+
+def experts(form: str, E: int, K: int) -> tuple[Tensor, Tensor | None]:
+    """A stack of E weights with K inputs."""
+    packed = tensor(torch.int8, E, N, K // 64, 32)
+    return {
+        "bf16": (tensor(torch.bfloat16, E, N, K), None),
+        "int8": (tensor(torch.int8, E, N, K), tensor(torch.bfloat16, E, N)),
+        "int4": (packed, tensor(torch.int32, E, 2, N, K // 64)),
+        "mxfp4": (packed, tensor(torch.uint8, E, N, K // 32)),
+    }[form]
+
+
+def dense_weight(form: str) -> Case:
+    """Without a loop: its loads are not told."""
+    w, scales = experts(form, 128, 2880)
+    kernel, _, arguments = linear._dense_arguments(w, scales, 2880, torch.bfloat16, 1)
+    return f"dense_weight {form}", kernel, arguments, 0
 
 # --- what becomes of it ---
 

@@ -54,7 +54,7 @@ def run_linear_kernel(
     if n_sm:
         assert arguments["SPLIT"] == grid[2] > 1
         arguments["part_ptr"].fill_(math.nan)
-        arguments["counter_ptr"] = torch.zeros(grid[:2], dtype=torch.int32, device=DEVICE)
+        arguments["counter_ptr"] = torch.zeros(grid[0], dtype=torch.int32, device=DEVICE)
     kernel[grid](**arguments)
     if n_sm:
         assert not arguments["counter_ptr"].any()  # for the next launch
@@ -230,6 +230,26 @@ def test_packed_weights_come_back(K: int, group: int) -> None:
     assert torch.equal(their_zeros, zeros)
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "int4 of 128", "mxfp4", "pairs"])
+@pytest.mark.parametrize("E, N, K", [(None, 13, 96), (3, 20, 1184)])
+def test_dense_weights(form: str, E: int | None, N: int, K: int) -> None:
+    """Of one weight and of a stack."""
+    if form == "int4 of 128":
+        K = -(-K // 128) * 128
+    nibbles = 2 if form == "pairs" else 1
+    w, scales = expert_weights("int4" if nibbles == 2 else form, E or 1, N, nibbles * K, F32)
+    if E is None:
+        w, scales = w[0], scales[0]
+    expected = linear.dense_weight_reference(w, scales, K, nibbles)
+    if form != "int8":
+        kernel, grid, arguments = linear._dense_arguments(w, scales, K, F32, nibbles)
+        arguments["y_ptr"].fill_(math.nan)
+        kernel[grid](**arguments)
+        torch.testing.assert_close(arguments["y_ptr"], expected)
+    y = linear.dense_weight(w, scales, K, BF16, nibbles)
+    torch.testing.assert_close(y, expected.bfloat16())
+
+
 FORMS = ["float", "int8", "int4", "int4 of 128", "mxfp4"]
 
 
@@ -358,12 +378,13 @@ def test_quantized_linear_is_registered_properly() -> None:
     operator = torch.ops.gpt_flash.quantized_linear.default
     x = torch.randn(3, 64, device=DEVICE)
     w = torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
-    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE), None))
+    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE)))
     w = torch.randint(0, 256, (8, 32), dtype=U8, device=DEVICE)
     scales = torch.rand(8, 2, device=DEVICE).bfloat16()
-    torch.library.opcheck(operator, (x, w, scales, scales))
-    operator = torch.ops.gpt_flash.packed_int4_linear.default
-    torch.library.opcheck(operator, (x, *linear.pack_int4(w, scales, scales)))
+    packed = linear.pack_int4(w, scales, scales)
+    torch.library.opcheck(operator, (x, *packed))
+    operator = torch.ops.gpt_flash.dense_weight.default
+    torch.library.opcheck(operator, (*packed, 64, BF16, 1))
 
 # --- without Triton ---
 

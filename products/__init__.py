@@ -3,6 +3,8 @@
 Importing it puts a layout for each kind of layer into quantize.LAYOUTS."""
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from quantize import LAYOUTS, Int4Linear, Int8Linear
 class Int8OnGPU:
     """Takes Int8Linear's tensors as they are."""
 
-    few_rows = 64  # what the kernels take
+    few_rows = sys.maxsize  # the operator dequantizes for many
 
     def pack(self, layer: Int8Linear) -> bool:
         return True
@@ -33,7 +35,7 @@ class Int8OnGPU:
 class Int4OnGPU:
     """weight and scales are what linear.pack_int4 returns, the zeros again with the scales."""
 
-    few_rows = 64
+    few_rows = sys.maxsize
 
     def pack(self, layer: Int4Linear) -> bool:
         layer.weight, layer.scales = linear.pack_int4(layer.weight, layer.scales, layer.zeros)
@@ -46,6 +48,9 @@ class Int4OnGPU:
 
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
         if layer.nibbles == 2:
+            if len(x) > linear.MOST_ROWS // 2:  # the kernel has twice the work
+                K = layer.in_features
+                return F.linear(x, linear.dense_weight(layer.weight, layer.scales, K, x.dtype, 2))
             x = layer.for_nibbles(x)
         return linear.packed_int4_linear(x, layer.weight, layer.scales)
 
