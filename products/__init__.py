@@ -77,6 +77,14 @@ class ExpertsOnGPU:
             x = layer[0].for_nibbles(x)
         return linear.experts_linear(x, ids, layer.weight, getattr(layer, "scales", None))
 
+    def dense(self, layer: nn.Module) -> Tensor:
+        """All weights [n_expert, N, K] in bfloat16, or as they are if they are not quantized."""
+        if not hasattr(layer, "scales"):
+            return layer.weight
+        nibbles = getattr(layer[0], "nibbles", 1)
+        K = layer[0].in_features
+        return linear.dense_weight(layer.weight, layer.scales, K, torch.bfloat16, nibbles)
+
 
 linear.counters = kernels._counters  # zeros that are kept
 LAYOUTS |= {
