@@ -7,7 +7,9 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +154,23 @@ def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> No
     ):
         assert linear._linear_arguments(x, *weights, n_sm=132)[1][2] == split
         check_linear(run_linear_kernel(x, *weights, n_sm=132), expected)
+
+
+def test_a_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From whoever keeps zeros, who finds them as they were."""
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    kept = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    asked = []
+    monkeypatch.setattr(linear, "counters", lambda device, n: asked.append(n) or kept)
+    x = vectors(17, 1056)
+    weights = int8_weights(20, 1056)
+    for _ in range(2):
+        y = linear._launch_linear(x, *weights)
+        check_linear(y, linear.int8_linear_reference(x, *weights))
+    assert asked == [2, 2]  # of 20 outputs two slices of 16 rows
+    assert not kept.any()
 
 
 @pytest.mark.parametrize("rows, K, outliers", [(1, 1024, False), (4, 1000, True), (8, 704, True)])

@@ -125,23 +125,24 @@ class Experts(nn.Module):
         """x [B, T, dim] and, of each token, its experts' weights and numbers [B, T, n_active] ->
         [B, T, dim].
 
-        On a GPU nothing waits for the host: up to 16 tokens a row, as in decode, read what they
-        chose. More, as in prefill, are grouped by expert, and so is everything on a CPU, where the
-        host has the numbers."""
+        Up to 16 tokens a row, as in decode, never wait for the host on a GPU. More, as in prefill,
+        are grouped by expert, in bfloat16 without the host too, and so is everything on a CPU,
+        where the host has the numbers."""
         if self.gate_up_proj.layout is not None and x.shape[1] <= 16:
             rows = x.flatten(0, 1)
             ids = ids.flatten(0, 1)
             hidden = self.glu(self.gate_up_proj(rows, ids))  # (B T, n_active, ffn_dim)
             y = self.down_proj(hidden, ids)  # (B T, n_active, dim)
             return (y * weights.view(*ids.shape, 1)).sum(1).view_as(x)
-        if self.gate_up_proj.takes_groups(x) and self.down_proj.takes_groups(x):
+        of_16_bytes = x.shape[-1] % 8 == self.down_proj[0].in_features % 8 == 0
+        if self.gate_up_proj.layout is not None and x.dtype == torch.bfloat16 and of_16_bytes:
             return self.in_groups(x, weights, ids)
         if torch.compiler.is_compiling():  # which experts there are depends on the tokens
             return one_by_one(x, weights, ids, self.key)
         return self.one_by_one(x, weights, ids)
 
     def in_groups(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """The same, with one product for all experts."""
+        """The same, with one product for all experts: it wants bfloat16 in rows of 16 bytes."""
         experts, pairs = ids.flatten().sort()  # of token and expert, by expert
         rows = x.reshape(-1, x.shape[-1])[pairs // self.n_active]  # (B T n_active, dim)
         hidden = self.glu(self.gate_up_proj.in_groups(rows, experts))
@@ -248,12 +249,6 @@ class StackedLinear(nn.ModuleList):
             y = y + self.bias[ids]
         return y
 
-
-    def takes_groups(self, x: Tensor) -> bool:
-        """Whether in_groups does: it wants bfloat16, and rows of 16 bytes."""
-        return (
-            self.layout is not None and x.dtype == torch.bfloat16 and self[0].in_features % 8 == 0
-        )
 
     def in_groups(self, x: Tensor, experts: Tensor) -> Tensor:
         """x [pairs, K] -> [pairs, N]: each row times the weight of its expert; experts [pairs],

@@ -492,7 +492,8 @@ def _four_e2m1(sizes, signs):
         prmt.b32 p, 0x03020100, 0x0c080604, t;
         prmt.b32 n, 0xfdfeff00, 0xf4f8fafc, t;
         prmt.b32 m, $2, 0, 0xba98;
-        lop3.b32 $0, m, n, p, 0xca;}""", "=r,r,r", [sizes, signs], dtype=tl.int8, is_pure=True, pack=4)
+        lop3.b32 $0, m, n, p, 0xca;}""",
+        "=r,r,r", [sizes, signs], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @jit
@@ -520,7 +521,7 @@ def _line(lines):
 @jit
 def _lines(lines_ptr, n, block, live, N, K: tl.constexpr, GROUP: tl.constexpr,
            MXFP4: tl.constexpr):
-    """Scales and zeros of the low nibbles of blocks (BLOCKS, BLOCK_N), and those of the high ones."""
+    """Scales and zeros of the low nibbles of blocks of 64 at outputs n, and of the high ones."""
     ALL_BLOCKS: tl.constexpr = (K + 63) // 64
     if MXFP4:
         line_ptrs = lines_ptr + n * (K // 32) + 2 * block
