@@ -182,13 +182,15 @@ def cases(arch: str) -> Iterator[Case]:
     for name in FLASH_DECODE:
         yield from flash_decode(name, arch)
     for rows in (1, 4, 8, 16):
-        yield int8_linear(rows)
-        yield int4_linear(rows, 32)
-    yield int4_linear(1, 64)
-    yield int4_linear(1, 128)
+        yield int8_linear(rows, arch)
+        yield int4_linear(rows, 32, arch)
+    yield int4_linear(1, 64, arch)
+    yield int4_linear(1, 128, arch)
     for rows in (1, 8, 16):
         for form in ("bf16", "int8", "int4", "mxfp4"):
             yield experts_linear(form, rows)
+    for form in ("int4", "mxfp4"):
+        yield dense_weight(form)
 
 
 def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -242,23 +244,32 @@ K = 14336
 N = 4097
 
 
-def int8_linear(rows: int) -> Case:
+def linear_arguments(arch: str, *tensors: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The kernel and its arguments, on a GPU of 132 SMs."""
+    n_sm = 0 if arch.startswith("gfx") else 132
+    kernel, grid, arguments = linear._linear_arguments(*tensors, n_sm=n_sm)
+    if grid[2] > 1:
+        arguments["counter_ptr"] = tensor(torch.int32, grid[0])
+    return kernel, arguments
+
+
+def int8_linear(rows: int, arch: str) -> Case:
     x = tensor(torch.bfloat16, rows, K)
     w = tensor(torch.int8, N, K)
     scales = tensor(torch.bfloat16, N)
-    kernel, _, arguments = linear._linear_arguments(x, w, scales)
+    kernel, arguments = linear_arguments(arch, x, w, scales)
     needed = arguments["BLOCK_N"] * arguments["CHUNKS"] * arguments["CHUNK"]
     return f"int8_linear rows={rows}", kernel, arguments, needed
 
 
-def int4_linear(rows: int, group: int) -> Case:
+def int4_linear(rows: int, group: int, arch: str) -> Case:
     """With a scale and a zero for so many inputs."""
     x = tensor(torch.bfloat16, rows, K)
     packed = tensor(torch.int8, N, K // 64, 32)
     lines = tensor(torch.int32, 1, N, K // group)
     if group == 32:
         lines = tensor(torch.int32, 2, N, K // 64)
-    kernel, _, arguments = linear._linear_arguments(x, packed, lines)
+    kernel, arguments = linear_arguments(arch, x, packed, lines)
     needed = arguments["BLOCK_N"] * arguments["BLOCKS"] * 32
     return f"int4_linear rows={rows} group={group}", kernel, arguments, needed
 
@@ -269,13 +280,7 @@ def experts_linear(form: str, rows: int) -> Case:
     K = 2880  # gpt-oss's
     x = tensor(torch.bfloat16, rows, K)
     ids = tensor(torch.int64, rows, 8)
-    packed = tensor(torch.int8, E, N, K // 64, 32)
-    w, scales = {
-        "bf16": (tensor(torch.bfloat16, E, N, K), None),
-        "int8": (tensor(torch.int8, E, N, K), tensor(torch.bfloat16, E, N)),
-        "int4": (packed, tensor(torch.int32, E, 2, N, K // 64)),
-        "mxfp4": (packed, tensor(torch.uint8, E, N, K // 32)),
-    }[form]
+    w, scales = experts(form, E, K)
     kernel, _, arguments = linear._linear_arguments(x, w, scales, ids)
     outputs = arguments["BLOCK_N"]
     if "BLOCKS" in arguments:
@@ -283,6 +288,24 @@ def experts_linear(form: str, rows: int) -> Case:
     else:
         needed = outputs * arguments["CHUNKS"] * arguments["CHUNK"] * w.element_size()
     return f"experts_linear {form} rows={rows}", kernel, arguments, needed
+
+
+def experts(form: str, E: int, K: int) -> tuple[Tensor, Tensor | None]:
+    """A stack of E weights with K inputs."""
+    packed = tensor(torch.int8, E, N, K // 64, 32)
+    return {
+        "bf16": (tensor(torch.bfloat16, E, N, K), None),
+        "int8": (tensor(torch.int8, E, N, K), tensor(torch.bfloat16, E, N)),
+        "int4": (packed, tensor(torch.int32, E, 2, N, K // 64)),
+        "mxfp4": (packed, tensor(torch.uint8, E, N, K // 32)),
+    }[form]
+
+
+def dense_weight(form: str) -> Case:
+    """Without a loop: its loads are not told."""
+    w, scales = experts(form, 128, 2880)
+    kernel, _, arguments = linear._dense_arguments(w, scales, 2880, torch.bfloat16, 1)
+    return f"dense_weight {form}", kernel, arguments, 0
 
 # --- what becomes of it ---
 

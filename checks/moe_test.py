@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from checks.common import BASE, close, hf_logits, random_hf
 from cli.stats import weight_bytes
@@ -121,12 +122,13 @@ def test_copied_experts_are_their_own() -> None:
     close(run(x, weights, ids, mine.key), run(x, weights, ids, experts.key) + 7, 1e-5)
 
 
-def small_experts() -> Experts:
+def small_experts(bias: bool = False) -> Experts:
     """5 random experts, of which a token goes to 2."""
     torch.manual_seed(0)
     sizes = dict(BASE, hidden_size=64, intermediate_size=96)
     mixtral = dict(sizes, model_type="mixtral", num_local_experts=5, num_experts_per_tok=2)
-    return Experts(ModelConfig.from_hf(mixtral)).requires_grad_(False)
+    kind = type("Biased", (Experts,), dict(bias=True)) if bias else Experts
+    return kind(ModelConfig.from_hf(mixtral)).requires_grad_(False)
 
 # --- quantized experts ---
 
@@ -174,8 +176,31 @@ def test_stacked_experts_give_what_single_ones_do(
         stack.stack()
     # the products of quantized layers are in bfloat16
     close(experts(x, weights, ids), expected, 1e-4 if mode is None else 1e-2)
+    if mode is not None:
+        grouped = experts.in_groups(x.bfloat16(), weights, ids)
+        assert grouped.shape == x.shape
+        close(grouped.float(), expected, 1e-2)
     by_kernel = mode in ("int8", "int4", "int8_grouped")  # that of a single layer
     close(experts.one_by_one(x, weights, ids), expected, 1e-2 if by_kernel else 1e-5)
+
+
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_a_prompt_asks_the_host_nothing(gpu_layouts: None, mode: str | None) -> None:
+    """The tokens of a prompt in bfloat16 go to all experts at once."""
+    experts = small_experts(bias=True).bfloat16()
+    for stack in (experts.gate_up_proj, experts.down_proj):
+        for i, linear in enumerate(stack):
+            stack[i] = random_layer(linear, mode)
+            stack[i].pack()
+    x = torch.randn(2, 17, 64).bfloat16()
+    weights, ids = torch.rand(2, 17, 5).topk(2)
+    weights = weights.bfloat16()
+    expected = experts(x, weights, ids)
+    for stack in (experts.gate_up_proj, experts.down_proj):
+        stack.stack()
+    close(experts(x, weights, ids).float(), expected.float(), 2e-2)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # which has no numbers to tell the host
+        assert experts(x, weights, ids).shape == x.shape
 
 
 def random_layer(linear: Linear, mode: str | None) -> torch.nn.Module:

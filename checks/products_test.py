@@ -7,7 +7,9 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +47,19 @@ def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 Weights = tuple[Tensor, ...]
 
 
-def run_linear_kernel(x: Tensor, *weights: Tensor) -> Tensor:
+def run_linear_kernel(
+    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None, n_sm: int = 0,
+) -> Tensor:
     """The kernel: on the GPU, or interpreted. Outputs that it forgets are NaN."""
-    kernel, grid, arguments = linear._linear_arguments(x, *weights)
+    kernel, grid, arguments = linear._linear_arguments(x, w, scales, ids, n_sm)
     arguments["y_ptr"].fill_(math.nan)
+    if n_sm:
+        assert arguments["SPLIT"] == grid[2] > 1
+        arguments["part_ptr"].fill_(math.nan)
+        arguments["counter_ptr"] = torch.zeros(grid[0], dtype=torch.int32, device=DEVICE)
     kernel[grid](**arguments)
+    if n_sm:
+        assert not arguments["counter_ptr"].any()  # for the next launch
     return arguments["y_ptr"]
 
 
@@ -101,6 +111,8 @@ SHAPES = pytest.mark.parametrize("N, K, rows, dtype", [
     (40, 1024, 8, F32),
     (1, 576, 13, F16),
     (65, 512, 16, BF16),
+    (40, 256, 17, BF16),
+    (70, 96, 64, F32),
 ], ids=str)
 
 
@@ -129,6 +141,36 @@ def test_int4_linear(N: int, K: int, rows: int, group: int, dtype: torch.dtype) 
     ):
         assert y.dtype == dtype
         check_linear(y, expected)
+
+
+@pytest.mark.parametrize("N, K, rows, split", [(24, 4096, 2, 2), (20, 2080, 17, 4)])
+def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> None:
+    """On a GPU that few outputs do not fill; K need not divide into turns of a loop or parts."""
+    x = vectors(rows, K)
+    int4 = int4_weights(N, K, 32)
+    for weights, expected in (
+        (int8_weights(N, K), linear.int8_linear_reference(x, *int8_weights(N, K))),
+        (linear.pack_int4(*int4), linear.int4_linear_reference(x, *int4)),
+    ):
+        assert linear._linear_arguments(x, *weights, n_sm=132)[1][2] == split
+        check_linear(run_linear_kernel(x, *weights, n_sm=132), expected)
+
+
+def test_a_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From whoever keeps zeros, who finds them as they were."""
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    kept = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    asked = []
+    monkeypatch.setattr(linear, "counters", lambda device, n: asked.append(n) or kept)
+    x = vectors(17, 1056)
+    weights = int8_weights(20, 1056)
+    for _ in range(2):
+        y = linear._launch_linear(x, *weights)
+        check_linear(y, linear.int8_linear_reference(x, *weights))
+    assert asked == [2, 2]  # of 20 outputs two slices of 16 rows
+    assert not kept.any()
 
 
 @pytest.mark.parametrize("rows, K, outliers", [(1, 1024, False), (4, 1000, True), (8, 704, True)])
@@ -207,6 +249,26 @@ def test_packed_weights_come_back(K: int, group: int) -> None:
     assert torch.equal(their_zeros, zeros)
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "int4 of 128", "mxfp4", "pairs"])
+@pytest.mark.parametrize("E, N, K", [(None, 13, 96), (3, 20, 1184)])
+def test_dense_weights(form: str, E: int | None, N: int, K: int) -> None:
+    """Of one weight and of a stack."""
+    if form == "int4 of 128":
+        K = -(-K // 128) * 128
+    nibbles = 2 if form == "pairs" else 1
+    w, scales = expert_weights("int4" if nibbles == 2 else form, E or 1, N, nibbles * K, F32)
+    if E is None:
+        w, scales = w[0], scales[0]
+    expected = linear.dense_weight_reference(w, scales, K, nibbles)
+    if form != "int8":
+        kernel, grid, arguments = linear._dense_arguments(w, scales, K, F32, nibbles)
+        arguments["y_ptr"].fill_(math.nan)
+        kernel[grid](**arguments)
+        torch.testing.assert_close(arguments["y_ptr"], expected)
+    y = linear.dense_weight(w, scales, K, BF16, nibbles)
+    torch.testing.assert_close(y, expected.bfloat16())
+
+
 FORMS = ["float", "int8", "int4", "int4 of 128", "mxfp4"]
 
 
@@ -259,10 +321,8 @@ def test_experts_linear(
         x = x[:, 0]
     expected = linear.experts_linear_reference(x.float(), ids, *weights)
     scales = weights[1] if len(weights) > 1 else None
-    kernel, grid, arguments = linear._linear_arguments(x, weights[0], scales, ids)
-    arguments["y_ptr"].fill_(math.nan)
-    kernel[grid](**arguments)
-    for y in (arguments["y_ptr"], linear.experts_linear(x, ids, *weights)):
+    by_kernel = run_linear_kernel(x, weights[0], scales, ids)
+    for y in (by_kernel, linear.experts_linear(x, ids, *weights)):
         assert y.dtype == dtype
         check_linear(y, expected)
 
@@ -272,9 +332,8 @@ def test_experts_linear_reads_what_was_chosen_only() -> None:
     ids = torch.tensor([[4, 1], [1, 0]], device=DEVICE)
     x = vectors(2, 64).flatten(1)
     w[[2, 3, 5]] = math.nan
-    kernel, grid, arguments = linear._linear_arguments(x, w, None, ids)
-    kernel[grid](**arguments)
-    check_linear(arguments["y_ptr"], linear.experts_linear_reference(x, ids, w))
+    y = run_linear_kernel(x, w, None, ids)
+    check_linear(y, linear.experts_linear_reference(x, ids, w))
 
 
 def test_mxfp4_is_what_it_is_said_to_be() -> None:
@@ -338,12 +397,13 @@ def test_quantized_linear_is_registered_properly() -> None:
     operator = torch.ops.gpt_flash.quantized_linear.default
     x = torch.randn(3, 64, device=DEVICE)
     w = torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
-    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE), None))
+    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE)))
     w = torch.randint(0, 256, (8, 32), dtype=U8, device=DEVICE)
     scales = torch.rand(8, 2, device=DEVICE).bfloat16()
-    torch.library.opcheck(operator, (x, w, scales, scales))
-    operator = torch.ops.gpt_flash.packed_int4_linear.default
-    torch.library.opcheck(operator, (x, *linear.pack_int4(w, scales, scales)))
+    packed = linear.pack_int4(w, scales, scales)
+    torch.library.opcheck(operator, (x, *packed))
+    operator = torch.ops.gpt_flash.dense_weight.default
+    torch.library.opcheck(operator, (*packed, 64, BF16, 1))
 
 # --- without Triton ---
 

@@ -3,11 +3,14 @@
 Importing it puts a layout for each kind of layer into quantize.LAYOUTS."""
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from products import linear
 from quantize import LAYOUTS, Int4Linear, Int8Linear
 
@@ -15,16 +18,18 @@ from quantize import LAYOUTS, Int4Linear, Int8Linear
 class Int8OnGPU:
     """Takes Int8Linear's tensors as they are."""
 
-    few_rows = 16  # what the kernels take
+    few_rows = sys.maxsize  # the operator dequantizes for many
 
     def pack(self, layer: Int8Linear) -> bool:
         return True
 
     def product(self, layer: Int8Linear, x: Tensor) -> Tensor:
-        if len(x) == 1 and torch.compiler.is_compiling():
+        widens = layer.in_features <= layer.out_features
+        if len(x) == 1 and torch.compiler.is_compiling() and widens:
             # a launch less a layer: Inductor fuses one row with the norm before it. It spends 4 to
             # 7 instructions on a byte where our kernel spends 1: which is faster is to be measured.
-            # More rows it would multiply after writing the whole weight in bfloat16
+            # Not in down_proj, where every program would compute the activation anew, at 10 to 31;
+            # and more rows it would multiply after writing the whole weight in bfloat16
             return F.linear(x, layer.weight.to(x.dtype)) * layer.scales
         return linear.int8_linear(x, layer.weight, layer.scales)
 
@@ -32,7 +37,7 @@ class Int8OnGPU:
 class Int4OnGPU:
     """weight and scales are what linear.pack_int4 returns, the zeros again with the scales."""
 
-    few_rows = 16
+    few_rows = sys.maxsize
 
     def pack(self, layer: Int4Linear) -> bool:
         layer.weight, layer.scales = linear.pack_int4(layer.weight, layer.scales, layer.zeros)
@@ -45,6 +50,9 @@ class Int4OnGPU:
 
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
         if layer.nibbles == 2:
+            if len(x) > linear.MOST_ROWS // 2:  # the kernel has twice the work
+                K = layer.in_features
+                return F.linear(x, linear.dense_weight(layer.weight, layer.scales, K, x.dtype, 2))
             x = layer.for_nibbles(x)
         return linear.packed_int4_linear(x, layer.weight, layer.scales)
 
@@ -71,7 +79,16 @@ class ExpertsOnGPU:
             x = layer[0].for_nibbles(x)
         return linear.experts_linear(x, ids, layer.weight, getattr(layer, "scales", None))
 
+    def dense(self, layer: nn.Module) -> Tensor:
+        """All weights [n_expert, N, K] in bfloat16, or as they are if they are not quantized."""
+        if not hasattr(layer, "scales"):
+            return layer.weight
+        nibbles = getattr(layer[0], "nibbles", 1)
+        K = layer[0].in_features
+        return linear.dense_weight(layer.weight, layer.scales, K, torch.bfloat16, nibbles)
 
+
+linear.counters = kernels._counters  # zeros that are kept
 LAYOUTS |= {
     ("int8", "cuda"): Int8OnGPU(),
     ("int4", "cuda"): Int4OnGPU(),

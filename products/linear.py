@@ -5,15 +5,16 @@ experts that each token chose.
     int4_linear(x, w, scales, zeros)      a scale and a zero for 32, 64 or 128 inputs
     packed_int4_linear(x, packed, lines)  the same, of what pack_int4 returned once
     experts_linear(x, ids, w, scales)     of a stack of weights, in any of these forms or MXFP4
+    dense_weight(w, scales, K, dtype)     the numbers themselves, for many vectors
 
 To lift it, copy this file: it needs torch and triton only. The _reference functions say in float32
-what is right; they are also what runs without a GPU or Triton, and for more than 16 vectors with
+what is right; they are also what runs without a GPU or Triton, and for more than 64 vectors with
 one weight. It works under torch.compile and in CUDA graphs.
 
 Decoding one token multiplies every weight once, and its time is that of reading them. A weight
 takes 2 bytes in bfloat16, 1 in int8, 0.625 in int4 with groups of 32 inputs, 0.53 with groups of
 128 or in MXFP4: of Llama-3-8B's layers 14.0, 7.0, 4.4 and 3.7 GB a token. Of a mixture of experts
-only those count that a token chose: 4 of 32 in gpt-oss-20b, 1.3 GB a token in MXFP4. Up to 16
+only those count that a token chose: 4 of 32 in gpt-oss-20b, 1.3 GB a token in MXFP4. Up to 64
 vectors share one reading."""
 from __future__ import annotations  # Triton reads the kernels' annotations, and may be absent
 
@@ -39,11 +40,11 @@ except ImportError:
 
 def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in
-    float32; [..., N]. On a GPU up to 16 vectors are taken in 16-bit steps, as said below."""
+    float32; [..., N]. On a GPU up to 64 vectors are taken in 16-bit steps, as said below."""
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
-    return torch.ops.gpt_flash.quantized_linear(x, w, scales, None)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales)
 
 
 def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     high one, and scales and zeros [N, K / group] for groups of 32, 64 or 128:
     weight = (nibble - 8) * scale + zero. Result [..., N].
 
-    On a GPU every call packs w anew: call packed_int4_linear where that counts."""
+    Every call packs w anew: call packed_int4_linear where that counts."""
     N, groups = scales.shape
     K = x.shape[-1]
     grouped = K in (32 * groups, 64 * groups, 128 * groups)
@@ -59,21 +60,18 @@ def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         raise ValueError("int4_linear: needs x [..., K], w [N, K / 2], scales and zeros "
                          "[N, K / group], group 32, 64 or 128, "
                          f"got {[list(t.shape) for t in (x, w, scales, zeros)]}")
-    return torch.ops.gpt_flash.quantized_linear(x, w, scales, zeros)
+    if scales.dtype == zeros.dtype == torch.bfloat16:
+        return packed_int4_linear(x, *pack_int4(w, scales, zeros))
+    return int4_linear_reference(x, w, scales, zeros)  # packing would round them
 
 
 def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 16 vectors are
+    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 64 vectors are
     taken in 16-bit steps, as said below."""
-    K = x.shape[-1]
-    blocks = (K + 63) // 64
-    N = len(packed)
-    plain = len(lines) == 1 and K in (64 * lines.shape[2], 128 * lines.shape[2])
-    halves = len(lines) == 2 and K % 32 == 0 and lines.shape[2] == blocks
-    if packed.shape != (N, blocks, 32) or lines.shape[1] != N or not (plain or halves):
+    if lines.dim() != 3 or not _fit_experts(x.shape[-1], packed[None], lines[None]):
         raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
                          f"got {[list(t.shape) for t in (x, packed, lines)]}")
-    return torch.ops.gpt_flash.packed_int4_linear(x, packed, lines)
+    return torch.ops.gpt_flash.quantized_linear(x, packed, lines)
 
 
 def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -96,6 +94,18 @@ def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = No
     return torch.ops.gpt_flash.experts_linear(x, ids, w, scales)
 
 
+def dense_weight(
+    w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int = 1,
+) -> Tensor:
+    """What a quantized weight of K inputs, or a stack of them, stands for: w and scales as above ->
+    [N, K] or [E, N, K] of dtype, for many vectors.
+
+    nibbles: 2 if a weight is a pair of them, low + 16 * high, which int4 takes for two inputs."""
+    if scales.is_floating_point():
+        return w * scales[..., None].to(dtype)
+    return torch.ops.gpt_flash.dense_weight(w, scales, K, dtype, nibbles)
+
+
 def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
     """Whether w and scales are a stack that experts_linear knows, of weights with K inputs."""
     E, N = w.shape[:2]
@@ -115,23 +125,18 @@ def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
 
 
 def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
-    weight = w * scales[:, None].float()  # (N, K)
-    return F.linear(x.float(), weight).to(x.dtype)
+    return _linear_reference(x, w, scales)
 
 
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
-    return _nibbles_linear_reference(x, nibbles, scales, zeros)
+    weight = _line_reference(nibbles, scales, zeros)
+    return F.linear(x.float(), weight).to(x.dtype)
 
 
-def packed_int4_linear_reference(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    return _nibbles_linear_reference(x, *unpack_int4(packed, lines, x.shape[-1]))
-
-
-def _nibbles_linear_reference(x: Tensor, nibbles: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
-    weight = values * scales[..., None] + zeros[..., None]
-    return F.linear(x.float(), weight.view(len(nibbles), -1)).to(x.dtype)
+def _linear_reference(x: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
+    weight = w.float() if scales is None else dense_weight_reference(w, scales, x.shape[-1])
+    return F.linear(x.float(), weight).to(x.dtype)
 
 
 def experts_linear_reference(
@@ -141,22 +146,30 @@ def experts_linear_reference(
     vectors = x[:, None].expand(R, n_active, -1) if x.dim() == 2 else x
     y = []
     for vector, expert in zip(vectors.flatten(0, 1), ids.flatten().tolist()):
-        if scales is None:
-            y.append(F.linear(vector.float(), w[expert].float()).to(x.dtype))
-        elif scales.dtype == torch.uint8:
-            y.append(packed_mxfp4_linear_reference(vector, w[expert], scales[expert]))
-        elif scales.dtype == torch.int32:
-            y.append(packed_int4_linear_reference(vector, w[expert], scales[expert]))
-        else:
-            y.append(int8_linear_reference(vector, w[expert], scales[expert]))
+        of_expert = None if scales is None else scales[expert]
+        y.append(_linear_reference(vector, w[expert], of_expert))
     if not y:
         return x.new_empty(R, n_active, w.shape[1])
     return torch.stack(y).view(R, n_active, -1)
 
 
-def packed_mxfp4_linear_reference(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    nibbles = split_planes(packed, x.shape[-1])
-    return F.linear(x.float(), mxfp4_values(nibbles, scales)).to(x.dtype)
+def dense_weight_reference(w: Tensor, scales: Tensor, K: int, nibbles: int = 1) -> Tensor:
+    if scales.is_floating_point():
+        return w * scales[..., None].float()
+    if w.dim() == 4:
+        weights = [dense_weight_reference(*of_one, K, nibbles) for of_one in zip(w, scales)]
+        return torch.stack(weights)
+    if scales.dtype == torch.uint8:
+        return mxfp4_values(split_planes(w, K), scales)
+    values = _line_reference(*unpack_int4(w, scales, nibbles * K))
+    if nibbles == 2:
+        values = values[:, ::2] + 16 * values[:, 1::2]
+    return values
+
+
+def _line_reference(nibbles: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
+    return (values * scales[..., None] + zeros[..., None]).flatten(1)
 
 # --- formats ---
 
@@ -235,25 +248,36 @@ def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"gpt_flash::{name}", fake)
 
 
-def _linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    on_gpu = _takes_kernel(x)
-    if zeros is None:
-        return _launch_linear(x, w, scales) if on_gpu else int8_linear_reference(x, w, scales)
-    if on_gpu and scales.dtype == zeros.dtype == torch.bfloat16:  # else packing would round them
-        return _launch_linear(x, *pack_int4(w, scales, zeros))
-    return int4_linear_reference(x, w, scales, zeros)
+def _linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+    if triton is None or not x.is_cuda or x.numel() == 0:
+        return _linear_reference(x, w, scales)
+    if x.numel() <= MOST_ROWS * x.shape[-1]:
+        return _launch_linear(x, w, scales)
+    return F.linear(x, dense_weight(w, scales, x.shape[-1], x.dtype))
 
 
-def _packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    if _takes_kernel(x):
-        return _launch_linear(x, packed, lines)
-    return packed_int4_linear_reference(x, packed, lines)
+MOST_ROWS = 64  # with more, multiplying a weight that was dequantized is faster than 16 at a time
 
 
 def _experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
     if triton is not None and x.is_cuda and x.numel() > 0:
         return _launch_linear(x, w, scales, ids)
     return experts_linear_reference(x, ids, w, scales)
+
+
+def _dense_weight(
+    w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int,
+) -> Tensor:
+    if triton is None or not w.is_cuda:
+        return dense_weight_reference(w, scales, K, nibbles).to(dtype)
+    kernel, grid, arguments = _dense_arguments(w, scales, K, dtype, nibbles)
+    with torch.cuda.device_of(w):
+        kernel[grid](**arguments)
+    return arguments["y_ptr"]
+
+
+def _dense_weight_fake(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, _: int) -> Tensor:
+    return w.new_empty(*w.shape[:-2], K, dtype=dtype)
 
 
 def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -264,12 +288,13 @@ def _experts_linear_fake(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | Non
     return x.new_empty(*ids.shape, w.shape[1])
 
 
-_operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales, Tensor? zeros) -> Tensor",
+_operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales) -> Tensor",
           _linear, _linear_fake)
-_operator("packed_int4_linear", "(Tensor x, Tensor packed, Tensor lines) -> Tensor",
-          _packed_int4_linear, _linear_fake)
 _operator("experts_linear", "(Tensor x, Tensor ids, Tensor w, Tensor? scales) -> Tensor",
           _experts_linear, _experts_linear_fake)
+_operator("dense_weight",
+          "(Tensor w, Tensor scales, int K, ScalarType dtype, int nibbles) -> Tensor",
+          _dense_weight, _dense_weight_fake)
 
 # --- in Triton ---
 #
@@ -280,7 +305,9 @@ _operator("experts_linear", "(Tensor x, Tensor ids, Tensor w, Tensor? scales) ->
 #     x = step * (256 * high + low),
 # with less than a seventh of the error of rounding the result to bfloat16, also where some inputs
 # are 1000 times larger than the rest. A program has all rows of x, up to 16, and a few outputs, so
-# that every weight is read and unpacked once.
+# that every weight is read and unpacked once; of more rows each 16, which run one beside the other,
+# so that a weight comes from memory once. Where that makes too few programs for the GPU, each has a
+# part of the inputs only, and the last to finish, by a counter, sums the parts.
 
 
 @jit
@@ -314,8 +341,39 @@ def _times_steps(w, x, step):
 
 
 @jit
-def _store_outputs(y_ptr, y, n, row, live, N):
+def _my_part(ALL: tl.constexpr, TURN: tl.constexpr, SPLIT: tl.constexpr):
+    """Where a program's part of all inputs, whole turns of its loop, starts and ends."""
+    PART: tl.constexpr = (ALL + TURN * SPLIT - 1) // (TURN * SPLIT) * TURN
+    start = 0
+    if SPLIT > 1:
+        start = tl.program_id(2) * PART
+    return start, start + PART
+
+
+@jit
+def _sum_parts(part_ptr, counter_ptr, y, SPLIT: tl.constexpr):
+    """y (outputs, rows) of all parts, in their order, and whether this program has it: the last of
+    them to come does."""
+    SIZE: tl.constexpr = y.shape[0] * y.shape[1]
+    place = tl.program_id(0)
+    at = tl.arange(0, y.shape[0])[:, None] * y.shape[1] + tl.arange(0, y.shape[1])[None, :]
+    part_ptrs = part_ptr + place * (SPLIT * SIZE) + at
+    tl.store(part_ptrs + tl.program_id(2) * SIZE, y)
+    tl.debug_barrier()  # every thread's part is written before one of them counts
+    last = tl.atomic_add(counter_ptr + place, 1, sem="acq_rel") == SPLIT - 1
+    tl.store(counter_ptr + place, 0, last)
+    part = tl.arange(0, SPLIT)[:, None, None]
+    # .cg: past L1, which does not see what other SMs wrote
+    parts = tl.load(part_ptrs[None, :, :] + part * SIZE, last, other=0, cache_modifier=".cg")
+    return tl.sum(parts, 0), last
+
+
+@jit
+def _store_outputs(y_ptr, y, n, row, live, N, part_ptr, counter_ptr, SPLIT: tl.constexpr):
     """y (outputs n, rows) into [rows, N], of the live rows."""
+    if SPLIT > 1:
+        y, last = _sum_parts(part_ptr, counter_ptr, y, SPLIT)
+        live = live & last
     y_ptrs = y_ptr + row[None, :] * N + n[:, None]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), (n < N)[:, None] & live[None, :])
 
@@ -336,14 +394,14 @@ def _choices(ids_ptr, pair, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr,
 
 @jit
 def _rows(ids_ptr, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
-          BLOCK_M: tl.constexpr):
+          BLOCK_M: tl.constexpr, SLICES: tl.constexpr):
     """What a program multiplies: the number of its weight, the rows of x and of y, which of them
-    are live, and whether there is anything to do. Without ids: all rows by the only weight. With
-    them: a pair of token and expert, together with the same expert's of the tokens behind it; what
-    a token before it has begun is nothing to do."""
+    are live, and whether there is anything to do. Without ids: BLOCK_M rows by the only weight.
+    With them: a pair of token and expert, together with the same expert's of the tokens behind it;
+    what a token before it has begun is nothing to do."""
     if ids_ptr is None:
         expert = 0
-        y_row = tl.arange(0, BLOCK_M)
+        y_row = tl.program_id(0) % SLICES * BLOCK_M + tl.arange(0, BLOCK_M)
         live = y_row < ROWS
         begins = True
     else:
@@ -356,57 +414,40 @@ def _rows(ids_ptr, ROWS, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAI
 
 
 @jit
-def _float_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, y_ptr, ROWS, N, K: tl.constexpr, N_ACTIVE: tl.constexpr,
-    ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+def _linear_kernel(
+    x_ptr, ids_ptr, w_ptr, scales_ptr, y_ptr, part_ptr, counter_ptr, ROWS, N, K: tl.constexpr,
+    N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, SLICES: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
+    """Weights in floating point, without scales, or int8."""
+    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
     expert, x_row, y_row, row_live, begins = _rows(
-        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
+        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M, SLICES)
     if not begins:
         return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_rows = w_ptr + (expert * N + n)[None, :, None] * K
+    n = tl.program_id(0) // SLICES * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * K
     acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
+    start, end = _my_part(K, CHUNKS * CHUNK, SPLIT)
+    for at in tl.range(start, end, CHUNKS * CHUNK, num_stages=STAGES):
+        # a chunk of inputs, with a step of its own, for each warp
         k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
         live = row_live[None, :, None] & (k < K)
         x = tl.load(x_ptr + x_row[None, :, None] * K + k, live, other=0)
         live = (n < N)[None, :, None] & (k < K)
         w = tl.load(w_rows + k, live, other=0, eviction_policy="evict_first")
-        acc = tl.dot(w, tl.permute(x, 0, 2, 1), acc, input_precision="ieee")
-    _store_outputs(y_ptr, tl.sum(acc, 0), n, y_row, row_live, N)
-
-
-@jit
-def _int8_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, scales_ptr, y_ptr, ROWS, N, K: tl.constexpr, N_ACTIVE: tl.constexpr,
-    ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-):
-    STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3  # AMD has 64 KB for them
-    expert, x_row, y_row, row_live, begins = _rows(
-        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
-    if not begins:
-        return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * K
-    acc = tl.zeros([CHUNKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, K, CHUNKS * CHUNK, num_stages=STAGES):
-        # a chunk of inputs, with a step of its own, for each warp
-        k = at + tl.arange(0, CHUNKS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-        k = k[:, None, :]  # (CHUNKS, 1, CHUNK)
-        live = row_live[None, :, None] & (k < K)
-        x = tl.load(x_ptr + x_row[None, :, None] * K + k, live, other=0).to(tl.float32)
-        live = (n < N)[None, :, None] & (k < K)
-        w = tl.load(w_rows + k, live, other=0, eviction_policy="evict_first")
-        step = _step(_largest(x))  # (CHUNKS, BLOCK_M)
-        acc += _times_steps(w, x, step) * step[:, None, :]
-    scales = tl.load(scales_ptr + expert * N + n, n < N, other=0).to(tl.float32)
-    y = tl.sum(acc, 0) * scales[:, None]
-    _store_outputs(y_ptr, y, n, y_row, row_live, N)
+        if scales_ptr is None:
+            acc = tl.dot(w, tl.permute(x, 0, 2, 1), acc, input_precision="ieee")
+        else:
+            values = x.to(tl.float32)
+            step = _step(_largest(values))  # (CHUNKS, BLOCK_M)
+            acc += _times_steps(w, values, step) * step[:, None, :]
+    y = tl.sum(acc, 0)
+    if scales_ptr is not None:
+        y *= tl.load(scales_ptr + expert * N + n, n < N, other=0).to(tl.float32)[:, None]
+    _store_outputs(y_ptr, y, n, y_row, row_live, N, part_ptr, counter_ptr, SPLIT)
 
 
 @jit
@@ -430,26 +471,29 @@ def _e2m1(w):
     """Twice the E2M1 numbers in the low and the high nibbles of bytes, as int8; on NVIDIA four at
     once: a nibble without its sign selects a byte of two words."""
     if tl.target_info.is_cuda():
-        low = tl.inline_asm_elementwise(
-            """{.reg .b32 t, m, p, n;
-            and.b32 t, $1, 0x07070707; shr.b32 m, t, 4; or.b32 t, t, m;
-            prmt.b32 t, t, 0, 0x4420;
-            prmt.b32 p, 0x03020100, 0x0c080604, t;
-            prmt.b32 n, 0xfdfeff00, 0xf4f8fafc, t;
-            shl.b32 m, $1, 4; prmt.b32 m, m, 0, 0xba98;
-            lop3.b32 $0, m, n, p, 0xca;}""", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
-        high = tl.inline_asm_elementwise(
-            """{.reg .b32 t, m, p, n;
-            shr.b32 t, $1, 4; and.b32 t, t, 0x07070707; shr.b32 m, t, 4; or.b32 t, t, m;
-            prmt.b32 t, t, 0, 0x4420;
-            prmt.b32 p, 0x03020100, 0x0c080604, t;
-            prmt.b32 n, 0xfdfeff00, 0xf4f8fafc, t;
-            prmt.b32 m, $1, 0, 0xba98;
-            lop3.b32 $0, m, n, p, 0xca;}""", "=r,r", [w], dtype=tl.int8, is_pure=True, pack=4)
+        left, right = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 4; shr.b32 $1, $2, 4;", "=&r,=r,r", [w], dtype=(tl.int8, tl.int8),
+            is_pure=True, pack=4)
+        low = _four_e2m1(w, left)
+        high = _four_e2m1(right, w)
     else:
         low = _twice_e2m1(w)
         high = _twice_e2m1(w >> 4)
     return low, high
+
+
+@jit
+def _four_e2m1(sizes, signs):
+    """Sizes are in the low three bits of bytes, signs in the highest."""
+    return tl.inline_asm_elementwise(
+        """{.reg .b32 t, m, p, n;
+        and.b32 t, $1, 0x07070707; shr.b32 m, t, 4; or.b32 t, t, m;
+        prmt.b32 t, t, 0, 0x4420;
+        prmt.b32 p, 0x03020100, 0x0c080604, t;
+        prmt.b32 n, 0xfdfeff00, 0xf4f8fafc, t;
+        prmt.b32 m, $2, 0, 0xba98;
+        lop3.b32 $0, m, n, p, 0xca;}""",
+        "=r,r,r", [sizes, signs], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @jit
@@ -477,16 +521,15 @@ def _line(lines):
 @jit
 def _lines(lines_ptr, n, block, live, N, K: tl.constexpr, GROUP: tl.constexpr,
            MXFP4: tl.constexpr):
-    """Scales and zeros of the low nibbles of blocks (BLOCKS, BLOCK_N), and those of the high ones;
-    MXFP4 has no zeros: what stands for them is not used."""
+    """Scales and zeros of the low nibbles of blocks of 64 at outputs n, and of the high ones."""
     ALL_BLOCKS: tl.constexpr = (K + 63) // 64
     if MXFP4:
         line_ptrs = lines_ptr + n * (K // 32) + 2 * block
         scale_low = _power_of_two(tl.load(line_ptrs, live, other=0))
         live = live & (2 * block + 1 < K // 32)
         scale_high = _power_of_two(tl.load(line_ptrs + 1, live, other=0))
-        zero_low = scale_low
-        zero_high = scale_high
+        zero_low = 0.0
+        zero_high = 0.0
     elif GROUP == 32:
         line_ptrs = lines_ptr + n * ALL_BLOCKS + block
         scale_low, zero_low = _line(tl.load(line_ptrs, live, other=0))
@@ -501,28 +544,26 @@ def _lines(lines_ptr, n, block, live, N, K: tl.constexpr, GROUP: tl.constexpr,
 
 @jit
 def _int4_linear_kernel(
-    x_ptr, ids_ptr, w_ptr, lines_ptr, y_ptr, ROWS, N, K: tl.constexpr, GROUP: tl.constexpr,
-    N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, ids_ptr, w_ptr, lines_ptr, y_ptr, part_ptr, counter_ptr, ROWS, N, K: tl.constexpr,
+    LINES: tl.constexpr, N_ACTIVE: tl.constexpr, ACTIVE: tl.constexpr, X_PER_PAIR: tl.constexpr,
+    SLICES: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     STAGES: tl.constexpr = 2 if tl.target_info.is_hip() else 3
     ALL_BLOCKS: tl.constexpr = (K + 63) // 64
     MXFP4: tl.constexpr = lines_ptr.dtype.element_ty == tl.uint8  # else affine
+    GROUP: tl.constexpr = 32 if LINES == 2 * ALL_BLOCKS else K // LINES
     expert, x_row, y_row, row_live, begins = _rows(
-        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M)
+        ids_ptr, ROWS, N_ACTIVE, ACTIVE, X_PER_PAIR, BLOCK_M, SLICES)
     if not begins:
         return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0) // SLICES * BLOCK_N + tl.arange(0, BLOCK_N)
     byte = tl.arange(0, 32)[None, None, :]
     w_rows = w_ptr + (expert * N + n.to(tl.int64))[None, :, None] * (ALL_BLOCKS * 32)
-    if MXFP4:
-        lines_ptr += expert * N * (K // 32)
-    elif GROUP == 32:
-        lines_ptr += expert * N * (2 * ALL_BLOCKS)
-    else:
-        lines_ptr += expert * N * (K // GROUP)
+    lines_ptr += expert * N * LINES
     acc = tl.zeros([BLOCKS, BLOCK_N, BLOCK_M], tl.float32)
-    for at in tl.range(0, ALL_BLOCKS, BLOCKS, num_stages=STAGES):
+    start, end = _my_part(ALL_BLOCKS, BLOCKS, SPLIT)
+    for at in tl.range(start, end, BLOCKS, num_stages=STAGES):
         block = at + tl.arange(0, BLOCKS)
         # inputs of the low nibbles, and 32 further on of the high ones
         k = block[:, None, None] * 64 + byte
@@ -544,14 +585,65 @@ def _int4_linear_kernel(
         dot = _times_steps(w_low, x_low, step) * scale_low
         dot += _times_steps(w_high, x_high, step) * scale_high
         acc += dot * (step / (2 if MXFP4 else 16))[:, None, :]
-    _store_outputs(y_ptr, tl.sum(acc, 0), n, y_row, row_live, N)
+    _store_outputs(
+        y_ptr, tl.sum(acc, 0), n, y_row, row_live, N, part_ptr, counter_ptr, SPLIT)
+
+
+@jit
+def _weights(nibbles, scale, zero, UNIT: tl.constexpr, NIBBLES: tl.constexpr):
+    """Of nibbles times UNIT (.., 32), or of pairs of them (.., 16)."""
+    w = nibbles.to(tl.float32) * (scale / UNIT) + zero
+    if NIBBLES == 2:
+        low, high = tl.split(w.reshape(w.shape[0], w.shape[1], 16, 2))
+        w = low + 16 * high
+    return w
+
+
+@jit
+def _dense_kernel(
+    w_ptr, lines_ptr, y_ptr, N, K: tl.constexpr, LINES: tl.constexpr, NIBBLES: tl.constexpr,
+):
+    """K nibbles of each output, which are K / NIBBLES weights: of 8 outputs 16 blocks."""
+    ALL_BLOCKS: tl.constexpr = (K + 63) // 64
+    MXFP4: tl.constexpr = lines_ptr.dtype.element_ty == tl.uint8  # else affine
+    GROUP: tl.constexpr = 32 if LINES == 2 * ALL_BLOCKS else K // LINES
+    WIDTH: tl.constexpr = 32 // NIBBLES
+    expert = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * 8 + tl.arange(0, 8)[:, None]
+    block = tl.program_id(1) * 16 + tl.arange(0, 16)[None, :]
+    live = (n < N) & (block < ALL_BLOCKS)  # (8, 16)
+    at = (expert * N + n) * ALL_BLOCKS + block
+    w_ptrs = w_ptr + at[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    w = tl.load(w_ptrs, live[:, :, None], other=0)
+    low, high = _e2m1(w) if MXFP4 else _nibbles(w)
+    UNIT: tl.constexpr = 2 if MXFP4 else 16
+    lines_ptr += expert * N * LINES
+    scale_low, zero_low, scale_high, zero_high = _lines(
+        lines_ptr, n, block, live, N, K, GROUP, MXFP4)
+    k = block[:, :, None] * (2 * WIDTH) + tl.arange(0, WIDTH)[None, None, :]
+    y_ptrs = y_ptr + (expert * N + n)[:, :, None] * (K // NIBBLES) + k
+    low = _weights(low, scale_low, zero_low, UNIT, NIBBLES).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, low, (n < N)[:, :, None] & (k < K // NIBBLES))
+    high = _weights(high, scale_high, zero_high, UNIT, NIBBLES).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs + WIDTH, high, (n < N)[:, :, None] & (k + WIDTH < K // NIBBLES))
+
+
+def _dense_arguments(
+    w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int,
+) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+    """The kernel of dense_weight, its grid and its arguments."""
+    N, blocks = w.shape[-3:-1]
+    grid = (triton.cdiv(N, 8), triton.cdiv(blocks, 16), w.numel() // (N * blocks * 32))
+    return _dense_kernel, grid, dict(
+        w_ptr=w, lines_ptr=scales, y_ptr=_dense_weight_fake(w, scales, K, dtype, nibbles),
+        N=N, K=nibbles * K, LINES=scales.numel() // w.shape[:-2].numel(), NIBBLES=nibbles)
 
 
 def _linear_arguments(
-    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None,
-) -> tuple[Any, tuple[int, int], dict[str, Any]]:
-    """The kernel, its grid and its arguments. scales: or, after pack_int4, lines; ids: of a stack
-    of weights."""
+    x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None, n_sm: int = 0,
+) -> tuple[Any, tuple[int, int, int], dict[str, Any]]:
+    """The kernel, its grid and its arguments but the counters. scales: or, after pack_int4, lines;
+    ids: of a stack of weights; n_sm: of a GPU whose programs can wait for each other's parts."""
     x = x.contiguous()
     K = x.shape[-1]
     if ids is None:
@@ -573,32 +665,49 @@ def _linear_arguments(
     BLOCK_N = 32 if rows <= 8 else 64
     most = 1024 if ids is None else 512  # experts are narrow
     inputs = min(most, 4096 // BLOCK_M)
+    slices = triton.cdiv(rows, 16) if ids is None else 1
+    blocks = triton.cdiv(N, BLOCK_N) * slices
     arguments = of_ids | dict(
         x_ptr=x, w_ptr=w, y_ptr=y, ROWS=rows, N=N, K=K, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         num_warps=4)
-    grid = (triton.cdiv(N, BLOCK_N), pairs)
-    if scales is None:
-        of_floats = dict(CHUNKS=4, CHUNK=inputs // 8)
-        return _float_linear_kernel, grid, arguments | of_floats
-    lines = scales if ids is None else scales[0]  # of a weight
-    if lines.dim() == 1:
-        of_int8 = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
-        return _int8_linear_kernel, grid, arguments | of_int8
-    mxfp4 = lines.dtype == torch.uint8
-    group = 32 if mxfp4 or len(lines) == 2 else K // lines.shape[2]
-    of_int4 = dict(lines_ptr=scales, GROUP=group, BLOCKS=inputs // 64)
-    return _int4_linear_kernel, grid, arguments | of_int4
+    split = _split(blocks, K // inputs, inputs, n_sm)
+    part = x.new_empty(blocks, split, BLOCK_N, BLOCK_M, dtype=torch.float32) if split > 1 else None
+    arguments |= dict(SLICES=slices, SPLIT=split, part_ptr=part, counter_ptr=None)
+    grid = (blocks, pairs, split)
+    if scales is None or scales.is_floating_point():
+        inputs //= w.element_size()
+        of_form = dict(scales_ptr=scales, CHUNKS=4, CHUNK=inputs // 4)
+        return _linear_kernel, grid, arguments | of_form
+    lines = scales.numel() // w.shape[:-2].numel()
+    of_form = dict(lines_ptr=scales, LINES=lines, BLOCKS=inputs // 64)
+    return _int4_linear_kernel, grid, arguments | of_form
 
 
-def _takes_kernel(x: Tensor) -> bool:
-    """Whether x is 1 to 16 vectors on a GPU."""
-    return triton is not None and x.is_cuda and 0 < x.numel() <= 16 * x.shape[-1]
+def _split(blocks: int, turns: int, inputs: int, n_sm: int) -> int:
+    """Into how many parts the inputs are cut, of two turns at least, so that a GPU of n_sm is full:
+    of a program for each SM, if it takes 1024 inputs in a turn, else of two."""
+    wanted = n_sm * 7 // (8 if inputs == 1024 else 4)
+    split = 1
+    while blocks * split < wanted and 4 * split <= min(turns, 16):
+        split *= 2
+    return split
+
+
+def counters(device: torch.device, n: int) -> Tensor:
+    """n zeros, which a launch leaves at zero: whoever keeps some puts a function here that returns
+    them, and spares a launch."""
+    return torch.zeros(n, dtype=torch.int32, device=device)
 
 
 def _launch_linear(
     x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None = None,
 ) -> Tensor:
-    kernel, grid, arguments = _linear_arguments(x, w, scales, ids)
+    n_sm = torch.cuda.get_device_properties(x.device).multi_processor_count
+    if torch.version.hip or ids is not None:  # a barrier waits for no other thread's stores there,
+        n_sm = 0  # and experts have programs enough
+    kernel, grid, arguments = _linear_arguments(x, w, scales, ids, n_sm)
     with torch.cuda.device_of(x):
+        if grid[2] > 1:
+            arguments["counter_ptr"] = counters(x.device, grid[0])
         kernel[grid](**arguments)
     return arguments["y_ptr"]
