@@ -207,9 +207,9 @@ def check_product(form: str, rows: int) -> None:
         got = linear.int8_linear(x, *weights)
         want = linear.int8_linear_reference(x.float(), *weights)
     else:
-        weights = linear.pack_int4(*test.int4_weights(N, K, 32))
-        got = linear.packed_int4_linear(x, *weights)
-        want = linear.packed_int4_linear_reference(x.float(), *weights)
+        weights = test.int4_weights(N, K, 32)
+        got = linear.packed_int4_linear(x, *linear.pack_int4(*weights))
+        want = linear.int4_linear_reference(x.float(), *weights)
     test.check_linear(got, want)
 
 
