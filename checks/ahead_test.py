@@ -509,6 +509,7 @@ from pathlib import Path
 from cpu.ahead import AheadOfTime
 from model import load_model
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 path, folder = sys.argv[1:]
 model = load_model(path, dtype=torch.float32)
 model.setup_caches(1, 16)
@@ -551,11 +552,14 @@ def test_signals_wait_for_a_library() -> None:
         ran.append(1)
         return tensors
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        ahead.undisturbed(run, [])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ahead.undisturbed(run, [])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ran == [1]
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_folders_are_the_users_own(

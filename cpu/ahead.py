@@ -121,8 +121,7 @@ class AheadOfTime:
         step.library = self.libraries[name]
         if step.library is None:
             return None
-        for each in step.holders - self.shared.keys():
-            self.shared[each] = held(each)
+        self.shared |= {each: held(each) for each in step.holders - self.shared.keys()}
         for kind in step.kinds:
             for name in chain(*map(held, kind.__mro__)):
                 self.methods.setdefault((kind, name), getattr(kind, name))
@@ -136,14 +135,7 @@ class AheadOfTime:
         self.sign = sign
         if any(held(each) != was for each, was in self.shared.items()):
             return True
-        steps = [(block, step) for block, step in self.ready.values() if step is not None]
-        if any(step.has_changed() for _, step in steps):
-            return True
-        for block, step in steps:  # which somebody may have looked at: they are packed anew
-            was, step.tensors[1:] = step.tensors[1:], weights_of(block)
-            if list(map(describe, was)) != list(map(describe, step.tensors[1:])):
-                return True
-        return False
+        return any(step.has_changed() for _, step in self.ready.values() if step is not None)
 
     def library(self, name: str, function: FunctionOfTensors, examples: list[Tensor]) -> Any | None:
         """The library of that fingerprint, None if there is none or it cannot be made."""
@@ -231,10 +223,7 @@ class FunctionOfTensors(nn.Module):
         i = self.index_of_kv
         mine, theirs = [[*examples[:i], examples[i].clone(), *examples[i + 1:]] for _ in range(2)]
         results = (self(*mine), mine[i]), (library.run(theirs)[0], theirs[i])
-        for want, got in zip(*results):
-            if not (want - got).abs().max() <= 0.02 * want.abs().max():
-                return False
-        return True
+        return all((x - y).abs().max() <= 0.02 * x.abs().max() for x, y in zip(*results))
 
 # --- what a block is ---
 
@@ -298,6 +287,7 @@ class Step:
             raise NoLibrary
         for holder in self.holders:
             self.add_names(holder)
+        self.block = block
         self.tensors = [kv, *weights_of(block)]
         self.lines |= {f"{i} {describe(x)}" for i, x in enumerate(self.tensors[1:])}
         self.seen = [(each, dict(each)) for each in hooks + own]
@@ -305,17 +295,16 @@ class Step:
 
     def has_changed(self) -> bool:
         """Whether the block or its cache has another object now: what is in a list or a dictionary
-        of theirs is not looked at."""
-        if self.formats != self.formats_now():
-            return True
-        return not all(
+        of theirs is not looked at. Weights may have been looked at, and are packed anew."""
+        self.tensors[1:] = weights_of(self.block)
+        return self.formats != self.formats_now() or not all(
             len(now) == len(then)
             and all(now.get(key) is value for key, value in then.items() if key != "order")
             for now, then in self.seen
         )
 
     def formats_now(self) -> list[Any]:
-        return [*switches(), *(tensor.dtype for tensor in self.tensors)]
+        return [*switches(), *map(describe, self.tensors)]
 
     def add_part(self, name: str, module: nn.Module) -> None:
         options = module.options() if isinstance(module, Attention) else {}
