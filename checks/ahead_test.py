@@ -493,6 +493,12 @@ def test_a_library_is_compared_with_the_python(
     assert not function.agrees(fake, examples)
     monkeypatch.setattr(fake, "run", lambda tensors: [function(*tensors)])
     assert function.agrees(fake, examples)
+    of_three = function.examples(x, model.setup_caches(3, 32).layers(slice(0, 1))[0].kv)
+    tried = []
+    monkeypatch.setattr(fake, "run", lambda tensors: tried.append(tensors) or [function(*tensors)])
+    assert function.agrees(fake, of_three)
+    layouts = [[tensor.stride() for tensor in tensors] for tensors in (of_three, *tried)]
+    assert layouts[0] == layouts[1]  # others are other addresses to it
     ahead.say_once.cache_clear()
     monkeypatch.setattr(ahead, "compile_to", lambda path, *args: path.touch())
     monkeypatch.setattr(ahead, "load", lambda path: Fake())
