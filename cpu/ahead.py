@@ -247,7 +247,7 @@ def weights_of(block: nn.Module) -> list[Tensor]:
     return [holder[key] for holder, key in places_of(block)]
 
 
-PLAIN = (type(None), bool, int, float, str, torch.dtype)
+SETTINGS = (type(None), bool, int, float, str, torch.dtype)
 OF_ALL_MODULES = vars(nn.Module()).keys()
 
 
@@ -290,7 +290,6 @@ class Step:
             self.add_names(holder)
         self.block = block
         self.tensors = [kv, *weights_of(block)]
-        self.lines |= {f"{i} {describe(x)}" for i, x in enumerate(self.tensors[1:])}
         self.seen = [(each, dict(each)) for each in hooks + own]
         self.formats = self.formats_now()
 
@@ -305,7 +304,7 @@ class Step:
         )
 
     def formats_now(self) -> list[Any]:
-        return [*switches(), *map(describe, self.tensors)]
+        return [*switches(), *map(describe, self.tensors[1:])]
 
     def add_part(self, name: str, module: nn.Module) -> None:
         options = module.options() if isinstance(module, Attention) else {}
@@ -319,7 +318,7 @@ class Step:
 
     def described(self, value: Any) -> str:
         """A setting, of which nothing changes unless it is replaced."""
-        if isinstance(value, PLAIN):
+        if isinstance(value, SETTINGS):
             return repr(value)
         if isinstance(value, tuple):
             return str([self.described(each) for each in value])
@@ -360,8 +359,8 @@ class Step:
                 raise NoLibrary  # in the place of another
 
     def fingerprint(self) -> str:
-        machine = [torch.__version__, torch.__config__.show(), processor(), *switches()]
-        text = [*map(str, machine), *map(read, sorted(self.files)), *sorted(self.lines)]
+        now = [torch.__version__, torch.__config__.show(), processor(), *self.formats]
+        text = [*map(str, now), *map(read, sorted(self.files)), *sorted(self.lines)]
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
 
 
@@ -372,7 +371,7 @@ def held(holder: type | ModuleType) -> dict[str, Any]:
     for name, value in vars(holder).items():
         if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
             continue  # cli/ replaces progress
-        is_number = isinstance(value, PLAIN) and not name.startswith("__")
+        is_number = isinstance(value, SETTINGS) and not name.startswith("__")
         if is_number or isinstance(value, FunctionType):
             found[name] = value
     return found

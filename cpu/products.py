@@ -43,19 +43,16 @@ class Int4OnCPU:
         self.tiling = tiling()
         if self.tiling is None or not can_pack(layer, self.names):
             return False
-        N, half = layer.weight.shape
-        missing = -N % 64  # rows of zeros
-        weight = layer.weight
-        # a new layer is lost by an interrupt, so that its own memory will do; another stays whole
-        if missing or layer.layout is not None:
-            weight = weight.new_empty(N + missing, half)
-        # by as many rows as a CPU's cache holds, of which 64 are packed together
-        at_once = 64 * max(1, 2**13 // layer.in_features)
-        for part, packed in zip(layer.weight.split(at_once), weight.split(at_once), strict=True):
-            part = F.pad(part, (0, 0, 0, len(packed) - len(part)))
-            packed.copy_(tile(unpack_nibbles(part), *self.tiling))
-        lines = torch.stack((layer.scales.t(), layer.zeros.t()), -1)
-        tensors = {"weight": weight, "lines": F.pad(lines, (0, 0, 0, missing))}
+        N = layer.out_features
+        weight, scales, zeros = layer.weight, layer.scales, layer.zeros
+        if N % 64 > 0:  # rows of zeros
+            weight, scales, zeros = [F.pad(x, (0, 0, 0, -N % 64)) for x in (weight, scales, zeros)]
+        elif layer.layout is not None:  # an interrupt leaves it whole; a new layer is lost with it
+            weight = weight.clone()
+        # in place, and by as many rows as a CPU's cache holds, of which 64 are packed together
+        for part in weight.split(64 * max(1, 2**13 // layer.in_features)):
+            part.copy_(tile(unpack_nibbles(part), *self.tiling))
+        tensors = {"weight": weight, "lines": torch.stack((scales.t(), zeros.t()), -1)}
         layer.order = Order(layer, self.names, tensors, partial(self.shown, N))
         return True
 
