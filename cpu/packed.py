@@ -125,9 +125,11 @@ def packed_of(layer: nn.Module) -> dict[str, Tensor] | None:
     order = layer.order
     if torch.compiler.is_compiling():
         return None if order is None else order.tensors
-    if order is not None:
-        orders = [getattr(own(layer).get(name), "order", None) for name in order.names]
-        if orders.count(order) == len(orders):
-            return order.tensors
-    unpack(layer)
-    return None
+    tensors = own(layer)
+    for name in () if order is None else order.names:
+        if getattr(tensors.get(name), "order", None) is not order:
+            order = None
+    if order is None:
+        unpack(layer)
+        return None
+    return order.tensors
