@@ -5,7 +5,7 @@ looks at it brings its values back first, and the layer is plain until the next 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
@@ -28,15 +28,25 @@ METADATA = {
 
 
 class Order:
-    """The values of a layer's tensors for an operator. plain(tensors, name): a tensor as it was.
-    A copy of a layer has none, and is plain."""
+    """The values of a layer's tensors of these names for an operator, which gives the memory of
+    those free. plain(tensors, name): one as it was. A copy of a layer has none, and is plain."""
 
-    layer: Callable[[], nn.Module | None]
-    shared: bool  # whether an embedding reads the tensor all the time
-
-    def __init__(self, tensors: dict[str, Tensor], plain: Callable[..., Tensor]):
+    @torch.inference_mode(False)
+    def __init__(
+        self, layer: nn.Module, names: tuple[str, ...], tensors: dict[str, Tensor],
+        plain: Callable[[dict[str, Tensor], str], Tensor],
+    ):
+        self.layer, self.names, self.plain = ref(layer), names, plain
+        self.shared = layer.shared  # an embedding reads the tensor all the time
         self.tensors = {name: nn.Parameter(x, False) for name, x in tensors.items()}
-        self.plain = plain
+        for name in names:
+            x = own(layer)[name]
+            x.order, x.key, x.kind = self, name, type(x)
+            x.__class__ = Packed
+            if not layer.shared:
+                nothing = torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape)
+                unseen(Tensor.data.__set__, x, nothing)
+        PLAIN.discard(layer)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(None), ()
@@ -86,6 +96,10 @@ def unseen(func: Callable, *args: Any, **kwargs: Any) -> Any:
     return _disabled_torch_function_impl(func, (Tensor,), args, kwargs)
 
 
+def own(layer: nn.Module) -> dict[str, Tensor | None]:
+    return layer._parameters | layer._buffers
+
+
 def unpack(layer: nn.Module) -> None:
     """A layer decodes with what it shows, from now on until the next text."""
     if layer.layout is not None:
@@ -96,7 +110,7 @@ def unpack(layer: nn.Module) -> None:
 def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
     """Whether nobody else has a view of a layer's tensors, or wants gradients."""
     for name in names:
-        x = (layer._parameters | layer._buffers).get(name)
+        x = own(layer).get(name)
         if type(x) not in (Tensor, nn.Parameter, Packed) or x.requires_grad:
             return False
         n_users = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
@@ -105,29 +119,17 @@ def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
     return True
 
 
-def packed_of(layer: nn.Module, own: dict[str, Tensor], names: Iterable[str]) -> Order | None:
-    """What a layer's operator reads; None: its own tensors, where others were put in the place of
-    those, are plain from now on. While compiling, nobody looks at them."""
+def packed_of(layer: nn.Module) -> dict[str, Tensor] | None:
+    """The tensors that a layer's operator reads; None: the layer's own, where others were put in
+    the place of those, are plain from now on. While compiling, nobody looks at them."""
     order = layer.order
     if torch.compiler.is_compiling():
-        return order
-    for name in names:
-        x = own.get(name)
-        if type(x) is not Packed or x.order is not order:
-            unpack(layer)
-            return None
-    return order
-
-
-@torch.inference_mode(False)
-def hide(layer: nn.Module, order: Order, names: tuple[str, ...]) -> None:
-    """Give the memory of a layer's tensors free, which are in an order now."""
-    order.layer, order.shared, layer.order = ref(layer), layer.shared, order
-    for name in names:
-        x = (layer._parameters | layer._buffers)[name]
-        x.order, x.key, x.kind = order, name, type(x)
-        x.__class__ = Packed
-        if not layer.shared:
-            nothing = torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape)
-            unseen(Tensor.data.__set__, x, nothing)
-    PLAIN.discard(layer)
+        return None if order is None else order.tensors
+    tensors = own(layer)
+    for name in () if order is None else order.names:
+        if getattr(tensors.get(name), "order", None) is not order:
+            order = None
+    if order is None:
+        unpack(layer)
+        return None
+    return order.tensors

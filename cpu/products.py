@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpu.packed import Order, can_pack, hide, packed_of
+from cpu.packed import Order, can_pack, packed_of
 from quantize import (
     BF16, CHUNK_ROWS, LAYOUTS, Int4Linear, Int8Linear, Linear, many_rows_dtype, pack_nibbles,
     unpack_nibbles,
@@ -43,31 +43,31 @@ class Int4OnCPU:
         self.tiling = tiling()
         if self.tiling is None or not can_pack(layer, self.names):
             return False
-        N, half = layer.weight.shape
-        missing = -N % 64  # rows of zeros
-        weight = layer.weight.new_empty(N + missing, half)
-        # by as many rows as a CPU's cache holds, of which 64 are packed together
-        at_once = 64 * max(1, 2**13 // layer.in_features)
-        for part, packed in zip(layer.weight.split(at_once), weight.split(at_once), strict=True):
-            part = F.pad(part, (0, 0, 0, len(packed) - len(part)))
-            packed.copy_(tile(unpack_nibbles(part), *self.tiling))
-        lines = torch.stack((layer.scales.t(), layer.zeros.t()), -1)
-        lines = F.pad(lines, (0, 0, 0, missing))
-        hide(layer, Order({"weight": weight, "lines": lines}, partial(self.shown, N)), self.names)
+        N = layer.out_features
+        weight, scales, zeros = layer.weight, layer.scales, layer.zeros
+        if N % 64 > 0:  # rows of zeros
+            weight, scales, zeros = [F.pad(x, (0, 0, 0, -N % 64)) for x in (weight, scales, zeros)]
+        elif layer.layout is not None:  # an interrupt leaves it whole; a new layer is lost with it
+            weight = weight.clone()
+        # in place, and by as many rows as a CPU's cache holds, of which 64 are packed together
+        for part in weight.split(64 * max(1, 2**13 // layer.in_features)):
+            part.copy_(tile(unpack_nibbles(part), *self.tiling))
+        tensors = {"weight": weight, "lines": torch.stack((scales.t(), zeros.t()), -1)}
+        layer.order = Order(layer, self.names, tensors, partial(self.shown, N))
         return True
 
     def shown(self, N: int, packed: dict[str, Tensor], name: str) -> Tensor:
         """A tensor of the layer as it was."""
         if name == "weight":
-            parts = [slice(n, min(n + CHUNK_ROWS, N)) for n in range(0, N, CHUNK_ROWS)]
-            return torch.cat([pack_nibbles(self.rows(packed, part)[0]) for part in parts])
-        lines = packed["lines"][:, :N, self.names.index(name) - 1]
-        return lines.t().contiguous()
+            parts = packed[name].split(CHUNK_ROWS)
+            return torch.cat([pack_nibbles(untile(part, *self.tiling)) for part in parts])[:N]
+        return packed["lines"][:, :N, self.names.index(name) - 1].t().contiguous()
 
-    def rows(
-        self, packed: dict[str, Tensor], rows: slice | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Nibbles, scales and zeros of some rows; a slice begins at a multiple of 64."""
+        packed = packed_of(layer)
+        if packed is None:
+            return unpack_nibbles(layer.weight[rows]), layer.scales[rows], layer.zeros[rows]
         if isinstance(rows, Tensor):
             nibbles = untile_rows(packed["weight"], rows, *self.tiling)
         else:
@@ -76,17 +76,10 @@ class Int4OnCPU:
         scales, zeros = packed["lines"][:, rows].transpose(0, 1).unbind(-1)
         return nibbles, scales, zeros
 
-    def plain(self, layer: Int4Linear, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        order = packed_of(layer, layer._buffers, self.names)
-        if order is None:
-            return unpack_nibbles(layer.weight[rows]), layer.scales[rows], layer.zeros[rows]
-        return self.rows(order.tensors, rows)
-
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
-        order = packed_of(layer, layer._buffers, self.names)
-        if order is None:
+        packed = packed_of(layer)
+        if packed is None:
             return torch.cat([F.linear(x, weight) for weight in layer.dense(x.dtype)], -1)
-        packed = order.tensors
         if layer.nibbles == 2:
             x = layer.for_nibbles(x)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -106,22 +99,20 @@ class OneDNN:
     def pack(self, layer: Linear) -> bool:
         if not can_pack(layer, self.names) or not onednn_takes(layer.weight.dtype):
             return False
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)
-        order = Order({"weight": weight}, lambda packed, name: packed[name].to_dense())
-        hide(layer, order, self.names)
+        packed = {"weight": torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)}
+        layer.order = Order(layer, self.names, packed, lambda packed, name: packed[name].to_dense())
         return True
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
-        own = layer._parameters
-        order = packed_of(layer, own, self.names)
-        if order is None:
+        packed, bias = packed_of(layer), layer._parameters.get("bias")
+        if packed is None:
             return F.linear(x, layer.weight, layer.bias)
-        weight = order.tensors["weight"]
+        weight = packed["weight"]
         if x.dtype != weight.dtype:  # under autocast
             x = x.to(weight.dtype)
         if torch.compiler.is_compiling():  # it cannot look into packed weights
-            return packed_linear_op(x, weight, own["bias"])
-        return packed_linear(x, weight, own["bias"])  # spares an operator's dispatch
+            return packed_linear_op(x, weight, bias)
+        return packed_linear(x, weight, bias)  # spares an operator's dispatch
 
 
 LAYOUTS |= {
