@@ -328,7 +328,6 @@ class Decoder:
         # by step_key: where prepared steps put what they draw, and their graphs
         self.prepared: dict[Any, Drawn] = {}
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self.tables: list[Any] = []  # what the graphs read that the model may replace
         self.owner: object = None  # the run that drives the rows
         self.lag = LAG if self.device.type == "cuda" else 0
         self.sample = sample
@@ -417,13 +416,8 @@ class Decoder:
             with torch.cuda.graph(graph, stream=side):
                 self.prepared[self.step_key] = self.advance()
         torch.cuda.current_stream().wait_stream(side)
-        for model in self.models():
-            self.tables += model.rope_tables.values()
         torch.cuda.synchronize()
         return graph
-
-    def models(self) -> list[Transformer]:
-        return [self.model]
 
     def prefill(self, rows: slice, requests: Sequence[Request]) -> Iterator[bool]:
         """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,16 +69,12 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        self.ropes = distinct(config.ropes)
-        self.rope_tables: dict[tuple[Rope, bool], Tensor] = {}
         # compile_model puts compiled ones here
         self.decode_block: BlockForward = run_block
         self.prefill_block: BlockForward = run_block
         self.decode_head: Callable[[Transformer, Tensor], Tensor] = run_head
         self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
         self.compile_options: dict[str, Any] = {}  # of Inductor, beside compile_model's
-        # of several processes with a part of the model each, what the first one says
-        self.broadcast: Callable[[Any], Any] = the_same
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -174,20 +170,21 @@ class Transformer(nn.Module):
         if last is not None:
             last = input_pos + last
         positions = Positions(input_pos, index, cached is not None, cached or 0, even, last=last)
-        return self.turned(positions, index, cache.max_seq_len)
+        return self.turned(positions, index, cache)
 
-    def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
-        """For each layer, positions with its rotary embedding of the tokens at index [B, T], out of
-        a table for the largest cache; longrope has one for long texts too."""
+    def turned(self, positions: Positions, index: Tensor, cache: KVCache) -> list[Positions]:
+        """For each layer, positions with its rotary embedding of the tokens at index [B, T]."""
         of_rope = {None: positions}
-        for rope in self.ropes:
-            key = rope, rope.kind == "longrope" and max_seq_len > rope.original_context
-            table = self.rope_tables.get(key)
-            if table is None or table.device != index.device or len(table) < max_seq_len:
-                table = self.rope_tables[key] = rope_table(rope, max_seq_len, index.device)
-            cos, sin = table[index].unbind(2)  # (B, T, 1, D) each
+        for rope in filter(None, dict.fromkeys(self.config.ropes)):
+            if rope not in cache.rope_tables:
+                cache.rope_tables[rope] = rope_table(rope, cache.max_seq_len, index.device)
+            cos, sin = cache.rope_tables[rope][index].unbind(2)  # (B, T, 1, D) each
             of_rope[rope] = positions._replace(cos=cos, sin=sin)
         return [of_rope[rope] for rope in self.config.ropes]
+
+    def broadcast(self, value: Any) -> Any:
+        """What the first of several processes says that have a part of the model each."""
+        return value
 
     @property
     def device(self) -> torch.device:
@@ -238,10 +235,6 @@ def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCac
 
 def run_head(model: Transformer, x: Tensor) -> Tensor:
     return model.head(x)
-
-
-def the_same(value: Any) -> Any:
-    return value
 
 
 BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
@@ -670,6 +663,7 @@ class KVCache:
         made = (kind.allocate(shape, dtype, device) for shape in shapes)
         self.whole = [kind(tensors, each, flash) for tensors, each in zip(made, places)]
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
+        self.rope_tables: dict[Rope, Tensor] = {}  # for max_seq_len positions; graphs read them
 
     def places(self, n_layer: int) -> list[Places]:
         return [Places(self.max_seq_len)] * n_layer
@@ -829,9 +823,6 @@ def rope_settings(hf: dict, kind: str = "full_attention") -> dict:
     return hf | (scaling or given)
 
 
-def distinct(ropes: Iterable[Rope | None]) -> list[Rope]:
-    return [rope for rope in dict.fromkeys(ropes) if rope is not None]
-
 # --- what a model is ---
 
 
@@ -893,9 +884,10 @@ class ModelConfig:
         )
         for key, value in (settings | family.fields).items():
             settings[key] = value(hf) if callable(value) else value
-        ropes = distinct(settings["ropes"])
+        ropes = set(settings["ropes"]) - {None}
         if len(ropes) == 1:  # layers of another kind may have been scaled for the whole context
-            settings["max_seq_len"] = max(settings["max_seq_len"], int(ropes[0].scaled_context))
+            scaled_context = int(ropes.pop().scaled_context)
+            settings["max_seq_len"] = max(settings["max_seq_len"], scaled_context)
         config = cls(**settings)
         config.check()
         return config
@@ -908,7 +900,7 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             heads = f"{self.n_head} query heads do not divide into {self.n_kv_head}"
             raise ValueError(f"{heads} key/value heads")
-        for rope in distinct(self.ropes):
+        for rope in filter(None, dict.fromkeys(self.ropes)):
             for room in (1, self.max_seq_len):  # some kinds have other frequencies for each
                 rope_frequencies(rope, room)
 
