@@ -506,9 +506,7 @@ def remove_abandoned(folder: Path) -> None:
             os.close(lock)
 
 
-def __getattr__(name: str) -> Any:
-    """perplexity, what quantizing costs on a text, is benchmarks/quality.py's."""
-    if name != "perplexity":
-        raise AttributeError(f"module 'quantize' has no attribute {name!r}")
-    from benchmarks.quality import perplexity
-    return perplexity
+def perplexity(*args: Any, **options: Any) -> Any:
+    """What quantizing costs on a text: benchmarks/quality.py's."""
+    from benchmarks.quality import perplexity as measured
+    return measured(*args, **options)
