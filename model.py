@@ -537,13 +537,13 @@ class LayerCache:
         return self.unpack([tensor[:, :, :, :end] for tensor in self.tensors], dtype)
 
     def flash_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
     ) -> Tensor:
         """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend."""
         if self.kv.dtype != q.dtype and "k_scale" not in options:  # the kernel does not know it
             return self.decode_unpacked(q, k, v, input_pos, options)
         symbols = torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
-        one_row = q.is_cpu and k is not None and len(q) * k.shape[2] == 1
+        one_row = q.is_cpu and len(q) * k.shape[2] == 1
         if symbols and one_row and all(options[key] is None for key in options if key != "scale"):
             # our operator would be Python in a graph, and take as long as these
             n = input_pos.item()
@@ -556,14 +556,12 @@ class LayerCache:
         )
 
     def decode_unpacked(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor,
-        options: dict[str, Any],
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """The same over unpacked keys and values, on a CPU those of live tokens only."""
-        if k is not None:
-            new = torch.arange(k.shape[2], device=q.device)
-            self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
-            input_pos = input_pos + k.shape[2]
+        new = torch.arange(k.shape[2], device=q.device)
+        self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
+        input_pos = input_pos + k.shape[2]
         end = self.places.S
         if q.is_cpu and not self.places.ring and not torch.compiler.is_compiling():
             end = int(input_pos.max())
@@ -604,13 +602,11 @@ class Int8LayerCache(LayerCache):
         return (values * scale[..., None]).to(dtype).unbind(0)
 
     def flash_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
     ) -> Tensor:
         k_scale, v_scale = self.scale.unbind(0)
-        if k is not None:
-            k = self.centred(k)
         scales = {"k_scale": k_scale, "v_scale": v_scale}
-        return super().flash_decode(q, k, v, input_pos, **scales, **options)
+        return super().flash_decode(q, self.centred(k), v, input_pos, **scales, **options)
 
     def centred(self, k: Tensor) -> Tensor:
         return (k - self.k_mean).to(k.dtype)
@@ -941,8 +937,8 @@ class Family:
     mlp: Callable[[ModelConfig, int], nn.Module] = MLP
     block: type[nn.Module] = Block
     model: type[Transformer] = Transformer  # called with (config)
-    # joined products that checkpoints have as one tensor too, and its name there
-    stored_joined: dict[str, str] = field(default_factory=dict)
+    # joined products that checkpoints have as one tensor too, and its name there, in a tuple
+    stored_joined: dict[str, tuple[str]] = field(default_factory=dict)
     # what changes a tensor that was read, if it is to be: (config, our parameter's name)
     convert: Callable[[ModelConfig, str], Callable[[Tensor], Tensor] | None] = lambda *_: None
     gguf: dict[str, Any] | None = None  # what formats/architectures.py is to know of GGUF files
@@ -954,7 +950,7 @@ OPTIONAL = {
     "attention_bias", "mlp_bias", "hidden_activation", "sliding_window", "use_sliding_window",
     "layer_types", "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq",
     "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob", "decoder_sparse_step",
-    "mlp_only_layers", "shared_expert_intermediate_size",
+    "mlp_only_layers", "shared_expert_intermediate_size", "max_window_layers",
 }
 LLAMA = dict(attention_bias=False, mlp_bias=False)
 MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
@@ -1087,11 +1083,8 @@ def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ..
     if not name.startswith("lm_head."):
         name = "model." + re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)
     path, module, kind = ["", *name.rsplit(".", 2)][-3:]
-    parts, rows = (module,), [len(x)]
-    if module in FAMILIES[config.family].stored_joined:
-        parts = (FAMILIES[config.family].stored_joined[module],)
-    elif module in JOINED:
-        parts, rows = JOINED[module], joined_rows(module, len(x), config)
+    parts = (JOINED | FAMILIES[config.family].stored_joined).get(module, (module,))
+    rows = joined_rows(module, len(x), config) if len(parts) > 1 else [len(x)]
     names = [f"{path}.{part}.{kind}".removeprefix(".") for part in parts]
     return {part: (n, *x.shape[1:]) for part, n in zip(names, rows, strict=True)}
 
