@@ -328,7 +328,6 @@ class Decoder:
         # by step_key: where prepared steps put what they draw, and their graphs
         self.prepared: dict[Any, Drawn] = {}
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self.tables: list[Any] = []  # what the graphs read that the model may replace
         self.owner: object = None  # the run that drives the rows
         self.lag = LAG if self.device.type == "cuda" else 0
         self.sample = sample
@@ -417,13 +416,8 @@ class Decoder:
             with torch.cuda.graph(graph, stream=side):
                 self.prepared[self.step_key] = self.advance()
         torch.cuda.current_stream().wait_stream(side)
-        for model in self.models():
-            self.tables += model.rope_tables.values()
         torch.cuda.synchronize()
         return graph
-
-    def models(self) -> list[Transformer]:
-        return [self.model]
 
     def prefill(self, rows: slice, requests: Sequence[Request]) -> Iterator[bool]:
         """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
@@ -454,6 +448,8 @@ class Decoder:
             self.input_pos[rows] = cached + lengths.clamp(max=done).int()
             if done < width:
                 yield False
+        if last_logits.dtype == torch.float16 and last_logits.isnan().any():
+            raise ValueError("this model's numbers leave float16: take bfloat16 or float32")
         self.token[rows, 0] = sample(
             last_logits, self.sampling.rows(rows), kind_of(requests), self.input_pos[rows]
         )
@@ -754,6 +750,13 @@ class Tokenizer:
         control = set(self.special.values())
         return self.backend.decode([i for i in ids if i not in control and i < self.vocab_size])
 
+    def check_fit(self, known: int) -> None:
+        """ValueError if a text may have tokens beyond the `known` ones of a model. Control tokens
+        are none of those, such as [PAD] or one for images: no text gives them."""
+        n = self.vocab_size - sum(i >= known for i in set(self.special.values()))
+        if n > known:
+            raise ValueError(f"the tokenizer has {n} tokens but the model only {known}")
+
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint, None: the default model's. formats/ reads all kinds of files,
@@ -840,9 +843,7 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     began = time.perf_counter()
     tokenizer = load_tokenizer(args.checkpoint_path)
     model = load_model(args.checkpoint_path, device=args.device, quantize=args.quantize or "auto")
-    n, known = tokenizer.vocab_size, model.config.vocab_size
-    if n > known:
-        raise ValueError(f"the tokenizer has {n} tokens but the model only {known}")
+    tokenizer.check_fit(model.config.vocab_size)
     loaded = time.perf_counter()
     if args.prompt is None and tokenizer.chat_template:
         ids = tokenizer.chat([{"role": "user", "content": QUESTION}])

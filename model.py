@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,16 +69,12 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        self.ropes = distinct(config.ropes)
-        self.rope_tables: dict[tuple[Rope, bool], Tensor] = {}
         # compile_model puts compiled ones here
         self.decode_block: BlockForward = run_block
         self.prefill_block: BlockForward = run_block
         self.decode_head: Callable[[Transformer, Tensor], Tensor] = run_head
         self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
         self.compile_options: dict[str, Any] = {}  # of Inductor, beside compile_model's
-        # of several processes with a part of the model each, what the first one says
-        self.broadcast: Callable[[Any], Any] = the_same
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -174,20 +170,21 @@ class Transformer(nn.Module):
         if last is not None:
             last = input_pos + last
         positions = Positions(input_pos, index, cached is not None, cached or 0, even, last=last)
-        return self.turned(positions, index, cache.max_seq_len)
+        return self.turned(positions, index, cache)
 
-    def turned(self, positions: Positions, index: Tensor, max_seq_len: int) -> list[Positions]:
-        """For each layer, positions with its rotary embedding of the tokens at index [B, T], out of
-        a table for the largest cache; longrope has one for long texts too."""
+    def turned(self, positions: Positions, index: Tensor, cache: KVCache) -> list[Positions]:
+        """For each layer, positions with its rotary embedding of the tokens at index [B, T]."""
         of_rope = {None: positions}
-        for rope in self.ropes:
-            key = rope, rope.kind == "longrope" and max_seq_len > rope.original_context
-            table = self.rope_tables.get(key)
-            if table is None or table.device != index.device or len(table) < max_seq_len:
-                table = self.rope_tables[key] = rope_table(rope, max_seq_len, index.device)
-            cos, sin = table[index].unbind(2)  # (B, T, 1, D) each
+        for rope in filter(None, dict.fromkeys(self.config.ropes)):
+            if rope not in cache.rope_tables:
+                cache.rope_tables[rope] = rope_table(rope, cache.max_seq_len, index.device)
+            cos, sin = cache.rope_tables[rope][index].unbind(2)  # (B, T, 1, D) each
             of_rope[rope] = positions._replace(cos=cos, sin=sin)
         return [of_rope[rope] for rope in self.config.ropes]
+
+    def broadcast(self, value: Any) -> Any:
+        """What the first of several processes says that have a part of the model each."""
+        return value
 
     @property
     def device(self) -> torch.device:
@@ -238,10 +235,6 @@ def run_block(block: nn.Module, x: Tensor, positions: Positions, cache: LayerCac
 
 def run_head(model: Transformer, x: Tensor) -> Tensor:
     return model.head(x)
-
-
-def the_same(value: Any) -> Any:
-    return value
 
 
 BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
@@ -544,13 +537,13 @@ class LayerCache:
         return self.unpack([tensor[:, :, :, :end] for tensor in self.tensors], dtype)
 
     def flash_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
     ) -> Tensor:
         """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend."""
         if self.kv.dtype != q.dtype and "k_scale" not in options:  # the kernel does not know it
             return self.decode_unpacked(q, k, v, input_pos, options)
         symbols = torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
-        one_row = q.is_cpu and k is not None and len(q) * k.shape[2] == 1
+        one_row = q.is_cpu and len(q) * k.shape[2] == 1
         if symbols and one_row and all(options[key] is None for key in options if key != "scale"):
             # our operator would be Python in a graph, and take as long as these
             n = input_pos.item()
@@ -563,14 +556,12 @@ class LayerCache:
         )
 
     def decode_unpacked(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor,
-        options: dict[str, Any],
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """The same over unpacked keys and values, on a CPU those of live tokens only."""
-        if k is not None:
-            new = torch.arange(k.shape[2], device=q.device)
-            self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
-            input_pos = input_pos + k.shape[2]
+        new = torch.arange(k.shape[2], device=q.device)
+        self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
+        input_pos = input_pos + k.shape[2]
         end = self.places.S
         if q.is_cpu and not self.places.ring and not torch.compiler.is_compiling():
             end = int(input_pos.max())
@@ -611,13 +602,11 @@ class Int8LayerCache(LayerCache):
         return (values * scale[..., None]).to(dtype).unbind(0)
 
     def flash_decode(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
     ) -> Tensor:
         k_scale, v_scale = self.scale.unbind(0)
-        if k is not None:
-            k = self.centred(k)
         scales = {"k_scale": k_scale, "v_scale": v_scale}
-        return super().flash_decode(q, k, v, input_pos, **scales, **options)
+        return super().flash_decode(q, self.centred(k), v, input_pos, **scales, **options)
 
     def centred(self, k: Tensor) -> Tensor:
         return (k - self.k_mean).to(k.dtype)
@@ -670,6 +659,7 @@ class KVCache:
         made = (kind.allocate(shape, dtype, device) for shape in shapes)
         self.whole = [kind(tensors, each, flash) for tensors, each in zip(made, places)]
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
+        self.rope_tables: dict[Rope, Tensor] = {}  # for max_seq_len positions; graphs read them
 
     def places(self, n_layer: int) -> list[Places]:
         return [Places(self.max_seq_len)] * n_layer
@@ -829,9 +819,6 @@ def rope_settings(hf: dict, kind: str = "full_attention") -> dict:
     return hf | (scaling or given)
 
 
-def distinct(ropes: Iterable[Rope | None]) -> list[Rope]:
-    return [rope for rope in dict.fromkeys(ropes) if rope is not None]
-
 # --- what a model is ---
 
 
@@ -893,9 +880,10 @@ class ModelConfig:
         )
         for key, value in (settings | family.fields).items():
             settings[key] = value(hf) if callable(value) else value
-        ropes = distinct(settings["ropes"])
+        ropes = set(settings["ropes"]) - {None}
         if len(ropes) == 1:  # layers of another kind may have been scaled for the whole context
-            settings["max_seq_len"] = max(settings["max_seq_len"], int(ropes[0].scaled_context))
+            scaled_context = int(ropes.pop().scaled_context)
+            settings["max_seq_len"] = max(settings["max_seq_len"], scaled_context)
         config = cls(**settings)
         config.check()
         return config
@@ -908,7 +896,7 @@ class ModelConfig:
         if self.n_head % self.n_kv_head:
             heads = f"{self.n_head} query heads do not divide into {self.n_kv_head}"
             raise ValueError(f"{heads} key/value heads")
-        for rope in distinct(self.ropes):
+        for rope in filter(None, dict.fromkeys(self.ropes)):
             for room in (1, self.max_seq_len):  # some kinds have other frequencies for each
                 rope_frequencies(rope, room)
 
@@ -949,8 +937,8 @@ class Family:
     mlp: Callable[[ModelConfig, int], nn.Module] = MLP
     block: type[nn.Module] = Block
     model: type[Transformer] = Transformer  # called with (config)
-    # joined products that checkpoints have as one tensor too, and its name there
-    stored_joined: dict[str, str] = field(default_factory=dict)
+    # joined products that checkpoints have as one tensor too, and its name there, in a tuple
+    stored_joined: dict[str, tuple[str]] = field(default_factory=dict)
     # what changes a tensor that was read, if it is to be: (config, our parameter's name)
     convert: Callable[[ModelConfig, str], Callable[[Tensor], Tensor] | None] = lambda *_: None
     gguf: dict[str, Any] | None = None  # what formats/architectures.py is to know of GGUF files
@@ -962,7 +950,7 @@ OPTIONAL = {
     "attention_bias", "mlp_bias", "hidden_activation", "sliding_window", "use_sliding_window",
     "layer_types", "no_rope_layers", "no_rope_layer_interval", "rope_local_base_freq",
     "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob", "decoder_sparse_step",
-    "mlp_only_layers", "shared_expert_intermediate_size",
+    "mlp_only_layers", "shared_expert_intermediate_size", "max_window_layers",
 }
 LLAMA = dict(attention_bias=False, mlp_bias=False)
 MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
@@ -1099,11 +1087,8 @@ def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ..
     if not name.startswith("lm_head."):
         name = "model." + re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)
     path, module, kind = ["", *name.rsplit(".", 2)][-3:]
-    parts, rows = (module,), [len(x)]
-    if module in FAMILIES[config.family].stored_joined:
-        parts = (FAMILIES[config.family].stored_joined[module],)
-    elif module in JOINED:
-        parts, rows = JOINED[module], joined_rows(module, len(x), config)
+    parts = (JOINED | FAMILIES[config.family].stored_joined).get(module, (module,))
+    rows = joined_rows(module, len(x), config) if len(parts) > 1 else [len(x)]
     names = [f"{path}.{part}.{kind}".removeprefix(".") for part in parts]
     return {part: (n, *x.shape[1:]) for part, n in zip(names, rows, strict=True)}
 

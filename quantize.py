@@ -378,7 +378,7 @@ def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
     spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(model.device)
     input_pos = torch.zeros(1, dtype=torch.int32, device=model.device)
     [positions, *_] = model.positions(input_pos, n, cache, cached=0)
-    positions = model.turned(positions, spread[None], cache.max_seq_len)
+    positions = model.turned(positions, spread[None], cache)
     # not quantized, and with all n tokens of every layer
     scratch = model.setup_caches(1, n, rings=False).layers(slice(0, 1))
     model.run_layers(model.prefill_block, tokens, positions, scratch)
@@ -512,9 +512,7 @@ def remove_abandoned(folder: Path) -> None:
             os.close(lock)
 
 
-def __getattr__(name: str) -> Any:
-    """perplexity, what quantizing costs on a text, is benchmarks/quality.py's."""
-    if name != "perplexity":
-        raise AttributeError(f"module 'quantize' has no attribute {name!r}")
-    from benchmarks.quality import perplexity
-    return perplexity
+def perplexity(*args: Any, **options: Any) -> Any:
+    """What quantizing costs on a text: benchmarks/quality.py's."""
+    from benchmarks.quality import perplexity as measured
+    return measured(*args, **options)

@@ -576,3 +576,14 @@ def test_a_model_can_be_pickled(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama")[0], dtype=torch.float16)
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again.embed_tokens.weight, model.embed_tokens.weight)
+
+
+def test_numbers_beyond_float16_are_refused(checkpoint: Checkpoint) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        model = load_model(checkpoint("llama")[0], dtype=dtype)
+        model.layers[0].mlp.down_proj.weight *= 6e4  # within its range: activations leave it
+        if dtype == torch.bfloat16:
+            generate(model, [[5, 6], [7]], 2)
+            continue
+        with pytest.raises(ValueError, match="leave float16: take bfloat16 or float32"):
+            generate(model, [[5, 6], [7]], 2)

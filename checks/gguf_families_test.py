@@ -40,7 +40,7 @@ EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 MOE = [("add_expert_count", 4), ("add_expert_used_count", 2)]
 OF_EXPERTS = ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"]
 WINDOW = ("add_sliding_window", 8)
-OF_WINDOWS = ["sliding_window", "layer_types"]
+OF_WINDOWS = ["sliding_window", "windows"]
 OF_GRANITE = ["embedding_multiplier", "attention_multiplier", "residual_multiplier",
               "logits_scaling"]
 CASES = {
@@ -137,6 +137,8 @@ def case_of(written: Written) -> Case:
 def test_the_configuration_is_hugging_faces(written: Written) -> None:
     hf = written.hf.config.to_dict()
     ours = open_checkpoint(written.path).config
+    for settings in (hf, ours):  # what layer_types or a pattern come to
+        settings["windows"] = ModelConfig.from_hf(settings).windows
     for name in [*ALWAYS, *case_of(written).same]:
         if name in hf:
             assert ours[name] == hf[name], name

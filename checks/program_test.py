@@ -168,6 +168,13 @@ def test_swapped_tokenizer(
     assert code == 2 and "the tokenizer has 600 tokens but the model only 131" in err
 
 
+def test_control_tokens_beyond_the_model_are_no_reason_to_refuse() -> None:
+    tokenizer = Tokenizer(None, 9, {"<s>": 1, "[PAD]": 8}, 1, set())
+    tokenizer.check_fit(8)
+    with pytest.raises(ValueError, match="tokenizer has 8 tokens but the model only 7"):
+        tokenizer.check_fit(7)
+
+
 @pytest.fixture
 def shape(tmp_path: Path) -> Path:
     """A bare config.json, which gives random weights."""

@@ -110,9 +110,9 @@ def load_both(args: Any, ranks: Ranks) -> tuple[Tokenizer | None, Transformer]:
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
     model = load(args, ranks, args.checkpoint_path, args.quantize)
-    n, context = model.config.vocab_size, model.config.max_seq_len
-    if tokenizer is not None and tokenizer.vocab_size > n:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {n}")
+    if tokenizer is not None:
+        tokenizer.check_fit(model.config.vocab_size)
+    context = model.config.max_seq_len
     if args.max_seq_len is not None and args.max_seq_len > context:
         raise ValueError(
             f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"

@@ -7,21 +7,19 @@ from __future__ import annotations
 from typing import Any
 
 
-def windows(
-    period: int, config: dict, settings: dict[str, Any], tensors: dict[str, Any]
-) -> None:
-    """All layers but every period-th one have a window, unless the file says which."""
-    n_layer = config.get("num_hidden_layers") or 0
-    pattern = settings.get("attention.sliding_window_pattern", period)
+def windows(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """A file may say which layers have a window: a list of them, or every how many have none."""
+    pattern = settings.get("attention.sliding_window_pattern")
     if isinstance(pattern, int):
-        pattern = [layer % pattern != pattern - 1 for layer in range(n_layer)]
-    kinds = ["sliding_attention" if window else "full_attention" for window in pattern]
-    config["layer_types"] = kinds
+        config["sliding_window_pattern"] = pattern
+    elif pattern:
+        kinds = ["sliding_attention" if window else "full_attention" for window in pattern]
+        config["layer_types"] = kinds
 
 
-def gemma(period: int, config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+def gemma(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Scores are scaled by the size of a head, but in the models of 27B by that of dim / n_head."""
-    windows(period, config, settings, tensors)
+    windows(config, settings, tensors)
     size = config["head_dim"]
     if config.get("num_hidden_layers") in (46, 62):  # Gemma 2 and 3 of 27B
         size = config["hidden_size"] // config["num_attention_heads"]
@@ -42,7 +40,7 @@ def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
 
 
 def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    windows(2, config, settings, tensors)
+    windows(config, settings, tensors)
     config["num_local_experts"] = config.pop("num_experts", None)
     config["intermediate_size"] = config.get("moe_intermediate_size")
     config["rope_scaling"]["truncate"] = False

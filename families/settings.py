@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,22 +45,35 @@ def windows_of(
 def layer_kinds(hf: dict, full_layers: Callable[[dict], list[bool]]) -> list[str]:
     """What each layer sees: "full_attention", or "sliding_attention" as far as its window.
     full_layers: which layers see all if a file has no layer_types."""
-    n_layer = positive(hf, "num_hidden_layers")
-    kinds = hf.get("layer_types")
-    if not kinds:
-        full = full_layers(hf)
-        return ["full_attention" if each else "sliding_attention" for each in full]
-    if not isinstance(kinds, list) or len(kinds) < n_layer:
-        raise ValueError(
-            f"the model's configuration has layer_types = {kinds!r}, not an entry for each of "
-            f"{n_layer} layers"
-        )
+    kinds = of_layers(hf, "layer_types")
+    if kinds is None:
+        return ["full_attention" if each else "sliding_attention" for each in full_layers(hf)]
     if not {"full_attention", "sliding_attention"}.issuperset(kinds):
         raise ValueError(
             f"unsupported layer_types {kinds!r}: only full_attention and sliding_attention "
             "are supported"
         )
-    return kinds[:n_layer]
+    return kinds
+
+
+def of_layers(hf: dict, key: str) -> list[Any] | None:
+    """A setting with an entry for each layer; None where it is not set."""
+    entries, n_layer = hf.get(key), positive(hf, "num_hidden_layers")
+    if not entries:
+        return None
+    if not isinstance(entries, list) or len(entries) < n_layer:
+        raise ValueError(
+            f"the model's configuration has {key} = {entries!r}, not an entry for each of "
+            f"{n_layer} layers"
+        )
+    return entries[:n_layer]
+
+
+def last_ones(hf: dict, key: str) -> list[bool]:
+    """The last of every few layers, as many as a setting says."""
+    period = positive(hf, key)
+    n_layer = positive(hf, "num_hidden_layers")
+    return [layer % period == period - 1 for layer in range(n_layer)]
 
 
 def first_layers(hf: dict) -> list[bool]:
@@ -69,41 +83,24 @@ def first_layers(hf: dict) -> list[bool]:
 
 def every_other_and_last(hf: dict) -> list[bool]:
     """Qwen2-MoE's: of the first max_window_layers every other one, and those behind them."""
-    n_first = hf.get("max_window_layers") or 0
-    n_layer = positive(hf, "num_hidden_layers")
-    return [layer % 2 == 1 or layer >= n_first for layer in range(n_layer)]
+    return [layer % 2 == 1 or not first for layer, first in enumerate(first_layers(hf))]
 
 
 def by_pattern(hf: dict) -> list[bool]:
     """The last of every few layers, or those with a rope."""
-    if not hf.get("sliding_window_pattern"):
+    if hf.get("sliding_window_pattern") is None:
         return layers_with_rope(hf)
-    period = positive(hf, "sliding_window_pattern")
-    n_layer = positive(hf, "num_hidden_layers")
-    return [layer % period == period - 1 for layer in range(n_layer)]
-
-
-def window_everywhere(hf: dict) -> tuple[int | None, ...]:
-    """Whatever the file says of its layers."""
-    kinds = ["sliding_attention"] * positive(hf, "num_hidden_layers")
-    return windows_of(hf | {"layer_types": kinds})
+    return last_ones(hf, "sliding_window_pattern")
 
 
 def layers_with_rope(hf: dict) -> list[bool]:
     """Which layers have a rotary embedding; the others know no positions."""
-    n_layer = positive(hf, "num_hidden_layers")
-    if hf.get("no_rope_layers"):  # 1 where there is one, in spite of its name
-        flags = hf["no_rope_layers"]
-        if not isinstance(flags, list) or len(flags) < n_layer:
-            raise ValueError(
-                f"the model's configuration has no_rope_layers = {flags!r}, not an entry for each "
-                f"of {n_layer} layers"
-            )
-        return [bool(flag) for flag in flags[:n_layer]]
+    flags = of_layers(hf, "no_rope_layers")  # 1 where there is one, in spite of its name
+    if flags is not None:
+        return [bool(flag) for flag in flags]
     if hf.get("no_rope_layer_interval"):
-        period = positive(hf, "no_rope_layer_interval")
-        return [layer % period != period - 1 for layer in range(n_layer)]
-    return [True] * n_layer
+        return [not last for last in last_ones(hf, "no_rope_layer_interval")]
+    return [True] * positive(hf, "num_hidden_layers")
 
 
 def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
