@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gguf
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import cli.program  # once: the runs are forked from here, so that starting takes no time
 import generate as program
@@ -268,6 +270,7 @@ class Soak:
 def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) -> None:
     """This process is generate.py from here on."""
     code = 1
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed with it stops all
     try:
         for number, path in ((1, out), (2, log)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

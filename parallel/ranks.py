@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,21 +33,6 @@ from quantize import Linear
 T = TypeVar("T")
 
 
-def from_first(value: T, group: dist.ProcessGroup | None) -> T:
-    """The value of a group's first process, for all of them; waits for the slowest. None: nobody
-    else is asked. It is what JSON holds, and travels so, since a pickle can run code and whoever
-    reaches torchrun's MASTER_PORT could send one. Tuples arrive as lists."""
-    if group is None:
-        return value
-    text = bytearray(json.dumps(value).encode())
-    size = torch.tensor(len(text))
-    dist.broadcast(size, group=group, group_src=0)
-    if dist.get_rank(group) > 0:
-        text = bytearray(int(size))
-    dist.broadcast(torch.frombuffer(text, dtype=torch.uint8), group=group, group_src=0)
-    return json.loads(text)
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share a model, as one of them sees them."""
@@ -58,8 +43,19 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # moves the host's values
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, for all of them."""
-        return from_first(value, self.control)
+        """The first rank's value, for all of them; waits for the slowest. It is what JSON holds,
+        and travels so, since a pickle can run code and whoever reaches torchrun's MASTER_PORT could
+        send one. Tuples arrive as lists."""
+        if self.control is None:
+            return value
+        text = bytearray(json.dumps(value).encode())
+        size = torch.tensor(len(text))
+        dist.broadcast(size, group=self.control, group_src=0)
+        if self.rank > 0:
+            text = bytearray(int(size))
+        content = torch.frombuffer(text, dtype=torch.uint8)
+        dist.broadcast(content, group=self.control, group_src=0)
+        return json.loads(text)
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of each element over the ranks."""
@@ -111,16 +107,9 @@ SPLIT = {
 }
 
 
-class Cuttable(Protocol):
-    """A tensor, or what stands for one in a file."""
-
-    shape: tuple[int, ...]
-
-    def narrow(self, dim: int, start: int, length: int) -> Cuttable: ...
-
-
-def piece(whole: Cuttable, shape: tuple[int, ...], ranks: Ranks) -> Cuttable:
-    """The part of a checkpoint's tensor that makes a rank's parameter of that shape, a view.
+def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
+    """The part of a checkpoint's tensor, or of what stands for one in a file, that makes a rank's
+    parameter of that shape, a view.
 
     Along a dimension that is smaller than the whole, ranks take the parts in turn. Where there
     are fewer parts than ranks, neighbours have the same one; where the last one is short, it is

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.ranks import ALONE, Ranks, T, from_first
+from parallel.ranks import ALONE, Ranks, T
 
 CONNECT_S = 4.0  # to find torchrun's table, which is there before any process is
 JOIN_S = 8.0  # for all processes to come: torchrun starts them together
@@ -36,7 +36,7 @@ class Team:
         self.number, self.n = number_and_count()
         self.ranks = ALONE
         self.n_groups = 1
-        self.everyone: dist.ProcessGroup | None = None  # moves the host's values
+        self.everyone = ALONE  # all processes, for the host's values
         self.store: dist.Store | None = None  # torchrun's table of keys and values
         self.looked = 0.0  # when answers were last looked for
         self.n_received = 0
@@ -65,7 +65,7 @@ class Team:
             "gloo", store=dist.PrefixStore("everyone", self.store), rank=self.number,
             world_size=self.n, timeout=PATIENCE,
         )
-        self.everyone = dist.group.WORLD
+        self.everyone = Ranks(self.number, self.n, control=dist.group.WORLD)
         # every process takes part in making every group
         for first in range(0, self.n, tp):
             members = list(range(first, first + tp))
@@ -93,21 +93,21 @@ class Team:
         return self.number == 0
 
     def broadcast(self, value: T) -> T:
-        """What the first process says, for all of them; see parallel.ranks.from_first."""
-        return from_first(value, self.everyone)
+        """What the first process says, for all of them; see Ranks.broadcast."""
+        return self.everyone.broadcast(value)
 
     def share_input(self) -> None:
         """From now on all processes read together what the first one reads from standard input."""
-        if self.everyone is not None:
+        if self.everyone is not ALONE:
             sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(self)), encoding="utf-8")
 
     def __enter__(self) -> Team:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        if error is None and self.everyone is not None:
+        if error is None and self.everyone is not ALONE:
             with suppress(RuntimeError):  # nobody is missed now
-                dist.barrier(self.everyone)  # who leaves earlier breaks the others' ties
+                dist.barrier()  # who leaves earlier breaks the others' ties
             dist.destroy_process_group()
         elif isinstance(error, Exception) and self.store is not None:
             self.let_the_first_to_fail_speak()
