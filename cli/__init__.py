@@ -1,6 +1,4 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import nullcontext

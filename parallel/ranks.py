@@ -141,8 +141,7 @@ def load_model(
     path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
 ) -> Transformer:
-    """model.load_model of a rank's part. ValueError also where it does not divide over the ranks.
-    """
+    """model.load_model of a rank's part. ValueError also where it does not divide over them."""
     options = dict(dtype=dtype, quantize=quantize, group_size=group_size)
     if ranks.size == 1:
         return core.load_model(path, device=device, **options)

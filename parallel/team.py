@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -96,10 +96,10 @@ class Team:
         """What the first process says, for all of them; see Ranks.broadcast."""
         return self.everyone.broadcast(value)
 
-    def share_input(self) -> None:
-        """From now on all processes read together what the first one reads from standard input."""
+    def share_input(self, source: TextIO) -> None:
+        """From now on all processes read together what the first one reads from its source."""
         if self.everyone is not ALONE:
-            sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(self)), encoding="utf-8")
+            sys.stdin = SharedInput(self, source)
 
     def __enter__(self) -> Team:
         return self
@@ -182,29 +182,21 @@ def from_environment(name: str, low: int, high: int) -> int:
 
 
 def end_with_torchrun() -> None:
-    """Let Linux end this process when torchrun has ended, which whoever waits for others cannot
-    see."""
+    """Let Linux end this process when torchrun has ended, which one that waits cannot see."""
     if dist.is_torchelastic_launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class SharedInput(io.RawIOBase):
-    """Standard input of the first process, read by all of them together."""
+class SharedInput(io.TextIOBase):
+    """Standard input of the first process, whose lines all of them read together."""
 
-    def __init__(self, team: Team):
+    def __init__(self, team: Team, source: TextIO):
         self.team = team
+        self.source = source
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = None
-        if self.team.is_first:
-            data = os.read(0, len(buffer)).decode("latin-1")  # a character for each byte
-        data = self.team.broadcast(data).encode("latin-1")
-        buffer[:len(data)] = data
-        return len(data)
+    def readline(self) -> str:
+        return self.team.broadcast(self.source.readline() if self.team.is_first else None)
 
 
 def find_store(number: int, n: int) -> dist.Store:
