@@ -79,7 +79,8 @@ class Messages:
             return ""
         n_new = readline.get_current_history_length() - before  # not a line that is typed again
         if self.history is not None:
-            with suppress(OSError):  # a full disk is no reason to end a conversation
+            # a full disk, or a library that cannot, is no reason to end a conversation
+            with suppress(OSError, AttributeError):
                 readline.append_history_file(n_new, self.history)  # which other chats have too
         return f"{line}\n"
 

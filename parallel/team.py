@@ -33,7 +33,10 @@ class Team:
     ValueError: what torchrun sets in the environment makes no sense, or its table is not found."""
 
     def __init__(self) -> None:
-        self.number, self.n = number_and_count()
+        self.number, self.n = 0, 1  # of this process, from 0, and of all
+        if {"RANK", "WORLD_SIZE"} & os.environ.keys():  # torchrun says so
+            self.n = from_environment("WORLD_SIZE", 1, 2**15)
+            self.number = from_environment("RANK", 0, self.n - 1)
         self.ranks = ALONE
         self.n_groups = 1
         self.everyone = ALONE  # all processes, for the host's values
@@ -111,7 +114,7 @@ class Team:
             dist.destroy_process_group()
         elif isinstance(error, Exception) and self.store is not None:
             self.let_the_first_to_fail_speak()
-            if is_lost_peer(error):
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"another process has gone: {reason}") from error
 
@@ -162,14 +165,6 @@ class Team:
             yield number, record
 
 
-def number_and_count() -> tuple[int, int]:
-    """Which process this is, from 0, and of how many, as torchrun says; (0, 1) without it."""
-    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        return 0, 1
-    n = from_environment("WORLD_SIZE", 1, 2**15)
-    return from_environment("RANK", 0, n - 1), n
-
-
 def from_environment(name: str, low: int, high: int) -> int:
     """A number that torchrun sets. ValueError: it is none from low to high."""
     text = os.environ.get(name, "")
@@ -211,8 +206,3 @@ def find_store(number: int, n: int) -> dist.Store:
     store.set_timeout(PATIENCE)  # NCCL asks it long after: behind loading and compiling
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"gpt-flash {restarts}", store)
-
-
-def is_lost_peer(error: Exception) -> bool:
-    """Whether talking to another process failed."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
