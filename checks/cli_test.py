@@ -39,6 +39,16 @@ def test_what_cannot_be_read_is_said_though_stdout_is_closed(
     assert capsys.readouterr().err == said
 
 
+def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "become_a_program", interrupt)
+    with pytest.raises(SystemExit) as end:
+        cli.main(None)
+    assert end.value.code == 130
+
+
 # --- statistics ---
 
 STATS = Stats(

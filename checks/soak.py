@@ -36,7 +36,7 @@ import generate as program
 from batching import Engine
 from checks.common import CHATML, byte_level_tokenizer, hf_folder
 from checks.hostile import hostile_gguf, hostile_tokenizers
-from cli.errors import become_a_program
+from cli.errors import become_a_program, sentences
 from formats.tokenizer import sentencepiece_bpe
 from generate import Request, generate
 from model import load_model
@@ -280,9 +280,10 @@ def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) 
         if most_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error and not a signal
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-        become_a_program()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
-        program.main(flags)
+        with sentences():
+            become_a_program()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
+            program.main(flags)
         code = 0
     except SystemExit as e:
         code = e.code

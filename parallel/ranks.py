@@ -216,8 +216,8 @@ def cut(
     """A rank's parts, of that shape in all, of the tensors that make a parameter. What joins
     several layers is cut at their borders first. config: of the whole model."""
     name = re.sub(r"\.\d+(?=\.\w+$)", "", name)  # without the number of an expert
-    if name.endswith(ADDED_UP_BIASES) and ranks.rank > 0:
-        return [torch.zeros(shape)]  # the sum over ranks is to have it once
+    if name.endswith(("o_proj.bias", "down_proj.bias")) and ranks.rank > 0:
+        return [torch.zeros(shape)]  # what they give is added up, and is to have it once
     module = name.split(".")[-2]
     our_rows = [shape[0]]
     if module in JOINED:
@@ -228,10 +228,6 @@ def cut(
             ends = accumulate(rows)
             tensors = [tensor.narrow(0, end - n, n) for n, end in zip(rows, ends)]
     return [piece(x, (n, *shape[1:]), ranks) for x, n in zip(tensors, our_rows, strict=True)]
-
-
-# of layers that multiply parts of their inputs on each rank: what they give is added up
-ADDED_UP_BIASES = ("o_proj.bias", "down_proj.bias")
 
 # --- what ranks do together in a step ---
 
