@@ -67,8 +67,8 @@ def prompts(jobs: list[Job]) -> list[str]:
 
 def test_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompt.txt"
-    file.write_text("two, \u00e9\n", encoding="utf-8")
-    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    file.write_text("\ufefftwo, \u00e9\n", encoding="utf-8")  # behind a byte order mark
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbffrom a pipe")))
     assert read_text("as it is") == "as it is"
     assert read_text("@@x @@") == "@x @@"
     assert read_text("") == ""
@@ -294,7 +294,7 @@ def test_without_a_tokenizer_there_are_answers_and_no_text(
 def test_the_first_text_that_has_not_ended_is_printed_as_it_comes(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    screen = InOrder([""] * 3)
+    screen = InOrder([])
     pushed = [(0, "a", False), (1, "x", False), (2, "z", True), (0, "b", False), (1, "y", False),
               (0, "c", True), (1, "!", True)]
     printed = []

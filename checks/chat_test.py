@@ -575,6 +575,19 @@ def test_a_terminal_has_line_editing_and_a_history(tmp_path: Path) -> None:
     assert screen.close()[0] == 0
 
 
+def test_two_chats_at_once_keep_the_history_of_both(tmp_path: Path) -> None:
+    first, second = (Screen(["-c", ECHO], tmp_path) for _ in range(2))
+    for screen, text in (first, "one"), (second, "two"), (second, "two"), (first, "three"):
+        screen.wait_for("> ")
+        screen.type(f"{text}\n")
+        screen.wait_for(f"got '{text}'\r\n")
+    for screen in (first, second):
+        screen.wait_for("> ")
+        screen.type("\x04")
+        assert screen.close()[0] == 0
+    assert (tmp_path / "gpt-flash" / "history").read_text().splitlines() == ["one", "two", "three"]
+
+
 def test_pasted_lines_are_one_message(tmp_path: Path) -> None:
     """Marked as pasted by the terminal, or arriving together; up to a command."""
     screen = Screen(["-c", ECHO], tmp_path / "file" / "x")

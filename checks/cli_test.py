@@ -21,10 +21,32 @@ import generate
 from batching import Stats
 from checks.common import CPU_ENV, HERE
 from cli.arguments import is_plain, make_parser, number, parse_args
+from cli.errors import sentences
 from cli.stats import PROFILED, copy_bandwidth, new_trace, profile, say_kernels, summarize
 from formats.default import default_model
 
 CPU = ["--device", "cpu"]
+
+
+def test_what_cannot_be_read_is_said_though_stdout_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as end, sentences():
+        raise OSError(errno.EIO, "Input/output error", "weights")
+    assert end.value.code == 2
+    said = "generate.py: error: cannot read or write weights: Input/output error\n"
+    assert capsys.readouterr().err == said
+
+
+def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "become_a_program", interrupt)
+    with pytest.raises(SystemExit) as end:
+        cli.main(None)
+    assert end.value.code == 130
 
 
 # --- statistics ---

@@ -11,10 +11,13 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
 
 import cli.program  # once: the runs are forked from here, so that starting them takes no time
 import generate
@@ -76,6 +79,7 @@ def start(flags: list[object]) -> int:
     process = os.fork()
     if process:
         return process
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed with it stops all
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     try:
         generate.main([str(flag) for flag in flags])

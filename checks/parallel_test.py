@@ -258,14 +258,15 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_all_ranks_have_what_the_first_one_reads(small: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompt").write_text("äb")
-    flags = ["--checkpoint_path", small, "--dtype", "float32", "--max_new_tokens", 8, "--prompt"]
+    """As a prompt, and line by line in a chat."""
+    flags = ["--checkpoint_path", small, "--dtype", "float32", "--max_new_tokens", 8]
+    text, chat = "äb\nba", ["--interactive"]
     runs = []
-    for n, prompt in ((1, "äb"), (2, "-")):
-        run = Run(tmp_path / str(n), program, [([*flags, prompt],)] * n, stdin="äb")
+    for n, *asked in (1, "--prompt", text), (2, "--prompt", "-"), (1, *chat), (2, *chat):
+        run = Run(tmp_path / f"{n}{asked[0]}", program, [([*flags, *asked],)] * n, stdin=text)
         assert run.wait() == 0, run.said()
         runs.append((run.folder / "out").read_text())
-    assert runs[0] == runs[1] != ""
+    assert runs[0] == runs[1] != "" and runs[2] == runs[3] != ""
 
 
 # --- the end of one is the end of all ---

@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -28,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gguf
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import cli.program  # once: the runs are forked from here, so that starting takes no time
 import generate as program
 from batching import Engine
 from checks.common import CHATML, byte_level_tokenizer, hf_folder
 from checks.hostile import hostile_gguf, hostile_tokenizers
-from cli.errors import become_a_program
+from cli.errors import become_a_program, sentences
 from formats.tokenizer import sentencepiece_bpe
 from generate import Request, generate
 from model import load_model
@@ -268,6 +270,7 @@ class Soak:
 def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) -> None:
     """This process is generate.py from here on."""
     code = 1
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed with it stops all
     try:
         for number, path in ((1, out), (2, log)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -277,9 +280,10 @@ def become_a_run(flags: list[str], out: str, log: Path, most_bytes: int | None) 
         if most_bytes is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error and not a signal
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-        become_a_program()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
-        program.main(flags)
+        with sentences():
+            become_a_program()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SENT)
+            program.main(flags)
         code = 0
     except SystemExit as e:
         code = e.code

@@ -1,6 +1,4 @@
 """What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import nullcontext
@@ -19,9 +17,9 @@ from model import extension
 
 def main(argv: list[str] | None) -> None:
     """generate.main with all flags: what generate.run does not know is for cli/program.py."""
-    if argv is None:
-        become_a_program()
     with sentences():
+        if argv is None:
+            become_a_program()
         several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
         with extension("parallel").Team() if several else nullcontext() as team:
             answer(argv, team)

@@ -78,12 +78,12 @@ def work_off(
 # --- answers on the screen ---
 
 class InOrder:
-    """Prints several texts in the order of their numbers, each under its heading, though their
-    pieces come as they like: those of the first text that has not ended are printed at once."""
+    """Prints several texts in the order of their numbers, those of jobs under their headings,
+    though their pieces come as they like: those of the first text that has not ended at once."""
 
-    def __init__(self, headings: list[str]) -> None:
+    def __init__(self, jobs: list[Job]) -> None:
         self.turn = 0  # the number of the text that is being printed
-        self.held: dict[int, str] = defaultdict(str, enumerate(headings))
+        self.held: dict[int, str] = defaultdict(str, enumerate(job.heading for job in jobs))
         self.ended: set[int] = set()
 
     def push(self, number: int, piece: str, ended: bool) -> None:
@@ -97,24 +97,13 @@ class InOrder:
             self.turn += 1
 
 
-def headings(jobs: list[Job]) -> list[str]:
-    """Each prompt's index and first words, and which of several answers follows; "" for a line
-    that is none."""
-    several = any(job.sample for job in jobs)
-    heads = []
-    for job in jobs:
-        sample = f", sample {job.sample}" if several else ""
-        heads.append("" if job.error else f"[{job.index}{sample}] {job.title}\n")
-    return heads
-
-
 def answer_live(
     jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, quiet: bool
 ) -> list[Record]:
     """Print answers as they come, one after the other, and each of several under a heading
     (quiet: do not) -> their records. tokenizer: None makes no text."""
     one = len(jobs) == 1
-    screen = InOrder([""] if one else headings(jobs))
+    screen = InOrder([] if one else jobs)
     records = {}
     for number, _, piece, record in work_off(jobs, engine, tokenizer):
         records[number] = record
@@ -137,7 +126,7 @@ def answer_file(
 
     records: the file that answers are appended to, which may have some already; None prints them,
     as they come, a line each (as_json), or in the prompts' order, each under a heading."""
-    screen = InOrder(headings(jobs))
+    screen = InOrder(jobs)
 
     def write(number: int, record: Record) -> None:
         if records is not None:

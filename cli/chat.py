@@ -264,7 +264,7 @@ def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is no plain file")
-        with open(file, encoding="utf-8") as text:
+        with open(file, encoding="utf-8-sig") as text:
             messages = json.loads(read_all(text))
         check_messages("messages", messages)
         system = None

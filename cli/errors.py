@@ -1,6 +1,4 @@
 """What goes wrong, said in one sentence; and how the program ends."""
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -49,8 +47,7 @@ def afterthought() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    """Leave with a sentence: one line, with the middle left out where it is long, as a path may be.
-    """
+    """Leave with a sentence: one line, its middle left out where it is long, as a path may be."""
     message = message.replace("\n", "\ufffd")  # as say replaces other control characters
     if len(message) > 600:
         message = f"{message[:300]} ... {message[-250:]}"
@@ -60,7 +57,8 @@ def fail(message: str) -> NoReturn:
 
 def discard_output() -> None:
     """What stdout still holds goes nowhere, so that Python does not try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

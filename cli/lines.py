@@ -72,13 +72,16 @@ class Messages:
         if not self.edits:
             say(prompt, end="")
             return sys.stdin.readline()
+        before = readline.get_current_history_length()
         try:
             line = input(prompt)
         except EOFError:
             return ""
+        n_new = readline.get_current_history_length() - before  # not a line that is typed again
         if self.history is not None:
-            with suppress(OSError):  # a full disk is no reason to end a conversation
-                readline.write_history_file(self.history)
+            # a full disk, or a library that cannot, is no reason to end a conversation
+            with suppress(OSError, AttributeError):
+                readline.append_history_file(n_new, self.history)  # which other chats have too
         return f"{line}\n"
 
 
@@ -91,8 +94,9 @@ def start_editing() -> Path | None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         file = Path(state) / "gpt-flash" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file():
+        if not file.exists():
+            file.touch()
+        if file.is_file():  # no pipe, at which one waits for ever
             readline.read_history_file(file)
-        if file.is_file() or not file.exists():  # no pipe, at which one waits for ever
             return file
     return None

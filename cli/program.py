@@ -1,6 +1,4 @@
 """What a terminal asks for beyond one prompt: files of prompts, chat, measuring, saving."""
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -18,8 +16,8 @@ from cli.batch import Records, answer_file, answer_live, work_off
 from cli.chat import Chat
 from cli.progress import say_missing_library, watch_prompts
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples, title_of,
-    with_system,
+    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
+    standard_input, title_of, with_system,
 )
 from cli.stats import new_trace, profile, say_cuts, summarize
 from formats import save_tokenizer
@@ -61,7 +59,7 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     engine.stats.load_s = load_s
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.interactive:
-        team.share_input()
+        team.share_input(standard_input())
         watch_prompts(engine)
         Chat(engine, tokenizer, settings, asked.system).run()
         say_missing_library(model)

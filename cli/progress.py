@@ -1,6 +1,4 @@
 """Bars that show how far a long prompt is, and loading."""
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -20,7 +20,7 @@ class Job:
     """An answer that is wanted, or what is wrong with the line that asks for it."""
     index: int  # of its prompt, from 0; blank lines do not count
     sample: int = 0  # which of the answers to it, from 0
-    title: str = ""  # how the prompt begins
+    heading: str = ""  # the line above its answer, where there are several
     prompt: list[int] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS
     error: str | None = None
@@ -42,11 +42,12 @@ class Asked(NamedTuple):
 
 
 def standard_input() -> TextIO:
-    """In UTF-8, whatever the locale says; what is none is for others to refuse."""
+    """In UTF-8, whatever the locale says, with a byte order mark or without; what is none is for
+    others to refuse."""
     if sys.stdin is None:
         raise ValueError("standard input is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     return sys.stdin
 
 
@@ -61,7 +62,7 @@ def read_text(source: str, what: str = "the prompt") -> str:
         elif source.startswith("@@"):
             text = source[1:]
         elif source.startswith("@"):
-            with open(source[1:], encoding="utf-8") as file:
+            with open(source[1:], encoding="utf-8-sig") as file:
                 text = read_all(file)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {what} {source}: {e}") from None
@@ -133,15 +134,16 @@ def samples(
     index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int,
     model: str = "",
 ) -> list[Job]:
-    """n_samples answers to one prompt, with seeds in a row where it has one."""
+    """n_samples answers to a prompt that begins with title, with seeds in a row if it has one."""
     jobs = []
     for sample in range(n_samples):
+        which = f"[{index}, sample {sample}]" if n_samples > 1 else f"[{index}]"
         own = dict(settings)
         if own["seed"] is not None:
             own["seed"] = (own["seed"] + sample) % 2**63
         asked = json.dumps([model, prompt, own], sort_keys=True)
         digest = sha256(asked.encode()).hexdigest()[:16]
-        jobs.append(Job(index, sample, title, prompt, own, digest=digest))
+        jobs.append(Job(index, sample, f"{which} {title}\n", prompt, own, digest=digest))
     return jobs
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 import os
 import resource
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
@@ -102,18 +101,16 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
 
 def say_summary(summary: dict[str, float]) -> None:
     """What a run took, in two sentences on stderr."""
-    ready = f"loaded in {summary['load_s']:.1f} s"
+    ready = "loaded in {load_s:.1f} s"
     if summary["compile_s"]:
-        ready += f", compiled in {summary['compile_s']:.1f} s"
-    say(
-        f"{ready}; {summary['prompt_tokens']} prompt tokens, first token after "
-        f"{summary['first_token_s']:.2f} s"
+        ready += ", compiled in {compile_s:.1f} s"
+    ready += "; {prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
+    say(ready.format_map(summary))
+    speed = (
+        "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; "
+        "{ms_per_step:.2f} ms a step, median; {useful_row_steps:.0%} of its rows had work"
     )
-    say(
-        f"{summary['new_tokens']} new tokens in {summary['wall_s']:.2f} s, "
-        f"{summary['wall_tokens_per_s']:.1f} tokens/s; {summary['ms_per_step']:.2f} ms a step, "
-        f"median; {summary['useful_row_steps']:.0%} of its rows had work"
-    )
+    say(speed.format_map(summary))
 
 
 @afterthought()
@@ -158,18 +155,15 @@ def say_speculation(found: Any) -> dict[str, float | list[float]]:
         "tokens_per_checking_step": tokens,
         "ms_per_checking_step": 1e3 * checking_s,
     }
-    text = (
-        f"proposals accepted by position: {' '.join(f'{share:.0%}' for share in shares)}; "
-        f"{tokens:.2f} tokens a step in {len(found.checking_s)} steps of {1e3 * checking_s:.2f} ms"
-    )
+    text = f"proposals accepted by position: {' '.join(f'{share:.0%}' for share in shares)}; "
+    text += "{tokens_per_checking_step:.2f} tokens a step in {checking_steps} steps of "
+    text += "{ms_per_checking_step:.2f} ms"
     if found.plain_s:
         plain_s = statistics.median(found.plain_s)
         summary["ms_per_plain_step"] = 1e3 * plain_s
         summary["times_plain"] = tokens * plain_s / max(checking_s, NO_TIME)
-        text += (
-            f", {summary['times_plain']:.2f}x the tokens/s of plain ones of {1e3 * plain_s:.2f} ms"
-        )
-    say(text)
+        text += ", {times_plain:.2f}x the tokens/s of plain ones of {ms_per_plain_step:.2f} ms"
+    say(text.format_map(summary))
     return summary
 
 
@@ -219,16 +213,14 @@ def bytes_of_parts(engine: Engine) -> dict[str, float]:
     return parts
 
 
-@contextmanager
-def new_trace(path: str) -> Iterator[Path]:
+def new_trace(path: str) -> AbstractContextManager[Path]:
     """A path for a trace that appears at another one in the end. At once, ValueError where anything
-    else is there; OSError where nothing can be written."""
+    else is there; OSError, as a context, where nothing can be written."""
     if os.path.exists(path):
         start = Path(path).open("rb").read(100) if os.path.isfile(path) else b""
         if b'"schemaVersion"' not in start:
             raise ValueError(f"--profile {path} is there and no trace; choose another name")
-    with new_file(path) as new:
-        yield new
+    return new_file(path)
 
 
 def say_kernels(

@@ -2,8 +2,6 @@
 
     torchrun --nproc_per_node=4 generate.py --checkpoint_path PATH --prompt "The capital is"
 """
-from __future__ import annotations
-
 from parallel.ranks import ALONE, Ranks, load_model
 from parallel.team import Team
 

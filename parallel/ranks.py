@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,21 +33,6 @@ from quantize import Linear
 T = TypeVar("T")
 
 
-def from_first(value: T, group: dist.ProcessGroup | None) -> T:
-    """The value of a group's first process, for all of them; waits for the slowest. None: nobody
-    else is asked. It is what JSON holds, and travels so, since a pickle can run code and whoever
-    reaches torchrun's MASTER_PORT could send one. Tuples arrive as lists."""
-    if group is None:
-        return value
-    text = bytearray(json.dumps(value).encode())
-    size = torch.tensor(len(text))
-    dist.broadcast(size, group=group, group_src=0)
-    if dist.get_rank(group) > 0:
-        text = bytearray(int(size))
-    dist.broadcast(torch.frombuffer(text, dtype=torch.uint8), group=group, group_src=0)
-    return json.loads(text)
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share a model, as one of them sees them."""
@@ -58,8 +43,19 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # moves the host's values
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, for all of them."""
-        return from_first(value, self.control)
+        """The first rank's value, for all of them; waits for the slowest. It is what JSON holds,
+        and travels so, since a pickle can run code and whoever reaches torchrun's MASTER_PORT could
+        send one. Tuples arrive as lists."""
+        if self.control is None:
+            return value
+        text = bytearray(json.dumps(value).encode())
+        size = torch.tensor(len(text))
+        dist.broadcast(size, group=self.control, group_src=0)
+        if self.rank > 0:
+            text = bytearray(int(size))
+        content = torch.frombuffer(text, dtype=torch.uint8)
+        dist.broadcast(content, group=self.control, group_src=0)
+        return json.loads(text)
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of each element over the ranks."""
@@ -111,16 +107,9 @@ SPLIT = {
 }
 
 
-class Cuttable(Protocol):
-    """A tensor, or what stands for one in a file."""
-
-    shape: tuple[int, ...]
-
-    def narrow(self, dim: int, start: int, length: int) -> Cuttable: ...
-
-
-def piece(whole: Cuttable, shape: tuple[int, ...], ranks: Ranks) -> Cuttable:
-    """The part of a checkpoint's tensor that makes a rank's parameter of that shape, a view.
+def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
+    """The part of a checkpoint's tensor, or of what stands for one in a file, that makes a rank's
+    parameter of that shape, a view.
 
     Along a dimension that is smaller than the whole, ranks take the parts in turn. Where there
     are fewer parts than ranks, neighbours have the same one; where the last one is short, it is
@@ -152,8 +141,7 @@ def load_model(
     path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
 ) -> Transformer:
-    """model.load_model of a rank's part. ValueError also where it does not divide over the ranks.
-    """
+    """model.load_model of a rank's part. ValueError also where it does not divide over them."""
     options = dict(dtype=dtype, quantize=quantize, group_size=group_size)
     if ranks.size == 1:
         return core.load_model(path, device=device, **options)
@@ -228,8 +216,8 @@ def cut(
     """A rank's parts, of that shape in all, of the tensors that make a parameter. What joins
     several layers is cut at their borders first. config: of the whole model."""
     name = re.sub(r"\.\d+(?=\.\w+$)", "", name)  # without the number of an expert
-    if name.endswith(ADDED_UP_BIASES) and ranks.rank > 0:
-        return [torch.zeros(shape)]  # the sum over ranks is to have it once
+    if name.endswith(("o_proj.bias", "down_proj.bias")) and ranks.rank > 0:
+        return [torch.zeros(shape)]  # what they give is added up, and is to have it once
     module = name.split(".")[-2]
     our_rows = [shape[0]]
     if module in JOINED:
@@ -240,10 +228,6 @@ def cut(
             ends = accumulate(rows)
             tensors = [tensor.narrow(0, end - n, n) for n, end in zip(rows, ends)]
     return [piece(x, (n, *shape[1:]), ranks) for x, n in zip(tensors, our_rows, strict=True)]
-
-
-# of layers that multiply parts of their inputs on each rank: what they give is added up
-ADDED_UP_BIASES = ("o_proj.bias", "down_proj.bias")
 
 # --- what ranks do together in a step ---
 

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from parallel.ranks import ALONE, Ranks, T, from_first
+from parallel.ranks import ALONE, Ranks, T
 
 CONNECT_S = 4.0  # to find torchrun's table, which is there before any process is
 JOIN_S = 8.0  # for all processes to come: torchrun starts them together
@@ -33,10 +33,13 @@ class Team:
     ValueError: what torchrun sets in the environment makes no sense, or its table is not found."""
 
     def __init__(self) -> None:
-        self.number, self.n = number_and_count()
+        self.number, self.n = 0, 1  # of this process, from 0, and of all
+        if {"RANK", "WORLD_SIZE"} & os.environ.keys():  # torchrun says so
+            self.n = from_environment("WORLD_SIZE", 1, 2**15)
+            self.number = from_environment("RANK", 0, self.n - 1)
         self.ranks = ALONE
         self.n_groups = 1
-        self.everyone: dist.ProcessGroup | None = None  # moves the host's values
+        self.everyone = ALONE  # all processes, for the host's values
         self.store: dist.Store | None = None  # torchrun's table of keys and values
         self.looked = 0.0  # when answers were last looked for
         self.n_received = 0
@@ -65,7 +68,7 @@ class Team:
             "gloo", store=dist.PrefixStore("everyone", self.store), rank=self.number,
             world_size=self.n, timeout=PATIENCE,
         )
-        self.everyone = dist.group.WORLD
+        self.everyone = Ranks(self.number, self.n, control=dist.group.WORLD)
         # every process takes part in making every group
         for first in range(0, self.n, tp):
             members = list(range(first, first + tp))
@@ -93,25 +96,25 @@ class Team:
         return self.number == 0
 
     def broadcast(self, value: T) -> T:
-        """What the first process says, for all of them; see parallel.ranks.from_first."""
-        return from_first(value, self.everyone)
+        """What the first process says, for all of them; see Ranks.broadcast."""
+        return self.everyone.broadcast(value)
 
-    def share_input(self) -> None:
-        """From now on all processes read together what the first one reads from standard input."""
-        if self.everyone is not None:
-            sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(self)), encoding="utf-8")
+    def share_input(self, source: TextIO) -> None:
+        """From now on all processes read together what the first one reads from its source."""
+        if self.everyone is not ALONE:
+            sys.stdin = SharedInput(self, source)
 
     def __enter__(self) -> Team:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        if error is None and self.everyone is not None:
+        if error is None and self.everyone is not ALONE:
             with suppress(RuntimeError):  # nobody is missed now
-                dist.barrier(self.everyone)  # who leaves earlier breaks the others' ties
+                dist.barrier()  # who leaves earlier breaks the others' ties
             dist.destroy_process_group()
         elif isinstance(error, Exception) and self.store is not None:
             self.let_the_first_to_fail_speak()
-            if is_lost_peer(error):
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"another process has gone: {reason}") from error
 
@@ -162,14 +165,6 @@ class Team:
             yield number, record
 
 
-def number_and_count() -> tuple[int, int]:
-    """Which process this is, from 0, and of how many, as torchrun says; (0, 1) without it."""
-    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        return 0, 1
-    n = from_environment("WORLD_SIZE", 1, 2**15)
-    return from_environment("RANK", 0, n - 1), n
-
-
 def from_environment(name: str, low: int, high: int) -> int:
     """A number that torchrun sets. ValueError: it is none from low to high."""
     text = os.environ.get(name, "")
@@ -182,29 +177,21 @@ def from_environment(name: str, low: int, high: int) -> int:
 
 
 def end_with_torchrun() -> None:
-    """Let Linux end this process when torchrun has ended, which whoever waits for others cannot
-    see."""
+    """Let Linux end this process when torchrun has ended, which one that waits cannot see."""
     if dist.is_torchelastic_launched() and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class SharedInput(io.RawIOBase):
-    """Standard input of the first process, read by all of them together."""
+class SharedInput(io.TextIOBase):
+    """Standard input of the first process, whose lines all of them read together."""
 
-    def __init__(self, team: Team):
+    def __init__(self, team: Team, source: TextIO):
         self.team = team
+        self.source = source
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        data = None
-        if self.team.is_first:
-            data = os.read(0, len(buffer)).decode("latin-1")  # a character for each byte
-        data = self.team.broadcast(data).encode("latin-1")
-        buffer[:len(data)] = data
-        return len(data)
+    def readline(self) -> str:
+        return self.team.broadcast(self.source.readline() if self.team.is_first else None)
 
 
 def find_store(number: int, n: int) -> dist.Store:
@@ -219,8 +206,3 @@ def find_store(number: int, n: int) -> dist.Store:
     store.set_timeout(PATIENCE)  # NCCL asks it long after: behind loading and compiling
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"gpt-flash {restarts}", store)
-
-
-def is_lost_peer(error: Exception) -> bool:
-    """Whether talking to another process failed."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
