@@ -436,23 +436,21 @@ class Decoder:
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
         self.input_pos[rows] = cached
-        done, width, last_logits = 0, tokens.shape[1], None
+        done, width = 0, tokens.shape[1]
         while done < width:
             part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
             last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
             logits = self.read_part(part, rows, cached + done, last)  # (n, V)
-            if last_logits is not None:  # what counts is the chunk in which a prompt ends
-                logits = torch.where((lengths > done)[:, None], logits, last_logits)
-            last_logits = logits
+            # what counts is the chunk in which a prompt ends
+            ends = logits if done == 0 else torch.where((lengths > done)[:, None], logits, ends)
             done += part.shape[1]
             self.input_pos[rows] = cached + lengths.clamp(max=done).int()
             if done < width:
                 yield False
-        if last_logits.dtype == torch.float16 and last_logits.isnan().any():
+        if ends.dtype == torch.float16 and ends.isnan().any():
             raise ValueError("this model's numbers leave float16: take bfloat16 or float32")
-        self.token[rows, 0] = sample(
-            last_logits, self.sampling.rows(rows), kind_of(requests), self.input_pos[rows]
-        )
+        sampling = self.sampling.rows(rows)
+        self.token[rows, 0] = sample(ends, sampling, kind_of(requests), self.input_pos[rows])
         self.active[rows] = 1
 
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
@@ -544,10 +542,9 @@ class Decoder:
         return lambda: event.synchronize() or copy[:, 0].tolist()  # it returns None
 
 
-def compile_model(model: Transformer, prefill: bool = False, keep: bool = False) -> None:
+def compile_model(model: Transformer, prefill: bool = False) -> None:
     """Compile one block for decoding, which all layers share, so that compile time does not grow
     with depth; on CUDA also the output head. prefill: also the block over prompts of any length.
-    keep: on a CPU, steps of one row come from libraries that are kept for later runs: cpu/ahead.py.
     Hooks are compiled in: after adding one, call this again, and make decoders anew."""
     options = {}
     if model.device.type == "cuda":
@@ -558,17 +555,8 @@ def compile_model(model: Transformer, prefill: bool = False, keep: bool = False)
     else:
         torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols
     model.decode_block = compiled_whole(run_block, options=options)
-    if keep:
-        use_libraries(model, build=True)
     if prefill:
         model.prefill_block = compiled_whole(run_block, dynamic=True, options=options)
-
-
-def use_libraries(model: Transformer, build: bool) -> None:
-    """On a CPU, take the steps of one row that were compiled before. build: or compile them now."""
-    ahead = extension("cpu.ahead", required=False) if model.device.type == "cpu" else None
-    if ahead is not None:
-        model.decode_block = ahead.AheadOfTime(model.decode_block, build)
 
 
 def compiled_whole(function: Callable, **settings: Any) -> Callable:
@@ -875,14 +863,16 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
 def prepare_steps(
     model: Transformer, wanted: bool | None, n_rows: int = 1, prefill: bool = False
 ) -> bool:
-    """Compile a model as --compile wants, None: on CUDA -> whether it is. Otherwise steps of one
-    row take what an earlier run has kept."""
-    if wanted or wanted is None and model.device.type == "cuda":
-        compile_model(model, prefill, keep=True)
-        return True
-    if wanted is None and n_rows == 1:
-        use_libraries(model, build=False)
-    return False
+    """Compile a model as --compile wants, None: on CUDA -> whether it is. On a CPU, steps of one
+    row come from libraries that are kept for later runs, which take them unless wanted is False."""
+    compiled = model.device.type == "cuda" if wanted is None else wanted
+    if compiled:
+        compile_model(model, prefill)
+    if model.device.type == "cpu" and (compiled or wanted is None and n_rows == 1):
+        ahead = extension("cpu.ahead", required=False)
+        if ahead is not None:
+            model.decode_block = ahead.AheadOfTime(model.decode_block, build=compiled)
+    return compiled
 
 
 def say(text: str, end: str = "\n") -> None:

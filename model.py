@@ -40,7 +40,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
     formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
     cpu, products   what a device multiplies faster with (use_products)
-    cpu.ahead       steps of a CPU that were compiled before (generate.use_libraries)
+    cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
     batching        more prompts than rows, and proposals (decoder_for)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
@@ -160,25 +160,22 @@ class Transformer(nn.Module):
 
     def positions(
         self, input_pos: Tensor, T: int, cache: KVCache, cached: int | None = None,
-        last: Tensor | None = None, even: bool = False,
+        last: Tensor | None = None, even: bool = False, turned: Tensor | None = None,
     ) -> list[Positions]:
         """For each layer, where T tokens stand behind input_pos; cached: None for decode. last: see
-        prefill; even: see Positions."""
+        prefill; even: see Positions. turned [B, T]: other positions, for the rotary embedding."""
         index = input_pos.long()[:, None]  # (B, 1)
         if T > 1:
             index = index + torch.arange(T, device=index.device)  # (B, T)
         if last is not None:
             last = input_pos + last
         positions = Positions(input_pos, index, cached is not None, cached or 0, even, last=last)
-        return self.turned(positions, index, cache)
-
-    def turned(self, positions: Positions, index: Tensor, cache: KVCache) -> list[Positions]:
-        """For each layer, positions with its rotary embedding of the tokens at index [B, T]."""
+        turned = index if turned is None else turned
         of_rope = {None: positions}
         for rope in filter(None, dict.fromkeys(self.config.ropes)):
             if rope not in cache.rope_tables:
                 cache.rope_tables[rope] = rope_table(rope, cache.max_seq_len, index.device)
-            cos, sin = cache.rope_tables[rope][index].unbind(2)  # (B, T, 1, D) each
+            cos, sin = cache.rope_tables[rope][turned].unbind(2)  # (B, T, 1, D) each
             of_rope[rope] = positions._replace(cos=cos, sin=sin)
         return [of_rope[rope] for rope in self.config.ropes]
 
@@ -730,11 +727,6 @@ class Rope:
         trained = positive(self.hf, "max_position_embeddings", 2048)
         return positive(self.hf, "original_max_position_embeddings", trained)
 
-    @property
-    def scaled_context(self) -> float:
-        """How long they may be now: some files do not say so in max_position_embeddings."""
-        return self.original_context * positive(self.hf, "factor", 1.0, float)
-
 
 Frequencies = tuple[Tensor, float]  # [D/2], and the factor on cos and sin
 
@@ -882,7 +874,8 @@ class ModelConfig:
             settings[key] = value(hf) if callable(value) else value
         ropes = set(settings["ropes"]) - {None}
         if len(ropes) == 1:  # layers of another kind may have been scaled for the whole context
-            scaled_context = int(ropes.pop().scaled_context)
+            [rope] = ropes  # some files do not say in max_position_embeddings how long texts may be
+            scaled_context = int(rope.original_context * positive(rope.hf, "factor", 1.0, float))
             settings["max_seq_len"] = max(settings["max_seq_len"], scaled_context)
         config = cls(**settings)
         config.check()

@@ -165,21 +165,17 @@ class Int4Linear(QuantizedLinear):
         low, high = w.aminmax(dim=-1, keepdim=True)  # (rows, groups, 1)
         scale = (high - low) / 15
         zero = low + (high - low) * (8 / 15)
-        q, scale, zero, error = round_to_line(w, scale, zero)
-        best_q, best_scale, best_zero, best_error = q, scale, zero, error
+        line = best = round_to_line(w, scale, zero)
         for _ in range(3):
-            scale, zero = least_squares_line(w, q)
-            q, scale, zero, error = round_to_line(w, scale, zero)
-            better = error < best_error
-            best_q = torch.where(better, q, best_q)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-            best_error = torch.where(better, error, best_error)
-        nibbles = (best_q + 8).flatten(1).to(torch.uint8)  # (rows, K)
-        self.weight[rows] = pack_nibbles(nibbles)
-        self.scales[rows] = best_scale.squeeze(-1)
-        self.zeros[rows] = best_zero.squeeze(-1)
-        return (best_q * best_scale + best_zero).flatten(1)  # (rows, K)
+            q, *_ = line
+            line = round_to_line(w, *least_squares_line(w, q))
+            better = line[-1] < best[-1]  # in error
+            best = [torch.where(better, new, old) for new, old in zip(line, best)]
+        q, scale, zero, _ = best
+        self.weight[rows] = pack_nibbles((q + 8).flatten(1).to(torch.uint8))  # of (rows, K)
+        self.scales[rows] = scale.squeeze(-1)
+        self.zeros[rows] = zero.squeeze(-1)
+        return (q * scale + zero).flatten(1)  # (rows, K)
 
     def plain(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Some of the rows (a slice of slices(), or an index): nibbles [rows, K] uint8, scales and
@@ -377,8 +373,7 @@ def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
     tokens = torch.randint(model.config.vocab_size, (1, n), generator=generator).to(model.device)
     spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(model.device)
     input_pos = torch.zeros(1, dtype=torch.int32, device=model.device)
-    [positions, *_] = model.positions(input_pos, n, cache, cached=0)
-    positions = model.turned(positions, spread[None], cache)
+    positions = model.positions(input_pos, n, cache, cached=0, turned=spread[None])
     # not quantized, and with all n tokens of every layer
     scratch = model.setup_caches(1, n, rings=False).layers(slice(0, 1))
     model.run_layers(model.prefill_block, tokens, positions, scratch)

@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from cli.arguments import Parser, number
 from cli.stats import bytes_read, copy_bandwidth, weight_bytes
-from generate import Decoder, compile_model, say
+from generate import Decoder, prepare_steps, say
 from kernels import triton
 from model import ModelConfig, first_line, load_model, open_checkpoint
 
@@ -196,7 +196,7 @@ class Ours(Contestant):
         self.decoder: Decoder | None = None
         self.context = 0
         if compiled:
-            compile_model(self.model, keep=True)
+            prepare_steps(self.model, wanted=True)
 
     def setup(self, batch: int, capacity: int) -> float:
         self.decoder = None  # its graphs hold the cache before
