@@ -63,8 +63,7 @@ class Transformer(nn.Module):
         family = FAMILIES[config.family]
         self.config = config
         # nn.Embedding alone would draw numbers, on meta too, which loads half of torch.compile
-        table = torch.empty(config.vocab_size, config.dim)
-        self.embed_tokens = nn.Embedding.from_pretrained(table)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(family.block(config, i) for i in range(config.n_layer))
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
@@ -1010,8 +1009,7 @@ def check_target(
     except Exception as e:  # of many kinds, from PyTorch and from what it would import
         raise ValueError(f"no model can be on device {device}: {first_line(e)}") from None
     if dtype not in (None, *WEIGHT_DTYPES):
-        names = ", ".join(map(str, WEIGHT_DTYPES))
-        raise ValueError(f"no model can have the dtype {dtype}; there are {names}")
+        raise ValueError(f"no model can have the dtype {dtype}; there are {DTYPE_NAMES}")
     if quantize not in (None, "none", "auto", *MODES):
         raise ValueError(f"no quantize {quantize!r}; there are auto, none, {', '.join(MODES)}")
     use_products(torch.device(device))
@@ -1046,9 +1044,7 @@ def fill_model(
             elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
                 module.shared, tensor = True, model.embed_tokens.weight
             else:
-                tensor = checkpoint.parameter(model, f"{prefix}.{key}", x)
-                tensor = tensor.to(device, x.dtype, copy=not owns_memory(tensor)).detach()
-                checkpoint.check_filled(module, f"{prefix}.{key}", tensor)
+                tensor = checkpoint.parameter(model, f"{prefix}.{key}", x, device)
             if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
@@ -1061,12 +1057,6 @@ def fill_model(
         if hasattr(module, "stack"):  # of experts
             module.stack()
     return model
-
-
-def owns_memory(x: Tensor) -> bool:
-    """Whether a tensor's memory is not that of more, or of a mapped file."""
-    storage = x.untyped_storage()
-    return storage.resizable() and storage.nbytes() == x.nbytes
 
 
 # our products, and the layers of Hugging Face that they do at once
@@ -1095,6 +1085,7 @@ def joined_rows(module: str, n_rows: int, config: ModelConfig) -> list[int]:
 
 
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPE_NAMES = ", ".join(map(str, WEIGHT_DTYPES))
 
 
 @dataclass
@@ -1146,12 +1137,20 @@ class Checkpoint:
         """Whether the file has a tensor for a parameter that has a value of its own."""
         return all(part in self.tensors for part in self.parts(model, name, x))
 
-    def parameter(self, model: Transformer, name: str, x: Tensor) -> Tensor:
+    def parameter(
+        self, model: Transformer, name: str, x: Tensor, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """What our parameter x is, in its dtype, on a device, in memory of its own."""
         tensors = [self.read(*part) for part in self.parts(model, name, x).items()]
         tensors = self.cut(name, tensors, tuple(x.shape))
         tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        del tensors
         convert = FAMILIES[model.config.family].convert(model.config, name)
-        return tensor if convert is None or "gpt_flash" in self.config else convert(tensor)
+        if convert is not None and "gpt_flash" not in self.config:
+            tensor = convert(tensor)
+        storage = tensor.untyped_storage()  # perhaps that of more, or of a mapped file
+        owned = storage.resizable() and storage.nbytes() == tensor.nbytes
+        return tensor.to(device, x.dtype, copy=not owned).detach()
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of that Hugging Face name in the dtype of the file. ValueError if there is
@@ -1165,12 +1164,9 @@ class Checkpoint:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
         if tensor.dtype not in WEIGHT_DTYPES and not ours:
-            names = ", ".join(map(str, WEIGHT_DTYPES))
-            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; weights are read in {names}")
+            known = f"weights are read in {DTYPE_NAMES}"
+            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; {known}")
         return tensor
-
-    def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:
-        """ValueError if a module's tensor on its device is none that a model can have."""
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:

@@ -239,7 +239,6 @@ def pack_again() -> None:
         layer.layout.pack(layer)
 
 
-
 def many_rows_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which many rows multiply fastest: bfloat16, by 2x, but on a CPU without
     instructions for it float32, by 3x."""
@@ -256,8 +255,7 @@ def quantize_model(model: nn.Module, mode: str, group_size: int = 32) -> nn.Modu
     for name in progress([name for name, _ in model.named_modules()], "quantizing"):
         module = model.get_submodule(name)  # a list of modules would keep the dense ones
         if isinstance(module, Linear):
-            layer = quantize_linear(module, mode, group_size, name)
-            model.set_submodule(name, layer.pack())
+            model.set_submodule(name, quantize_linear(module, mode, group_size, name).pack())
     for module in model.modules():
         if hasattr(module, "stack"):  # of experts
             module.stack()
@@ -289,8 +287,7 @@ def quantize_linear(
         return linear
     layer.over_ranks = linear.over_ranks
     weight = linear.stored()["weight"]  # (N, K)
-    error = torch.zeros((), device=weight.device)
-    size = torch.zeros((), device=weight.device)
+    error, size = torch.zeros(2, device=weight.device)
     for start in range(0, len(weight), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         w = weight[rows].float()

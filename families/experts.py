@@ -249,7 +249,6 @@ class StackedLinear(nn.ModuleList):
             y = y + self.bias[ids]
         return y
 
-
     def in_groups(self, x: Tensor, experts: Tensor) -> Tensor:
         """x [pairs, K] -> [pairs, N]: each row times the weight of its expert; experts [pairs],
         ascending. On GPUs that PyTorch has such a product for, the host does not learn of them."""

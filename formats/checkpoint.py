@@ -109,19 +109,23 @@ class CheckedCheckpoint(Checkpoint):
                 stored[prefix] = self.cut(name, blocks, tuple(layer.weight.shape))
         return stored
 
-    def check_filled(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+    def parameter(
+        self, model: Transformer, name: str, x: Tensor, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """ValueError for NaN or infinity in a norm or an embedding, which what spoils a file seldom
         spares. Of the ways to ask, the smallest and largest number were measured fastest: 1.9 ms
         for 57 MB in bfloat16, where a sum in float32 takes 64."""
-        looked_at = tensor.dim() == 1 or isinstance(module, nn.Embedding)
+        tensor = super().parameter(model, name, x, device)
+        looked_at = tensor.dim() == 1 or name == "embed_tokens.weight"
         if not looked_at or not tensor.is_floating_point():
-            return
+            return tensor
         low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(
                 f"tensor {name} has numbers that are not finite in {tensor.dtype}: the file is "
                 "damaged, or needs a dtype of a larger range"
             )
+        return tensor
 
     def stored_names(self, name: str) -> list[str]:
         """Hugging Face's name of a tensor -> the file's of what it is made from. That of an expert
