@@ -436,13 +436,13 @@ class Decoder:
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
         self.input_pos[rows] = cached
-        done, width = 0, tokens.shape[1]
+        done, width, ends = 0, tokens.shape[1], None
         while done < width:
             part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
             last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
             logits = self.read_part(part, rows, cached + done, last)  # (n, V)
             # what counts is the chunk in which a prompt ends
-            ends = logits if done == 0 else torch.where((lengths > done)[:, None], logits, ends)
+            ends = logits if ends is None else torch.where((lengths > done)[:, None], logits, ends)
             done += part.shape[1]
             self.input_pos[rows] = cached + lengths.clamp(max=done).int()
             if done < width:
@@ -456,8 +456,7 @@ class Decoder:
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
         pos = torch.full_like(last, cached, dtype=torch.int32)
-        logits = self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)
-        return logits[:, 0]
+        return self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)[:, 0]
 
     @on_its_device
     def read_on(self, prefill: Iterator[bool]) -> bool:

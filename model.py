@@ -1164,8 +1164,7 @@ class Checkpoint:
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
         ours = "gpt_flash" in self.config and tensor.dtype in (torch.int8, torch.uint8)
         if tensor.dtype not in WEIGHT_DTYPES and not ours:
-            known = f"weights are read in {DTYPE_NAMES}"
-            raise ValueError(f"tensor {name} has dtype {tensor.dtype}; {known}")
+            raise ValueError(f"tensor {name} has dtype {tensor.dtype}, not one of {DTYPE_NAMES}")
         return tensor
 
 
