@@ -169,9 +169,7 @@ def fit_cache(model: Transformer, requests: Sequence[Request], k: int, compiled:
         kind = cache.dtype, cache.attention, cache.windows is not None
         del cache  # the old one goes before the new one comes
     if cached:
-        raise ValueError(
-            f"no cache with {cached} tokens cached has {n_rows} rows with room for {needed}"
-        )
+        raise ValueError(f"no cache with {cached} tokens has {n_rows} rows with room for {needed}")
     room = few_sizes(needed) if compiled and grows else needed
     model.setup_caches(n_rows, room, *kind).grows = grows
 
@@ -456,7 +454,8 @@ class Decoder:
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
         pos = torch.full_like(last, cached, dtype=torch.int32)
-        return self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)[:, 0]
+        logits = self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)
+        return logits[:, 0]
 
     @on_its_device
     def read_on(self, prefill: Iterator[bool]) -> bool:
