@@ -20,7 +20,8 @@ from model import FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, pos
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
-ROPES |= {"yarn": yarn, "longrope": longrope}
+# texts have mrope's three positions alike
+ROPES |= {"yarn": yarn, "longrope": longrope, "mrope": ROPES["default"]}
 
 # --- what a config.json means where it leaves a setting out ---
 
