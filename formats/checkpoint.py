@@ -413,13 +413,13 @@ def settle_head(config: dict, tensors: dict[str, Any]) -> None:
 
 
 def same(a: InFile | Tensor, b: InFile | Tensor) -> bool:
-    """Whether two matrices are equal; read some rows at a time, as they may be large."""
-    if (tuple(a.shape), a.dtype) != (tuple(b.shape), b.dtype):
+    """Whether two matrices are equal; some rows at a time, as they may be large."""
+    if len(a.shape) != 2 or (tuple(a.shape), a.dtype) != (tuple(b.shape), b.dtype):
         return False
     for start in range(0, a.shape[0], 4096):
         rows = range(start, min(start + 4096, a.shape[0]))
-        pair = [x[rows.start:rows.stop] if isinstance(x, Tensor) else x.read(rows) for x in (a, b)]
-        if not torch.equal(*pair):
+        some = [x[rows.start:rows.stop] if isinstance(x, Tensor) else x.read(rows) for x in (a, b)]
+        if not torch.equal(*some):
             return False
     return True
 
