@@ -332,19 +332,19 @@ def resolve(path: str | Path) -> Path:
 
 
 def hub_folder(name: str, local: bool) -> Path:
-    """A model's folder in the cache of huggingface_hub, into which is fetched what is read and no
-    copy of it; local: nothing is. It raises what huggingface_hub does, also if a model that is
-    local is not there as a whole."""
+    """A model's folder in the cache of huggingface_hub, into which what is read is fetched and no
+    copy of it; local: nothing is, and it raises if not all is there."""
     from huggingface_hub import snapshot_download  # slow to import, and rarely needed
     get = partial(snapshot_download, name, ignore_patterns="*/*", local_files_only=local)
     folder = Path(get(allow_patterns=["*.json", "*.jinja", "tokenizer.model"]))
-    for weights in () if local else WEIGHTS:
-        get(allow_patterns=weights)
-        parts = [file.name for file in weight_files(folder, weights)]
-        get(allow_patterns=parts or weights.replace(".", "-*-of-*."))
-        if weight_files(folder, weights):
-            return folder
-    files = [file for weights in WEIGHTS for file in weight_files(folder, weights)]
+    for weights in WEIGHTS:
+        if not local:
+            get(allow_patterns=weights)
+            parts = [file.name for file in weight_files(folder, weights)]
+            get(allow_patterns=parts or weights.replace(".", "-*-of-*."))
+        files = weight_files(folder, weights)
+        if files:
+            break
     if local and not (files and all(file.exists() for file in files)):
         raise FileNotFoundError("the cache has only a part of it")
     return folder
@@ -357,8 +357,7 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             break
     else:
         raise ValueError(f"{folder} is not a model: expected a .gguf file, a config.json, or a "
-                         "folder with a config.json and model.safetensors or pytorch_model.bin, or "
-                         "their numbered parts")
+                         "folder with it and model.safetensors or pytorch_model.bin, or their parts")
     config = read_config(folder / "config.json")
     quantization = config.get("quantization_config") or {}
     if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
@@ -391,8 +390,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     part = re.compile(name.replace(".", r"-\d{5}-of-(\d{5})\."))
     totals = {found[1] for file in folder.glob("*") if (found := part.fullmatch(file.name))}
     if len(totals) > 1:
-        raise ValueError(f"{folder} has {name} in {' and in '.join(sorted(totals))} parts, and no "
-                         f"{index.name}, which says what counts")
+        raise ValueError(f"{folder} has {len(totals)} sets of parts, and no {index.name}")
     return [
         folder / name.replace(".", f"-{i + 1:05d}-of-{total}.")
         for total in totals for i in range(int(total))
@@ -408,20 +406,10 @@ def settle_head(config: dict, tensors: dict[str, Any]) -> None:
         return
     if table is None:
         tensors["model.embed_tokens.weight"] = head
-    elif not same(table, head):
+        return
+    table, head = (x if isinstance(x, Tensor) else x.read() for x in (table, head))
+    if table.dtype != head.dtype or not torch.equal(table, head):
         config["tie_word_embeddings"] = False
-
-
-def same(a: InFile | Tensor, b: InFile | Tensor) -> bool:
-    """Whether two matrices are equal; some rows at a time, as they may be large."""
-    if len(a.shape) != 2 or (tuple(a.shape), a.dtype) != (tuple(b.shape), b.dtype):
-        return False
-    for start in range(0, a.shape[0], 4096):
-        rows = range(start, min(start + 4096, a.shape[0]))
-        some = [x[rows.start:rows.stop] if isinstance(x, Tensor) else x.read(rows) for x in (a, b)]
-        if not torch.equal(*some):
-            return False
-    return True
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
