@@ -79,7 +79,7 @@ def test_a_single_file_counts_more_than_an_index(
     shutil.copy(next(folder.glob("model-00001-*")), folder / "model-00001-of-00009.safetensors")
     assert not torch.equal(logits_of(folder), want)  # the index's
     (folder / f"{NAME}.index.json").unlink()
-    with pytest.raises(ValueError, match="has 2 sets of parts, and no model.safetensors.index"):
+    with pytest.raises(ValueError, match="no model.safetensors.index.json, and its parts model-00001"):
         load_model(folder)
 
 
@@ -90,9 +90,8 @@ def test_a_set_that_lacks_a_part_is_refused(
     hf.save_pretrained(folder, max_shard_size="40KB")
     for name in (NAME, f"{NAME}.index.json"):
         (folder / name).unlink()
-    part = next(folder.glob("model-00002-of-*"))
-    part.unlink()
-    with pytest.raises(ValueError, match=f"cannot read .*{part.name}: .*No such file"):
+    (folder / "model-00002-of-00011.safetensors").unlink()
+    with pytest.raises(ValueError, match="to model-00011-of-00011.safetensors are not one whole set"):
         load_model(folder)
 
 

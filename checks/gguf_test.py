@@ -342,7 +342,7 @@ def test_parts_that_do_not_belong_together_are_refused(split: list[Path]) -> Non
     first, second, _ = split
     renamed = first.with_name("first.gguf")
     shutil.copy(first, renamed)
-    with pytest.raises(ValueError, match="one of 2 parts of a split GGUF"):
+    with pytest.raises(ValueError, match="first.gguf is not part 2 of 2 of a split GGUF"):
         load_model(renamed)
     shutil.copy(first, second)
     with pytest.raises(ValueError, match=f"{second.name} is not part 2"):

@@ -41,7 +41,7 @@ def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu")
     what is missing or cannot be read."""
     path = default_model() if path is None else resolve(path)
     if path.suffix == ".json":
-        checkpoint = RandomCheckpoint(path, read_config(path), {}, device)
+        checkpoint = RandomCheckpoint(path, text_config(read_json(path), path), {}, device)
     elif path.suffix == ".gguf":
         from formats.gguf_file import read_checkpoint  # gguf is slow to import
         checkpoint = read_checkpoint(path)
@@ -358,7 +358,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
     else:
         raise ValueError(f"{folder} is not a model: expected a .gguf file, a config.json, or a "
                          "folder with it and model.safetensors or pytorch_model.bin, or their parts")
-    config = read_config(folder / "config.json")
+    config = text_config(read_json(folder / "config.json"), folder)
+    check_settings(config)
     quantization = config.get("quantization_config") or {}
     if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
         del config["quantization_config"]  # the names of the tensors say it too
@@ -387,14 +388,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         if not listed or any(Path(each).name != each for each in listed):
             raise ValueError(f"{index} does not list plain file names of its own folder")
         return [folder / each for each in sorted(listed)]
-    part = re.compile(name.replace(".", r"-\d{5}-of-(\d{5})\."))
-    totals = {found[1] for file in folder.glob("*") if (found := part.fullmatch(file.name))}
-    if len(totals) > 1:
-        raise ValueError(f"{folder} has {len(totals)} sets of parts, and no {index.name}")
-    return [
-        folder / name.replace(".", f"-{i + 1:05d}-of-{total}.")
-        for total in totals for i in range(int(total))
-    ]
+    parts = sorted(folder.glob(name.replace(".", "-[0-9]*-of-[0-9]*.")))
+    if not all(f"-of-{len(parts):05d}." in part.name for part in parts):
+        raise ValueError(f"{folder} has no {index.name}, and its parts {parts[0].name} to "
+                         f"{parts[-1].name} are not one whole set")
+    return parts
 
 
 def settle_head(config: dict, tensors: dict[str, Any]) -> None:
@@ -429,14 +427,6 @@ WEIGHTS = {
     "model.safetensors": open_tensors, "pytorch_model.bin": read_pickle,
     "consolidated.safetensors": open_tensors,
 }
-
-
-def read_config(path: Path) -> dict:
-    """The configuration of a model of texts in a config.json, which may be one of more. ValueError
-    if it is none, or says what no model can have."""
-    config = text_config(read_json(path), path)
-    check_settings(config)
-    return config
 
 
 def read_json(path: Path) -> dict:

@@ -37,7 +37,7 @@ def read_checkpoint(path: Path) -> GGUFCheckpoint:
 
 
 NUMBERS = gguf.GGUFReader.gguf_scalar_to_np  # numpy's types of numbers in the metadata
-SPLIT = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")  # the names of parts
+PART = re.compile(r"-\d{5}(?=-of-\d{5}\.gguf$)")  # in the name of a file that is one
 # the number of an expert in the name of its tensor; GGUF files have those of a layer in one stack
 EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
 
@@ -141,17 +141,14 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
     count = meta.get("split.count", 1)
     if count == 1:
         return meta, tensors
-    named = SPLIT.fullmatch(path.name)
-    if named is None or int(named[2]) != count:
-        raise ValueError(f"{path} is one of {short(count)} parts of a split GGUF, whose names must "
-                         "end as in -00001-of-00002.gguf")
     meta, tensors = {}, {}
-    for i in range(count):
-        file = path.with_name(f"{named[1]}-{i + 1:05d}-of-{named[2]}.gguf")
+    for i in range(count if is_number(count, int) else 0):
+        file = path.with_name(PART.sub(f"-{i + 1:05d}", path.name))
         its_meta, its_tensors = read_part(file)
         place = (its_meta.get("split.no"), its_meta.get("split.count"))
         if place != (i, count) or tensors.keys() & its_tensors.keys():
-            raise ValueError(f"{file} is not part {i + 1} of the split GGUF that {path} is of")
+            raise ValueError(f"{file} is not part {i + 1} of {count} of a split GGUF, which it is "
+                             "to be by its name, as in -00001-of-00002.gguf")
         meta = meta or its_meta
         tensors |= its_tensors
     return meta, tensors

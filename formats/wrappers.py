@@ -19,8 +19,7 @@ ANY = {  # or if it does not say it; the other way round
 }
 # What a text_config leaves out is what transformers' classes have, where our families do not say
 # it: these five by its model_type, and others by that of config.json.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
 SIZES_OF = {
     "llama": (32000, 4096, 11008, 32, 32),
     "mistral": (32000, 4096, 14336, 32, 32),
@@ -45,22 +44,16 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if not (kind in OWN or any_kind) or not whole:
         return config
     text = config.get("text_config")
-    if not isinstance(text, dict):  # older files have its settings beside the others
-        text = config
+    text = text if isinstance(text, dict) else config  # older files have all settings there
     model_type = OWN.get(kind) or text.get("model_type") or any_kind[0]
-    say_once(f"{path.parent} holds a {kind}, of which pictures and sound are left out")
+    say_once(f"{path} holds a {kind}, of which pictures and sound are left out")
     tied = [each.get("tie_word_embeddings") for each in (config, text)]
-    return {
-        **dict(zip(SIZES, SIZES_OF.get(str(model_type), ()))),
-        **OTHERS.get(kind, {}),
-        "quantization_config": config.get("quantization_config"),
-        **text,
-        "architectures": None,
-        "model_type": model_type,
-        # an output layer that the file has counts all the same
-        "tie_word_embeddings": any(tied) or tied == [None, None],
-        "wrapper": kind,
-    }
+    defaults = dict(zip(SIZES, SIZES_OF.get(str(model_type), ()))) | OTHERS.get(kind, {})
+    defaults["quantization_config"] = config.get("quantization_config")
+    # an output layer that the file has counts all the same
+    tied = any(tied) or tied == [None, None]
+    settled = dict(architectures=None, model_type=model_type, tie_word_embeddings=tied)
+    return defaults | text | settled | {"wrapper": kind}
 
 
 # what may stand in front of the names of a model of texts, in place of model.
