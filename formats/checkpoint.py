@@ -84,9 +84,8 @@ class CheckedCheckpoint(Checkpoint):
         return plan
 
     def check_names(self, wanted: Iterable[str]) -> None:
-        """wanted: Hugging Face's names of the tensors that a model reads. ValueError names a tensor
-        that is missing, or surplus in a layer and not known to be harmless. Others, as heads for
-        other tasks are, get a warning."""
+        """wanted: Hugging Face's names of the tensors that a model reads. ValueError names one that
+        is missing, or surplus in a layer and not harmless; others, as further heads, are said."""
         stored = {part for name in wanted for part in self.stored_names(name)}
         surplus = {name for name in self.tensors.keys() - stored if not name.endswith(HARMLESS)}
         in_layers = set(filter(IN_LAYERS.match, surplus))
@@ -399,22 +398,19 @@ def settle_head(config: dict, tensors: dict[str, Any]) -> None:
     """Of an output layer and an embedding that the configuration ties, a file may have both, and
     they may differ, so that they are not; or only the first, which is the second then."""
     _, family = family_of(config)
-    table, head = map(tensors.get, ("model.embed_tokens.weight", "lm_head.weight"))
+    head = tensors.get("lm_head.weight")
     if head is None or not (family.defaults | config).get("tie_word_embeddings"):
         return
-    if table is None:
-        tensors["model.embed_tokens.weight"] = head
-        return
+    table = tensors.setdefault("model.embed_tokens.weight", head)
     table, head = (x if isinstance(x, Tensor) else x.read() for x in (table, head))
     if table.dtype != head.dtype or not torch.equal(table, head):
         config["tie_word_embeddings"] = False
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, which runs no code. ValueError for one that lacks some of its
-    numbers: sparse, quantized by PyTorch, or on a device without memory."""
-    mapped = zipfile.is_zipfile(file)  # PyTorch wrote something else before 1.6
-    tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped))
+    """The tensors of a .bin file, also of the old format, which runs no code. ValueError for one
+    that lacks some of its numbers: sparse, quantized by PyTorch, or on a device without memory."""
+    tensors = dict(torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
     for name, x in tensors.items():
         plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
         if not plain or x.is_quantized or x.is_nested or str(name).endswith("_blocks"):  # MXFP4

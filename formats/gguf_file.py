@@ -29,8 +29,7 @@ from model import first_line, is_number
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
     meta, tensors = read_gguf(path)
     if meta.get("general.architecture") == "clip":
-        raise ValueError(f"{path} is an mmproj, which turns pictures or sound into a model's input: "
-                         "give the file of the model beside it")
+        raise ValueError(f"{path} is an mmproj, no model: give the model's file beside it")
     with making_sense_of(path):
         config, file = hf_config(meta, tensors)
     return GGUFCheckpoint(path, config, tensors, file)

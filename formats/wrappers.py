@@ -1,9 +1,7 @@
-"""Models that take pictures or sound too: the model of texts in them runs. And names of tensors
-that begin in other ways."""
+"""Models of texts inside of those that take pictures or sound too, and the names of tensors."""
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +56,15 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 # what may stand in front of the names of a model of texts, in place of model.
 PREFIX = re.compile(
-    r"((model|language_model|text_model|transformer|module|base_model|pretrained_model|llm)\.)*"
-    r"(?=layers\.\d)"
+    r"(((language_|text_|base_|pretrained_)?model|transformer|module|llm)\.)*(?=layers\.\d)"
 )
 
 
 def plain_names(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The tensors by the names that a model of texts alone has. Others stay as they are, but go
     where pictures and sound are left out."""
-    prefixes = Counter(found[0] for name in tensors if (found := PREFIX.match(name)))
-    if not prefixes:
-        return tensors
-    [(prefix, _)] = prefixes.most_common(1)
+    prefixes = [found[0] for name in tensors if (found := PREFIX.match(name))]
+    prefix = max(set(prefixes), key=prefixes.count, default="model.")
     plain = {}
     for name, tensor in tensors.items():
         outer, head, rest = name.partition("lm_head.")
