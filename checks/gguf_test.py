@@ -314,6 +314,57 @@ def test_a_file_that_was_replaced_is_read_anew(
     assert torch.equal(*(model.lm_head.stored()["weight"] for model in (new, want)))
 
 
+@pytest.fixture
+def split(tmp_path: Path) -> list[Path]:
+    """A file in two parts, and the whole one."""
+    hf = random_llama(hidden_size=64, intermediate_size=96)
+    state = hf.state_dict()
+    names = list(state)
+    files = []
+    for i, part in enumerate((names[:8], names[8:])):
+        extra = [("add_uint16", "split.no", i), ("add_uint16", "split.count", 2)]
+        file = tmp_path / f"m-{i + 1:05d}-of-00002.gguf"
+        files.append(write_gguf(file, hf.config, {name: state[name] for name in part}, extra=extra))
+    return [*files, write_gguf(tmp_path / "whole.gguf", hf.config, state)]
+
+
+def test_the_parts_of_a_split_file_are_read_together(split: list[Path]) -> None:
+    """Whichever is given."""
+    *parts, whole = split
+    want = load_model(whole).state_dict()
+    for part in parts:
+        got = load_model(part).state_dict()
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_parts_that_do_not_belong_together_are_refused(split: list[Path]) -> None:
+    first, second, _ = split
+    renamed = first.with_name("first.gguf")
+    shutil.copy(first, renamed)
+    with pytest.raises(ValueError, match="first.gguf is not part 2 of 2 of a split GGUF"):
+        load_model(renamed)
+    shutil.copy(first, second)
+    with pytest.raises(ValueError, match=f"{second.name} is not part 2"):
+        load_model(first)
+    second.unlink()
+    with pytest.raises(ValueError, match=f"cannot read .*{second.name}: .*No such file"):
+        load_model(first)
+
+
+def test_files_that_are_no_model_of_this_machine_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + (3).to_bytes(4, "big") + bytes(100))
+    with pytest.raises(ValueError, match="it is big-endian"):
+        load_model(path)
+    writer = gguf.GGUFWriter(path, "clip")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                  writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(ValueError, match="x.gguf is an mmproj"):
+        load_model(path)
+
+
 def test_the_default_model_keeps_its_answers(
     smollm: tuple[Transformer, Tokenizer], gpl: list[int]
 ) -> None:

@@ -20,7 +20,7 @@ from model import FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, pos
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
-ROPES |= {"yarn": yarn, "longrope": longrope}
+ROPES |= {"yarn": yarn, "longrope": longrope, "mrope": ROPES["default"]}  # as it is for texts
 
 # --- what a config.json means where it leaves a setting out ---
 

@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +26,14 @@ from formats.default import default_model
 from formats.integers import Blocks, mxfp4_blocks
 from formats.layers import fill_layers, put
 from formats.settings import check_settings, refuse_unsupported
-from model import FAMILIES, Checkpoint, Transformer, first_line
+from formats.wrappers import plain_names, text_config
+from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
 from quantize import Linear, affine, say_once
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
-HARMLESS = ("rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight",
-            "rope_factors_short.weight", "lm_head.weight")
+HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
+            "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight")
+IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -37,7 +41,7 @@ def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu")
     what is missing or cannot be read."""
     path = default_model() if path is None else resolve(path)
     if path.suffix == ".json":
-        checkpoint = RandomCheckpoint(path, read_json(path), {}, device)
+        checkpoint = RandomCheckpoint(path, text_config(read_json(path), path), {}, device)
     elif path.suffix == ".gguf":
         from formats.gguf_file import read_checkpoint  # gguf is slow to import
         checkpoint = read_checkpoint(path)
@@ -80,15 +84,19 @@ class CheckedCheckpoint(Checkpoint):
         return plan
 
     def check_names(self, wanted: Iterable[str]) -> None:
-        """wanted: Hugging Face's names of the tensors that a model reads. ValueError names a tensor
-        that is missing, or surplus and not known to be harmless."""
+        """wanted: Hugging Face's names of the tensors that a model reads. ValueError names one that
+        is missing, or surplus in a layer and not harmless; others, as further heads, are said."""
         stored = {part for name in wanted for part in self.stored_names(name)}
-        missing = stored - self.tensors.keys()
         surplus = {name for name in self.tensors.keys() - stored if not name.endswith(HARMLESS)}
-        for names, problem in ((missing, "no tensor"), (surplus, "an unexpected tensor")):
+        in_layers = set(filter(IN_LAYERS.match, surplus))
+        for names, problem in ((stored - self.tensors.keys(), "no tensor"),
+                               (in_layers, "an unexpected tensor"), (surplus, "a tensor")):
             if names:
                 more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-                raise ValueError(f"{self.path} has {problem} {min(names)}{more}")
+                said = f"{self.path} has {problem} {min(names)}{more}"
+                if problem != "a tensor":
+                    raise ValueError(said)
+                say_once(f"WARNING: {said} that nothing here reads: left out")
 
     def integers(
         self, model: Transformer, plan: dict[str, dict[str, tuple[int, ...]]]
@@ -317,28 +325,44 @@ def resolve(path: str | Path) -> Path:
     except OSError as e:  # longer than a name may be, say
         problem = e.strerror
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
-        from huggingface_hub import snapshot_download  # slow to import, and rarely needed
-        kinds = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
         for local in (True, False):
             try:
-                folder = snapshot_download(str(path), allow_patterns=kinds, local_files_only=local)
-                return Path(folder)
+                return hub_folder(str(path), local)
             except Exception as e:  # the hub's and the network's, of many kinds
                 problem = first_line(e)
     raise ValueError("no such file or folder, nor a model the hub can give: "
                      f"{str(path)!r} ({problem})")
 
 
+def hub_folder(name: str, local: bool) -> Path:
+    """A model's folder in the cache of huggingface_hub, into which what is read is fetched and no
+    copy of it; local: nothing is, and it raises if not all is there."""
+    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
+    get = partial(snapshot_download, name, ignore_patterns="*/*", local_files_only=local)
+    folder = Path(get(allow_patterns=["*.json", "*.jinja", "tokenizer.model"]))
+    for weights in WEIGHTS:
+        if not local:
+            get(allow_patterns=weights)
+            parts = [file.name for file in weight_files(folder, weights)]
+            get(allow_patterns=parts or weights.replace(".", "-*-of-*."))
+        files = weight_files(folder, weights)
+        if files:
+            break
+    if local and not (files and all(file.exists() for file in files)):
+        raise FileNotFoundError("the cache has only a part of it")
+    return folder
+
+
 def read_folder(folder: Path) -> CheckedCheckpoint:
-    files = weight_files(folder, "model*.safetensors")
-    read_file = open_tensors
-    if not files:
-        files = weight_files(folder, "pytorch_model*.bin")
-        read_file = read_pickle
-    if not files:
+    for weights, read_file in WEIGHTS.items():
+        files = weight_files(folder, weights)
+        if files:
+            break
+    else:
         raise ValueError(f"{folder} is not a model: expected a .gguf file, a config.json, or a "
-                         "folder with a config.json and model*.safetensors or pytorch_model*.bin")
-    config = read_json(folder / "config.json")
+                         "folder with it and model.safetensors or pytorch_model.bin, or their parts")
+    config = text_config(read_json(folder / "config.json"), folder)
+    check_settings(config)
     quantization = config.get("quantization_config") or {}
     if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
         del config["quantization_config"]  # the names of the tensors say it too
@@ -348,32 +372,61 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             tensors |= read_file(plain_file(file))
         except Exception as e:  # of safetensors, pickle and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+    if "gpt_flash" not in config:  # it has names of our own
+        tensors = plain_names(tensors, config)
+        settle_head(config, tensors)
     return CheckedCheckpoint(folder, config, tensors)
 
 
-def weight_files(folder: Path, pattern: str) -> list[Path]:
-    """The files of that pattern, or those that their index lists."""
-    index = folder / f"{pattern.replace('*', '')}.index.json"
-    if not index.exists():
-        return sorted(folder.glob(pattern))
-    weight_map = read_json(index).get("weight_map")
-    files = set()
-    if isinstance(weight_map, dict):
-        files = {folder / str(name) for name in weight_map.values()}
-    if not files or any(file.parent != folder for file in files):
-        raise ValueError(f"{index} does not list plain file names of its own folder")
-    return sorted(files)
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The file of that name, else those that its index lists, else its numbered parts; [] if there
+    are none of these. Others beside them, as model.fp16.safetensors, are other models' or copies.
+    ValueError: it cannot be said which they are, or some are missing."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).exists():
+        return [folder / name]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        listed = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not listed or any(Path(each).name != each for each in listed):
+            raise ValueError(f"{index} does not list plain file names of its own folder")
+        return [folder / each for each in sorted(listed)]
+    parts = sorted(folder.glob(name.replace(".", "-[0-9]*-of-[0-9]*.")))
+    if not all(f"-of-{len(parts):05d}." in part.name for part in parts):
+        raise ValueError(f"{folder} has no {index.name}, and its parts {parts[0].name} to "
+                         f"{parts[-1].name} are not one whole set")
+    return parts
+
+
+def settle_head(config: dict, tensors: dict[str, Any]) -> None:
+    """Of an output layer and an embedding that the configuration ties, a file may have both, and
+    they may differ, so that they are not; or only the first, which is the second then."""
+    _, family = family_of(config)
+    head = tensors.get("lm_head.weight")
+    if head is None or not (family.defaults | config).get("tie_word_embeddings"):
+        return
+    table = tensors.setdefault("model.embed_tokens.weight", head)
+    table, head = (x if isinstance(x, Tensor) else x.read() for x in (table, head))
+    if table.dtype != head.dtype or not torch.equal(table, head):
+        config["tie_word_embeddings"] = False
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, which runs no code. ValueError for one that lacks some of its
-    numbers: sparse, quantized by PyTorch, or on a device without memory."""
-    tensors = dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    """The tensors of a .bin file, also of the old format, which runs no code. ValueError for one
+    that lacks some of its numbers: sparse, quantized by PyTorch, or on a device without memory."""
+    tensors = dict(torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
     for name, x in tensors.items():
         plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
         if not plain or x.is_quantized or x.is_nested or str(name).endswith("_blocks"):  # MXFP4
             raise ValueError(f"{name!r} is no plain tensor of the CPU's")
     return tensors
+
+
+# in the order in which they count; consolidated files are copies in most folders that have one
+WEIGHTS = {
+    "model.safetensors": open_tensors, "pytorch_model.bin": read_pickle,
+    "consolidated.safetensors": open_tensors,
+}
 
 
 def read_json(path: Path) -> dict:

@@ -28,12 +28,15 @@ from model import first_line, is_number
 
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
     meta, tensors = read_gguf(path)
+    if meta.get("general.architecture") == "clip":
+        raise ValueError(f"{path} is an mmproj, no model: give the model's file beside it")
     with making_sense_of(path):
         config, file = hf_config(meta, tensors)
     return GGUFCheckpoint(path, config, tensors, file)
 
 
 NUMBERS = gguf.GGUFReader.gguf_scalar_to_np  # numpy's types of numbers in the metadata
+PART = re.compile(r"-\d{5}(?=-of-\d{5}\.gguf$)")  # in the name of a file that is one
 # the number of an expert in the name of its tensor; GGUF files have those of a layer in one stack
 EXPERT_NUMBER = re.compile(r"(?<=experts)\.(\d+)(?=\.)")
 
@@ -130,19 +133,34 @@ class GGUFCheckpoint(CheckedCheckpoint):
 # --- reading ---
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
-    """A .gguf file -> (metadata, {name: tensor}). ValueError if it is truncated, a part, or claims
-    what cannot be."""
+    """A .gguf file -> (metadata, {name: tensor}); of one that was split by llama.cpp all parts,
+    whichever is given, and the metadata of the first. ValueError if one is truncated, no part of
+    that file, or claims what cannot be."""
+    meta, tensors = read_part(path)
+    count = meta.get("split.count", 1)
+    if count == 1:
+        return meta, tensors
+    meta, tensors = {}, {}
+    for i in range(count if is_number(count, int) else 0):
+        file = path.with_name(PART.sub(f"-{i + 1:05d}", path.name))
+        its_meta, its_tensors = read_part(file)
+        place = (its_meta.get("split.no"), its_meta.get("split.count"))
+        if place != (i, count) or tensors.keys() & its_tensors.keys():
+            raise ValueError(f"{file} is not part {i + 1} of {count} of a split GGUF, which it is "
+                             "to be by its name, as in -00001-of-00002.gguf")
+        meta = meta or its_meta
+        tensors |= its_tensors
+    return meta, tensors
+
+
+def read_part(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
     try:
         header = Header(open(plain_file(path), "rb"))
         meta = header.settings()
-        tensors = header.tensors(meta)
+        return meta, header.tensors(meta)
     except (OSError, ValueError) as e:
         raise ValueError(f"cannot read {path}: not a GGUF file, or a truncated one "
                          f"({first_line(e)})") from None
-    if meta.get("split.count", 1) != 1:
-        raise ValueError(f"{path} is one part of a split GGUF; join the parts with llama.cpp's "
-                         "gguf-split --merge")
-    return meta, tensors
 
 
 class Header:
@@ -154,6 +172,8 @@ class Header:
         self.size = os.fstat(file.fileno()).st_size
         self.left = self.size  # bytes
         [version] = self.numbers(Kind.UINT32) if self.take(4) == b"GGUF" else [None]
+        if version in (2 << 24, 3 << 24):
+            raise ValueError("it is big-endian, made for machines of the other byte order")
         if version not in (2, 3):
             raise ValueError(f"it has version {version}")
         self.n_tensors, self.n_settings = self.numbers(Kind.UINT64, 2)
