@@ -4,9 +4,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ from formats.templates import render_template
 from formats.text import TextStream
 from generate import Tokenizer
 from model import first_line, is_number
+
+# nobody knows these: what stands, with its id, for a special token that a message has, and what
+# is put before one of the template's
+WRITTEN = f"{secrets.randbits(64)}:"
+TEMPLATES = f"{secrets.randbits(64)}:"
+Piece = ModelProto.SentencePiece
+FLAGS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
 def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
@@ -47,9 +56,19 @@ def ask(function: Callable, *args: Any, failed: str = "the tokenizer fails") -> 
 class ChatTokenizer(Tokenizer):
     """A Tokenizer of a checkpoint that may have a chat template."""
 
-    # as a template writes them: encode may begin with none, and a text may end in several ways
-    bos_token: str = ""
-    eos_token: str = ""
+    # bos_token, pad_token, ... as the settings name them, for a template: encode may begin with
+    # none, and a text may end in several ways
+    names: dict[str, str] = {}
+    added: dict[str, int] = {}  # tokens beside tokenizer.model that are text, and found in a text
+    # those that take in the white space in front of them, or behind them
+    lstrip: set[str] = set()
+    rstrip: set[str] = set()
+    # whether the text behind such and special tokens begins with a blank as a text's first word
+    legacy: bool = True
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        ids = self.ids(text, self.added)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
         """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
@@ -67,29 +86,47 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        # special tokens in messages travel through the template as characters that nobody wrote
-        written = set("".join(message["content"] for message in messages))
-        unused = (chr(i) for i in range(0x100000, 0x110000) if chr(i) not in written)
-        stand_ins = dict(zip(self.special, unused))
-        special = re.compile(any_of(stand_ins))
-        hidden = []
-        for message in messages:
-            content = special.sub(lambda found: stand_ins[found[0]], message["content"])
-            hidden.append({**message, "content": content})
-        show = str.maketrans({char: token for token, char in stand_ins.items()})
-        return self.template_ids(self.render(hidden), show)
-
-    def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
-        """The ids of a template's text, in which special tokens are special. show: what stands in
-        for some that are none."""
         special = any_of(self.special)
+        hide = partial(re.sub, special, lambda found: f"{WRITTEN}{self.special[found[0]]};")
+        hidden = [
+            {key: hide(text) if isinstance(text, str) else text for key, text in message.items()}
+            for message in messages
+        ]
+        tokens = {str(i): token for token, i in self.special.items()}
+
+        def show(found: re.Match) -> str:
+            return tokens[found[1]] if found[1] else TEMPLATES + found[0]
+
+        return self.template_ids(
+            re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden)))
+
+    def template_ids(self, text: str) -> list[int]:
+        """The ids of a text, in which the special tokens behind TEMPLATES are special."""
+        return self.ids(text, [*self.added, *(TEMPLATES + token for token in self.special)])
+
+    def ids(self, text: str, tokens: Iterable[str]) -> list[int]:
+        """The ids of a text in which some texts are tokens."""
+        known = self.added | self.special
+        pieces = [piece.removeprefix(TEMPLATES) for piece in re.split(f"({any_of(tokens)})", text)]
         ids = []
-        for piece in re.split(f"({special})", text):
-            if piece in self.special:
-                ids.append(self.special[piece])
-            else:
-                ids += self.encode(piece.translate(show), bos=False)
+        for n, piece in enumerate(pieces):
+            if n % 2:
+                ids.append(known[piece])
+                continue
+            if n and pieces[n - 1] in self.rstrip:
+                piece = piece.lstrip()
+            if pieces[n + 1:] and pieces[n + 1] in self.lstrip:
+                piece = piece.rstrip()
+            backend = self.backend if n == 0 or self.legacy else self.without_blank
+            ids += backend.encode(piece)
         return ids
+
+    @cached_property
+    def without_blank(self) -> SentencePieceProcessor:
+        """A backend that puts no blank in front of a text."""
+        proto = ModelProto.FromString(self.backend.serialized_model_proto())
+        proto.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     def render(self, messages: list[dict[str, str]]) -> str:
         try:
@@ -103,12 +140,10 @@ class ChatTokenizer(Tokenizer):
     @property
     def special_text(self) -> dict[str, str]:
         """What a chat template may ask for."""
-        names = {i: token for token, i in self.special.items()}
-        ends = [names[i] for i in sorted(self.eos_ids) if i in names]
-        return {
-            "bos_token": self.bos_token or names.get(self.bos_id, ""),
-            "eos_token": self.eos_token or "".join(ends[:1]),
-        }
+        tokens = {i: token for token, i in self.special.items()}
+        ends = [tokens[i] for i in sorted(self.eos_ids) if i in tokens]
+        known = {"bos_token": tokens.get(self.bos_id, ""), "eos_token": "".join(ends[:1])}
+        return known | self.names
 
 
 class JSONTokenizer(ChatTokenizer):
@@ -119,27 +154,49 @@ class JSONTokenizer(ChatTokenizer):
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
+        """Control tokens left out. (An added token is text, though its letters may be those that
+        ByteLevel has for bytes.)"""
         control = set(self.special.values())
-        return ask(self.backend.decode, [i for i in ids if i not in control])
-
-    def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
-        if text != text.translate(show):
-            return super().template_ids(text, show)
-        return ask(lambda: self.knowing.encode(text, add_special_tokens=False).ids)
+        runs = groupby((i for i in ids if i not in control), self.mistaken.get)
+        return "".join(
+            ask(self.backend.decode, list(run)) if text is None else text * len(list(run))
+            for text, run in runs)
 
     @cached_property
-    def knowing(self) -> tokenizers.Tokenizer:
-        """A backend to which special tokens in a text are special. It is another one: whether they
-        are is a state, and others may be encoding."""
+    def mistaken(self) -> dict[int, str]:
+        """The added tokens that the backend decodes to broken characters."""
+        added = self.backend.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if not token.special
+                and not token.content.isascii() and "\ufffd" in self.backend.decode([i])}
+
+    def template_ids(self, text: str) -> list[int]:
+        backend, special = self.knowing
+        ids = ask(lambda: backend.encode(text, add_special_tokens=False).ids)
+        return [special.get(i, i) for i in ids]
+
+    @cached_property
+    def knowing(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A backend to which the special tokens behind TEMPLATES are tokens of their own, and what
+        these stand for. It is another one: others may be encoding."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.encode_special_tokens = False
-        return backend
+        backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        backend.add_tokens([
+            changed(added[i], content=TEMPLATES + token, special=False)
+            for token, i in self.special.items()
+        ])
+        return backend, {backend.token_to_id(TEMPLATES + token): i
+                         for token, i in self.special.items()}
 
 
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return "|".join(re.escape(token) for token in longest_first) or "(?!)"
+
+
+def changed(token: AddedToken, **changes: Any) -> AddedToken:
+    return AddedToken(**(token.__getstate__() | changes))
 
 
 # --- Hugging Face folders ---
@@ -152,46 +209,106 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     if not found:
         raise ValueError("no tokenizer.json or tokenizer.model there")
     file = found[0]
-    read = json_tokenizer if file.suffix == ".json" else ChatTokenizer.from_model
-    tokenizer = read(file)
-    add_settings(tokenizer, file.parent)
+    settings, eos_ids = read_settings(file.parent)
+    read = json_tokenizer if file.suffix == ".json" else model_tokenizer
+    tokenizer = read(file, settings)
+    tokenizer.names = settings["names"]
+    tokenizer.eos_ids = eos_ids | {tokenizer.special.get(tokenizer.names.get("eos_token"))} - {None}
+    if settings.get("add_bos_token") is False:
+        tokenizer.bos_id = None
+    elif settings.get("add_bos_token"):
+        tokenizer.bos_id = tokenizer.special.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
+    # tokens that were added behind the model's own, for padding or pictures, are none of a text
+    n = settings.get("text_config", settings).get("vocab_size")
+    surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
+    if is_number(n, int) and all(i in surplus for i in range(n, tokenizer.vocab_size)):
+        tokenizer.vocab_size = min(n, tokenizer.vocab_size)
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (file.parent / "chat_template.jinja").exists():
+        template = plain_file(file.parent / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template
     return tokenizer
 
 
-def json_tokenizer(file: Path) -> JSONTokenizer:
+def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
     backend = tokenizers.Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # as plain text
-    added = backend.get_added_tokens_decoder()
-    special = {token.content: i for i, token in added.items() if token.special}
-    before_text = backend.encode("").ids
-    bos_id = before_text[0] if before_text else None
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    added |= {token.content: token for token in settings["added"].values()}
+    for text in settings["special"]:
+        if text in added or backend.token_to_id(text) is not None:
+            added[text] = changed(added.get(text, AddedToken(text)), special=True)
+    backend.add_tokens(list(added.values()))
+    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
+               if token.special}
+    some = backend.encode("a")  # what is put before a text, and not behind it
+    bos_id = some.ids[0] if 0 in some.special_tokens_mask and some.special_tokens_mask[0] else None
     return JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
 
 
-def add_settings(tokenizer: ChatTokenizer, folder: Path) -> None:
-    """What a folder's JSON files say about the ends of a text, its start and the chat template."""
-    settings = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            continue
-        config = read_json(folder / name)
-        tokenizer.eos_ids |= token_ids(config.get("eos_token_id"), folder / name)
-        settings |= config
-    for name in ("bos_token", "eos_token"):
-        token = settings.get(name) or ""
-        setattr(tokenizer, name, token["content"] if isinstance(token, dict) else token)
-    tokenizer.eos_ids.add(tokenizer.special.get(tokenizer.eos_token))
-    tokenizer.eos_ids.discard(None)
-    if settings.get("add_bos_token") is False:
-        tokenizer.bos_id = None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = plain_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.chat_template = template
+def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:
+    """By tokenizer.model with the added tokens as its pieces."""
+    proto = ModelProto.FromString(file.read_bytes())
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    added = settings["added"] | {
+        ids[text]: AddedToken(text, special=True) for text in settings["special"] if text in ids}
+    for i, token in sorted(added.items()):
+        i = ids.get(token.content, i)
+        if i > len(ids) + len(added):
+            raise ValueError(f"the added token {token.content!r} has id {i}, far behind the others")
+        while len(proto.pieces) <= i:
+            proto.pieces.add(piece=f"[EMPTY_{len(proto.pieces)}]", type=Piece.UNUSED)
+        piece = proto.pieces[i]
+        piece.piece = token.content if token.special else token.content.replace(" ", "\u2581")
+        if piece.type != Piece.UNKNOWN:
+            piece.type = CONTROL if token.special else USER_DEFINED
+    if settings.get("add_prefix_space") is False:
+        proto.normalizer_spec.add_dummy_prefix = False
+    backend = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    special = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == CONTROL}
+    special |= {token.content: i for i, token in added.items() if token.special}
+    bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
+    tokenizer = ChatTokenizer(backend, len(proto.pieces), special, bos_id, set())
+    tokenizer.added = {token.content: i for i, token in added.items() if not token.special}
+    tokenizer.legacy = settings.get("legacy", False)
+    tokenizer.lstrip = {token.content for token in added.values() if token.lstrip}
+    tokenizer.rstrip = {token.content for token in added.values() if token.rstrip}
+    return tokenizer
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], set[int]]:
+    """What a folder's JSON files say of its tokenizer, and the ids that end a text. Among it are
+    names: the special tokens that have one, added: the added tokens by id, and special: the texts
+    of those that are special though the vocabulary may not say so."""
+    files = ["config.json", "generation_config.json", "tokenizer_config.json"]
+    found = {name: read_json(folder / name) for name in [*files, "special_tokens_map.json",
+             "added_tokens.json"] if (folder / name).exists()}
+    settings, eos_ids = {}, set()
+    for name in files:
+        settings |= found.get(name, {})
+        eos_ids |= token_ids(found.get(name, {}).get("eos_token_id"), folder / name)
+    flags = settings.get("added_tokens_decoder")
+    if flags is None:  # only then do the older files count, and that one more than others
+        settings |= found.get("special_tokens_map.json", {})
+    texts = {name: value["content"] if isinstance(value, dict) else value
+             for name, value in settings.items() if name.endswith("_token")}
+    names = {name: text for name, text in texts.items() if text and isinstance(text, str)}
+    others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    special = {text["content"] if isinstance(text, dict) else text for text in others}
+    special |= set(names.values())
+    if flags is not None:
+        added = {int(i): AddedToken(**{key: value for key, value in token.items() if key in FLAGS})
+                 for i, token in flags.items()}
+    else:
+        added = {i: AddedToken(text, special=text in special, normalized=text not in special)
+                 for text, i in found.get("added_tokens.json", {}).items()}
+    # padding may be a character that texts have too, as !
+    special = {text for text in special if len(text) > 1}
+    return settings | {"names": names, "added": added, "special": special}, eos_ids
 
 
 def token_ids(value: object, file: Path) -> set[int]:
@@ -206,9 +323,12 @@ def token_ids(value: object, file: Path) -> set[int]:
 
 # --- the vocabulary inside a GGUF file ---
 
-# tokens that end what a model says, whatever else a file says of them
-END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>",
-               "<end_of_turn>", "<|eom_id|>", "<|return|>", "<|call|>", "</s>"}
+# tokens that end what a model says, whatever else a file says of them; the last ones are what a
+# model of code puts between files
+ENDS = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
+        "<|eom_id|>", "<|return|>", "<|call|>", "<EOT>", "_<EOT>", "<end_of_utterance>",
+        "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+        "<|file_sep|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
 
 
@@ -223,9 +343,11 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     tokens = meta["tokens"]
     types = meta.get("token_type") or [1] * len(tokens)
     special_ids = {name: token_id(meta, name, tokens) for name in ("bos", "eos", "eot", "eom")}
-    ends = {i for i, token in enumerate(tokens) if token in END_OF_TURN}
+    ends = {i for i, token in enumerate(tokens) if token in ENDS}
     for i in ends:
         types[i] = CONTROL  # some files have them as plain text
+    # which is right where </s> ends what HTML strikes through
+    ends |= {i for i, token in enumerate(tokens) if token == "</s>" and types[i] == CONTROL}
     if kind == "gpt2":
         backend = byte_level_bpe(tokens, meta["merges"], types, pre)
         takes_bos = pre in WHOLE_WORDS
@@ -242,9 +364,12 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     template = meta.get("tokenizer.chat_template")
     kind_of_tokenizer = JSONTokenizer if kind == "gpt2" else ChatTokenizer
     tokenizer = kind_of_tokenizer(backend, len(tokens), special, bos_id, ends, template)
-    for name in ("bos", "eos"):
-        i = special_ids[name]
-        setattr(tokenizer, f"{name}_token", "" if i is None else tokens[i])
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: meta.get(f"{theirs}_token_id") for name, theirs in named.items()}
+    tokenizer.names = {f"{name}_token": tokens[i] for name, i in ids.items()
+                       if is_number(i, int) and 0 <= i < len(tokens)}
+    if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
+        tokenizer.rstrip = special.keys() - {"<s>", "<unk>", "<|endoftext|>"} | {"</s>"}
     return tokenizer
 
 
@@ -278,7 +403,6 @@ def sentencepiece_bpe(
 ) -> SentencePieceProcessor:
     """A SentencePieceProcessor from a vocabulary, by way of the file that it would be read from.
     unknown: the id of the one token for what is unknown, which such a file has to have."""
-    Piece = ModelProto.SentencePiece
     proto = ModelProto()
     for i, (token, score, token_type) in enumerate(zip(tokens, scores, types, strict=True)):
         kind = token_type or Piece.NORMAL  # 0: undefined
@@ -330,6 +454,10 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         "add_bos_token": tokenizer.bos_id is not None,
         "eos_token_id": sorted(tokenizer.eos_ids),
         "chat_template": tokenizer.chat_template,
+        "legacy": tokenizer.legacy,
+        "added_tokens_decoder": {
+            tokenizer.special[token]: {"content": token, "rstrip": True, "special": True}
+            for token in sorted(tokenizer.rstrip)},
     }
     text = json.dumps(config, indent=2)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
