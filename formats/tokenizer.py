@@ -30,7 +30,6 @@ from model import first_line, is_number
 WRITTEN = f"{secrets.randbits(64)}:"
 TEMPLATES = f"{secrets.randbits(64)}:"
 Piece = ModelProto.SentencePiece
-FLAGS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
 def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
@@ -167,7 +166,7 @@ class JSONTokenizer(ChatTokenizer):
         """The added tokens that the backend decodes to broken characters."""
         added = self.backend.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if not token.special
-                and not token.content.isascii() and "\ufffd" in self.backend.decode([i])}
+                and not token.content.isascii() and "\ufffd" in ask(self.backend.decode, [i])}
 
     def template_ids(self, text: str) -> list[int]:
         backend, special = self.knowing
@@ -237,8 +236,9 @@ def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # as plain text
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    added |= {token.content: token for token in settings["added"].values()}
+    own, beside = backend.get_added_tokens_decoder().values(), settings["added"].values()
+    last = [*own, *beside] if "added_tokens_decoder" in settings else [*beside, *own]
+    added = {token.content: token for token in last}  # the last one counts
     for text in settings["special"]:
         if text in added or backend.token_to_id(text) is not None:
             added[text] = changed(added.get(text, AddedToken(text)), special=True)
@@ -251,23 +251,20 @@ def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
 
 
 def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:
-    """By tokenizer.model with the added tokens as its pieces."""
+    """By tokenizer.model, with the added tokens among its pieces."""
     proto = ModelProto.FromString(file.read_bytes())
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    added = settings["added"] | {
-        ids[text]: AddedToken(text, special=True) for text in settings["special"] if text in ids}
-    for i, token in sorted(added.items()):
-        i = ids.get(token.content, i)
-        if i > len(ids) + len(added):
-            raise ValueError(f"the added token {token.content!r} has id {i}, far behind the others")
+    added = {ids[text]: AddedToken(text, special=True) for text in settings["special"] & ids.keys()}
+    added |= {ids.get(token.content, i): token for i, token in settings["added"].items()}
+    if max(added, default=0) > len(ids) + len(added):
+        raise ValueError("the added tokens have ids far behind those of the others")
+    for i, token in added.items():
         while len(proto.pieces) <= i:
             proto.pieces.add(piece=f"[EMPTY_{len(proto.pieces)}]", type=Piece.UNUSED)
-        piece = proto.pieces[i]
-        piece.piece = token.content if token.special else token.content.replace(" ", "\u2581")
-        if piece.type != Piece.UNKNOWN:
-            piece.type = CONTROL if token.special else USER_DEFINED
-    if settings.get("add_prefix_space") is False:
-        proto.normalizer_spec.add_dummy_prefix = False
+        proto.pieces[i].piece = token.content.replace(" ", "\u2581")
+        if proto.pieces[i].type != Piece.UNKNOWN:
+            proto.pieces[i].type = CONTROL if token.special else USER_DEFINED
+    proto.normalizer_spec.add_dummy_prefix &= settings.get("add_prefix_space") is not False
     backend = SentencePieceProcessor(model_proto=proto.SerializeToString())
     special = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == CONTROL}
     special |= {token.content: i for i, token in added.items() if token.special}
@@ -282,33 +279,36 @@ def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], set[int]]:
     """What a folder's JSON files say of its tokenizer, and the ids that end a text. Among it are
-    names: the special tokens that have one, added: the added tokens by id, and special: the texts
-    of those that are special though the vocabulary may not say so."""
-    files = ["config.json", "generation_config.json", "tokenizer_config.json"]
-    found = {name: read_json(folder / name) for name in [*files, "special_tokens_map.json",
-             "added_tokens.json"] if (folder / name).exists()}
+    names: the special tokens that have one, special: the texts of all that are to be special, and
+    added: the added tokens by id."""
     settings, eos_ids = {}, set()
-    for name in files:
-        settings |= found.get(name, {})
-        eos_ids |= token_ids(found.get(name, {}).get("eos_token_id"), folder / name)
-    flags = settings.get("added_tokens_decoder")
-    if flags is None:  # only then do the older files count, and that one more than others
-        settings |= found.get("special_tokens_map.json", {})
-    texts = {name: value["content"] if isinstance(value, dict) else value
-             for name, value in settings.items() if name.endswith("_token")}
-    names = {name: text for name, text in texts.items() if text and isinstance(text, str)}
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json",
+                 "special_tokens_map.json"):
+        if not (folder / name).exists():
+            continue
+        found = read_json(folder / name)
+        eos_ids |= token_ids(found.get("eos_token_id"), folder / name)
+        if name != "special_tokens_map.json" or "added_tokens_decoder" not in settings:
+            settings |= found
     others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    special = {text["content"] if isinstance(text, dict) else text for text in others}
-    special |= set(names.values())
-    if flags is not None:
-        added = {int(i): AddedToken(**{key: value for key, value in token.items() if key in FLAGS})
-                 for i, token in flags.items()}
-    else:
-        added = {i: AddedToken(text, special=text in special, normalized=text not in special)
-                 for text, i in found.get("added_tokens.json", {}).items()}
-    # padding may be a character that texts have too, as !
-    special = {text for text in special if len(text) > 1}
-    return settings | {"names": names, "added": added, "special": special}, eos_ids
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    if isinstance(others, dict):
+        named, others = named | others, []
+    content = {name: token["content"] if isinstance(token, dict) else token
+               for name, token in [*named.items(), *enumerate(others)]}
+    special = {text for text in content.values() if isinstance(text, str) and text}
+    names = {name: content[name] for name in named if content[name] in special}
+    special = {text for text in special if len(text) > 1}  # as padding, ! is a text's too
+    flags = settings.get("added_tokens_decoder")
+    if flags is None and (folder / "added_tokens.json").exists():
+        older = read_json(folder / "added_tokens.json")
+        flags = {i: {"content": text} for text, i in older.items()}
+    added = {}
+    for i, token in (flags or {}).items():
+        is_special = token.get("special", False) or token["content"] in special
+        fields = {name: value for name, value in token.items() if name != "__type"}
+        added[int(i)] = AddedToken(**(fields | {"special": is_special}))
+    return settings | {"names": names, "special": special, "added": added}, eos_ids
 
 
 def token_ids(value: object, file: Path) -> set[int]:
@@ -357,7 +357,7 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
         backend = sentencepiece_bpe(tokens, meta["scores"], types, unknown, space_prefix)
         takes_bos = True
     bos_id = special_ids["bos"] if meta.get("add_bos_token", takes_bos) else None
-    special = {tokens[i]: i for i, token_type in enumerate(types) if token_type == CONTROL}
+    special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL and token}
     if {"<|return|>", "<|call|>"} <= special.keys():
         ends.discard(special.get("<|end|>"))  # of a message, behind which gpt-oss goes on
     ends |= {special_ids[name] for name in ("eos", "eot", "eom")} - {None}
@@ -369,7 +369,7 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     tokenizer.names = {f"{name}_token": tokens[i] for name, i in ids.items()
                        if is_number(i, int) and 0 <= i < len(tokens)}
     if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
-        tokenizer.rstrip = special.keys() - {"<s>", "<unk>", "<|endoftext|>"} | {"</s>"}
+        tokenizer.rstrip = special.keys() - {"<s>", "<unk>", "<|endoftext|>"}
     return tokenizer
 
 
