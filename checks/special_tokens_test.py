@@ -216,8 +216,9 @@ def test_no_character_stands_for_a_special_token(tmp_path: Path) -> None:
     template = odd + "{% for m in messages %}{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
     json_folder(tmp_path, ["<s>", END], chat_template=template, eos_token=END)
     tokenizer = load_tokenizer(tmp_path)
-    ids = tokenizer.chat([{"role": odd, "content": f"</s>{odd}{END}"}])
-    assert ids == [*tokenizer.encode(f"{odd}{odd}</s>{odd}{END}"), 1]
+    for content in (f"</s>{odd}{END}", f"</s>{END}"):
+        ids = tokenizer.chat([{"role": odd, "content": content}])
+        assert ids == [*tokenizer.encode(odd + odd + content), 1]
 
 
 # --- GGUF ---

@@ -89,26 +89,24 @@ class Channels:
 
     def __init__(self, tokenizer: Tokenizer, special: dict[str, int]) -> None:
         self.tokenizer = tokenizer
-        names = ("<|start|>", "<|channel|>", "<|message|>")
-        self.start, self.channel, self.message = (special.get(name) for name in names)
-        self.header: list[int] | None = None  # of a message; None: its text has begun
-        self.in_channel = False
+        self.marks = [special.get(f"<|{name}|>") for name in ("start", "channel", "message")]
+        self.header: list[int] = []  # of a message, from the mark that begins it; none in its text
         self.is_shown = True
 
     def visible(self, ids: Sequence[int]) -> Sequence[int]:
         """Those of the next ids that are for the user."""
-        if None in (self.start, self.channel, self.message):
+        start, channel, message = self.marks
+        if None in self.marks:
             return ids
         visible = []
         for i in ids:
-            if i in (self.start, self.channel):
+            if i in (start, channel):
+                self.header = [i]
+            elif i == message:
+                name = self.tokenizer.decode(self.header).split()[:1]
+                self.is_shown = name == ["final"] or channel not in self.header
                 self.header = []
-                self.in_channel = i == self.channel
-            elif i == self.message:
-                name = self.tokenizer.decode(self.header or []).split()[:1]
-                self.is_shown = not self.in_channel or name == ["final"]
-                self.header = None
-            elif self.header is not None:
+            elif self.header:
                 self.header.append(i)
             elif self.is_shown:
                 visible.append(i)

@@ -59,9 +59,7 @@ class ChatTokenizer(Tokenizer):
     # none, and a text may end in several ways
     names: dict[str, str] = {}
     added: dict[str, int] = {}  # tokens beside tokenizer.model that are text, and found in a text
-    # those that take in the white space in front of them, or behind them
-    lstrip: set[str] = set()
-    rstrip: set[str] = set()
+    flags: dict[str, AddedToken] = {}  # of such and special ones: which white space they take in
     # whether the text behind such and special tokens begins with a blank as a text's first word
     legacy: bool = True
 
@@ -107,15 +105,15 @@ class ChatTokenizer(Tokenizer):
         """The ids of a text in which some texts are tokens."""
         known = self.added | self.special
         pieces = [piece.removeprefix(TEMPLATES) for piece in re.split(f"({any_of(tokens)})", text)]
+        plain = AddedToken()
+        flags = [plain, *(self.flags.get(piece, plain) for piece in pieces), plain]
         ids = []
         for n, piece in enumerate(pieces):
             if n % 2:
                 ids.append(known[piece])
                 continue
-            if n and pieces[n - 1] in self.rstrip:
-                piece = piece.lstrip()
-            if pieces[n + 1:] and pieces[n + 1] in self.lstrip:
-                piece = piece.rstrip()
+            piece = piece.lstrip() if flags[n].rstrip else piece
+            piece = piece.rstrip() if flags[n + 2].lstrip else piece
             backend = self.backend if n == 0 or self.legacy else self.without_blank
             ids += backend.encode(piece)
         return ids
@@ -215,8 +213,8 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     tokenizer.eos_ids = eos_ids | {tokenizer.special.get(tokenizer.names.get("eos_token"))} - {None}
     if settings.get("add_bos_token") is False:
         tokenizer.bos_id = None
-    elif settings.get("add_bos_token"):
-        tokenizer.bos_id = tokenizer.special.get(tokenizer.names.get("bos_token"), tokenizer.bos_id)
+    elif settings.get("add_bos_token") and tokenizer.names.get("bos_token") in tokenizer.special:
+        tokenizer.bos_id = tokenizer.special[tokenizer.names["bos_token"]]
     # tokens that were added behind the model's own, for padding or pictures, are none of a text
     n = settings.get("text_config", settings).get("vocab_size")
     surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
@@ -245,8 +243,8 @@ def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
     backend.add_tokens(list(added.values()))
     special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
                if token.special}
-    some = backend.encode("a")  # what is put before a text, and not behind it
-    bos_id = some.ids[0] if 0 in some.special_tokens_mask and some.special_tokens_mask[0] else None
+    ids, is_put = backend.encode("a").ids, backend.encode("a").special_tokens_mask
+    bos_id = ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
     return JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
 
 
@@ -272,8 +270,7 @@ def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:
     tokenizer = ChatTokenizer(backend, len(proto.pieces), special, bos_id, set())
     tokenizer.added = {token.content: i for i, token in added.items() if not token.special}
     tokenizer.legacy = settings.get("legacy", False)
-    tokenizer.lstrip = {token.content for token in added.values() if token.lstrip}
-    tokenizer.rstrip = {token.content for token in added.values() if token.rstrip}
+    tokenizer.flags = {token.content: token for token in added.values()}
     return tokenizer
 
 
@@ -369,7 +366,8 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     tokenizer.names = {f"{name}_token": tokens[i] for name, i in ids.items()
                        if is_number(i, int) and 0 <= i < len(tokens)}
     if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
-        tokenizer.rstrip = special.keys() - {"<s>", "<unk>", "<|endoftext|>"}
+        names = special.keys() - {"<s>", "<unk>", "<|endoftext|>"}
+        tokenizer.flags = {name: AddedToken(name, rstrip=True, special=True) for name in names}
     return tokenizer
 
 
@@ -456,8 +454,8 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         "chat_template": tokenizer.chat_template,
         "legacy": tokenizer.legacy,
         "added_tokens_decoder": {
-            tokenizer.special[token]: {"content": token, "rstrip": True, "special": True}
-            for token in sorted(tokenizer.rstrip)},
+            tokenizer.special[name]: flags.__getstate__()
+            for name, flags in tokenizer.flags.items()},
     }
     text = json.dumps(config, indent=2)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
