@@ -85,17 +85,15 @@ class ChatTokenizer(Tokenizer):
             raise ValueError("this model has no chat template; use --prompt")
         special = any_of(self.special)
         hide = partial(re.sub, special, lambda found: f"{WRITTEN}{self.special[found[0]]};")
-        hidden = [
-            {key: hide(text) if isinstance(text, str) else text for key, text in message.items()}
-            for message in messages
-        ]
+        hidden = [{name: hide(value) if isinstance(value, str) else value
+                   for name, value in message.items()} for message in messages]
         tokens = {str(i): token for token, i in self.special.items()}
 
         def show(found: re.Match) -> str:
             return tokens[found[1]] if found[1] else TEMPLATES + found[0]
 
-        return self.template_ids(
-            re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden)))
+        text = re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden))
+        return self.template_ids(text)
 
     def template_ids(self, text: str) -> list[int]:
         """The ids of a text, in which the special tokens behind TEMPLATES are special."""
@@ -154,7 +152,10 @@ class JSONTokenizer(ChatTokenizer):
         """Control tokens left out. (An added token is text, though its letters may be those that
         ByteLevel has for bytes.)"""
         control = set(self.special.values())
-        runs = groupby((i for i in ids if i not in control), self.mistaken.get)
+        ids = [i for i in ids if i not in control]
+        if not self.mistaken:
+            return ask(self.backend.decode, ids)
+        runs = groupby(ids, self.mistaken.get)
         return "".join(
             ask(self.backend.decode, list(run)) if text is None else text * len(list(run))
             for text, run in runs)
@@ -211,12 +212,11 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     tokenizer = read(file, settings)
     tokenizer.names = settings["names"]
     tokenizer.eos_ids = eos_ids | {tokenizer.special.get(tokenizer.names.get("eos_token"))} - {None}
-    if settings.get("add_bos_token") is False:
-        tokenizer.bos_id = None
-    elif settings.get("add_bos_token") and tokenizer.names.get("bos_token") in tokenizer.special:
-        tokenizer.bos_id = tokenizer.special[tokenizer.names["bos_token"]]
+    takes_bos, bos = settings.get("add_bos_token"), tokenizer.names.get("bos_token")
+    if takes_bos is not None:
+        tokenizer.bos_id = tokenizer.special.get(bos, tokenizer.bos_id) if takes_bos else None
     # tokens that were added behind the model's own, for padding or pictures, are none of a text
-    n = settings.get("text_config", settings).get("vocab_size")
+    n = (settings.get("text_config") or settings).get("vocab_size")
     surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
     if is_number(n, int) and all(i in surplus for i in range(n, tokenizer.vocab_size)):
         tokenizer.vocab_size = min(n, tokenizer.vocab_size)
@@ -289,22 +289,20 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], set[int]]:
             settings |= found
     others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     named = {name: token for name, token in settings.items() if name.endswith("_token")}
-    if isinstance(others, dict):
-        named, others = named | others, []
-    content = {name: token["content"] if isinstance(token, dict) else token
-               for name, token in [*named.items(), *enumerate(others)]}
-    special = {text for text in content.values() if isinstance(text, str) and text}
-    names = {name: content[name] for name in named if content[name] in special}
-    special = {text for text in special if len(text) > 1}  # as padding, ! is a text's too
+    named |= others if isinstance(others, dict) else dict(enumerate(others))
+    texts = {name: token["content"] if isinstance(token, dict) else token
+             for name, token in named.items() if isinstance(token, (dict, str))}
+    names = {name: text for name, text in texts.items() if isinstance(name, str)}
+    special = {text for text in texts.values() if len(text) > 1}  # as padding, ! is a text's too
     flags = settings.get("added_tokens_decoder")
     if flags is None and (folder / "added_tokens.json").exists():
         older = read_json(folder / "added_tokens.json")
         flags = {i: {"content": text} for text, i in older.items()}
     added = {}
     for i, token in (flags or {}).items():
-        is_special = token.get("special", False) or token["content"] in special
         fields = {name: value for name, value in token.items() if name != "__type"}
-        added[int(i)] = AddedToken(**(fields | {"special": is_special}))
+        fields["special"] = token.get("special", False) or token["content"] in special
+        added[int(i)] = AddedToken(**fields)
     return settings | {"names": names, "special": special, "added": added}, eos_ids
 
 
