@@ -1,4 +1,4 @@
-"""Text of tokens that come one by one, up to a stop string."""
+"""Text of tokens that come one by one, up to a stop string; of gpt-oss only its final channel."""
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ class TextStream:
 
     context: the ids before the first ones, so that a leading space is right. stop: strings that
     end the text and are no part of it; the one that is complete first counts. What may still
-    become one is held back, and so is a character until its bytes are all there."""
+    become one is held back, and so is a character until its bytes are all there. Control tokens
+    have no text, but a stop string may name them."""
 
     def __init__(
         self, tokenizer: Tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()
@@ -21,31 +22,48 @@ class TextStream:
         self.shown = tokenizer.decode(self.ids)
         self.stop = stop
         self.stopped = False
-        self.held = ""  # the start of a stop string, perhaps
+        self.held: list[tuple[str, bool]] = []  # the start of a stop string, perhaps
+        special = getattr(tokenizer, "special", {})
+        self.named = {i: token for token, i in special.items() if any(token in s for s in stop)}
+        self.channels = Channels(tokenizer, special)
+        self.channels.visible(context)
 
-    def push(self, ids: list[int], final: bool = False) -> str:
+    def push(self, ids: Sequence[int], final: bool = False) -> str:
         """The text that new ids complete; final: no more will come."""
         if self.stopped:
             return ""
-        text = self.held + self.decode(ids, final)
-        self.held = ""
+        characters = self.held + self.characters(ids, final)
+        text = "".join(character for character, _ in characters)
+        end = len(text)
 
         # a stop string ends the text in front of it
         found = [(text.find(stop) + len(stop), stop) for stop in self.stop if stop in text]
         if found:
             self.stopped = True
             end, stop = min(found, key=lambda each: (each[0], -len(each[1])))
-            return text[:end - len(stop)]
+            end -= len(stop)
+        elif not final:  # what may become a stop string waits
+            end -= max((overlap(text, stop) for stop in self.stop), default=0)
+        self.held = characters[end:]
+        return "".join(character for character, is_text in characters[:end] if is_text)
 
-        # what may become a stop string waits
-        if not final:
-            n_held = max((overlap(text, stop) for stop in self.stop), default=0)
-            self.held = text[len(text) - n_held:]
-        return text[:len(text) - len(self.held)]
+    def characters(self, ids: Sequence[int], final: bool) -> list[tuple[str, bool]]:
+        """Those of new ids, and whether each is text: a control token that a stop string names is
+        not."""
+        characters = []
+        begin = 0
+        for n, i in enumerate(ids):
+            if i in self.named:
+                text = self.decode(ids[begin:n], final=False)
+                characters += [(character, True) for character in text]
+                characters += [(character, False) for character in self.named[i]]
+                begin = n
+        text = self.decode(ids[begin:], final)
+        return characters + [(character, True) for character in text]
 
-    def decode(self, ids: list[int], final: bool) -> str:
+    def decode(self, ids: Sequence[int], final: bool) -> str:
         """The text of new ids behind those before; nothing while a character lacks bytes."""
-        self.ids += ids
+        self.ids += self.channels.visible(ids)
         text = self.tokenizer.decode(self.ids)
         if text.endswith("\ufffd") and not final:
             return ""
@@ -63,6 +81,36 @@ class TextStream:
             if not self.tokenizer.decode(ids[-n:]).startswith("\ufffd"):
                 return ids[-n:]
         return ids[-8:]
+
+
+class Channels:
+    """What gpt-oss says is in channels, <|channel|>NAME<|message|>TEXT, of which the one named
+    final is for the user. Other models have none."""
+
+    def __init__(self, tokenizer: Tokenizer, special: dict[str, int]) -> None:
+        self.tokenizer = tokenizer
+        self.marks = [special.get(f"<|{name}|>") for name in ("start", "channel", "message")]
+        self.header: list[int] = []  # of a message, from the mark that begins it; none in its text
+        self.is_shown = True
+
+    def visible(self, ids: Sequence[int]) -> Sequence[int]:
+        """Those of the next ids that are for the user."""
+        start, channel, message = self.marks
+        if None in self.marks:
+            return ids
+        visible = []
+        for i in ids:
+            if i in (start, channel):
+                self.header = [i]
+            elif i == message:
+                name = self.tokenizer.decode(self.header).split()[:1]
+                self.is_shown = name == ["final"] or channel not in self.header
+                self.header = []
+            elif self.header:
+                self.header.append(i)
+            elif self.is_shown:
+                visible.append(i)
+        return visible
 
 
 def overlap(text: str, stop: str) -> int:

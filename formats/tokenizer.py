@@ -4,9 +4,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ from formats.templates import render_template
 from formats.text import TextStream
 from generate import Tokenizer
 from model import first_line, is_number
+
+# nobody knows these: what stands, with its id, for a special token that a message has, and what
+# is put before one of the template's
+WRITTEN = f"{secrets.randbits(64)}:"
+TEMPLATES = f"{secrets.randbits(64)}:"
+Piece = ModelProto.SentencePiece
 
 
 def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
@@ -47,9 +55,17 @@ def ask(function: Callable, *args: Any, failed: str = "the tokenizer fails") -> 
 class ChatTokenizer(Tokenizer):
     """A Tokenizer of a checkpoint that may have a chat template."""
 
-    # as a template writes them: encode may begin with none, and a text may end in several ways
-    bos_token: str = ""
-    eos_token: str = ""
+    # bos_token, pad_token, ... as the settings name them, for a template: encode may begin with
+    # none, and a text may end in several ways
+    names: dict[str, str] = {}
+    added: dict[str, int] = {}  # tokens beside tokenizer.model that are text, and found in a text
+    flags: dict[str, AddedToken] = {}  # of such and special ones: which white space they take in
+    # whether the text behind such and special tokens begins with a blank as a text's first word
+    legacy: bool = True
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        ids = self.ids(text, self.added)
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
         """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
@@ -67,29 +83,45 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        # special tokens in messages travel through the template as characters that nobody wrote
-        written = set("".join(message["content"] for message in messages))
-        unused = (chr(i) for i in range(0x100000, 0x110000) if chr(i) not in written)
-        stand_ins = dict(zip(self.special, unused))
-        special = re.compile(any_of(stand_ins))
-        hidden = []
-        for message in messages:
-            content = special.sub(lambda found: stand_ins[found[0]], message["content"])
-            hidden.append({**message, "content": content})
-        show = str.maketrans({char: token for token, char in stand_ins.items()})
-        return self.template_ids(self.render(hidden), show)
-
-    def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
-        """The ids of a template's text, in which special tokens are special. show: what stands in
-        for some that are none."""
         special = any_of(self.special)
+        hide = partial(re.sub, special, lambda found: f"{WRITTEN}{self.special[found[0]]};")
+        hidden = [{name: hide(value) if isinstance(value, str) else value
+                   for name, value in message.items()} for message in messages]
+        tokens = {str(i): token for token, i in self.special.items()}
+
+        def show(found: re.Match) -> str:
+            return tokens[found[1]] if found[1] else TEMPLATES + found[0]
+
+        text = re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden))
+        return self.template_ids(text)
+
+    def template_ids(self, text: str) -> list[int]:
+        """The ids of a text, in which the special tokens behind TEMPLATES are special."""
+        return self.ids(text, [*self.added, *(TEMPLATES + token for token in self.special)])
+
+    def ids(self, text: str, tokens: Iterable[str]) -> list[int]:
+        """The ids of a text in which some texts are tokens."""
+        known = self.added | self.special
+        pieces = [piece.removeprefix(TEMPLATES) for piece in re.split(f"({any_of(tokens)})", text)]
+        plain = AddedToken()
+        flags = [plain, *(self.flags.get(piece, plain) for piece in pieces), plain]
         ids = []
-        for piece in re.split(f"({special})", text):
-            if piece in self.special:
-                ids.append(self.special[piece])
-            else:
-                ids += self.encode(piece.translate(show), bos=False)
+        for n, piece in enumerate(pieces):
+            if n % 2:
+                ids.append(known[piece])
+                continue
+            piece = piece.lstrip() if flags[n].rstrip else piece
+            piece = piece.rstrip() if flags[n + 2].lstrip else piece
+            backend = self.backend if n == 0 or self.legacy else self.without_blank
+            ids += backend.encode(piece)
         return ids
+
+    @cached_property
+    def without_blank(self) -> SentencePieceProcessor:
+        """A backend that puts no blank in front of a text."""
+        proto = ModelProto.FromString(self.backend.serialized_model_proto())
+        proto.normalizer_spec.add_dummy_prefix = False
+        return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     def render(self, messages: list[dict[str, str]]) -> str:
         try:
@@ -103,12 +135,10 @@ class ChatTokenizer(Tokenizer):
     @property
     def special_text(self) -> dict[str, str]:
         """What a chat template may ask for."""
-        names = {i: token for token, i in self.special.items()}
-        ends = [names[i] for i in sorted(self.eos_ids) if i in names]
-        return {
-            "bos_token": self.bos_token or names.get(self.bos_id, ""),
-            "eos_token": self.eos_token or "".join(ends[:1]),
-        }
+        tokens = {i: token for token, i in self.special.items()}
+        ends = [tokens[i] for i in sorted(self.eos_ids) if i in tokens]
+        known = {"bos_token": tokens.get(self.bos_id, ""), "eos_token": "".join(ends[:1])}
+        return known | self.names
 
 
 class JSONTokenizer(ChatTokenizer):
@@ -119,27 +149,52 @@ class JSONTokenizer(ChatTokenizer):
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
+        """Control tokens left out. (An added token is text, though its letters may be those that
+        ByteLevel has for bytes.)"""
         control = set(self.special.values())
-        return ask(self.backend.decode, [i for i in ids if i not in control])
-
-    def template_ids(self, text: str, show: dict[int, str]) -> list[int]:
-        if text != text.translate(show):
-            return super().template_ids(text, show)
-        return ask(lambda: self.knowing.encode(text, add_special_tokens=False).ids)
+        ids = [i for i in ids if i not in control]
+        if not self.mistaken:
+            return ask(self.backend.decode, ids)
+        runs = groupby(ids, self.mistaken.get)
+        return "".join(
+            ask(self.backend.decode, list(run)) if text is None else text * len(list(run))
+            for text, run in runs)
 
     @cached_property
-    def knowing(self) -> tokenizers.Tokenizer:
-        """A backend to which special tokens in a text are special. It is another one: whether they
-        are is a state, and others may be encoding."""
+    def mistaken(self) -> dict[int, str]:
+        """The added tokens that the backend decodes to broken characters."""
+        added = self.backend.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if not token.special
+                and not token.content.isascii() and "\ufffd" in ask(self.backend.decode, [i])}
+
+    def template_ids(self, text: str) -> list[int]:
+        backend, special = self.knowing
+        ids = ask(lambda: backend.encode(text, add_special_tokens=False).ids)
+        return [special.get(i, i) for i in ids]
+
+    @cached_property
+    def knowing(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A backend to which the special tokens behind TEMPLATES are tokens of their own, and what
+        these stand for. It is another one: others may be encoding."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.encode_special_tokens = False
-        return backend
+        backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        backend.add_tokens([
+            changed(added[i], content=TEMPLATES + token, special=False)
+            for token, i in self.special.items()
+        ])
+        return backend, {backend.token_to_id(TEMPLATES + token): i
+                         for token, i in self.special.items()}
 
 
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return "|".join(re.escape(token) for token in longest_first) or "(?!)"
+
+
+def changed(token: AddedToken, **changes: Any) -> AddedToken:
+    return AddedToken(**(token.__getstate__() | changes))
 
 
 # --- Hugging Face folders ---
@@ -152,46 +207,103 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     if not found:
         raise ValueError("no tokenizer.json or tokenizer.model there")
     file = found[0]
-    read = json_tokenizer if file.suffix == ".json" else ChatTokenizer.from_model
-    tokenizer = read(file)
-    add_settings(tokenizer, file.parent)
+    settings, eos_ids = read_settings(file.parent)
+    read = json_tokenizer if file.suffix == ".json" else model_tokenizer
+    tokenizer = read(file, settings)
+    tokenizer.names = settings["names"]
+    tokenizer.eos_ids = eos_ids | {tokenizer.special.get(tokenizer.names.get("eos_token"))} - {None}
+    takes_bos, bos = settings.get("add_bos_token"), tokenizer.names.get("bos_token")
+    if takes_bos is not None:
+        tokenizer.bos_id = tokenizer.special.get(bos, tokenizer.bos_id) if takes_bos else None
+    # tokens that were added behind the model's own, for padding or pictures, are none of a text
+    n = (settings.get("text_config") or settings).get("vocab_size")
+    surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
+    if is_number(n, int) and all(i in surplus for i in range(n, tokenizer.vocab_size)):
+        tokenizer.vocab_size = min(n, tokenizer.vocab_size)
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (file.parent / "chat_template.jinja").exists():
+        template = plain_file(file.parent / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template
     return tokenizer
 
 
-def json_tokenizer(file: Path) -> JSONTokenizer:
+def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
     backend = tokenizers.Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # as plain text
-    added = backend.get_added_tokens_decoder()
-    special = {token.content: i for i, token in added.items() if token.special}
-    before_text = backend.encode("").ids
-    bos_id = before_text[0] if before_text else None
+    own, beside = backend.get_added_tokens_decoder().values(), settings["added"].values()
+    last = [*own, *beside] if "added_tokens_decoder" in settings else [*beside, *own]
+    added = {token.content: token for token in last}  # the last one counts
+    for text in settings["special"]:
+        if text in added or backend.token_to_id(text) is not None:
+            added[text] = changed(added.get(text, AddedToken(text)), special=True)
+    backend.add_tokens(list(added.values()))
+    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
+               if token.special}
+    ids, is_put = backend.encode("a").ids, backend.encode("a").special_tokens_mask
+    bos_id = ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
     return JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
 
 
-def add_settings(tokenizer: ChatTokenizer, folder: Path) -> None:
-    """What a folder's JSON files say about the ends of a text, its start and the chat template."""
-    settings = {}
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:
+    """By tokenizer.model, with the added tokens among its pieces."""
+    proto = ModelProto.FromString(file.read_bytes())
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    added = {ids[text]: AddedToken(text, special=True) for text in settings["special"] & ids.keys()}
+    added |= {ids.get(token.content, i): token for i, token in settings["added"].items()}
+    if max(added, default=0) > len(ids) + len(added):
+        raise ValueError("the added tokens have ids far behind those of the others")
+    for i, token in added.items():
+        while len(proto.pieces) <= i:
+            proto.pieces.add(piece=f"[EMPTY_{len(proto.pieces)}]", type=Piece.UNUSED)
+        proto.pieces[i].piece = token.content.replace(" ", "\u2581")
+        if proto.pieces[i].type != Piece.UNKNOWN:
+            proto.pieces[i].type = CONTROL if token.special else USER_DEFINED
+    proto.normalizer_spec.add_dummy_prefix &= settings.get("add_prefix_space") is not False
+    backend = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    special = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == CONTROL}
+    special |= {token.content: i for i, token in added.items() if token.special}
+    bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
+    tokenizer = ChatTokenizer(backend, len(proto.pieces), special, bos_id, set())
+    tokenizer.added = {token.content: i for i, token in added.items() if not token.special}
+    tokenizer.legacy = settings.get("legacy", False)
+    tokenizer.flags = {token.content: token for token in added.values()}
+    return tokenizer
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], set[int]]:
+    """What a folder's JSON files say of its tokenizer, and the ids that end a text. Among it are
+    names: the special tokens that have one, special: the texts of all that are to be special, and
+    added: the added tokens by id."""
+    settings, eos_ids = {}, set()
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json",
+                 "special_tokens_map.json"):
         if not (folder / name).exists():
             continue
-        config = read_json(folder / name)
-        tokenizer.eos_ids |= token_ids(config.get("eos_token_id"), folder / name)
-        settings |= config
-    for name in ("bos_token", "eos_token"):
-        token = settings.get(name) or ""
-        setattr(tokenizer, name, token["content"] if isinstance(token, dict) else token)
-    tokenizer.eos_ids.add(tokenizer.special.get(tokenizer.eos_token))
-    tokenizer.eos_ids.discard(None)
-    if settings.get("add_bos_token") is False:
-        tokenizer.bos_id = None
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").exists():
-        template = plain_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.chat_template = template
+        found = read_json(folder / name)
+        eos_ids |= token_ids(found.get("eos_token_id"), folder / name)
+        if name != "special_tokens_map.json" or "added_tokens_decoder" not in settings:
+            settings |= found
+    others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    named |= others if isinstance(others, dict) else dict(enumerate(others))
+    texts = {name: token["content"] if isinstance(token, dict) else token
+             for name, token in named.items() if isinstance(token, (dict, str))}
+    names = {name: text for name, text in texts.items() if isinstance(name, str)}
+    special = {text for text in texts.values() if len(text) > 1}  # as padding, ! is a text's too
+    flags = settings.get("added_tokens_decoder")
+    if flags is None and (folder / "added_tokens.json").exists():
+        older = read_json(folder / "added_tokens.json")
+        flags = {i: {"content": text} for text, i in older.items()}
+    added = {}
+    for i, token in (flags or {}).items():
+        fields = {name: value for name, value in token.items() if name != "__type"}
+        fields["special"] = token.get("special", False) or token["content"] in special
+        added[int(i)] = AddedToken(**fields)
+    return settings | {"names": names, "special": special, "added": added}, eos_ids
 
 
 def token_ids(value: object, file: Path) -> set[int]:
@@ -206,9 +318,12 @@ def token_ids(value: object, file: Path) -> set[int]:
 
 # --- the vocabulary inside a GGUF file ---
 
-# tokens that end what a model says, whatever else a file says of them
-END_OF_TURN = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>",
-               "<end_of_turn>", "<|eom_id|>", "<|return|>", "<|call|>", "</s>"}
+# tokens that end what a model says, whatever else a file says of them; the last ones are what a
+# model of code puts between files
+ENDS = {"<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>",
+        "<|eom_id|>", "<|return|>", "<|call|>", "<EOT>", "_<EOT>", "<end_of_utterance>",
+        "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+        "<|file_sep|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentencepiece's
 
 
@@ -223,9 +338,11 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     tokens = meta["tokens"]
     types = meta.get("token_type") or [1] * len(tokens)
     special_ids = {name: token_id(meta, name, tokens) for name in ("bos", "eos", "eot", "eom")}
-    ends = {i for i, token in enumerate(tokens) if token in END_OF_TURN}
+    ends = {i for i, token in enumerate(tokens) if token in ENDS}
     for i in ends:
         types[i] = CONTROL  # some files have them as plain text
+    # which is right where </s> ends what HTML strikes through
+    ends |= {i for i, token in enumerate(tokens) if token == "</s>" and types[i] == CONTROL}
     if kind == "gpt2":
         backend = byte_level_bpe(tokens, meta["merges"], types, pre)
         takes_bos = pre in WHOLE_WORDS
@@ -235,16 +352,20 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
         backend = sentencepiece_bpe(tokens, meta["scores"], types, unknown, space_prefix)
         takes_bos = True
     bos_id = special_ids["bos"] if meta.get("add_bos_token", takes_bos) else None
-    special = {tokens[i]: i for i, token_type in enumerate(types) if token_type == CONTROL}
+    special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL and token}
     if {"<|return|>", "<|call|>"} <= special.keys():
         ends.discard(special.get("<|end|>"))  # of a message, behind which gpt-oss goes on
     ends |= {special_ids[name] for name in ("eos", "eot", "eom")} - {None}
     template = meta.get("tokenizer.chat_template")
     kind_of_tokenizer = JSONTokenizer if kind == "gpt2" else ChatTokenizer
     tokenizer = kind_of_tokenizer(backend, len(tokens), special, bos_id, ends, template)
-    for name in ("bos", "eos"):
-        i = special_ids[name]
-        setattr(tokenizer, f"{name}_token", "" if i is None else tokens[i])
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {name: meta.get(f"{theirs}_token_id") for name, theirs in named.items()}
+    tokenizer.names = {f"{name}_token": tokens[i] for name, i in ids.items()
+                       if is_number(i, int) and 0 <= i < len(tokens)}
+    if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
+        names = special.keys() - {"<s>", "<unk>", "<|endoftext|>"}
+        tokenizer.flags = {name: AddedToken(name, rstrip=True, special=True) for name in names}
     return tokenizer
 
 
@@ -278,7 +399,6 @@ def sentencepiece_bpe(
 ) -> SentencePieceProcessor:
     """A SentencePieceProcessor from a vocabulary, by way of the file that it would be read from.
     unknown: the id of the one token for what is unknown, which such a file has to have."""
-    Piece = ModelProto.SentencePiece
     proto = ModelProto()
     for i, (token, score, token_type) in enumerate(zip(tokens, scores, types, strict=True)):
         kind = token_type or Piece.NORMAL  # 0: undefined
@@ -330,6 +450,10 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         "add_bos_token": tokenizer.bos_id is not None,
         "eos_token_id": sorted(tokenizer.eos_ids),
         "chat_template": tokenizer.chat_template,
+        "legacy": tokenizer.legacy,
+        "added_tokens_decoder": {
+            tokenizer.special[name]: flags.__getstate__()
+            for name, flags in tokenizer.flags.items()},
     }
     text = json.dumps(config, indent=2)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
