@@ -45,7 +45,7 @@ OF_GRANITE = ["embedding_multiplier", "attention_multiplier", "residual_multipli
               "logits_scaling"]
 CASES = {
     "mixtral": Case("llama", "Mixtral", dict(num_local_experts=4), MOE,
-                    ["num_local_experts", "num_experts_per_tok"]),
+                    ["moe", "num_experts_per_tok"]),
     "qwen2_moe": Case(
         "qwen2moe", "Qwen2Moe", dict(shared_expert_intermediate_size=40, **EXPERTS),
         [*MOE, ("add_expert_feed_forward_length", 32),
@@ -60,7 +60,7 @@ CASES = {
          ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
          ("add_rope_scaling_factor", 32.0), ("add_rope_scaling_orig_ctx_len", 4096),
          ("add_rope_scaling_yarn_beta_fast", 32.0), ("add_rope_scaling_yarn_beta_slow", 1.0)],
-        [*OF_WINDOWS, "num_local_experts", "num_experts_per_tok", "attention_bias"],
+        [*OF_WINDOWS, "moe", "num_experts_per_tok", "attention_bias"],
         tol=2e-2),  # llama.cpp rounds the ends of yarn's ramp
     "gemma": Case("gemma", "Gemma", dict(num_key_value_heads=1), [], [], tol=1e-3),
     "gemma2": Case(
@@ -137,8 +137,9 @@ def case_of(written: Written) -> Case:
 def test_the_configuration_is_hugging_faces(written: Written) -> None:
     hf = written.hf.config.to_dict()
     ours = open_checkpoint(written.path).config
-    for settings in (hf, ours):  # what layer_types or a pattern come to
-        settings["windows"] = ModelConfig.from_hf(settings).windows
+    for settings in (hf, ours):  # what they come to, by whatever names
+        config = ModelConfig.from_hf(settings)
+        settings |= dict(windows=config.windows, moe=config.moe)
     for name in [*ALWAYS, *case_of(written).same]:
         if name in hf:
             assert ours[name] == hf[name], name

@@ -7,12 +7,12 @@ from benchmarks.house import CORE, HERE, measure
 
 # Each is what was reached, at most: whoever needs more takes something out first.
 LIMITS = {
-    "lines of generate.py": 895,
-    "lines of model.py": 1198,
+    "lines of generate.py": 883,
+    "lines of model.py": 1186,
     "lines of kernels.py": 960,
     "lines of quantize.py": 520,
     "lines of tests.py": 700,
-    "lines of the core": 4269,
+    "lines of the core": 4237,
     "lines but for tests and benchmarks": 11561,
     "longest class": 300,
     "longest function": 50,

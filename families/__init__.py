@@ -122,7 +122,7 @@ FAMILIES |= {
     ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,
-        gguf=dict(name="llama", when="expert_count", interleaved=True, complete=gguf.mixtral),
+        gguf=dict(name="llama", when="expert_count", interleaved=True),
     ),
     "qwen2_moe": Family(
         QWEN2_MOE,

@@ -26,22 +26,15 @@ def gemma(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> No
     config["query_pre_attn_scalar"] = size
 
 
-def mixtral(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    """Mixtral is a Llama with experts."""
-    config["num_local_experts"] = config.pop("num_experts")
-
-
 def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     """Layers without a router have no experts."""
     layers = range(config.get("num_hidden_layers") or 0)
-    config["mlp_only_layers"] = [
-        layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in tensors
-    ]
+    without = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
+    config["mlp_only_layers"] = without
 
 
 def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     windows(config, settings, tensors)
-    config["num_local_experts"] = config.pop("num_experts", None)
     config["intermediate_size"] = config.get("moe_intermediate_size")
     config["rope_scaling"]["truncate"] = False
 
@@ -49,10 +42,9 @@ def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
 def phi3(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     """A window of 0 is none."""
     config["sliding_window"] = config.get("sliding_window") or None
-    scaling = config["rope_scaling"]
-    if "original_max_position_embeddings" in scaling:
-        original = scaling.pop("original_max_position_embeddings")
-        config["original_max_position_embeddings"] = original
+    key = "original_max_position_embeddings"
+    if key in config["rope_scaling"]:
+        config[key] = config["rope_scaling"].pop(key)
 
 
 def granite(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
