@@ -13,11 +13,11 @@ LIMITS = {
     "lines of quantize.py": 520,
     "lines of tests.py": 700,
     "lines of the core": 4237,
-    "lines but for tests and benchmarks": 11561,
+    "lines but for tests and benchmarks": 11846,
     "longest class": 300,
     "longest function": 50,
     "files of a decode step": 7,
-    "functions of a decode step": 40,
+    "functions of a decode step": 39,
     "modules behind import model": 3,
 }
 

@@ -28,7 +28,7 @@ from model import first_line, is_number
 # nobody knows these: what stands, with its id, for a special token that a message has, and what
 # is put before one of the template's
 WRITTEN = f"{secrets.randbits(64)}:"
-TEMPLATES = f"{secrets.randbits(64)}:"
+MARK = f"{secrets.randbits(64)}:"
 Piece = ModelProto.SentencePiece
 
 
@@ -90,19 +90,19 @@ class ChatTokenizer(Tokenizer):
         tokens = {str(i): token for token, i in self.special.items()}
 
         def show(found: re.Match) -> str:
-            return tokens[found[1]] if found[1] else TEMPLATES + found[0]
+            return tokens[found[1]] if found[1] else MARK + found[0]
 
         text = re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden))
         return self.template_ids(text)
 
     def template_ids(self, text: str) -> list[int]:
-        """The ids of a text, in which the special tokens behind TEMPLATES are special."""
-        return self.ids(text, [*self.added, *(TEMPLATES + token for token in self.special)])
+        """The ids of a text, in which the special tokens behind MARK are special."""
+        return self.ids(text, [*self.added, *(MARK + token for token in self.special)])
 
     def ids(self, text: str, tokens: Iterable[str]) -> list[int]:
         """The ids of a text in which some texts are tokens."""
         known = self.added | self.special
-        pieces = [piece.removeprefix(TEMPLATES) for piece in re.split(f"({any_of(tokens)})", text)]
+        pieces = [piece.removeprefix(MARK) for piece in re.split(f"({any_of(tokens)})", text)]
         plain = AddedToken()
         flags = [plain, *(self.flags.get(piece, plain) for piece in pieces), plain]
         ids = []
@@ -174,16 +174,16 @@ class JSONTokenizer(ChatTokenizer):
 
     @cached_property
     def knowing(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A backend to which the special tokens behind TEMPLATES are tokens of their own, and what
+        """A backend to which the special tokens behind MARK are tokens of their own, and what
         these stand for. It is another one: others may be encoding."""
         backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         backend.add_tokens([
-            changed(added[i], content=TEMPLATES + token, special=False)
+            changed(added[i], content=MARK + token, special=False)
             for token, i in self.special.items()
         ])
-        return backend, {backend.token_to_id(TEMPLATES + token): i
+        return backend, {backend.token_to_id(MARK + token): i
                          for token, i in self.special.items()}
 
 
