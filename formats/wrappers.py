@@ -37,9 +37,8 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The configuration of the model of texts, said once; one that is of texts alone as it is."""
     kind = str(config.get("model_type"))
     any_kind = [text for text, wrappers in ANY.items() if kind in wrappers.split()]
-    made = config.get("architectures") or []
-    whole = all(str(each).endswith("ForConditionalGeneration") for each in made)
-    if not (kind in OWN or any_kind) or not whole:
+    made = str(config.get("architectures") or "ForConditionalGeneration")
+    if not (kind in OWN or any_kind) or "ForConditionalGeneration" not in made:
         return config
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config  # older files have all settings there
