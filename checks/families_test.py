@@ -604,7 +604,7 @@ def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None
     ("qwen3", dict(layer_types=["chunked_attention"] * 32), "layer_types.*chunked_attention"),
     ("qwen3", dict(layer_types=["full_attention"]), "each of 32 layers"),
     ("olmo2", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0)), "'dynamic'"),
-    ("qwen2", dict(rope_parameters=dict(rope_type="mrope")), "'mrope'"),
+    ("qwen2", dict(rope_parameters=dict(rope_type="xpos")), "'xpos'"),
     ("qwen2", dict(rope_parameters=dict(rope_type=["yarn"])), "rope type"),
     ("qwen2", dict(rope_parameters=dict(rope_type="yarn", factor=2.0, rope_theta=1.0)), "above 1"),
     ("llama", dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor 0.5"),
