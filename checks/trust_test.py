@@ -708,8 +708,8 @@ def test_what_a_killed_run_left_goes_and_what_another_uses_stays(tmp_path: Path)
 
 @pytest.mark.parametrize("pip, free, message", [
     ("exit 1", 10**12, "this Python has no pip that works"),
-    ('[ "$3" = --version ]', 10**7, "has 10 MB free, and it takes 300"),
-    ('[ "$3" = --version ]', 10**12, "pip could not reach the package index, or refused what it"),
+    ('[ "$4" = --version ]', 10**7, "has 10 MB free, and it takes 300"),
+    ('[ "$4" = --version ]', 10**12, "pip could not reach the package index, or refused what it"),
 ])
 def test_a_failed_download_says_why_and_what_to_do_offline(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: str,

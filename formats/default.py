@@ -72,7 +72,7 @@ def fetch(tmp: Path) -> str:
 
 
 def why_pip_failed(folder: Path) -> str:
-    asked = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True)
+    asked = subprocess.run([sys.executable, "-I", "-m", "pip", "--version"], capture_output=True)
     free = shutil.disk_usage(folder).free
     if asked.returncode:
         return "this Python has no pip that works"
