@@ -56,7 +56,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
 class Transformer(nn.Module):
     """A decoder. Prefill and decode are two methods; forward picks one by the number of tokens."""
 
-    n_prefills = 0  # of all models, for who wants to know whether a text is another: cpu/ahead.py
+    n_texts = 0  # that prefill and forward have begun, of all models: cpu/ahead.py asks
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         cached: the input_pos of all rows, if the caller knows it: reading it waits for the device.
         last [B]: which of the T is each row's last token, what follows is padding, and only its
         logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
-        Transformer.n_prefills += 1
+        Transformer.n_texts += 1
         quantization.pack_again()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
@@ -128,6 +128,7 @@ class Transformer(nn.Module):
         sliding window has passed, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
+        Transformer.n_texts += 1  # or it is a step of one, which costs a look
         quantization.pack_again()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
@@ -651,9 +652,8 @@ class KVCache:
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
         )
-        flash = self.attention == "flash"
         made = (kind.allocate(shape, dtype, device) for shape in shapes)
-        self.whole = [kind(tensors, each, flash) for tensors, each in zip(made, places)]
+        self.whole = [kind(x, each, self.attention == "flash") for x, each in zip(made, places)]
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
         self.rope_tables: dict[Rope, Tensor] = {}  # for max_seq_len positions; graphs read them
 

@@ -1,6 +1,8 @@
 """A CPU's step compiled ahead of time: what it gives, when it is found, and when it is not made."""
+import copy
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -389,6 +391,7 @@ MORE_CHANGES: dict[str, Change] = {
         model.layers[0].state_dict(), assign=True
     ),
     "a dtype": lambda model, patch: model.layers[1].post_attention_layernorm.double(),
+    "a class": lambda model, patch: setattr(model.layers[1].mlp, "__class__", OtherMLP),
     "a module": lambda model, patch: setattr(model.layers[1], "mlp", model.layers[0].mlp),
     "an attribute that a class had": lambda model, patch: setattr(
         model.layers[1].self_attn, "may_shift_scores", False
@@ -421,6 +424,35 @@ def test_python_runs_what_is_changed_later(
     decoded(model, 1)
     decoded(model, 1)
     assert fake.n == 3 * n
+
+
+@pytest.mark.parametrize("mode", [None, "int4"])
+def test_a_text_that_forward_begins_has_the_weights_as_they_are(
+    checkpoint: MakeCheckpoint, fake: Fake, mode: str | None
+) -> None:
+    """Who looks at a weight has it packed anew."""
+    model = load_model(checkpoint("qwen3")[0], dtype=torch.float32, quantize=mode)
+    model.setup_caches(1, 32)
+    model.decode_block = AheadOfTime(run_block)
+    decoded(model, 2)
+    layer = model.layers[1].mlp.down_proj
+    getattr(layer, "scales", layer.weight).mul_(2)
+    model(tokens_of(model, 2), positions(0))
+    decoded(model, 1)
+    steps = dict(model.decode_block.ready.values())
+    given = {id(x) for x in steps[model.layers[1]].tensors}
+    assert given >= {id(x) for x in layer.order.tensors.values()}
+
+
+def test_a_model_with_libraries_can_be_copied(checkpoint: MakeCheckpoint, fake: Fake) -> None:
+    """The copy finds them anew: what a library is cannot be copied."""
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        before, fake.n = fake.n, 0
+        decoded(other, 2)
+        assert fake.n == len(model.layers)
+        fake.n = before
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))

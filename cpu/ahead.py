@@ -8,7 +8,7 @@ folder under a fingerprint of the block: later runs need no compiler.
 A library runs only where it gives what the Python gives now. A block has one only if all that it
 does is written in files and in plain settings, which the fingerprint covers. A hook or a replaced
 method of a class is noticed at the next step. Anything else that is replaced is noticed at the next
-text, which begins with a prefill: weights too. From then on Python runs."""
+text, which prefill or forward begins: weights too. From then on Python runs."""
 from __future__ import annotations
 
 import contextlib
@@ -74,6 +74,9 @@ class AheadOfTime:
         self.missing = False  # whether a block goes elsewhere because nobody built its library
         self.changed = False
 
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # a copy finds its libraries anew
+        return AheadOfTime, (self.otherwise, self.build, self.folder)
+
     def __call__(
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
@@ -129,7 +132,7 @@ class AheadOfTime:
 
     def has_changed(self) -> bool:
         """Whether anything of a block was replaced, as far as each step asks, or each text."""
-        sign = Transformer.n_prefills, RemovableHandle.next_id  # of all hooks that there were
+        sign = Transformer.n_texts, RemovableHandle.next_id  # of all hooks that there were
         if sign == self.sign:
             return any(map(ne, starmap(getattr, self.methods), self.methods.values()))
         self.sign = sign
@@ -279,7 +282,7 @@ class Step:
         for each in (cache, cache.places):
             self.add_class(type(each))
         hooks = [of_all._global_forward_hooks, of_all._global_forward_pre_hooks]
-        own = [vars(cache)]
+        own = [vars(cache), vars(cache.places)]
         for name, module in block.named_modules():
             self.add_part(name, module)
             hooks += [module._forward_hooks, module._forward_pre_hooks]
@@ -304,7 +307,8 @@ class Step:
         )
 
     def formats_now(self) -> list[Any]:
-        return [*switches(), *map(describe, self.tensors[1:])]
+        kinds = map(type, self.block.modules())
+        return [*switches(), *kinds, *map(describe, self.tensors[1:])]
 
     def add_part(self, name: str, module: nn.Module) -> None:
         options = module.options() if isinstance(module, Attention) else {}
