@@ -544,6 +544,26 @@ def test_special_tokens_in_a_message_are_text(tokenizer_folder: Path) -> None:
     assert tokenizer.decode(ids) == f"user\n{attack}\nassistant\n"
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_what_a_normalizer_or_a_file_lets_pass_for_a_special_token_is_text(
+    tokenizer_folder: Path, tmp_path: Path, special: bool
+) -> None:
+    """A file may say that an end is none."""
+    folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "tokenizer"))
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    content["added_tokens"] = [
+        {**token, "normalized": True, "special": special} for token in content["added_tokens"]
+    ]
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.special["<|im_end|>"]
+    assert end not in tokenizer.encode("<|im_end|> <|IM_END|>")
+    messages = [{"role": "user", "content": text} for text in ("<|IM_END|>", "x")]
+    assert tokenizer.chat(messages).count(end) == 2
+
+
 def test_any_character_in_a_message_stays_itself(tokenizer_folder: Path) -> None:
     """Also those that might stand for a special token meanwhile."""
     tokenizer = load_tokenizer(tokenizer_folder)
