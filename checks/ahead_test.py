@@ -391,6 +391,10 @@ MORE_CHANGES: dict[str, Change] = {
         model.layers[0].state_dict(), assign=True
     ),
     "a dtype": lambda model, patch: model.layers[1].post_attention_layernorm.double(),
+    "the code of a function": lambda model, patch: patch.setattr(
+        MLP.forward, "__code__", halve.__code__
+    ),
+    "a default": lambda model, patch: patch.setattr(MLP.forward, "__defaults__", (1,)),
     "a class": lambda model, patch: setattr(model.layers[1].mlp, "__class__", OtherMLP),
     "a module": lambda model, patch: setattr(model.layers[1], "mlp", model.layers[0].mlp),
     "an attribute that a class had": lambda model, patch: setattr(
@@ -424,6 +428,15 @@ def test_python_runs_what_is_changed_later(
     decoded(model, 1)
     decoded(model, 1)
     assert fake.n == 3 * n
+
+
+def test_python_runs_what_was_edited_since_it_was_imported(
+    checkpoint: MakeCheckpoint, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library of old lines would be kept as one of new ones, or taken for what was reloaded."""
+    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_mtime - 1)
+    decoded(with_fake(checkpoint), 3)
+    assert fake.n == 0
 
 
 @pytest.mark.parametrize("mode", [None, "int4"])

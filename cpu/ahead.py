@@ -42,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 import kernels
 import model
 import quantize
-from cpu import packed, products
+from cpu import IMPORTED, packed, products
 from model import (
     Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
 )
@@ -68,7 +68,7 @@ class AheadOfTime:
         self.ready = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
         self.first: nn.Module | None = None  # the block before which all of them are looked at
-        self.shared: dict[type | ModuleType, dict[str, Any]] = {}  # what these held
+        self.shared: dict[type | ModuleType, list[Any]] = {}  # what these held
         self.methods: dict[tuple[type, str], Any] = {}  # and numbers of classes, by their names
         self.sign: tuple[int, int] | None = None  # of what calls for a look at everything
         self.missing = False  # whether a block goes elsewhere because nobody built its library
@@ -124,7 +124,7 @@ class AheadOfTime:
         step.library = self.libraries[name]
         if step.library is None:
             return None
-        self.shared |= {each: held(each) for each in step.holders - self.shared.keys()}
+        self.shared |= {each: codes(each) for each in step.holders - self.shared.keys()}
         for kind in (each for each in step.holders if isinstance(each, type)):
             for name in chain(*map(held, kind.__mro__)):
                 self.methods.setdefault((kind, name), getattr(kind, name))
@@ -136,7 +136,7 @@ class AheadOfTime:
         if sign == self.sign:
             return any(map(ne, starmap(getattr, self.methods), self.methods.values()))
         self.sign = sign
-        if any(held(each) != was for each, was in self.shared.items()):
+        if any(codes(each) != was for each, was in self.shared.items()):
             return True
         return any(step.has_changed() for _, step in self.ready.values() if step is not None)
 
@@ -345,6 +345,8 @@ class Step:
     def add_source(self, module: ModuleType) -> None:
         if module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
             raise NoLibrary  # a script's names change all the time
+        if os.path.getmtime(module.__file__) > IMPORTED:
+            raise NoLibrary  # it may run as it was, or be reloaded
         self.files.add(module.__file__)
         if not module.__name__.startswith("torch."):
             self.holders.add(module)
@@ -379,6 +381,12 @@ def held(holder: type | ModuleType) -> dict[str, Any]:
         if is_number or isinstance(value, FunctionType):
             found[name] = value
     return found
+
+
+def codes(holder: type | ModuleType) -> list[Any]:
+    """What it holds, and what its functions do: notebooks put new code into old ones."""
+    return [(name, x, getattr(x, "__code__", 0), getattr(x, "__defaults__", 0))
+            for name, x in held(holder).items()]
 
 
 def rows_around(kv: Tensor) -> int:
