@@ -121,6 +121,13 @@ def test_ctrl_c_ends_a_template() -> None:
     assert render_template("{{ [1] | first }}") == "1"
 
 
+def test_a_process_that_was_ended_while_it_waited_is_replaced() -> None:
+    render_template("{{ 1 }}")
+    templates.IDLE[-1].kill()
+    templates.IDLE[-1].wait()
+    assert render_template("{{ 2 }}") == "2"
+
+
 def test_a_process_of_its_own_gets_no_copy(tmp_path: Path) -> None:
     """A process that is forked from this one does not wait for an answer to this one's."""
     render_template("{{ [1] | first }}")

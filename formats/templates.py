@@ -39,9 +39,13 @@ def render_template(source: str, **values: Any) -> str:
         return compiled(source).render(values)
     request = json.dumps([SECONDS, source, values])
     command = [sys.executable, "-I", "-c", START, __file__, *sys.path]
-    process = IDLE.pop() if IDLE else subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True)  # Ctrl-C in a terminal is not for it
+    process = None
+    with suppress(IndexError):  # another thread has it, perhaps
+        process = IDLE.pop()
+    if process is None or process.poll() is not None:  # which somebody has ended
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True)  # Ctrl-C in a terminal is not for it
     try:
         process.stdin.write(f"{request}\n".encode())
         process.stdin.flush()
