@@ -332,6 +332,7 @@ PLACE = {
     ({"WORLD_SIZE": ""}, "WORLD_SIZE="),
     ({"WORLD_SIZE": None}, "WORLD_SIZE="),
     ({"RANK": None}, "RANK="),
+    ({"RANK": "0000000002"}, "RANK=0000000002"),
     ({"RANK": "2"}, "RANK=2 in the environment is no number from 0 to 1"),
     ({"MASTER_ADDR": None}, "MASTER_ADDR"),
     ({"MASTER_PORT": None}, "MASTER_PORT="),

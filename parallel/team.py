@@ -168,7 +168,7 @@ class Team:
 def from_environment(name: str, low: int, high: int) -> int:
     """A number that torchrun sets. ValueError: it is none from low to high."""
     text = os.environ.get(name, "")
-    if not text.isdecimal() or not low <= int(text[:9]) <= high:
+    if not text.isdecimal() or len(text) > 9 or not low <= int(text) <= high:
         raise ValueError(
             f"{name}={text} in the environment is no number from {low} to {high}: torchrun sets it "
             "for the processes that it starts; without torchrun, unset RANK and WORLD_SIZE"
