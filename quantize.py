@@ -468,6 +468,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():  # as private as it was
+            shutil.copymode(folder, new)
         new.replace(folder)
 
 

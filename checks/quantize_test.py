@@ -367,10 +367,10 @@ def test_save_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["empty", "link", "link to nothing", "new/and/new"])
 def test_a_folder_appears_where_none_or_an_empty_one_is(place: str, tmp_path: Path) -> None:
-    """A link to it stays a link."""
+    """A link to it stays a link, and what is for its owner alone stays so."""
     there = tmp_path / place
     if place == "empty":
-        there.mkdir()
+        there.mkdir(0o700)
     elif place.startswith("link"):
         there.symlink_to(tmp_path / "target")
         if place == "link":
@@ -384,6 +384,7 @@ def test_a_folder_appears_where_none_or_an_empty_one_is(place: str, tmp_path: Pa
         (new / "whole").touch()
     assert [path.name for path in there.iterdir()] == ["whole"]
     assert there.is_symlink() == place.startswith("link")
+    assert (there.stat().st_mode & 0o777 == 0o700) == (place == "empty")
     assert not list(tmp_path.glob(".gpt-flash-*"))
 
 
