@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from batching.speculate import Speculator, copy_row
-from generate import (
-    PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device, pads_little,
-)
+from generate import PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device, pads_little
 from model import KVCache, Transformer
 
 # most prompt tokens in one pass while rows decode: these wait for one pass at a time, which is to
@@ -317,9 +315,7 @@ class Engine(Speculator):
     def on_host(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        copy = torch.empty(
-            tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda"
-        )
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
         return copy.copy_(tensor, non_blocking=True)
 
     def close_gap(self) -> None:

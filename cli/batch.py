@@ -222,8 +222,7 @@ class Records:
     A line is on the disk before the next one is begun, so that a run may be killed at any moment:
     what it left behind its last whole line is cut off before the first answer. The file is locked;
     as a context it is closed, and removed if this run made it and it is empty. ValueError: it
-    cannot be read or written, holds anything else, or is no longer where it was.
-    """
+    cannot be read or written, holds anything else, or is no longer where it was."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)  # a link stays one

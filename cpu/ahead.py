@@ -8,7 +8,9 @@ folder under a fingerprint of the block: later runs need no compiler.
 A library runs only where it gives what the Python gives now. A block has one only if all that it
 does is written in files and in plain settings, which the fingerprint covers. A hook or a replaced
 method of a class is noticed at the next step. Anything else that is replaced is noticed at the next
-text, which prefill or forward begins: weights too. From then on Python runs."""
+text, which prefill or forward begins: weights too. From then on Python runs. Nobody notices what
+changes inside a table, a tensor or an object that a function reads by a name of its module, or
+other functions that are put into torch.nn.functional: call compile_model with keep=False there."""
 from __future__ import annotations
 
 import contextlib
@@ -68,7 +70,7 @@ class AheadOfTime:
         self.ready = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
         self.first: nn.Module | None = None  # the block before which all of them are looked at
-        self.shared: dict[type | ModuleType, list[Any]] = {}  # what these held
+        self.shared: dict[type | ModuleType, dict[str, tuple]] = {}  # what these held
         self.methods: dict[tuple[type, str], Any] = {}  # and numbers of classes, by their names
         self.sign: tuple[int, int] | None = None  # of what calls for a look at everything
         self.missing = False  # whether a block goes elsewhere because nobody built its library
@@ -124,7 +126,7 @@ class AheadOfTime:
         step.library = self.libraries[name]
         if step.library is None:
             return None
-        self.shared |= {each: codes(each) for each in step.holders - self.shared.keys()}
+        self.shared |= {each: held(each) for each in step.holders - self.shared.keys()}
         for kind in (each for each in step.holders if isinstance(each, type)):
             for name in chain(*map(held, kind.__mro__)):
                 self.methods.setdefault((kind, name), getattr(kind, name))
@@ -136,7 +138,7 @@ class AheadOfTime:
         if sign == self.sign:
             return any(map(ne, starmap(getattr, self.methods), self.methods.values()))
         self.sign = sign
-        if any(codes(each) != was for each, was in self.shared.items()):
+        if any(held(each) != was for each, was in self.shared.items()):
             return True
         return any(step.has_changed() for _, step in self.ready.values() if step is not None)
 
@@ -353,7 +355,7 @@ class Step:
 
     def add_names(self, holder: type | ModuleType) -> None:
         """What a class or a module holds: functions of its own file, or imported, and numbers."""
-        for name, value in held(holder).items():
+        for name, (value, *_) in held(holder).items():
             if not isinstance(value, FunctionType):
                 self.lines.add(f"{holder.__name__}.{name} = {value!r}")
                 continue
@@ -370,23 +372,17 @@ class Step:
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
 
 
-def held(holder: type | ModuleType) -> dict[str, Any]:
-    """Functions and numbers of a class or a module: of PyTorch's, to which other packages add some,
-    those that matter."""
+def held(holder: type | ModuleType) -> dict[str, tuple[Any, ...]]:
+    """Functions and numbers of a class or a module, and a function's code, which notebooks replace:
+    of PyTorch's, to which other packages add some, those that matter."""
     found = {}
     for name, value in vars(holder).items():
         if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
         if is_number or isinstance(value, FunctionType):
-            found[name] = value
+            found[name] = value, getattr(value, "__code__", None), getattr(value, "__defaults__", 0)
     return found
-
-
-def codes(holder: type | ModuleType) -> list[Any]:
-    """What it holds, and what its functions do: notebooks put new code into old ones."""
-    return [(name, x, getattr(x, "__code__", 0), getattr(x, "__defaults__", 0))
-            for name, x in held(holder).items()]
 
 
 def rows_around(kv: Tensor) -> int:

@@ -126,8 +126,7 @@ def dequantized(stored: InFile) -> Tensor:
 
 
 def file_blocks(stored: InFile, order: Tensor | None) -> Blocks:
-    """A quantized matrix of a GGUF file. order [N]: the file's row of each row, None: as they lie.
-    """
+    """A quantized matrix of a GGUF file. order [N]: the file's row of each, None: as they lie."""
     N, K = stored.shape
     bits, unpack = TYPES.get(stored.dtype, (None, None))
     _, block_bytes = gguf.GGML_QUANT_SIZES[stored.dtype]

@@ -55,9 +55,7 @@ class AffineInt8Linear(FileInt4Linear):
     TIMES = 16 + 1
     MIDDLE = 8 * TIMES
 
-    def line(
-        self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def line(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
         zeros = self.TIMES * zeros.float()
         return affine(pack_nibbles(nibbles), self.MIDDLE, scales, zeros, dtype)
 
@@ -217,9 +215,7 @@ def form_for(parts: list[Blocks], device: torch.device | str) -> str:
     return "int4" if all(part.bits <= 4 for part in parts) else "int8_grouped"
 
 
-def repack(
-    layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str
-) -> None:
+def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str) -> None:
     """The integers of a file, part below part, some rows at a time."""
     for name, meta in list(layer.named_buffers()):
         setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))

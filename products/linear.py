@@ -94,9 +94,7 @@ def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = No
     return torch.ops.gpt_flash.experts_linear(x, ids, w, scales)
 
 
-def dense_weight(
-    w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int = 1,
-) -> Tensor:
+def dense_weight(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int = 1) -> Tensor:
     """What a quantized weight of K inputs, or a stack of them, stands for: w and scales as above ->
     [N, K] or [E, N, K] of dtype, for many vectors.
 
@@ -265,9 +263,7 @@ def _experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None) ->
     return experts_linear_reference(x, ids, w, scales)
 
 
-def _dense_weight(
-    w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int,
-) -> Tensor:
+def _dense_weight(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int) -> Tensor:
     if triton is None or not w.is_cuda:
         return dense_weight_reference(w, scales, K, nibbles).to(dtype)
     kernel, grid, arguments = _dense_arguments(w, scales, K, dtype, nibbles)
