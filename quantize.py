@@ -465,11 +465,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     parent = next(parent for parent in folder.parents if parent.exists())
     with workspace(parent, folder.name) as tmp:
         new = tmp / folder.name
-        new.mkdir()
+        new.mkdir(folder.stat().st_mode if folder.exists() else 0o777)  # as private as it was
         yield new
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():  # as private as it was
-            shutil.copymode(folder, new)
         new.replace(folder)
 
 
