@@ -79,7 +79,7 @@ def test_a_single_file_counts_more_than_an_index(
     shutil.copy(next(folder.glob("model-00001-*")), folder / "model-00001-of-00009.safetensors")
     assert not torch.equal(logits_of(folder), want)  # the index's
     (folder / f"{NAME}.index.json").unlink()
-    with pytest.raises(ValueError, match="no model.safetensors.index.json, and its parts model-00001"):
+    with pytest.raises(ValueError, match="no model.safetensors.index.json, and its parts model-0000"):
         load_model(folder)
 
 
@@ -91,7 +91,7 @@ def test_a_set_that_lacks_a_part_is_refused(
     for name in (NAME, f"{NAME}.index.json"):
         (folder / name).unlink()
     (folder / "model-00002-of-00011.safetensors").unlink()
-    with pytest.raises(ValueError, match="to model-00011-of-00011.safetensors are not one whole set"):
+    with pytest.raises(ValueError, match="to model-00011-of-00011.safetensors are not one whole"):
         load_model(folder)
 
 

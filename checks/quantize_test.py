@@ -431,11 +431,11 @@ def test_tensors_of_quantized_folders_are_refused_by_name(
     name = "layers.1.self_attn.o_proj.scales"
     missing = {key: tensor for key, tensor in tensors.items() if key != name}
     narrow = {**tensors, name: tensors[name][:, :1].contiguous()}
-    surplus = {**tensors, "surplus": torch.zeros(1)}
+    surplus = {**tensors, "layers.1.surplus": torch.zeros(1)}
     for wrong, message in (
         (missing, f"no tensor {name}"),
         (narrow, f"{name} has shape"),
-        (surplus, "unexpected tensor surplus"),
+        (surplus, "unexpected tensor layers.1.surplus"),
     ):
         write_folder(tmp_path, wrong, config)
         with pytest.raises(ValueError, match=message):
