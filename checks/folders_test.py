@@ -79,7 +79,7 @@ def test_a_single_file_counts_more_than_an_index(
     shutil.copy(next(folder.glob("model-00001-*")), folder / "model-00001-of-00009.safetensors")
     assert not torch.equal(logits_of(folder), want)  # the index's
     (folder / f"{NAME}.index.json").unlink()
-    with pytest.raises(ValueError, match="no model.safetensors.index.json, and its parts model-0000"):
+    with pytest.raises(ValueError, match="no model.safetensors.index.json, and its parts model"):
         load_model(folder)
 
 

@@ -359,8 +359,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         if files:
             break
     else:
-        raise ValueError(f"{folder} is not a model: expected a .gguf file, a config.json, or a folder"
-                         " with it and model.safetensors or pytorch_model.bin, or their parts")
+        raise ValueError(f"{folder} is not a model: expected a .gguf file, a config.json, or a "
+                         "folder with it and model.safetensors or pytorch_model.bin, or parts")
     config = text_config(read_json(folder / "config.json"), folder)
     check_settings(config)
     quantization = config.get("quantization_config") or {}
