@@ -10,7 +10,7 @@ does is written in files and in plain settings, which the fingerprint covers. A 
 method of a class is noticed at the next step. Anything else that is replaced is noticed at the next
 text, which prefill or forward begins: weights too. From then on Python runs. Nobody notices what
 changes inside a table, a tensor or an object that a function reads by a name of its module, or
-other functions that are put into torch.nn.functional: call compile_model with keep=False there."""
+other functions that are put into torch.nn.functional: call compile_model, which has no library."""
 from __future__ import annotations
 
 import contextlib
