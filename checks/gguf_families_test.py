@@ -287,6 +287,27 @@ def test_a_qwen_has_a_window_only_if_its_file_says_so(arch: str, experts: dict[s
     assert 8 in config.windows
 
 
+@pytest.mark.parametrize("rope, kind, factor", [
+    ({"scaling.factor": 4.0}, "linear", None),  # as llama.cpp takes one without a type
+    ({"scaling.factor": 0.0}, "default", None),
+    ({"scaling.type": "yarn", "scaling.factor": 4.0}, "yarn", None),
+    ({"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.attn_factor": 1.5}, "yarn",
+     1.5 * (1 + 0.1 * math.log(4))),
+    ({"scaling.attn_factor": 1.0}, "default", None),
+])
+def test_ropes_are_scaled_as_llama_cpp_does(rope: dict, kind: str, factor: float | None) -> None:
+    settings = {f"rope.{key}": value for key, value in rope.items()}
+    config, _ = hf_config(metadata("llama", settings | {"block_count": 1}), {})
+    scaling = config["rope_scaling"]
+    assert scaling["rope_type"] == kind
+    assert scaling.get("attention_factor") == (None if factor is None else pytest.approx(factor))
+
+
+def test_an_attention_factor_of_other_ropes_is_refused() -> None:
+    with pytest.raises(ValueError, match="rope.scaling.attn_factor 1.5 of rope default"):
+        config_of(metadata("llama", {"rope.scaling.attn_factor": 1.5}))
+
+
 @pytest.mark.parametrize("arch", ["gemma2", "qwen3moe", "gpt-oss"])
 def test_impossible_numbers_of_layers_are_not_gone_through(arch: str) -> None:
     with pytest.raises(ValueError, match="num_hidden_layers = 100000: it must be at most 2048"):

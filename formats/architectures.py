@@ -12,6 +12,7 @@ in the rows of families, a dictionary:
     parts        a module of Hugging Face's checkpoints, and what it is called in parts"""
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ import gguf
 from formats.blocks import dequantized
 from formats.checkpoint import InFile
 from formats.settings import check_settings
-from model import FAMILIES, extension
+from model import FAMILIES, extension, is_number
 
 Tensors = dict[str, InFile]
 
@@ -147,6 +148,11 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
         for length in ("long", "short"):
             factors = dequantized(tensors[f"rope_factors_{length}.weight"])
             scaling[f"{length}_factor"] = factors.tolist()
-        if "rope.scaling.attn_factor" in settings:
-            scaling["attention_factor"] = settings["rope.scaling.attn_factor"]
+    kind = scaling.setdefault("rope_type", "linear" if scaling.get("factor") else "default")
+    attn_factor = settings.get("rope.scaling.attn_factor")
+    if kind in ("yarn", "longrope") and is_number(attn_factor):
+        growth = 1.0 if kind == "longrope" else 1 + 0.1 * math.log(max(scaling.get("factor", 1), 1))
+        scaling["attention_factor"] = attn_factor * growth
+    elif attn_factor not in (None, 1.0):
+        raise ValueError(f"unsupported rope.scaling.attn_factor {attn_factor!r:.40} of rope {kind}")
     return scaling
