@@ -840,7 +840,7 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     decoder = Decoder(model, compiled=compiled)
     ready(decoder)
     compile_s = decoder.prepare()
-    printer = Printer(tokenizer, ids)
+    printer = getattr(tokenizer, "printer", Printer)(tokenizer, ids)
     asked = time.perf_counter()
     generate(
         model, [ids], args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,

@@ -359,6 +359,18 @@ def test_only_the_final_channel_is_shown(harmony: ChatTokenizer, said: str, want
         assert shown + stream.push([], final=True) == want
 
 
+def test_a_plain_run_prints_the_final_channel_alone(
+    harmony: ChatTokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    printer = harmony.printer(harmony, [])
+    said = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>42"
+    for i in ids_of(harmony, said):
+        printer(0, [i])
+    printer(0, [], final=True)
+    assert capsys.readouterr().out == "42"
+    assert len(printer.times) == len(ids_of(harmony, said)) + 1
+
+
 def test_a_text_without_channels_is_shown(harmony: ChatTokenizer) -> None:
     assert TextStream(harmony, harmony.encode("Once")).push(harmony.encode(" upon")) == " upon"
 

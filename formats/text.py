@@ -1,9 +1,10 @@
 """Text of tokens that come one by one, up to a stop string; of gpt-oss only its final channel."""
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
-from generate import Tokenizer
+from generate import Printer, Tokenizer
 
 
 class TextStream:
@@ -81,6 +82,18 @@ class TextStream:
             if not self.tokenizer.decode(ids[-n:]).startswith("\ufffd"):
                 return ids[-n:]
         return ids[-8:]
+
+
+class StreamPrinter(Printer):
+    """A Printer that leaves out what is not for the user."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        super().__init__(tokenizer, prompt)
+        self.stream = TextStream(tokenizer, prompt)
+
+    def __call__(self, number: int, ids: list[int], final: bool = False) -> None:
+        self.times.append(time.perf_counter())
+        print(self.stream.push(ids, final), end="", flush=True)
 
 
 class Channels:

@@ -21,8 +21,8 @@ from formats.checkpoint import plain_file, read_json, resolve
 from formats.default import default_model
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.templates import render_template
-from formats.text import TextStream
-from generate import Tokenizer
+from formats.text import StreamPrinter, TextStream
+from generate import Printer, Tokenizer
 from model import first_line, is_number
 
 # nobody knows these: what stands, with its id, for a special token that a message has, and what
@@ -94,6 +94,11 @@ class ChatTokenizer(Tokenizer):
 
         text = re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden))
         return self.template_ids(text)
+
+    @property
+    def printer(self) -> type[Printer]:
+        """What generate.run prints with."""
+        return StreamPrinter if "<|channel|>" in self.special else Printer
 
     def template_ids(self, text: str) -> list[int]:
         """The ids of a text, in which the special tokens behind MARK are special."""
