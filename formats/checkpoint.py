@@ -374,6 +374,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     if "gpt_flash" not in config:  # it has names of our own
         tensors = plain_names(tensors, config)
+        from formats.floats import settle_floats  # which imports this
+        settle_floats(folder, config, tensors)
         settle_head(config, tensors)
     return CheckedCheckpoint(folder, config, tensors)
 
