@@ -363,9 +363,6 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
                          "folder with it and model.safetensors or pytorch_model.bin, or parts")
     config = text_config(read_json(folder / "config.json"), folder)
     check_settings(config)
-    quantization = config.get("quantization_config") or {}
-    if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
-        del config["quantization_config"]  # the names of the tensors say it too
     tensors = {}
     for file in files:
         try:

@@ -20,13 +20,11 @@ from formats.integers import TWICE_E2M1
 from model import first_line
 from quantize import say_once, unpack_nibbles
 
-# scales of activations and of the cache, which keep their precision here, and what says nothing
+# scales of activations and of the cache, which keep their precision, and what says nothing
 LEFT_OUT = re.compile(r".*\.((input|output|[qkv])_scale|weight_format)")
+# what a configuration may say of the weights, and the values of these that are known together
 SETTINGS = ("quant_method", "quant_algo", "format", "transform_config")
-KNOWN = (
-    ["fp8", None, None, None], ["modelopt", "FP8", None, None], ["modelopt", "NVFP4", None, None],
-    ["compressed-tensors", None, "float-quantized", None], ["bitsandbytes", None, None, None],
-)
+KNOWN = "mxfp4 fp8 bitsandbytes modelopt/FP8 modelopt/NVFP4 compressed-tensors/float-quantized"
 
 
 @dataclass
@@ -57,10 +55,11 @@ def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any])
     refused. ValueError names a tensor that does not fit what is beside it."""
     older = folder / "hf_quant_config.json"
     if not config.get("quantization_config") and older.exists():
-        stated = read_json(older).get("quantization")
-        config["quantization_config"] = {"quant_method": "modelopt", **(stated or {})}
+        inner = read_json(older).get("quantization") or {}
+        config["quantization_config"] = {"quant_method": "modelopt"} | inner
     settings = config.get("quantization_config") or {}
-    if [settings.get(key) or None for key in SETTINGS] not in KNOWN:
+    stated = [str(settings[key]) for key in SETTINGS if settings.get(key)]
+    if "/".join(stated) not in KNOWN.split():
         return
     del config["quantization_config"]
     for name in filter(LEFT_OUT.fullmatch, list(tensors)):
@@ -73,7 +72,7 @@ def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any])
     found = [x for x in tensors.values() if isinstance(x, Floats)]
     if found:
         size = sum(2 * math.prod(x.shape) for x in found) / 1e6
-        say_once(f"{folder} has weights in {found[0].kind}, which no layer here holds: dequantized "
+        say_once(f"{folder} has {found[0].kind} weights, which no layer here holds: dequantized "
                  f"while loading, they are {size:,.1f} MB in bfloat16, less by --quantize")
 
 
@@ -81,14 +80,20 @@ def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
     """A weight with what is beside it, which is taken out of tensors; plain numbers as they are.
 
     FP8 is times weight_scale, or weight_scale_inv, which is no inverse: one, one for each row or
-    one for each block. bitsandbytes' int8 is times SCB / 127 for each row."""
+    one for each block. bitsandbytes' int8 is times SCB / 127 for each row. NVFP4: E2M1 numbers,
+    the even input in the low nibble, times an FP8 for 16 inputs and weight_scale_2."""
     weight, module = tensors[name], name.removesuffix("weight")
 
     def take(end: str) -> Tensor:
         return tensors.pop(module + end).read()
 
+    if f"{name}.quant_map" in tensors:
+        return nf4(weight, take)
     if weight.dtype == torch.uint8:
-        return (nf4 if f"{name}.quant_map" in tensors else nvfp4)(weight, take)
+        table = TWICE_E2M1 * (take("weight_scale_2").item() / 2)
+        N, half = weight.shape
+        return Floats("NVFP4", weight, (N, 2 * half), take("weight_scale"), (1, 16),
+                      lambda x: table[unpack_nibbles(x).int()])
     if weight.dtype == torch.int8:
         kind, scales = "int8", take("SCB") / 127
     elif weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -102,14 +107,6 @@ def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
     elif scales.shape in ((N,), (N, 1)):
         scales, block = scales.view(N, 1), (1, K)
     return Floats(kind, weight, (N, K), scales, block)
-
-
-def nvfp4(weight: InFile, take: Callable[[str], Tensor]) -> Floats:
-    """E2M1 numbers, the even input in the low nibble, times an FP8 for 16 inputs and one scale."""
-    table = TWICE_E2M1 * (take("weight_scale_2").item() / 2)
-    N, half = weight.shape
-    return Floats("NVFP4", weight, (N, 2 * half), take("weight_scale"), (1, 16),
-                  lambda x: table[unpack_nibbles(x).int()])
 
 
 def nf4(weight: InFile, take: Callable[[str], Tensor]) -> Floats:
