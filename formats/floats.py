@@ -18,11 +18,11 @@ from torch import Tensor
 from formats.checkpoint import InFile, check_shape, read_json
 from formats.integers import TWICE_E2M1
 from model import first_line
-from quantize import say_once, unpack_nibbles
+from quantize import say_once
 
 # scales of activations and of the cache, which keep their precision, and what says nothing
 LEFT_OUT = re.compile(r".*\.((input|output|[qkv])_scale|weight_format)")
-# what a configuration may say of the weights, and the values of these that are known together
+# what a configuration may say of its quantization, by SETTINGS
 SETTINGS = ("quant_method", "quant_algo", "format", "transform_config")
 KNOWN = "mxfp4 fp8 bitsandbytes modelopt/FP8 modelopt/NVFP4 compressed-tensors/float-quantized"
 
@@ -31,12 +31,11 @@ KNOWN = "mxfp4 fp8 bitsandbytes modelopt/FP8 modelopt/NVFP4 compressed-tensors/f
 class Floats:
     """Such a matrix in a file: to a checkpoint a tensor of float32, read when it is asked for."""
 
-    kind: str
     weight: InFile
     shape: tuple[int, int]
     scales: Tensor  # [N / n, K / k], rounded up
     block: tuple[int, int]  # n and k
-    unpack: Callable[[Tensor], Tensor] = Tensor.float  # the weight -> its numbers, new [N, K]
+    pairs: Tensor | None = None  # [256, 2]: what a byte stands for
     dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -45,14 +44,16 @@ class Floats:
 
     def read(self) -> Tensor:
         (N, K), (n, k) = self.shape, self.block
+        stored = self.weight.read()
+        w = stored.float() if self.pairs is None else self.pairs[stored.int()].flatten(1)
         scales = self.scales.float().repeat_interleave(n, 0)[:N]
-        return self.unpack(self.weight.read()).mul_(scales.repeat_interleave(k, 1)[:, :K])
+        return w.mul_(scales.repeat_interleave(k, 1)[:, :K])
 
 
 def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Put Floats in place of what these layouts store in a folder, if its configuration, or a
-    hf_quant_config.json of modelopt, says that it has some. Settings of others stay: they are
-    refused. ValueError names a tensor that does not fit what is beside it."""
+    """Put Floats in place of what these layouts store, where a configuration, or modelopt's
+    hf_quant_config.json, says so; settings of others stay, to be refused. ValueError names a tensor
+    that does not fit what is beside it."""
     older = folder / "hf_quant_config.json"
     if not config.get("quantization_config") and older.exists():
         inner = read_json(older).get("quantization") or {}
@@ -69,11 +70,10 @@ def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any])
             tensors[name] = read_layout(name, tensors, settings)
         except Exception as e:  # of many kinds, from numbers that make no sense together
             raise ValueError(f"cannot read tensor {name}: {first_line(e)}") from None
-    found = [x for x in tensors.values() if isinstance(x, Floats)]
-    if found:
-        size = sum(2 * math.prod(x.shape) for x in found) / 1e6
-        say_once(f"{folder} has {found[0].kind} weights, which no layer here holds: dequantized "
-                 f"while loading, they are {size:,.1f} MB in bfloat16, less by --quantize")
+    size = sum(2 * math.prod(x.shape) for x in tensors.values() if isinstance(x, Floats)) / 1e6
+    if size:
+        say_once(f"{folder} has weights in {'/'.join(stated)}, which no layer here holds: read as "
+                 f"plain numbers, {size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
 
 
 def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) -> InFile | Floats:
@@ -91,22 +91,19 @@ def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
         return nf4(weight, take)
     if weight.dtype == torch.uint8:
         table = TWICE_E2M1 * (take("weight_scale_2").item() / 2)
-        N, half = weight.shape
-        return Floats("NVFP4", weight, (N, 2 * half), take("weight_scale"), (1, 16),
-                      lambda x: table[unpack_nibbles(x).int()])
+        shape, pairs = (weight.shape[0], 2 * weight.shape[1]), torch.cartesian_prod(table, table)
+        return Floats(weight, shape, take("weight_scale"), (1, 16), pairs.flip(1))
     if weight.dtype == torch.int8:
-        kind, scales = "int8", take("SCB") / 127
+        scales = take("SCB") / 127
     elif weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        kind, scales = "FP8", take("weight_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
+        scales = take("weight_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
     else:
         return weight
     N, K = weight.shape
     block = settings.get("weight_block_size") or (128, 128)
-    if scales.numel() == 1:
-        scales, block = scales.view(1, 1), (N, K)
-    elif scales.shape in ((N,), (N, 1)):
-        scales, block = scales.view(N, 1), (1, K)
-    return Floats(kind, weight, (N, K), scales, block)
+    if scales.shape in ((1,), (1, 1), (N,), (N, 1)):
+        scales, block = scales.view(-1, 1), (N // scales.numel(), K)
+    return Floats(weight, (N, K), scales, block)
 
 
 def nf4(weight: InFile, take: Callable[[str], Tensor]) -> Floats:
@@ -122,5 +119,5 @@ def nf4(weight: InFile, take: Callable[[str], Tensor]) -> Floats:
     check_shape(weight.name, weight.shape, (N * K // 2, 1))
     check_shape("quant_map", table.shape, (16,))
     rows = replace(weight, shape=(N, K // 2), row_bytes=K // 2)
-    return Floats("nf4", rows, (N, K), scales.view(N, -1), (1, block),
-                  lambda x: table[unpack_nibbles(x >> 4 | x << 4).int()])
+    pairs = torch.cartesian_prod(table, table)
+    return Floats(rows, (N, K), scales.view(N, -1), (1, block), pairs)
