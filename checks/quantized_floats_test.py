@@ -165,6 +165,16 @@ def test_older_files_of_modelopt_say_it_beside_the_configuration(tmp_path: Path)
     close(*map(logits_of, models), 1e-5)
 
 
+def test_a_list_in_place_of_settings_is_named(tmp_path: Path) -> None:
+    folder, _ = write(tmp_path, "nvfp4")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": ["NVFP4"]}))
+    with pytest.raises(ValueError, match="quantization_config = .*NVFP4"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("settings, message", [
     (dict(quant_method="modelopt", quant_algo="W4A8_AWQ"), "W4A8_AWQ"),
     (dict(quant_method="compressed-tensors", format="sparse-24-bitmask"), "sparse-24-bitmask"),

@@ -129,10 +129,8 @@ class CheckedCheckpoint(Checkpoint):
             return tensor
         low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
-            raise ValueError(
-                f"tensor {name} has numbers that are not finite in {tensor.dtype}: the file is "
-                "damaged, or needs a dtype of a larger range"
-            )
+            raise ValueError(f"tensor {name} has numbers that are not finite in {tensor.dtype}: "
+                             "the file is damaged, or needs a dtype of a larger range")
         return tensor
 
     def stored_names(self, name: str) -> list[str]:

@@ -28,10 +28,9 @@ def default_model() -> Path:
                 os.replace(fetch(tmp), file)  # at once, so that no run sees half a file
         check(file)
     except (OSError, RuntimeError) as e:  # the second: there is no home folder
-        raise ValueError(
-            f"cannot keep the default model in a cache folder ({first_line(e)}); set "
-            "XDG_CACHE_HOME to a folder that can be written, or give a --checkpoint_path"
-        ) from None
+        raise ValueError(f"cannot keep the default model in a cache folder ({first_line(e)}); set "
+                         "XDG_CACHE_HOME to a folder that can be written, or give a "
+                         "--checkpoint_path") from None
     return file
 
 

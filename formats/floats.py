@@ -17,14 +17,16 @@ from torch import Tensor
 
 from formats.checkpoint import InFile, check_shape, read_json
 from formats.integers import TWICE_E2M1
+from formats.settings import check_settings
 from model import first_line
 from quantize import say_once
 
 # scales of activations and of the cache, which keep their precision, and what says nothing
 LEFT_OUT = re.compile(r".*\.((input|output|[qkv])_scale|weight_format)")
-# what a configuration may say of its quantization, by SETTINGS
+# what a configuration may say of its quantization, by these; older files of modelopt, the second
 SETTINGS = ("quant_method", "quant_algo", "format", "transform_config")
-KNOWN = "mxfp4 fp8 bitsandbytes modelopt/FP8 modelopt/NVFP4 compressed-tensors/float-quantized"
+KNOWN = ("mxfp4 fp8 bitsandbytes FP8 NVFP4 modelopt/FP8 modelopt/NVFP4 "
+         "compressed-tensors/float-quantized")
 
 
 @dataclass
@@ -51,13 +53,12 @@ class Floats:
 
 
 def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Put Floats in place of what these layouts store, where a configuration, or modelopt's
-    hf_quant_config.json, says so; settings of others stay, to be refused. ValueError names a tensor
-    that does not fit what is beside it."""
+    """Put Floats in place of what KNOWN layouts store; settings of others stay, to be refused.
+    ValueError names a tensor that does not fit what is beside it."""
     older = folder / "hf_quant_config.json"
     if not config.get("quantization_config") and older.exists():
-        inner = read_json(older).get("quantization") or {}
-        config["quantization_config"] = {"quant_method": "modelopt"} | inner
+        config["quantization_config"] = read_json(older).get("quantization")
+        check_settings(config)
     settings = config.get("quantization_config") or {}
     stated = [str(settings[key]) for key in SETTINGS if settings.get(key)]
     if "/".join(stated) not in KNOWN.split():
@@ -119,5 +120,4 @@ def nf4(weight: InFile, take: Callable[[str], Tensor]) -> Floats:
     check_shape(weight.name, weight.shape, (N * K // 2, 1))
     check_shape("quant_map", table.shape, (16,))
     rows = replace(weight, shape=(N, K // 2), row_bytes=K // 2)
-    pairs = torch.cartesian_prod(table, table)
-    return Floats(rows, (N, K), scales.view(N, -1), (1, block), pairs)
+    return Floats(rows, (N, K), scales.view(N, -1), (1, block), torch.cartesian_prod(table, table))
