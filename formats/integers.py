@@ -40,10 +40,8 @@ class Blocks:
         if dim == 0:
             return replace(self, rows=self.rows[start:start + length])
         if start % 32 or length % 32:  # Q6_K's groups are smaller, but layers have none of these
-            raise ValueError(
-                f"{length} inputs, a part of {len(self.columns)}, do not divide into the groups of "
-                f"32 of {self.name}: take fewer ranks"
-            )
+            raise ValueError(f"{length} inputs, a part of {len(self.columns)}, do not divide into "
+                             f"the groups of 32 of {self.name}: take fewer ranks")
         return replace(self, columns=self.columns[start:start + length])
 
     def slices(self, n: int) -> Iterator[slice]:

@@ -228,7 +228,6 @@ def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.de
         first += part.shape[0]
     for name, tensor in layer.named_buffers():
         if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
-            raise ValueError(
-                f"tensor {prefix}.{name} has numbers that are not finite: the file is damaged"
-            )
+            raise ValueError(f"tensor {prefix}.{name} has numbers that are not finite: the file is "
+                             "damaged")
     layer.pack()

@@ -49,9 +49,8 @@ def check_settings(config: dict[str, Any]) -> None:
     for key, value in entries(config):
         problem = None if value is None else problem_of(key, value)
         if problem is not None:
-            raise ValueError(
-                f"the model's configuration has {key} = {short(value)}: it must be {problem}"
-            )
+            raise ValueError(f"the model's configuration has {key} = {short(value)}: it must be "
+                             f"{problem}")
 
 
 def entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
