@@ -2,6 +2,7 @@
 q * scale + zero, with one scale and zero for each group of inputs."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ class Blocks:
     rows: range  # of the whole matrix, as are columns
     columns: range
     read: Callable[[range], Affine]  # some rows, with all columns
+    group_size: int = 32  # inputs of a group that stays one: 32, 64 or 128
+    hold: Callable[[], Callable[[range], Affine]] | None = None  # a faster read, of a matrix that
+    # does not lie by rows: it has all of it in memory
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,7 +48,11 @@ class Blocks:
                 f"{length} inputs, a part of {len(self.columns)}, do not divide into the groups of "
                 f"32 of {self.name}: take fewer ranks"
             )
-        return replace(self, columns=self.columns[start:start + length])
+        group_size = math.gcd(self.group_size, start, length)
+        return replace(self, columns=self.columns[start:start + length], group_size=group_size)
+
+    def held(self) -> Blocks:
+        return self if self.hold is None else replace(self, read=self.hold())
 
     def slices(self, n: int) -> Iterator[slice]:
         """All rows, n at a time."""
@@ -59,6 +67,12 @@ class Blocks:
             inputs = K // part.shape[1]  # to each of its values
             parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
         return Affine(*parts)
+
+
+def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    stored = tuple(stored)  # a tensor's is torch.Size
+    if stored != shape:
+        raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 
 
 # --- MXFP4: E2M1 numbers in nibbles, times a power of two for every 32 ---
