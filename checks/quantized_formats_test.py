@@ -93,6 +93,7 @@ KINDS = {
 
 def write(folder: Path, kind: str) -> tuple[Path, Path]:
     """A random folder of that kind, and a plain one with what it stands for."""
+    torch.manual_seed(0)
     pack, settings, group_size, how = KINDS[kind]
     group = settings.get("config_groups", {}).get("group_0", {"weights": {}})
     bits = group["weights"].get("num_bits") or settings["bits"]
@@ -108,7 +109,7 @@ def write(folder: Path, kind: str) -> tuple[Path, Path]:
         zeros = torch.randint(1, 2**bits, (N, K // size))
         if how == "symmetric":
             zeros[:] = 2 ** (bits - 1)
-        scales = (torch.rand(zeros.shape) + 0.5).mul(0.6 / 2**bits)
+        scales = (torch.rand(zeros.shape) + 0.5).mul(0.3 / 2**bits)
         scales = (scales if pack in (awq, gptq, gptq_v2) else scales.bfloat16()).half()
         g_idx = torch.arange(K) // size
         if how == "act-order":
@@ -153,7 +154,7 @@ def test_a_quantized_folder_is_what_it_stands_for(
     close(logits_of(load(packed)), expected, 1e-4)
     say_once.cache_clear()
     model = load(packed, "auto")
-    close(logits_of(model), expected, 0.1)  # activations are rounded to bfloat16
+    close(logits_of(model), expected, 3e-2)  # activations are rounded to bfloat16
     block = model.layers[1]
     assert model.lm_head.mode == block.self_attn.o_proj.mode == "float"
     if how == "act-order" or group_size == 16:
@@ -174,11 +175,11 @@ def test_a_quantized_folder_is_what_it_stands_for(
     ("gptq", dict(checkpoint_format="marlin"), "gptq with checkpoint_format 'marlin'"),
     ("gptq", dict(quant_method="aqlm"), "aqlm"),
     ("W4A16", dict(format="marlin-24"), "compressed-tensors with format 'marlin-24'"),
-    ("W4A16", dict(sparsity_config={"format": "sparse-24"}), "sparsity_config 'sparse-24'"),
-    ("W4A16", dict(config_groups={"a": {"input_activations": {"num_bits": 8}}}),
+    ("W4A16", dict(sparsity_config={"format": "sparse-24"}), "format 'sparse-24'"),
+    ("W4A16", dict(config_groups={"a": {"input_activations": {"num_bits": 8}, "weights": {}}}),
      "compressed-tensors with input_activations"),
     ("W4A16", dict(config_groups={"a": {"weights": {"type": "float"}}}), "type 'float'"),
-    ("W4A16", dict(config_groups=None), "makes no sense"),
+    ("W4A16", dict(config_groups={"a": {"weights": None}}), "makes no sense"),
 ])
 def test_other_variants_are_refused_by_name(
     kind: str, change: dict, message: str, tmp_path: Path
