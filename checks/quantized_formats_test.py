@@ -154,7 +154,7 @@ def test_a_quantized_folder_is_what_it_stands_for(
     close(logits_of(load(packed)), expected, 1e-4)
     say_once.cache_clear()
     model = load(packed, "auto")
-    close(logits_of(model), expected, 3e-2)  # activations are rounded to bfloat16
+    close(logits_of(model), expected, 5e-2)  # activations are rounded to bfloat16
     block = model.layers[1]
     assert model.lm_head.mode == block.self_attn.o_proj.mode == "float"
     if how == "act-order" or group_size == 16:
