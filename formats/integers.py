@@ -32,8 +32,7 @@ class Blocks:
     columns: range
     read: Callable[[range], Affine]  # some rows, with all columns
     group_size: int = 32  # inputs of a group that stays one: 32, 64 or 128
-    hold: Callable[[], Callable[[range], Affine]] | None = None  # a faster read, of a matrix that
-    # does not lie by rows: it has all of it in memory
+    hold: Callable[[], Callable[[range], Affine]] | None = None  # -> a read that has all in memory
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,6 +51,7 @@ class Blocks:
         return replace(self, columns=self.columns[start:start + length], group_size=group_size)
 
     def held(self) -> Blocks:
+        """For reading all of it, where its rows do not lie one after the other in the file."""
         return self if self.hold is None else replace(self, read=self.hold())
 
     def slices(self, n: int) -> Iterator[slice]:

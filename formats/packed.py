@@ -20,7 +20,6 @@ KNOWN = {  # what settings may be; a file of compressed-tensors has some for eac
     "is_marlin_format": (None, False), "strategy": ("group", "channel", "tensor"),
     **dict.fromkeys(["transform_config", "kv_cache_scheme", "input_activations"], (None, {})),
 }
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where AutoAWQ has 8 outputs in an int32
 # what gives some rows of the integers [N, K]; scales and zeros [N or 1, groups]
 Loaded = tuple[Callable[[range], Tensor], Tensor, Tensor]
 
@@ -67,9 +66,9 @@ def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
     is_less = not is_awq and "gptq_v2" not in map(settings.get, ("checkpoint_format", "format"))
 
     def turned(packed: Tensor) -> Tensor:
-        """[rows, n * bits / 32] -> [n, rows]"""
-        x = unpack(packed, bits)
-        return (x.unflatten(1, (-1, 8))[..., AWQ_ORDER].flatten(1) if is_awq else x).t()
+        """[rows, m * bits / 32] -> [m, rows]. AutoAWQ's 8 outputs are 0 2 4 6 1 3 5 7."""
+        x = unpack(packed, bits).t()
+        return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).reshape(x.shape) if is_awq else x
 
     def load() -> Loaded:
         whole = read(words)
