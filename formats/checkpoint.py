@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,8 +24,9 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.integers import Blocks, mxfp4_blocks
+from formats.integers import Blocks, check_shape, mxfp4_blocks
 from formats.layers import fill_layers, put
+from formats.packed import packed_matrices
 from formats.settings import check_settings, refuse_unsupported
 from formats.wrappers import plain_names, text_config
 from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
@@ -87,7 +89,7 @@ class CheckedCheckpoint(Checkpoint):
         """wanted: Hugging Face's names of the tensors that a model reads. ValueError names one that
         is missing, or surplus in a layer and not harmless; others, as further heads, are said."""
         stored = {part for name in wanted for part in self.stored_names(name)}
-        surplus = {name for name in self.tensors.keys() - stored if not name.endswith(HARMLESS)}
+        surplus = set(filterfalse(self.is_harmless, self.tensors.keys() - stored))
         in_layers = set(filter(IN_LAYERS.match, surplus))
         for names, problem in ((stored - self.tensors.keys(), "no tensor"),
                                (in_layers, "an unexpected tensor"), (surplus, "a tensor")):
@@ -97,6 +99,13 @@ class CheckedCheckpoint(Checkpoint):
                 if problem != "a tensor":
                     raise ValueError(said)
                 say_once(f"WARNING: {said} that nothing here reads: left out")
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether nothing is lost without it, as without the zeros that AutoGPTQ has for biases."""
+        module, is_bias, _ = name.rpartition(".bias")
+        if is_bias and f"{module}.weight_packed" in self.tensors:
+            return not self.tensors[name].read().any()
+        return name.endswith(HARMLESS)
 
     def integers(
         self, model: Transformer, plan: dict[str, dict[str, tuple[int, ...]]]
@@ -135,12 +144,13 @@ class CheckedCheckpoint(Checkpoint):
 
     def stored_names(self, name: str) -> list[str]:
         """Hugging Face's name of a tensor -> the file's of what it is made from. That of an expert
-        may be a stack of all experts, MXFP4 is two."""
+        may be a stack of all experts, MXFP4 is two, and what formats/packed.py read is Blocks."""
         for stored in (name, *other_names(name)):
             if f"{stored}_blocks" in self.tensors:
                 return [f"{stored}_blocks", f"{stored}_scales"]
-            if stored in self.tensors:
-                return [stored]
+            for one in (f"{stored}_packed", stored):
+                if one in self.tensors:
+                    return [one]
         return [name]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -163,7 +173,11 @@ class CheckedCheckpoint(Checkpoint):
         part; None if it is stored in floating point."""
         stored = self.stored_names(name)
         if len(stored) == 1:
-            return None
+            matrix = self.tensors.get(stored[0])
+            if not isinstance(matrix, Blocks):
+                return None
+            check_shape(matrix.name, matrix.shape, shape)
+            return [matrix]
         N, K = shape
         packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
         exponents, _ = self.part_of(stored[1], name, (N, K // 32))
@@ -215,12 +229,6 @@ def making_sense_of(path: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
         why = f"the configuration in {path} makes no sense ({first_line(e)})"
         raise ValueError(why) from None
-
-
-def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    stored = tuple(stored)  # a tensor's is torch.Size
-    if stored != shape:
-        raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 
 
 # --- the tensors of a mixture of experts ---
@@ -369,6 +377,8 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         from formats.floats import settle_floats  # which imports this
         settle_floats(folder, config, tensors)
         settle_head(config, tensors)
+        with making_sense_of(folder):
+            tensors = packed_matrices(tensors, config)
     return CheckedCheckpoint(folder, config, tensors)
 
 

@@ -2,6 +2,7 @@
 q * scale + zero, with one scale and zero for each group of inputs."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ class Blocks:
     rows: range  # of the whole matrix, as are columns
     columns: range
     read: Callable[[range], Affine]  # some rows, with all columns
+    group_size: int = 32  # inputs of a group that stays one: 32, 64 or 128
+    hold: Callable[[], Callable[[range], Affine]] | None = None  # -> a read that has all in memory
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,7 +45,12 @@ class Blocks:
         if start % 32 or length % 32:  # Q6_K's groups are smaller, but layers have none of these
             raise ValueError(f"{length} inputs, a part of {len(self.columns)}, do not divide into "
                              f"the groups of 32 of {self.name}: take fewer ranks")
-        return replace(self, columns=self.columns[start:start + length])
+        group_size = math.gcd(self.group_size, start, length)
+        return replace(self, columns=self.columns[start:start + length], group_size=group_size)
+
+    def held(self) -> Blocks:
+        """For reading all of it, where its rows do not lie one after the other in the file."""
+        return self if self.hold is None else replace(self, read=self.hold())
 
     def slices(self, n: int) -> Iterator[slice]:
         """All rows, n at a time."""
@@ -57,6 +65,12 @@ class Blocks:
             inputs = K // part.shape[1]  # to each of its values
             parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
         return Affine(*parts)
+
+
+def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    stored = tuple(stored)  # a tensor's is torch.Size
+    if stored != shape:
+        raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 
 
 # --- MXFP4: E2M1 numbers in nibbles, times a power of two for every 32 ---

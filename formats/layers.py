@@ -1,6 +1,7 @@
 """Layers that hold the integers of quantized files as they are, and filling them."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -189,7 +190,7 @@ def fill_layers(
             continue
         if name == "embed_tokens":
             name = TABLE
-        put(model, name, form_for(parts, device), 32)
+        put(model, name, *form_for(parts, device))
         kept[name] = parts
 
     def fill_one(name: str) -> None:
@@ -207,12 +208,15 @@ def fill_layers(
     return fill
 
 
-def form_for(parts: list[Blocks], device: torch.device | str) -> str:
-    """The smallest quantized layer for the integers of all parts. It holds them as they are; but
-    Q6_K's groups of 16 are joined."""
+def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
+    """The smallest quantized layer for the integers of all parts, and its groups. It holds them as
+    they are; but Q6_K's groups of 16 are joined."""
     if torch.device(device).type == "cuda" and {part.kind for part in parts} == {"MXFP4"}:
-        return "mxfp4"  # no operator of a CPU takes it
-    return "int4" if all(part.bits <= 4 for part in parts) else "int8_grouped"
+        return "mxfp4", 32  # no operator of a CPU takes it
+    group_size = math.gcd(*(part.group_size for part in parts))
+    if all(part.bits <= 4 for part in parts):
+        return "int4", group_size
+    return "int8_grouped", min(group_size, 64)  # operators have 128 nibbles in a group at most
 
 
 def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str) -> None:
@@ -221,10 +225,13 @@ def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.de
         setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
     at_once = 64 * max(1, 2**13 // layer.in_features)  # rows that a CPU's cache holds
     first = 0
+    each = layer.group_size // 32  # of the groups of 32 that a file has, or is said to have
     for part in parts:
+        part = part.held()
         for rows in part.slices(at_once):
             ours = slice(first + rows.start, first + rows.stop)
-            layer.take(ours, *part.affine(rows), middle=2 ** (part.bits - 1))
+            q, scale, zero = part.affine(rows)
+            layer.take(ours, q, scale[:, ::each], zero[:, ::each], middle=2 ** (part.bits - 1))
         first += part.shape[0]
     for name, tensor in layer.named_buffers():
         if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
