@@ -13,12 +13,12 @@ from formats.integers import Affine, Blocks, check_shape
 from quantize import unpack_nibbles
 
 KNOWN = {  # what settings may be; a file of compressed-tensors has some for each group of layers
+    **dict.fromkeys(["transform_config", "kv_cache_scheme", "input_activations"], (None, {})),
     "bits": (4, 8), "num_bits": (4, 8), "type": ("int",), "zero_point": (None, True),
     "format": (None, "gptq", "gptq_v2", "gemm", "pack-quantized", "int-quantized",
                "mixed-precision", "dense"),
     "checkpoint_format": (None, "gptq", "gptq_v2", "gemm"), "version": (None, "gemm", "GEMM"),
     "is_marlin_format": (None, False), "strategy": ("group", "channel", "tensor"),
-    **dict.fromkeys(["transform_config", "kv_cache_scheme", "input_activations"], (None, {})),
 }
 # what gives some rows of the integers [N, K]; scales and zeros [N or 1, groups]
 Loaded = tuple[Callable[[range], Tensor], Tensor, Tensor]
@@ -47,10 +47,11 @@ def packed_matrices(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str
 
 
 def check_known(method: str, parts: list[dict[str, Any]]) -> None:
-    for key, value in (setting for part in parts for setting in part.items()):
-        if value not in KNOWN.get(key, [value]):
-            raise ValueError(f"the model is quantized by {method} with {key} {value!r}, "
-                             f"which cannot be read: only {', '.join(map(str, KNOWN[key]))}")
+    for key, known in KNOWN.items():
+        for value in (part[key] for part in parts if key in part):
+            if value not in known:
+                raise ValueError(f"the model is quantized by {method} with {key} {value!r:.200}, "
+                                 "which cannot be read")
 
 
 def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) -> Blocks:
