@@ -22,7 +22,6 @@ from cli.prompts import (
 from cli.stats import new_trace, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
-from formats.default import default_model
 from generate import (
     QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
 )
@@ -187,7 +186,7 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
 def files_of(path: str | None) -> list[Any]:
     """What tells a checkpoint from another one, at the same path too: of each file with weights or
     settings its name, size, time and a hash of its beginning, where headers are."""
-    source = default_model() if path is None else resolve(path)
+    source = resolve(path)
     # others come and go, as answers do
     kinds = (".safetensors", ".bin", ".gguf", "config.json", "tokenizer.json", "tokenizer.model")
     found = []
@@ -253,8 +252,7 @@ def check_room(args: Any, folder: Path) -> None:
 
 def save(args: Any) -> None:
     """--save: quantize while loading, and write a folder that loads like any checkpoint."""
-    source = args.checkpoint_path
-    args.checkpoint_path = default_model() if source is None else resolve(source)
+    args.checkpoint_path = resolve(args.checkpoint_path)
     began = time.perf_counter()
     try:
         with new_folder(args.save) as folder:  # what cannot be written shows before the long work

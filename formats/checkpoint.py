@@ -41,7 +41,7 @@ IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
     """A folder, hub id, .gguf file or bare config.json; None: the default model. ValueError says
     what is missing or cannot be read."""
-    path = default_model() if path is None else resolve(path)
+    path = resolve(path)
     if path.suffix == ".json":
         checkpoint = RandomCheckpoint(path, text_config(read_json(path), path), {}, device)
     elif path.suffix == ".gguf":
@@ -318,9 +318,11 @@ def open_tensors(path: Path) -> dict[str, InFile]:
     return tensors
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path | None) -> Path:
     """A local path as it is, or a hub id as the folder that huggingface_hub keeps it in, its own
-    cache first. ValueError if there is neither."""
+    cache first; None: the default model. ValueError if there is neither."""
+    if path is None:
+        return default_model()
     problem = "it is not a hub id"
     try:
         if str(path) and Path(path).exists():

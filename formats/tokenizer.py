@@ -18,7 +18,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
 from formats.checkpoint import plain_file, read_json, resolve
-from formats.default import default_model
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
@@ -36,7 +35,7 @@ def load_tokenizer(path: str | Path | None = None) -> ChatTokenizer:
     """The tokenizer of a checkpoint: a folder or hub id with tokenizer.json or tokenizer.model,
     such a file itself, or the vocabulary inside a .gguf; None: the default model's. ValueError says
     what is wrong."""
-    path = default_model() if path is None else resolve(path)
+    path = resolve(path)
     read = gguf_tokenizer if path.suffix == ".gguf" else folder_tokenizer
     return ask(read, path, failed=f"cannot read the tokenizer of {path}")
 
@@ -248,8 +247,9 @@ def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
     backend.add_tokens(list(added.values()))
     special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
                if token.special}
-    ids, is_put = backend.encode("a").ids, backend.encode("a").special_tokens_mask
-    bos_id = ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
+    encoded = backend.encode("a")
+    is_put = encoded.special_tokens_mask
+    bos_id = encoded.ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
     return JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
 
 
