@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 from batching import Engine, Stats
 from benchmarks.decode import DTYPES, add_machine, device_facts
 from cli.arguments import Parser, number
-from formats.checkpoint import read_json
+from formats.settings import read_json
 from generate import Request, compile_model, kind_of, say
 from model import first_line, load_model
 

@@ -24,10 +24,11 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.integers import Blocks, check_shape, mxfp4_blocks
+from formats.floats import settle_floats
+from formats.integers import Blocks, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
 from formats.packed import packed_matrices
-from formats.settings import check_settings, refuse_unsupported
+from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
 from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
 from quantize import Linear, affine, say_once
@@ -376,7 +377,6 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     if "gpt_flash" not in config:  # it has names of our own
         tensors = plain_names(tensors, config)
-        from formats.floats import settle_floats  # which imports this
         settle_floats(folder, config, tensors)
         settle_head(config, tensors)
         with making_sense_of(folder):
@@ -412,7 +412,7 @@ def settle_head(config: dict, tensors: dict[str, Any]) -> None:
     if head is None or not (family.defaults | config).get("tie_word_embeddings"):
         return
     table = tensors.setdefault("model.embed_tokens.weight", head)
-    table, head = (x if isinstance(x, Tensor) else x.read() for x in (table, head))
+    table, head = read(table), read(head)
     if table.dtype != head.dtype or not torch.equal(table, head):
         config["tie_word_embeddings"] = False
 
@@ -433,21 +433,3 @@ WEIGHTS = {
     "model.safetensors": open_tensors, "pytorch_model.bin": read_pickle,
     "consolidated.safetensors": open_tensors,
 }
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; ValueError if the file is anything else."""
-    try:
-        value = json.loads(plain_file(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"cannot read {path}: {first_line(e)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"cannot read {path}: not a JSON object")
-    return value
-
-
-def plain_file(path: Path) -> Path:
-    """The path; ValueError for a pipe or a device, which one could wait at for ever."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"cannot read {path}: it is no plain file")
-    return path

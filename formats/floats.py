@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.checkpoint import InFile, check_shape, read_json
-from formats.integers import TWICE_E2M1
-from formats.settings import check_settings
+from formats.integers import TWICE_E2M1, check_shape
+from formats.settings import check_settings, read_json
 from model import first_line
 from quantize import say_once
 
@@ -33,7 +32,7 @@ KNOWN = ("mxfp4 fp8 bitsandbytes FP8 NVFP4 modelopt/FP8 modelopt/NVFP4 "
 class Floats:
     """Such a matrix in a file: to a checkpoint a tensor of float32, read when it is asked for."""
 
-    weight: InFile
+    weight: Any  # an InFile of formats/checkpoint.py
     shape: tuple[int, int]
     scales: Tensor  # [N / n, K / k], rounded up
     block: tuple[int, int]  # n and k
@@ -77,7 +76,7 @@ def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any])
                  f"plain numbers, {size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
 
 
-def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) -> InFile | Floats:
+def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A weight with what is beside it, which is taken out of tensors; plain numbers as they are.
 
     FP8 is times weight_scale, or weight_scale_inv, which is no inverse: one, one for each row or
@@ -107,7 +106,7 @@ def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
     return Floats(weight, (N, K), scales, block)
 
 
-def nf4(weight: InFile, take: Callable[[str], Tensor]) -> Floats:
+def nf4(weight: Any, take: Callable[[str], Tensor]) -> Floats:
     """Places in a table, the first of two in the high nibble, times absmax for a block of them.
     absmax may be nested: places in another table, times scales, plus an offset."""
     state = json.loads(bytes(take("weight.quant_state.bitsandbytes__nf4").tolist()))

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from formats.architectures import hf_config
 from formats.blocks import FLOATS, dequantized, file_blocks
-from formats.checkpoint import (
-    CheckedCheckpoint, InFile, check_shape, check_stack, making_sense_of, plain_file,
-)
-from formats.integers import Blocks
-from formats.settings import short
+from formats.checkpoint import CheckedCheckpoint, InFile, check_stack, making_sense_of
+from formats.integers import Blocks, check_shape
+from formats.settings import plain_file, short
 from model import first_line, is_number
 
 

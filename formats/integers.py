@@ -73,6 +73,11 @@ def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> N
         raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
 
 
+def read(tensor: Any) -> Tensor:
+    """All of a tensor of a file, of which some kinds are in memory already."""
+    return tensor if isinstance(tensor, Tensor) else tensor.read()
+
+
 # --- MXFP4: E2M1 numbers in nibbles, times a power of two for every 32 ---
 
 TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.integers import Affine, Blocks, check_shape
+from formats.integers import Affine, Blocks, check_shape, read
 from quantize import unpack_nibbles
 
 KNOWN = {  # what settings may be; a file of compressed-tensors has some for each group of layers
@@ -138,7 +138,3 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if words.dtype != torch.int32:
         raise ValueError(f"packed integers have dtype {words.dtype}, expected int32")
     return packed if bits == 8 else unpack_nibbles(packed)
-
-
-def read(tensor: Any) -> Tensor:
-    return tensor if isinstance(tensor, Tensor) else tensor.read()

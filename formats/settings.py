@@ -1,10 +1,11 @@
-"""What the settings of a configuration may be, before a model is built from them."""
+"""Settings: how they are read, and what they may be, before a model is built from them."""
 import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from model import family_of, is_number, rope_settings
+from model import family_of, first_line, is_number, rope_settings
 
 # far above any model's, and small enough that making one on no device takes seconds at most
 LARGEST = {
@@ -111,3 +112,21 @@ def refuse_unsupported(config: dict[str, Any]) -> None:
         value = settings.get(key)
         if value not in (None, supported) and key not in family.defaults:
             raise ValueError(f"unsupported {key} {value!r}: only {supported!r} is supported")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError if the file is anything else."""
+    try:
+        value = json.loads(plain_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"cannot read {path}: {first_line(e)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"cannot read {path}: not a JSON object")
+    return value
+
+
+def plain_file(path: Path) -> Path:
+    """The path; ValueError for a pipe or a device, which one could wait at for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"cannot read {path}: it is no plain file")
+    return path

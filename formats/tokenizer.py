@@ -17,8 +17,9 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders
 
-from formats.checkpoint import plain_file, read_json, resolve
+from formats.checkpoint import resolve
 from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
+from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
 from generate import Printer, Tokenizer
@@ -148,9 +149,8 @@ class ChatTokenizer(Tokenizer):
 class JSONTokenizer(ChatTokenizer):
     """By a tokenizers.Tokenizer."""
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        ids = ask(lambda: self.backend.encode(text, add_special_tokens=False).ids)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+    def ids(self, text: str, tokens: Iterable[str] = ()) -> list[int]:
+        return ask(lambda: self.backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
         """Control tokens left out. (An added token is text, though its letters may be those that
