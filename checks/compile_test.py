@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from checks.common import PROMPTS, close
 from checks.prefill_test import loaded, positions, random_tokens
 from generate import compile_model, generate
+from model import Transformer
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 
@@ -47,14 +48,17 @@ def test_prefill_compiles_once_behind_any_prefix(
         close(a, b)
 
 
-def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
+def check_many_cache_sizes(model: Transformer) -> None:
     """More of them than torch.compile allows a function to be compiled anew."""
-    model = loaded(checkpoint, "mistral")
     eager = generate(model, PROMPTS[:1], 4)
     compile_model(model)
     for size in range(10):
         model.setup_caches(1, 16 + 8 * size)
         assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+
+
+def test_many_cache_sizes(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
+    check_many_cache_sizes(loaded(checkpoint, "mistral"))
 
 
 def test_a_cache_that_grows(checkpoint: Checkpoint, dynamo: None, no_inductor: None) -> None:
@@ -86,12 +90,7 @@ def torch_2_11(
 
 
 def test_many_cache_sizes_under_an_older_torch(checkpoint: Checkpoint, torch_2_11: None) -> None:
-    model = loaded(checkpoint, "mistral")
-    eager = generate(model, PROMPTS[:1], 4)
-    compile_model(model)
-    for size in range(10):
-        model.setup_caches(1, 16 + 8 * size)
-        assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+    check_many_cache_sizes(loaded(checkpoint, "mistral"))
 
 
 def test_what_was_compiled_before_is_not_taken_for_what_is_compiled_anew(

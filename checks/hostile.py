@@ -91,62 +91,77 @@ NUMBERS_OF_TOKENS = {
 }
 
 
-def hostile_gguf() -> dict[str, bytes]:
-    """Files that are to be refused by a sentence, quickly and without much memory."""
-    made = {}
+class Made(dict[str, bytes]):
+    """Files by what is wrong with them."""
 
-    def add(name: str, change: Callable[[GGUF], Any]) -> None:
+    def add(self, name: str, change: Callable[[GGUF], Any]) -> None:
         file = GGUF()
         change(file)
-        made[name] = file.content()
+        self[name] = file.content()
 
-    def setting(name: str, key: str, kind: int, value: Any) -> None:
-        add(name, lambda file: file.settings.update({key: (kind, value)}))
+    def setting(self, name: str, key: str, kind: int, value: Any) -> None:
+        self.add(name, lambda file: file.settings.update({key: (kind, value)}))
 
-    def tensor(name: str, place: int, value: Any, which: str = "blk.0.attn_q") -> None:
-        add(name, lambda file: file.tensors[which].__setitem__(place, value))
+    def tensor(self, name: str, place: int, value: Any, which: str = "blk.0.attn_q") -> None:
+        self.add(name, lambda file: file.tensors[which].__setitem__(place, value))
 
-    for power in (24, 40, 60, 63):
-        for kind in (U8, TEXT, LIST, 99):
-            head = struct.pack("<IQ", kind, 2**power)
-            setting(f"list of 2^{power} of type {kind}", "x", LIST, head)
-        setting(f"text of 2^{power}", "x", TEXT, struct.pack("<Q", 2**power))
-        for what in ("settings", "tensors"):
-            add(f"2^{power} {what}", lambda file: file.counts.update({what: 2**power}))
-    setting("lists in lists", "x", LIST, struct.pack("<IQ", LIST, 1) * 10_000)
-    setting("unknown type", "x", 99, b"")
-    setting("no UTF-8", "general.architecture", TEXT, text(b"\xff"))
-    setting("key twice", "llama.block_count again", U32, 1)
-    for alignment in (0, 3):
-        setting(f"alignment {alignment}", "general.alignment", U32, alignment)
-    setting("alignment text", "general.alignment", TEXT, "x")
-    for name, offset in {"wraps": -32, "beyond": 2**40, "2^63": 2**63, "unaligned": 4}.items():
-        tensor(f"offset {name}", 3, offset)
-    tensor("overlap", 3, 0)
-    tensor("tensor twice", 0, "blk.0.attn_k.weight")
-    shapes = {
-        "0": (32, 0), "negative": (2**64 - 32, 32), "overflow": (2**32, 2**32), "huge": (2**62,),
-        "none": (), "five": (1,) * 5, "three": (32, 32, 1), "one": (1024,),
-    }
-    for name, dims in shapes.items():
-        tensor(f"dims {name}", 1, dims)
-    tensor("half a block", 2, 2, "blk.0.ffn_norm")
-    made["half a block"] = made["half a block"].replace(struct.pack("<IQI", 1, 32, 2),
-                                                        struct.pack("<IQI", 1, 33, 2))
-    for kind in (4, 31, 99, 2**31):
-        tensor(f"type {kind}", 2, kind)
-    for token in ("bos", "eos", "eot", "eom", "unknown"):
-        for name, (kind, value) in NUMBERS_OF_TOKENS.items():
-            setting(f"{token} {name}", f"{GGML_TOKENIZER}{token}_token_id", kind, value)
-    setting("tokens", f"{GGML_TOKENIZER}tokens", LIST, (U32, [1]))
-    setting("scores", f"{GGML_TOKENIZER}scores", LIST, (F32, [0.0]))
+
+def hostile_gguf() -> dict[str, bytes]:
+    """Files that are to be refused by a sentence, quickly and without much memory."""
+    made = Made()
+    spoil_settings(made)
+    spoil_tensors(made)
+    spoil_tokens(made)
     for version in (1, 99):
-        add(f"version {version}",
+        made.add(f"version {version}",
             lambda file: setattr(file, "start", b"GGUF" + struct.pack("<I", version)))
     whole = GGUF().content()
     for size in (0, 3, 10, 30, 1000, len(whole) - 1):
         made[f"cut to {size}"] = whole[:size]
     return made
+
+
+def spoil_settings(made: Made) -> None:
+    for power in (24, 40, 60, 63):
+        for kind in (U8, TEXT, LIST, 99):
+            head = struct.pack("<IQ", kind, 2**power)
+            made.setting(f"list of 2^{power} of type {kind}", "x", LIST, head)
+        made.setting(f"text of 2^{power}", "x", TEXT, struct.pack("<Q", 2**power))
+        for what in ("settings", "tensors"):
+            made.add(f"2^{power} {what}", lambda file: file.counts.update({what: 2**power}))
+    made.setting("lists in lists", "x", LIST, struct.pack("<IQ", LIST, 1) * 10_000)
+    made.setting("unknown type", "x", 99, b"")
+    made.setting("no UTF-8", "general.architecture", TEXT, text(b"\xff"))
+    made.setting("key twice", "llama.block_count again", U32, 1)
+    for alignment in (0, 3):
+        made.setting(f"alignment {alignment}", "general.alignment", U32, alignment)
+    made.setting("alignment text", "general.alignment", TEXT, "x")
+
+
+def spoil_tensors(made: Made) -> None:
+    for name, offset in {"wraps": -32, "beyond": 2**40, "2^63": 2**63, "unaligned": 4}.items():
+        made.tensor(f"offset {name}", 3, offset)
+    made.tensor("overlap", 3, 0)
+    made.tensor("tensor twice", 0, "blk.0.attn_k.weight")
+    shapes = {
+        "0": (32, 0), "negative": (2**64 - 32, 32), "overflow": (2**32, 2**32), "huge": (2**62,),
+        "none": (), "five": (1,) * 5, "three": (32, 32, 1), "one": (1024,),
+    }
+    for name, dims in shapes.items():
+        made.tensor(f"dims {name}", 1, dims)
+    made.tensor("half a block", 2, 2, "blk.0.ffn_norm")
+    made["half a block"] = made["half a block"].replace(struct.pack("<IQI", 1, 32, 2),
+                                                        struct.pack("<IQI", 1, 33, 2))
+    for kind in (4, 31, 99, 2**31):
+        made.tensor(f"type {kind}", 2, kind)
+
+
+def spoil_tokens(made: Made) -> None:
+    for token in ("bos", "eos", "eot", "eom", "unknown"):
+        for name, (kind, value) in NUMBERS_OF_TOKENS.items():
+            made.setting(f"{token} {name}", f"{GGML_TOKENIZER}{token}_token_id", kind, value)
+    made.setting("tokens", f"{GGML_TOKENIZER}tokens", LIST, (U32, [1]))
+    made.setting("scores", f"{GGML_TOKENIZER}scores", LIST, (F32, [0.0]))
 
 
 # --- tokenizer.json ---
