@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,8 +218,9 @@ class Transformer(nn.Module):
         cache = make_cache(
             config.n_layer, config.n_kv_head, config.head_dim, max_batch_size, max_seq_len,
             dtype=kv_dtype or self.dtype, device=self.device, attention=attention,
+            makers=[block.self_attn.make_cache for block in self.layers],
         )
-        if cache.dtype == torch.int8 and self.layers[0].self_attn.may_shift_scores:
+        if cache.dtype == torch.int8 and all(b.self_attn.may_shift_scores for b in self.layers):
             calibrate_k_mean(self, cache)
         self.cache = cache
         return cache
@@ -234,6 +235,8 @@ def run_head(model: Transformer, x: Tensor) -> Tensor:
     return model.head(x)
 
 
+Device = torch.device | str
+MakeLayer = Callable[["KVCache", "Places", Device], "LayerCache"]
 BlockForward = Callable[[nn.Module, Tensor, "Positions", "LayerCache"], Tensor]
 
 
@@ -273,6 +276,10 @@ class Attention(nn.Module):
             norm = FAMILIES[config.family].norm
             self.q_norm = norm(self.head_dim, config.norm_eps)
             self.k_norm = norm(self.head_dim, config.norm_eps)
+
+    def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
+        """This layer's part of a cache, for all rows: a LayerCache of any class."""
+        return cache.make_layer(places, device, (self.n_kv_head, self.head_dim))
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
@@ -500,6 +507,7 @@ class LayerCache:
 
     def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
         self.tensors = tensors  # what pack makes and unpack takes: [2, B, Hkv, S, ...] each
+        self.nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)  # of all rows
         self.kv = tensors[0]
         self.places = places
         self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
@@ -514,6 +522,10 @@ class LayerCache:
     def rows(self, rows: slice) -> LayerCache:
         """The cache of some of the rows."""
         return type(self)([tensor[:, rows] for tensor in self.tensors], self.places, self.flash)
+
+    def live(self, row: int, length: int) -> list[Tensor]:
+        """What a row of that many tokens has and a step reads: parts of the tensors."""
+        return [tensor[:, row, :, :length] for tensor in self.tensors]
 
     def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """k, v [B, Hkv, T, D] in the cache's format: [2, B, Hkv, T, ...] each."""
@@ -573,8 +585,9 @@ class Int8LayerCache(LayerCache):
     softmax does not notice. (It would under a softcap or with sinks; there it has to be zeros.)"""
 
     def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
-        super().__init__(tensors[:2], places, flash)
-        _, self.scale, self.k_mean = tensors
+        super().__init__(tensors, places, flash)
+        *self.tensors, self.k_mean = tensors
+        _, self.scale = self.tensors
 
     @classmethod
     def allocate(
@@ -621,15 +634,15 @@ class KVCache:
     """Keys and values of all layers, each in a static allocation of its own.
 
     attention: how decode attends: "flash", "math" or "auto". whole: the cache of each layer for all
-    rows. cached: tokens of each row, as far as the host knows. ValueError if the device has not the
-    memory."""
+    rows. cached: tokens of each row, as far as the host knows. makers: what makes each layer's, on
+    meta too, to count bytes. ValueError if the device has not the memory."""
 
     windows: tuple[int | None, ...] | None = None  # that decide what is kept: families/rings.py
 
     def __init__(
         self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
         dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
-        attention: str = "auto",
+        attention: str = "auto", makers: Sequence[MakeLayer] | None = None,
     ):
         if min(max_batch_size, max_seq_len) < 1:
             raise ValueError(f"a KV cache of {max_batch_size} x {max_seq_len} tokens holds none")
@@ -643,19 +656,30 @@ class KVCache:
         self.attention = choose_attention(attention, self.device, max_seq_len, head_dim)
         self.cached = [0] * max_batch_size
         self.grows = False  # made to fit one call of generate, which may make a larger one
-        kind = FORMATS.get(dtype, LayerCache)
-        places = self.places(n_layer)
-        shapes = [(2, max_batch_size, n_kv_head, each.S, head_dim) for each in places]
-        tensors = [x for shape in shapes for x in kind.allocate(shape, dtype, "meta")]
-        self.nbytes = sum(x.untyped_storage().nbytes() for x in tensors)
+        makers = makers or [partial(KVCache.make_layer, heads=(n_kv_head, head_dim))] * n_layer
+        self.nbytes = self.make_layers(makers, "meta")
         require_memory(
             self.nbytes, device, f"a KV cache of {max_batch_size} x {max_seq_len} tokens",
             "lower --max_seq_len or --batch_size, or take --kv_dtype int8",
         )
-        made = (kind.allocate(shape, dtype, device) for shape in shapes)
-        self.whole = [kind(x, each, self.attention == "flash") for x, each in zip(made, places)]
+        self.make_layers(makers, device)
         self.views: dict[tuple[int, int], list[LayerCache]] = {}
         self.rope_tables: dict[Rope, Tensor] = {}  # for max_seq_len positions; graphs read them
+
+    def make_layers(self, makers: Sequence[MakeLayer], device: Device) -> int:
+        """-> bytes. A maker may look at the layers before its own, in self.whole."""
+        self.whole: list[LayerCache] = []
+        for make, places in zip(makers, self.places(len(makers)), strict=True):
+            self.whole.append(make(self, places, device))
+        return sum(layer.nbytes for layer in self.whole)
+
+    def make_layer(self, places: Places, device: Device, heads: tuple[int, int]) -> LayerCache:
+        """A layer of this cache's format. heads: n_kv_head, head_dim."""
+        kind = FORMATS.get(self.dtype, LayerCache)
+        n_kv_head, head_dim = heads
+        shape = (2, self.max_batch_size, n_kv_head, places.S, head_dim)
+        tensors = kind.allocate(shape, self.dtype, device)
+        return kind(tensors, places, self.attention == "flash")
 
     def places(self, n_layer: int) -> list[Places]:
         return [Places(self.max_seq_len)] * n_layer

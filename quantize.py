@@ -375,8 +375,9 @@ def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
     scratch = model.setup_caches(1, n, rings=False).layers(slice(0, 1))
     model.run_layers(model.prefill_block, tokens, positions, scratch)
     for layer, measured in zip(cache.whole, scratch, strict=True):
-        keys = measured.kv[0, 0].float()  # (Hkv, n, D)
-        layer.k_mean.copy_(keys.mean(1, keepdim=True))
+        if hasattr(layer, "k_mean"):  # or it has no such keys
+            keys = measured.kv[0, 0].float()  # (Hkv, n, D)
+            layer.k_mean.copy_(keys.mean(1, keepdim=True))
 
 # --- saving and loading ---
 

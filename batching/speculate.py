@@ -133,9 +133,8 @@ class DraftModel(Drafter):
 def copy_row(cache: KVCache, source: int, target: int, length: int) -> None:
     """Give a row what another one holds in its first `length` positions."""
     for layer in cache.whole:
-        n = layer.places.S if layer.places.ring else length
-        for tensor in layer.tensors:
-            tensor[:, target, :, :n] = tensor[:, source, :, :n]
+        for new, old in zip(layer.live(target, length), layer.live(source, length)):
+            new.copy_(old)
     written = getattr(cache, "written", None)  # of a cache with rings
     if written is not None:
         written[target] = written[source]

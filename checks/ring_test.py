@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from cli.stats import bytes_read
 from families import RingKVCache
 from generate import Request, compile_model, generate
 from model import (
-    FORMATS, MAX_DECODE_TOKENS, KVCache, LayerCache, Transformer, load_model,
+    FORMATS, MAX_DECODE_TOKENS, KVCache, LayerCache, Places, Transformer, load_model,
 )
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
@@ -106,7 +107,36 @@ def test_a_long_context_costs_what_its_windows_keep() -> None:
     token = 2 * 8 * 128 * 2
     assert cache.nbytes == 16 * token * (131072 + 1024 + MAX_DECODE_TOKENS)
     assert bytes_read(cache, 100) == 32 * token * 100
-    assert bytes_read(cache, 100_000) == 16 * token * (100_000 + 1024)
+    assert bytes_read(cache, 100_000) == 16 * token * (100_000 + 1024 + MAX_DECODE_TOKENS)
+
+
+@pytest.mark.parametrize("windows", [(None, None), (9, None)])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+def test_layers_of_one_cache_have_heads_of_their_own(
+    windows: tuple[int | None, ...], kv_dtype: torch.dtype
+) -> None:
+    heads = (2, 16), (1, 32)
+    makers = [partial(KVCache.make_layer, heads=each) for each in heads]
+    options = dict(dtype=kv_dtype, makers=makers)
+    cache = RingKVCache(2, 4, 8, 3, ROOM, windows=windows, **options)
+    alone = [
+        RingKVCache(1, *each, 3, ROOM, windows=[window], dtype=kv_dtype)
+        for each, window in zip(heads, windows)
+    ]
+    assert [layer.kv.shape for layer in cache.whole] == [each.whole[0].kv.shape for each in alone]
+    assert cache.nbytes == sum(each.nbytes for each in alone)
+    assert bytes_read(cache, 50) == sum(bytes_read(each, 50) for each in alone)
+
+
+def test_a_layer_may_be_made_of_one_before_it() -> None:
+    def same(cache: KVCache, places: Places, device: torch.device | str) -> LayerCache:
+        [first] = cache.whole
+        return LayerCache(first.tensors, places, first.flash)
+
+    cache = KVCache(2, 1, 8, 1, 16, makers=[partial(KVCache.make_layer, heads=(1, 8)), same])
+    first, second = cache.layers(slice(0, 1))
+    first.kv.fill_(3)
+    assert second.kv.eq(3).all()
 
 
 @pytest.mark.parametrize("rings", [True, False])

@@ -18,7 +18,7 @@ from torch.utils.benchmark import Timer
 from cli.errors import afterthought
 from cli.files import new_file
 from generate import Decoder, say
-from model import MAX_DECODE_TOKENS, KVCache, Transformer
+from model import KVCache, Transformer
 
 if TYPE_CHECKING:
     from batching import Engine
@@ -45,13 +45,7 @@ def module_bytes(module: nn.Module) -> int:
 
 def bytes_read(cache: KVCache, length: float) -> float:
     """Bytes of the cache that a step reads for a row of that length."""
-    nbytes = 0.0
-    for layer in cache.whole:
-        places = layer.places
-        n = min(length, places.S - MAX_DECODE_TOKENS) if places.ring else length
-        stored = sum(tensor.nbytes for tensor in layer.tensors)
-        nbytes += n * stored / (cache.max_batch_size * places.S)
-    return nbytes
+    return sum(x.nbytes for layer in cache.whole for x in layer.live(0, int(length)))
 
 
 @afterthought()
