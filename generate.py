@@ -120,9 +120,9 @@ def decoder_for(
     measured: bool,
 ) -> Decoder:
     """What decodes in model.cache. batching/'s Engine is for more requests than rows, proposals and
-    statistics, and better for prompts that are not read together well."""
+    statistics, and better for prompts that are not read together well or begin alike."""
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
-    if beyond or not pads_little(requests):
+    if beyond or not pads_little(requests) or begin_alike(requests):
         batching = extension("batching", required=beyond)
         if batching is not None:
             return batching.Engine(model, compiled=compiled, speculate_k=k, draft=draft)
@@ -134,6 +134,15 @@ def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
     reading the weights, and there padding is free; beyond, it may be a quarter."""
     lengths = [len(request.prompt) for request in requests]
     return len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
+
+
+def begin_alike(requests: Sequence[Request], least: int = 32) -> list[int]:
+    """The tokens with which several prompts begin, none if these are few or not the first that are
+    cached. One that is left of each prompt is fed for its logits."""
+    prompts = [request.prompt for request in requests]
+    shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+    first = not any(request.cached for request in requests)
+    return shared if first and len(shared) >= least else []
 
 
 LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
@@ -417,9 +426,12 @@ class Decoder:
         torch.cuda.synchronize()
         return graph
 
-    def prefill(self, rows: slice, requests: Sequence[Request]) -> Iterator[bool]:
+    def prefill(
+        self, rows: slice, requests: Sequence[Request], done: int = 0
+    ) -> Iterator[bool]:
         """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
-        their first tokens. Steps of other rows write in these too: where the next chunk will."""
+        their first tokens. done: tokens of each prompt that are there. Steps of other rows write in
+        these too: where the next chunk will."""
         cached = requests[0].cached
         if cached:
             self.cache.refuse_lost(rows, cached)
@@ -433,8 +445,8 @@ class Decoder:
         lengths, tokens, *new = self.to_device(lengths, tokens, *new)
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
-        self.input_pos[rows] = cached
-        done, width, ends = 0, tokens.shape[1], None
+        self.input_pos[rows] = cached + done
+        width, ends = tokens.shape[1], None
         while done < width:
             part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
             last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
