@@ -1129,7 +1129,8 @@ class Checkpoint:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             tensors = {}
-            for file in sorted(folder.glob("model*.safetensors")):
+            parts = sorted(folder.glob("model-*-of-*.safetensors"))
+            for file in list(folder.glob("model.safetensors")) or parts:
                 tensors |= load_file(file)
         except Exception as e:  # of JSON, safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None

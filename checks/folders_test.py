@@ -19,7 +19,7 @@ from torch import Tensor
 from checks.common import BASE, close, hf_logits
 from checks.formats_test import MakeCheckpoint, logits_of
 from formats.checkpoint import resolve
-from model import load_model
+from model import Checkpoint, load_model
 from quantize import say_once
 
 IDS = torch.arange(3, 20)[None]
@@ -62,6 +62,8 @@ def test_other_files_beside_the_weights_are_left_alone(
     tensors = {name: torch.zeros_like(x) for name, x in load_file(folder / NAME).items()}
     save(tensors, folder / other)
     assert torch.equal(logits_of(folder), before)
+    alone = Checkpoint.from_folder(folder)  # where there is no formats/
+    assert all(x.any() for name, x in alone.tensors.items() if name in tensors)
 
 
 def test_a_single_file_counts_more_than_an_index(
