@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from batching import Engine
+from batching import Engine, load_row, save_row
 from checks.common import PROMPTS
 from generate import Request, generate
 from model import Transformer, load_model
@@ -90,3 +90,49 @@ def test_a_text_behind_cached_tokens_shares_nothing(checkpoint: Checkpoint) -> N
     for row in range(2):
         whole = PROMPTS[2][5 * row:5 * row + 5] + PREFIX
         assert generate(model, [whole], 7) == [out[row]]
+
+# --- rows in files ---
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("room", [96, 80])
+def test_a_row_goes_on_from_a_file(
+    model: Transformer, kv_dtype: torch.dtype | None, room: int, tmp_path: Path
+) -> None:
+    """In every row of another cache, as if it had been read there."""
+    tails = [[5, 6], [9]]
+    whole = [generate(model, [PREFIX + tail], 8)[0] for tail in tails]
+    if kv_dtype is not None:
+        model.setup_caches(2, 96, kv_dtype)
+        whole = generate(model, [PREFIX + tail for tail in tails], 8)
+    model.setup_caches(1, 96, kv_dtype)
+    generate(model, [PREFIX], 1)
+    save_row(model, PREFIX, tmp_path / "prefix.safetensors")
+    model.setup_caches(2, room, kv_dtype)
+    ids = load_row(model, tmp_path / "prefix.safetensors")
+    assert ids == PREFIX
+    assert generate(model, tails, 8, cached=len(ids)) == whole
+
+
+def test_a_row_of_another_model_or_cache_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    file = tmp_path / "prefix.safetensors"
+    model = load_model(checkpoint("llama")[0], dtype=torch.float32)
+    model.setup_caches(1, 96)
+    with pytest.raises(ValueError, match="40 tokens are not cached: the row has 0"):
+        save_row(model, PREFIX, file)
+    generate(model, [PREFIX], 1)
+    save_row(model, PREFIX, file)
+    model.setup_caches(1, 96, torch.int8)
+    with pytest.raises(ValueError, match="is of another kind of cache"):
+        load_row(model, file)
+    model.setup_caches(1, 40)
+    with pytest.raises(ValueError, match="40 cached and 1 new tokens exceed the cache of 40"):
+        load_row(model, file)
+    model.layers[1].mlp.down_proj.weight[0] += 1
+    with pytest.raises(ValueError, match="was written with another model"):
+        load_row(model, file)
+    file.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="cannot read what a row holds"):
+        load_row(model, file)
