@@ -132,6 +132,28 @@ CHECKPOINTS = {
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
         decoder_sparse_step=2, **SEVEN)),
 }
+CHECKPOINTS |= {
+    "ministral": ("Ministral", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
+    "ministral3": ("Ministral3", dict(rope_parameters=dict(
+        YARN_ROPE, rope_theta=1e6, factor=16.0, original_max_position_embeddings=11,
+        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1), sliding_window=9, pad_token_id=0)),
+    "seed-oss": ("SeedOss", SEVEN),
+    "exaone4": ("Exaone4", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
+    "exaone4-full": ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
+    "glm": ("Glm", dict(pad_token_id=0)),
+    "glm4": ("Glm4", dict(pad_token_id=0, **SEVEN)),
+    "hunyuan": ("HunYuanDenseV1", dict(rope_parameters=dict(
+        rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0, mscale_all_dim=1.0))),
+    "ernie": ("Ernie4_5", dict(use_bias=True)),
+    "apertus": ("Apertus", dict(hidden_size=96, pad_token_id=0)),
+    "cohere2": ("Cohere2", dict(hidden_size=96, sliding_window=9, layer_types=WINDOW_FIRST)),
+    "starcoder2": ("Starcoder2", dict(hidden_size=96, sliding_window=9)),
+    "stablelm": ("StableLm", dict(hidden_size=96, use_qkv_bias=True)),
+    "stablelm-parallel": ("StableLm", dict(hidden_size=96, use_parallel_residual=True)),
+    "phi": ("Phi", dict(hidden_size=96)),
+    "gpt-neox": ("GPTNeoX", dict(hidden_size=96)),
+    "gpt-neox-sequential": ("GPTNeoX", dict(hidden_size=96, use_parallel_residual=False)),
+}
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
 

@@ -37,6 +37,7 @@ MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 # families with something of their own, in one build of each
 NAMES = [
     "gemma", "gemma2", "gemma3", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
+    "ministral3", "hunyuan", "apertus", "cohere2", "gpt-neox",
 ]
 
 
@@ -434,10 +435,11 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # written beside layer_types, which are read
 HARMLESS = set("""
     _name_or_path _sliding_window_pattern attention_dropout bos_token_id chunk_size_feed_forward
-    dtype embd_pdrop eos_token_id id2label initializer_range is_encoder_decoder label2id
-    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
-    problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    transformers_version use_cache
+    classifier_dropout dtype embd_pdrop embedding_dropout eod_token_id eos_token_id hidden_dropout
+    id2label initializer_range is_decoder is_encoder_decoder label2id output_attentions
+    output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop
+    residual_dropout return_dict router_aux_loss_coef router_jitter_noise transformers_version
+    use_cache
 """.split())
 
 
@@ -491,7 +493,7 @@ MODEL_TYPES = """
     gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo
     gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
     hunyuan_v1_dense internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4 llama4_text llava
-    longcat_flash mamba mamba2 minimax ministral mistral mistral3 mixtral mllama moshi mpt nanochat
+    longcat_flash mamba mamba2 minimax ministral ministral3 mistral mistral3 mixtral mllama moshi mpt nanochat
     nemotron olmo olmo2 olmo3 olmoe opt paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2
     qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss
     smollm3 stablelm starcoder2 t5gemma vaultgemma whisper xglm zamba2

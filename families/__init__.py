@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch.nn as nn
+
 from families import gguf
 from families.blocks import (
-    AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
-    SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
-    baichuan_ropes, normalize_head,
+    AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
+    GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock, ParallelBlock, PlainMLP,
+    PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
+    SoftcapAttention, XIELUMLP, baichuan_attention, baichuan_ropes, halves_first, normalize_head,
+    parallel_or_not,
 )
 from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
-    windows_of, yarn,
+    biases, by_pattern, eps_of, every_other_and_last, exaone_ropes, gelu_tanh, is_set, layer_ropes,
+    longrope, neox_ropes, query_scale, ropes_in_windows, stretched_ropes, windows_of, yarn,
 )
-from model import FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
+from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
 ROPES |= {"yarn": yarn, "longrope": longrope, "mrope": ROPES["default"]}  # as it is for texts
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorch_tanh"])
 
 # --- what a config.json means where it leaves a setting out ---
 
@@ -45,6 +50,38 @@ SMOLLM3 = LLAMA | dict(
 )
 PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary_factor=1.0,
             original_max_position_embeddings=4096, sliding_window=None)
+MINISTRAL3 = dict(
+    head_dim=128, num_key_value_heads=8, max_position_embeddings=262144, rms_norm_eps=1e-5,
+    sliding_window=None, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16384,
+        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
+    ),
+)
+SEED_OSS = dict(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288,
+                attention_bias=True, attention_out_bias=False, mlp_bias=False)
+EXAONE4 = dict(num_key_value_heads=32, rms_norm_eps=1e-5, layer_types=None, sliding_window=4096,
+               sliding_window_pattern=4)
+GLM = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072,
+           rms_norm_eps=1.5625e-7, attention_bias=True, partial_rotary_factor=0.5)
+HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
+ERNIE = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072, use_bias=False,
+             rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True)
+APERTUS = dict(
+    hidden_act="xielu", attention_bias=False, max_position_embeddings=65536, rms_norm_eps=1e-5,
+    rope_theta=12e6, rope_parameters=dict(
+        rope_type="llama3", rope_theta=12e6, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+)
+COHERE2 = dict(attention_bias=False, max_position_embeddings=8192, tie_word_embeddings=True,
+               layer_types=None, sliding_window=4096, sliding_window_pattern=4)
+STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
+                  max_position_embeddings=4096, use_bias=True, tie_word_embeddings=True)
+STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25,
+                use_parallel_residual=False)
+PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
+NEOX = dict(hidden_act="gelu", attention_bias=True, rotary_emb_base=1e4, rotary_pct=0.25,
+            partial_rotary_factor=None, use_parallel_residual=True)
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
                                    num_experts_per_tok=2)
@@ -91,7 +128,7 @@ FAMILIES |= {
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
     "phi3": Family(
-        PHI3, stored_joined={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
+        PHI3, stored_as={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
         gguf=dict(name="phi3", complete=gguf.phi3),
     ),
     "olmo2": Family(
@@ -113,12 +150,90 @@ FAMILIES |= {
     ),
     "baichuan": Family(
         fields={"ropes": baichuan_ropes}, attention=baichuan_attention,
-        stored_joined={"qkv_proj": ("W_pack",)}, convert=normalize_head,
+        stored_as={"qkv_proj": ("W_pack",)}, convert=normalize_head,
         gguf=dict(
             name="baichuan", interleaved=True, complete=gguf.baichuan,
             # what lies in parts in these files
             parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
         ),
+    ),
+    "ministral": Family(MISTRAL | {"layer_types": None}),
+    "ministral3": Family(
+        MINISTRAL3, attention=FarQueryAttention,
+        gguf=dict(name="mistral3", interleaved=True),
+    ),
+    "seed_oss": Family(
+        SEED_OSS, {"o_bias": partial(is_set, key="attention_out_bias")},
+        gguf=dict(name="seed_oss"),
+    ),
+    "exaone4": Family(
+        EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
+        gguf=dict(name="exaone4", means=NO_WINDOW, complete=gguf.windows),
+    ),
+    "glm": Family(
+        GLM, {"o_bias": False}, convert=halves_first,
+        stored_as={"gate_up_proj": ("gate_up_proj",)},
+    ),
+    "glm4": Family(
+        GLM, {"o_bias": False}, convert=halves_first, block=SandwichBlock,
+        stored_as={
+            "gate_up_proj": ("gate_up_proj",),
+            "post_attention_layernorm": ("post_self_attn_layernorm",),
+            "pre_feedforward_layernorm": ("post_attention_layernorm",),
+            "post_feedforward_layernorm": ("post_mlp_layernorm",),
+        },
+        gguf=dict(name="glm4"),
+    ),
+    "hunyuan_v1_dense": Family(
+        HUNYUAN, {"ropes": stretched_ropes}, attention=LateNormAttention,
+        gguf=dict(name="hunyuan-dense"),
+    ),
+    "ernie4_5": Family(
+        ERNIE, biases("use_bias"), convert=halves_first, gguf=dict(name="ernie4_5"),
+    ),
+    "apertus": Family(
+        APERTUS, {"act": "silu", "qk_norm": True}, mlp=XIELUMLP,
+        stored_as={
+            "input_layernorm": ("attention_layernorm",), "act": ("act_fn",),
+            "post_attention_layernorm": ("feedforward_layernorm",),
+        },
+    ),
+    "cohere2": Family(
+        COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | eps_of("layer_norm_eps"),
+        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
+        convert=halves_first, gguf=dict(name="cohere2", means={"sliding_window_pattern": 4}),
+    ),
+    "starcoder2": Family(
+        STARCODER2, biases("use_bias") | eps_of("norm_epsilon"), norm=nn.LayerNorm, mlp=PlainMLP,
+        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)}, gguf=dict(name="starcoder2"),
+    ),
+    "stablelm": Family(
+        STABLELM, {"qkv_bias": partial(is_set, key="use_qkv_bias")} | eps_of("layer_norm_eps"),
+        norm=nn.LayerNorm, block=partial(parallel_or_not, kind=OneNormBlock),
+        gguf=dict(name="stablelm"),
+    ),
+    "phi": Family(
+        PHI, dict(qkv_bias=True, o_bias=True, mlp_bias=True) | eps_of("layer_norm_eps"),
+        norm=nn.LayerNorm, mlp=PlainMLP, block=OneNormBlock, model=BiasedHeadTransformer,
+        stored_as={
+            "o_proj": ("dense",), "up_proj": ("fc1",), "down_proj": ("fc2",),
+            "norm": ("final_layernorm",),
+        },
+        gguf=dict(name="phi2"),
+    ),
+    "gpt_neox": Family(
+        NEOX,
+        {
+            "ropes": neox_ropes, "mlp_bias": True,
+            "n_kv_head": partial(positive, key="num_attention_heads"), **eps_of("layer_norm_eps"),
+        },
+        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP,
+        block=partial(parallel_or_not, kind=ParallelBlock),
+        stored_as={
+            "embed_tokens": ("embed_in",), "lm_head": ("embed_out",), "self_attn": ("attention",),
+            "o_proj": ("dense",), "up_proj": ("dense_h_to_4h",), "norm": ("final_layer_norm",),
+            "down_proj": ("dense_4h_to_h",),
+        },
     ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,

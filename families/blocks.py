@@ -12,9 +12,10 @@ from torch import Tensor
 
 from families.settings import maybe_positive
 from model import (
-    FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
+    ACTIVATIONS, FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
     fake_prefill_attention, in_tiles, make_rope, positive, rope_settings, visible,
 )
+from quantize import Linear
 
 # --- norms ---
 
@@ -51,6 +52,70 @@ class AllHeadsAttention(Attention):
         super().__init__(config, layer)
         self.q_norm = AllHeadsNorm(self.n_head * self.head_dim, config.norm_eps)
         self.k_norm = AllHeadsNorm(self.n_kv_head * self.head_dim, config.norm_eps)
+
+
+class LateNormAttention(Attention):
+    """Hunyuan's: the norms of q and k come behind the rotary embedding."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.query_layernorm = nn.RMSNorm(self.head_dim, config.norm_eps)
+        self.key_layernorm = nn.RMSNorm(self.head_dim, config.norm_eps)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
+    ) -> Tensor:
+        return super().attend(self.query_layernorm(q), self.key_layernorm(k), v, positions, cache)
+
+
+class FarQueryAttention(Attention):
+    """Ministral 3's: each further original context makes queries larger, as a logarithm does."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.far = far_queries(config.ropes[layer])
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
+    ) -> Tensor:
+        return super().attend(self.far(q, positions.index), k, v, positions, cache)
+
+
+def far_queries(rope: Rope) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes queries [B, Hq, T, D] at positions index [B, T] larger."""
+    beta = rope.hf.get("llama_4_scaling_beta") or 0.0
+    context = rope.original_context
+
+    def enlarge(q: Tensor, index: Tensor) -> Tensor:
+        scale = 1 + beta * (index // context).float().log1p()  # (B, T)
+        return q * scale[:, None, :, None].to(q.dtype)
+
+    return enlarge
+
+
+class HeadwiseAttention(Attention):
+    """GPT-NeoX's: the file has q, k and v of a head together, head after head."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.query_key_value = self._modules.pop("qkv_proj")
+
+    def qkv_proj(self, x: Tensor) -> Tensor:
+        qkv = self.query_key_value(x).unflatten(-1, (self.n_head, 3, -1))
+        return qkv.transpose(2, 3).flatten(2)  # (B, T, 3 * H * D)
+
+
+def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
+    """Where neighbours of a head of q or k turn as pairs: its rows in the order of our layout,
+    in which the two halves do. Scores do not change."""
+    if ".qkv_proj." not in name:
+        return None
+    D, n = config.head_dim, config.n_head + config.n_kv_head
+    dim = max(rope.dim for rope in config.ropes if rope is not None)
+    head = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2), torch.arange(dim, D)])
+    turned = torch.arange(n)[:, None] * D + head  # (Hq + Hkv, D)
+    rows = torch.cat([turned.flatten(), torch.arange(n * D, (n + config.n_kv_head) * D)])
+    return lambda tensor: tensor[rows]
 
 
 class SpecialAttention(Attention):
@@ -208,6 +273,30 @@ class PostNormBlock(SandwichBlock):
         self.pre_feedforward_layernorm = nn.Identity()
 
 
+class ParallelBlock(Block):
+    """GPT-NeoX's: attention and MLP have the same input, each with a norm of its own."""
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + y + self.mlp(self.post_attention_layernorm(x))
+
+
+class OneNormBlock(Block):
+    """Phi's and Cohere's: or one norm for both."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.post_attention_layernorm = nn.Identity()
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.input_layernorm(x)
+        return x + self.self_attn(y, positions, cache) + self.mlp(y)
+
+
+def parallel_or_not(config: ModelConfig, layer: int, kind: type[Block]) -> Block:
+    return (kind if config.hf["use_parallel_residual"] else Block)(config, layer)
+
+
 class ScaledBlock(Block):
     """Granite's: what is added to x is scaled."""
 
@@ -218,6 +307,42 @@ class ScaledBlock(Block):
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.scale * self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.scale * self.mlp(self.post_attention_layernorm(x))
+
+class PlainMLP(nn.Module):
+    """A feed-forward network without a gate."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.act = ACTIVATIONS[config.act]
+        self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+class XIELU(nn.Module):
+    """Apertus's activation, whose slopes on both sides are trained (arXiv 2411.13010)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.empty(1))
+        self.alpha_n = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = F.softplus(self.alpha_p) * x * x
+        below = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + F.softplus(self.alpha_n))
+        return torch.where(x > 0, above, below) + 0.5 * x
+
+
+class XIELUMLP(PlainMLP):
+    """Apertus's."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        if config.hf["hidden_act"] != "xielu":
+            raise ValueError(f"unsupported hidden_act {config.hf['hidden_act']!r} of an Apertus")
+        self.act = XIELU()
 
 # --- embedding and head ---
 
@@ -247,13 +372,29 @@ class GemmaTransformer(ScaledTransformer):
         return logits
 
 
-class GraniteTransformer(ScaledTransformer):
+class BiasedHeadTransformer(Transformer):
+    """The output layer has a bias."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=True)
+
+
+class ScaledHeadTransformer(Transformer):
+    """Cohere's: logits are multiplied by a number."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.logits_scale = positive(config.hf, "logit_scale", 0.0625, float)
+
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x) * self.logits_scale
+
+
+class GraniteTransformer(ScaledTransformer, ScaledHeadTransformer):
     """Embedding and logits are scaled."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embedding_scale = positive(config.hf, "embedding_multiplier", 1.0, float)
         self.logits_scale = 1 / positive(config.hf, "logits_scaling", 1.0, float)
-
-    def head(self, x: Tensor) -> Tensor:
-        return super().head(x) * self.logits_scale

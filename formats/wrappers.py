@@ -55,7 +55,7 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 # what may stand in front of the names of a model of texts, in place of model.
 PREFIX = re.compile(
-    r"(((language_|text_|base_|pretrained_)?model|transformer|module|llm)\.)*(?=layers\.\d)"
+    r"(((language_|text_|base_|pretrained_)?model|transformer|module|llm|gpt_neox)\.)*(?=layers\.\d)"
 )
 
 
