@@ -18,7 +18,7 @@ from torch import Tensor
 import generate
 from formats.checkpoint import CheckedCheckpoint
 from formats.pretokenizers import PRE_TOKENIZERS
-from model import Transformer
+from model import ModelConfig, Transformer
 
 HERE = Path(__file__).resolve().parent.parent  # where generate.py is
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # a reference; its sources have vocabularies
@@ -140,7 +140,6 @@ CHECKPOINTS |= {
     "seed-oss": ("SeedOss", SEVEN),
     "exaone4": ("Exaone4", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
     "exaone4-full": ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
-    "glm": ("Glm", dict(pad_token_id=0)),
     "glm4": ("Glm4", dict(pad_token_id=0, **SEVEN)),
     "hunyuan": ("HunYuanDenseV1", dict(rope_parameters=dict(
         rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0, mscale_all_dim=1.0))),
@@ -151,8 +150,6 @@ CHECKPOINTS |= {
     "stablelm": ("StableLm", dict(hidden_size=96, use_qkv_bias=True)),
     "stablelm-parallel": ("StableLm", dict(hidden_size=96, use_parallel_residual=True)),
     "phi": ("Phi", dict(hidden_size=96)),
-    "gpt-neox": ("GPTNeoX", dict(hidden_size=96)),
-    "gpt-neox-sequential": ("GPTNeoX", dict(hidden_size=96, use_parallel_residual=False)),
 }
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
@@ -188,7 +185,7 @@ def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
     assert (a.cpu() - b.cpu()).abs().max() < tol * max(1.0, largest)
 
 
-INTERLEAVED = ("llama", "smollm3", "granite", "baichuan")  # architectures of GGUF files
+INTERLEAVED = ("llama", "smollm3", "granite", "baichuan", "mistral3")  # architectures of GGUF files
 
 
 def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
@@ -204,7 +201,10 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(ModelConfig.from_hf(config.to_dict()).norm_eps)
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)

@@ -37,7 +37,7 @@ MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 # families with something of their own, in one build of each
 NAMES = [
     "gemma", "gemma2", "gemma3", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
-    "ministral3", "hunyuan", "apertus", "cohere2", "gpt-neox",
+    "ministral3", "hunyuan", "apertus", "cohere2", "phi",
 ]
 
 
@@ -435,8 +435,8 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # written beside layer_types, which are read
 HARMLESS = set("""
     _name_or_path _sliding_window_pattern attention_dropout bos_token_id chunk_size_feed_forward
-    classifier_dropout dtype embd_pdrop embedding_dropout eod_token_id eos_token_id hidden_dropout
-    id2label initializer_range is_decoder is_encoder_decoder label2id output_attentions
+    dtype embd_pdrop embedding_dropout eod_token_id eos_token_id hidden_dropout
+    id2label initializer_range is_encoder_decoder label2id output_attentions
     output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop
     residual_dropout return_dict router_aux_loss_coef router_jitter_noise transformers_version
     use_cache

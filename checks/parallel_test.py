@@ -32,7 +32,9 @@ SEVEN = dict(
 SHARED = dict(THREE, num_key_value_heads=2)  # four ranks have two copies of each key/value head
 PLAIN = dict(quantize=None, int8_kv=False, attention="auto", compile=False, options={})
 SAMPLED = dict(temperature=1.0, seed=3)
-FAMILIES = ["gemma2", "olmo2", "phi3", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe"]
+FAMILIES = [
+    "gemma2", "olmo2", "phi", "phi3", "glm4", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe",
+]
 CASES = [
     *((family, PLAIN) for family in FAMILIES),
     ("three", PLAIN),

@@ -9,16 +9,15 @@ import torch.nn as nn
 from families import gguf
 from families.blocks import (
     AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
-    GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock, ParallelBlock, PlainMLP,
-    PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
-    SoftcapAttention, XIELUMLP, baichuan_attention, baichuan_ropes, halves_first, normalize_head,
-    parallel_or_not,
+    GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
+    ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention, baichuan_attention,
+    baichuan_ropes, halves_first, normalize_head, stablelm_block, xielu_mlp,
 )
 from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
-    biases, by_pattern, eps_of, every_other_and_last, exaone_ropes, gelu_tanh, is_set, layer_ropes,
-    longrope, neox_ropes, query_scale, ropes_in_windows, stretched_ropes, windows_of, yarn,
+    by_pattern, every_other_and_last, gelu_tanh, is_set, layer_ropes, longrope, query_scale,
+    ropes_in_windows, stretched_ropes, windows_of, yarn,
 )
 from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
@@ -76,12 +75,11 @@ APERTUS = dict(
 COHERE2 = dict(attention_bias=False, max_position_embeddings=8192, tie_word_embeddings=True,
                layer_types=None, sliding_window=4096, sliding_window_pattern=4)
 STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
-                  max_position_embeddings=4096, use_bias=True, tie_word_embeddings=True)
+                  max_position_embeddings=4096, use_bias=True, norm_epsilon=1e-5,
+                  tie_word_embeddings=True)
 STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25,
                 use_parallel_residual=False)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
-NEOX = dict(hidden_act="gelu", attention_bias=True, rotary_emb_base=1e4, rotary_pct=0.25,
-            partial_rotary_factor=None, use_parallel_residual=True)
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
                                    num_experts_per_tok=2)
@@ -110,6 +108,9 @@ GPT_OSS = EXPERTS | dict(
 # layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+BIASES = ("qkv_bias", "o_bias", "mlp_bias")
+USE_BIAS = dict.fromkeys(BIASES, partial(is_set, key="use_bias"))
+LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
 FAMILIES |= {
@@ -164,15 +165,16 @@ FAMILIES |= {
     ),
     "seed_oss": Family(
         SEED_OSS, {"o_bias": partial(is_set, key="attention_out_bias")},
-        gguf=dict(name="seed_oss"),
+        gguf=dict(name="seed_oss", complete=gguf.biases),
     ),
     "exaone4": Family(
-        EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
+        EXAONE4,
+        LAYERWISE | {
+            "ropes": lambda hf: (ropes_in_windows if hf["sliding_window"] else layer_ropes)(hf),
+            "qk_norm": True,
+        },
+        block=PostNormBlock,
         gguf=dict(name="exaone4", means=NO_WINDOW, complete=gguf.windows),
-    ),
-    "glm": Family(
-        GLM, {"o_bias": False}, convert=halves_first,
-        stored_as={"gate_up_proj": ("gate_up_proj",)},
     ),
     "glm4": Family(
         GLM, {"o_bias": False}, convert=halves_first, block=SandwichBlock,
@@ -182,58 +184,46 @@ FAMILIES |= {
             "pre_feedforward_layernorm": ("post_attention_layernorm",),
             "post_feedforward_layernorm": ("post_mlp_layernorm",),
         },
-        gguf=dict(name="glm4"),
+        gguf=dict(name="glm4", complete=gguf.biases),
     ),
     "hunyuan_v1_dense": Family(
         HUNYUAN, {"ropes": stretched_ropes}, attention=LateNormAttention,
         gguf=dict(name="hunyuan-dense"),
     ),
     "ernie4_5": Family(
-        ERNIE, biases("use_bias"), convert=halves_first, gguf=dict(name="ernie4_5"),
+        ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5", complete=gguf.biases),
     ),
     "apertus": Family(
-        APERTUS, {"act": "silu", "qk_norm": True}, mlp=XIELUMLP,
+        APERTUS, {"act": lambda hf: hf["hidden_act"].replace("xielu", "silu"), "qk_norm": True},
+        mlp=xielu_mlp,
         stored_as={
             "input_layernorm": ("attention_layernorm",), "act": ("act_fn",),
             "post_attention_layernorm": ("feedforward_layernorm",),
         },
     ),
     "cohere2": Family(
-        COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | eps_of("layer_norm_eps"),
+        COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
         norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
         convert=halves_first, gguf=dict(name="cohere2", means={"sliding_window_pattern": 4}),
     ),
     "starcoder2": Family(
-        STARCODER2, biases("use_bias") | eps_of("norm_epsilon"), norm=nn.LayerNorm, mlp=PlainMLP,
-        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)}, gguf=dict(name="starcoder2"),
+        STARCODER2, USE_BIAS | {"norm_eps": partial(positive, key="norm_epsilon", kind=float)},
+        norm=nn.LayerNorm, mlp=PlainMLP,
+        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)}, gguf=dict(name="starcoder2", complete=gguf.biases),
     ),
     "stablelm": Family(
-        STABLELM, {"qkv_bias": partial(is_set, key="use_qkv_bias")} | eps_of("layer_norm_eps"),
-        norm=nn.LayerNorm, block=partial(parallel_or_not, kind=OneNormBlock),
-        gguf=dict(name="stablelm"),
+        STABLELM, {"qkv_bias": partial(is_set, key="use_qkv_bias")} | LAYER_NORM_EPS,
+        norm=nn.LayerNorm, block=stablelm_block,
+        gguf=dict(name="stablelm", complete=gguf.biases),
     ),
     "phi": Family(
-        PHI, dict(qkv_bias=True, o_bias=True, mlp_bias=True) | eps_of("layer_norm_eps"),
+        PHI, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS,
         norm=nn.LayerNorm, mlp=PlainMLP, block=OneNormBlock, model=BiasedHeadTransformer,
         stored_as={
             "o_proj": ("dense",), "up_proj": ("fc1",), "down_proj": ("fc2",),
             "norm": ("final_layernorm",),
         },
         gguf=dict(name="phi2"),
-    ),
-    "gpt_neox": Family(
-        NEOX,
-        {
-            "ropes": neox_ropes, "mlp_bias": True,
-            "n_kv_head": partial(positive, key="num_attention_heads"), **eps_of("layer_norm_eps"),
-        },
-        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP,
-        block=partial(parallel_or_not, kind=ParallelBlock),
-        stored_as={
-            "embed_tokens": ("embed_in",), "lm_head": ("embed_out",), "self_attn": ("attention",),
-            "o_proj": ("dense",), "up_proj": ("dense_h_to_4h",), "norm": ("final_layer_norm",),
-            "down_proj": ("dense_4h_to_h",),
-        },
     ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,

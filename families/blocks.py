@@ -69,40 +69,19 @@ class LateNormAttention(Attention):
 
 
 class FarQueryAttention(Attention):
-    """Ministral 3's: each further original context makes queries larger, as a logarithm does."""
+    """Ministral 3's: queries grow with the logarithm of how many original contexts lie before."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.far = far_queries(config.ropes[layer])
+        self.beta = config.ropes[layer].hf.get("llama_4_scaling_beta") or 0.0
+        self.original_context = config.ropes[layer].original_context
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
-        return super().attend(self.far(q, positions.index), k, v, positions, cache)
-
-
-def far_queries(rope: Rope) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes queries [B, Hq, T, D] at positions index [B, T] larger."""
-    beta = rope.hf.get("llama_4_scaling_beta") or 0.0
-    context = rope.original_context
-
-    def enlarge(q: Tensor, index: Tensor) -> Tensor:
-        scale = 1 + beta * (index // context).float().log1p()  # (B, T)
-        return q * scale[:, None, :, None].to(q.dtype)
-
-    return enlarge
-
-
-class HeadwiseAttention(Attention):
-    """GPT-NeoX's: the file has q, k and v of a head together, head after head."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.query_key_value = self._modules.pop("qkv_proj")
-
-    def qkv_proj(self, x: Tensor) -> Tensor:
-        qkv = self.query_key_value(x).unflatten(-1, (self.n_head, 3, -1))
-        return qkv.transpose(2, 3).flatten(2)  # (B, T, 3 * H * D)
+        scale = 1 + self.beta * (positions.index // self.original_context).float().log1p()
+        q = q * scale[:, None, :, None].to(q.dtype)
+        return super().attend(q, k, v, positions, cache)
 
 
 def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -273,16 +252,8 @@ class PostNormBlock(SandwichBlock):
         self.pre_feedforward_layernorm = nn.Identity()
 
 
-class ParallelBlock(Block):
-    """GPT-NeoX's: attention and MLP have the same input, each with a norm of its own."""
-
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), positions, cache)
-        return x + y + self.mlp(self.post_attention_layernorm(x))
-
-
 class OneNormBlock(Block):
-    """Phi's and Cohere's: or one norm for both."""
+    """Phi's and Cohere's: attention and MLP have the same input."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -293,8 +264,8 @@ class OneNormBlock(Block):
         return x + self.self_attn(y, positions, cache) + self.mlp(y)
 
 
-def parallel_or_not(config: ModelConfig, layer: int, kind: type[Block]) -> Block:
-    return (kind if config.hf["use_parallel_residual"] else Block)(config, layer)
+def stablelm_block(config: ModelConfig, layer: int) -> Block:
+    return (OneNormBlock if config.hf["use_parallel_residual"] else Block)(config, layer)
 
 
 class ScaledBlock(Block):
@@ -335,14 +306,11 @@ class XIELU(nn.Module):
         return torch.where(x > 0, above, below) + 0.5 * x
 
 
-class XIELUMLP(PlainMLP):
-    """Apertus's."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        if config.hf["hidden_act"] != "xielu":
-            raise ValueError(f"unsupported hidden_act {config.hf['hidden_act']!r} of an Apertus")
-        self.act = XIELU()
+def xielu_mlp(config: ModelConfig, layer: int) -> PlainMLP:
+    mlp = PlainMLP(config, layer)
+    if config.hf["hidden_act"] == "xielu":
+        mlp.act = XIELU()
+    return mlp
 
 # --- embedding and head ---
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +29,6 @@ def gelu_tanh(hf: dict) -> str:
 
 def is_set(hf: dict, key: str) -> bool:
     return bool(hf.get(key))
-
-
-def biases(key: str) -> dict[str, Any]:
-    """The fields of ModelConfig that one setting of a family stands for."""
-    return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), partial(is_set, key=key))
-
-
-def eps_of(key: str) -> dict[str, Any]:
-    """The field of ModelConfig for norms that are no RMSNorms."""
-    return {"norm_eps": partial(positive, key=key, default=1e-5, kind=float)}
 
 # --- which layers have a window, or a rope ---
 
@@ -140,11 +129,6 @@ def ropes_in_windows(hf: dict) -> tuple[Rope | None, ...]:
     return tuple(window and rope for window in windows_of(hf, by_pattern))
 
 
-def exaone_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """As above where there is a window at all."""
-    return ropes_in_windows(hf) if hf.get("sliding_window") else layer_ropes(hf)
-
-
 def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
     """Hunyuan's: files say "dynamic", but with alpha it is one larger base for all lengths."""
     settings = rope_settings(hf)
@@ -153,12 +137,6 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
         larger = positive(settings, "alpha", kind=float) ** (rope.dim / (rope.dim - 2))
         settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
     return (make_rope(settings),) * positive(hf, "num_hidden_layers")
-
-
-def neox_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """GPT-NeoX's, whose older files have names of their own."""
-    older = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
-    return (make_rope(rope_settings(hf | older)),) * positive(hf, "num_hidden_layers")
 
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 

@@ -21,6 +21,7 @@ SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attentio
 SIZES_OF = {
     "llama": (32000, 4096, 11008, 32, 32),
     "mistral": (32000, 4096, 14336, 32, 32),
+    "ministral3": (131072, 4096, 14336, 34, 32),
     "qwen2": (151936, 4096, 22016, 32, 32),
     "qwen3": (151936, 4096, 22016, 32, 32),
     "gemma3_text": (262208, 2304, 9216, 26, 8),
@@ -55,7 +56,7 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 # what may stand in front of the names of a model of texts, in place of model.
 PREFIX = re.compile(
-    r"(((language_|text_|base_|pretrained_)?model|transformer|module|llm|gpt_neox)\.)*(?=layers\.\d)"
+    r"(((language_|text_|base_|pretrained_)?model|transformer|module|llm)\.)*(?=layers\.\d)"
 )
 
 
