@@ -151,6 +151,27 @@ CHECKPOINTS |= {
     "stablelm-parallel": ("StableLm", dict(hidden_size=96, use_parallel_residual=True)),
     "phi": ("Phi", dict(hidden_size=96)),
 }
+LATENT = dict(
+    kv_lora_rank=24, q_lora_rank=40, qk_nope_head_dim=12, qk_rope_head_dim=8, head_dim=8,
+    v_head_dim=16, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+    num_key_value_heads=6)
+CHECKPOINTS |= {
+    "deepseek-v2": ("DeepseekV2", dict(
+        LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+        routed_scaling_factor=1.5, first_k_dense_replace=2)),
+    "deepseek-v2-lite": ("DeepseekV2", dict(LATENT, q_lora_rank=None, n_group=1, topk_group=1)),
+    "deepseek-v3": ("DeepseekV3", dict(
+        LATENT, n_group=4, topk_group=2, first_k_dense_replace=1, rope_parameters=dict(
+            YARN_ROPE, rope_theta=1e4, mscale=1.0, mscale_all_dim=0.7))),
+    "glm4-lite": ("Glm4MoeLite", dict(LATENT, v_head_dim=20, rope_interleave=False)),
+    "glm4-moe": ("Glm4Moe", dict(
+        n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16,
+        use_qk_norm=True, attention_bias=True)),
+    "minimax": ("MiniMaxM2", dict(num_local_experts=8, num_experts_per_tok=3, rotary_dim=8)),
+    "ernie-moe": ("Ernie4_5_Moe", dict(
+        moe_num_experts=8, moe_k=3, moe_intermediate_size=32)),
+    "hunyuan-moe": ("HunYuanMoEV1", dict(num_experts=8, moe_topk=3)),
+}
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
 
@@ -169,6 +190,9 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
                 parameter.normal_(std=0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+        for name, buffer in hf.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.3)
     return hf
 
 

@@ -13,11 +13,15 @@ from families.blocks import (
     ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention, baichuan_attention,
     baichuan_ropes, halves_first, normalize_head, stablelm_block, xielu_mlp,
 )
-from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
+from families.experts import (
+    ClampedExperts, biased_moe, deepseek_moe, ernie_moe, hunyuan_moe, minimax_moe,
+    mixture_of_experts, mlp_or_moe,
+)
+from families.mla import LATENT, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, is_set, layer_ropes, longrope, query_scale,
-    ropes_in_windows, stretched_ropes, windows_of, yarn,
+    by_pattern, every_other_and_last, gelu_tanh, is_set, layer_ropes, longrope, minimax_ropes,
+    query_scale, ropes_in_windows, stretched_ropes, windows_of, yarn,
 )
 from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
@@ -102,6 +106,37 @@ GPT_OSS = EXPERTS | dict(
     attention_bias=True, layer_types=None, sliding_window=128, sliding_window_pattern=2,
     num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0,
 )
+DEEPSEEK_V2 = dict(
+    attention_bias=False, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128,
+    qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=1407, n_routed_experts=64,
+    n_shared_experts=2, routed_scaling_factor=1.0, topk_method="greedy", first_k_dense_replace=0,
+)
+DEEPSEEK_V3 = DEEPSEEK_V2 | dict(
+    max_position_embeddings=4096, moe_intermediate_size=2048, n_routed_experts=256,
+    n_shared_experts=1, routed_scaling_factor=2.5, topk_method=None, n_group=8, topk_group=4,
+    num_experts_per_tok=8, first_k_dense_replace=3, norm_topk_prob=True,
+)
+GLM4_LITE = DEEPSEEK_V3 | dict(
+    max_position_embeddings=202752, moe_intermediate_size=1536, n_routed_experts=64,
+    q_lora_rank=768, qk_nope_head_dim=192, v_head_dim=256, routed_scaling_factor=1.8,
+    num_experts_per_tok=4, n_group=1, topk_group=1, first_k_dense_replace=1, rms_norm_eps=1e-5,
+)
+GLM4_MOE = dict(
+    attention_bias=False, num_key_value_heads=8, max_position_embeddings=131072,
+    rms_norm_eps=1e-5, partial_rotary_factor=0.5, moe_intermediate_size=1408,
+    n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=1,
+    norm_topk_prob=True,
+)
+MINIMAX = EXPERTS | dict(
+    head_dim=128, num_key_value_heads=8, max_position_embeddings=196608, rope_theta=5e6,
+    partial_rotary_factor=None, rotary_dim=None, num_local_experts=256, num_experts_per_tok=8,
+)
+ERNIE_MOE = ERNIE | dict(
+    head_dim=None, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
+    moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_end_index=-1,
+    moe_layer_interval=1,
+)
+HUNYUAN_MOE = HUNYUAN | dict(num_experts=1, moe_topk=1)
 
 # --- the table ---
 
@@ -111,6 +146,7 @@ GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, partial(is_set, key="use_bias"))
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
+SHARED_EXPERTS = {"shared_expert": ("shared_experts",)}
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
 FAMILIES |= {
@@ -251,4 +287,34 @@ FAMILIES |= {
         mlp=partial(mlp_or_moe, kind=ClampedExperts),
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
     ),
+    "deepseek_v2": Family(
+        DEEPSEEK_V2, LATENT | {"moe": partial(deepseek_moe, best_of_group=1, normalize=False)},
+        attention=LatentAttention, mlp=mlp_or_moe, convert=latent_halves_first,
+        stored_as=SHARED_EXPERTS,
+    ),
+    "deepseek_v3": Family(
+        DEEPSEEK_V3, LATENT | {"moe": biased_moe}, attention=LatentAttention, mlp=mlp_or_moe,
+        convert=latent_halves_first, stored_as=SHARED_EXPERTS,
+    ),
+    "glm4_moe_lite": Family(
+        GLM4_LITE, LATENT | {"moe": biased_moe}, attention=LatentAttention, mlp=mlp_or_moe,
+        convert=latent_halves_first, stored_as=SHARED_EXPERTS,
+    ),
+    "glm4_moe": Family(
+        GLM4_MOE, {"o_bias": False, "qk_norm": partial(is_set, key="use_qk_norm"), "moe": biased_moe},
+        mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
+    ),
+    "minimax_m2": Family(
+        MINIMAX, {"moe": minimax_moe, "ropes": minimax_ropes}, attention=AllHeadsAttention,
+        mlp=mlp_or_moe,
+    ),
+    "ernie4_5_moe": Family(
+        ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
+        stored_as=SHARED_EXPERTS,
+    ),
+    "hunyuan_v1_moe": Family(
+        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": hunyuan_moe}, attention=LateNormAttention,
+        mlp=mlp_or_moe, stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
+    ),
 }
+FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]

@@ -4,7 +4,8 @@ active weights do: 3 of 30 billion in Qwen3-30B-A3B."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from families.settings import of_layers
 from model import ACTIVATIONS, MLP, ModelConfig, is_number, positive
 from quantize import LAYOUTS, Linear
 
@@ -31,6 +33,13 @@ class MoEConfig:
     layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
     shared_ffn_dim: int  # of an expert that all tokens go to; 0: there is none
     normalize: bool  # the weights of a token's experts add up to 1
+    gated_share: bool = True  # how much of the shared expert a token gets is learned, too
+    score: str = "softmax"  # or "sigmoid"
+    bias_shape: tuple[int, ...] | None = None  # of what is added to scores to choose by
+    n_group: int = 1  # of which the best topk_group may be chosen from
+    topk_group: int = 1
+    best_of_group: int = 2  # how many of its scores a group's is the sum of
+    scale: float = 1.0  # of the weights
 
 
 def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEConfig | None:
@@ -65,7 +74,84 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
         )
     return config
 
+
+
+def deepseek_moe(hf: dict, **own: Any) -> MoEConfig | None:
+    """DeepSeek's: the first layers have none. own: fields of MoEConfig."""
+    kinds = of_layers(hf, "mlp_layer_types")
+    dense = list(range(hf.get("first_k_dense_replace") or 0))
+    if kinds is not None:
+        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
+    ours = dict(num_experts=hf["n_routed_experts"], num_local_experts=None, mlp_only_layers=dense)
+    ours["shared_expert_intermediate_size"] = (hf.get("n_shared_experts") or 0) * positive(
+        hf, "moe_intermediate_size")
+    moe = mixture_of_experts(hf | ours)
+    if hf.get("topk_method") != "greedy":
+        own |= dict(n_group=hf.get("n_group") or 1, topk_group=hf.get("topk_group") or 1)
+    if moe is not None and moe.n_expert % own.get("n_group", 1):
+        raise ValueError(f"{moe.n_expert} experts do not divide into n_group = {own['n_group']}")
+    scale = positive(hf, "routed_scaling_factor", 1.0, float)
+    return moe and replace(moe, gated_share=False, scale=scale, **own)
+
+
+def biased_moe(hf: dict) -> MoEConfig | None:
+    """DeepSeek V3's: scores are sigmoids, and a bias keeps the load of all experts alike."""
+    return deepseek_moe(hf, score="sigmoid", bias_shape=(positive(hf, "n_routed_experts"),))
+
+
+def minimax_moe(hf: dict) -> MoEConfig | None:
+    moe = mixture_of_experts(hf, "intermediate_size")
+    return moe and replace(moe, score="sigmoid", bias_shape=(moe.n_expert,))
+
+
+def ernie_moe(hf: dict) -> MoEConfig | None:
+    if hf["use_bias"]:
+        raise ValueError("unsupported use_bias true: the output layer would have one")
+    n_layer = positive(hf, "num_hidden_layers")
+    first, last = hf["moe_layer_start_index"], hf["moe_layer_end_index"] % n_layer
+    n_expert = positive(hf, "moe_num_experts")
+    moe = mixture_of_experts(hf | dict(
+        num_experts=n_expert, num_local_experts=None, num_experts_per_tok=hf["moe_k"],
+        mlp_only_layers=[layer for layer in range(n_layer) if not first <= layer <= last],
+        decoder_sparse_step=hf["moe_layer_interval"],
+        shared_expert_intermediate_size=hf["moe_num_shared_experts"] * hf["moe_intermediate_size"],
+    ))
+    return replace(moe, gated_share=False, bias_shape=(1, n_expert))
+
+
+def hunyuan_moe(hf: dict) -> MoEConfig | None:
+    """Files may have a list for all layers, of one number."""
+    size = hf["intermediate_size"]
+    moe = mixture_of_experts(hf | dict(
+        num_local_experts=None, num_experts=same(hf, "num_experts"),
+        num_experts_per_tok=same(hf, "moe_topk"), shared_expert_intermediate_size=size,
+    ), "intermediate_size")
+    return moe and replace(moe, gated_share=False)
+
+
+def same(hf: dict, key: str) -> Any:
+    """A setting of all layers, or of each, which then has to be the same."""
+    values = hf[key] if isinstance(hf[key], list) else [hf[key]]
+    if len(set(values)) != 1:
+        raise ValueError(f"unsupported {key} {values!r}, not the same in all layers")
+    return values[0]
+
 # --- the layers ---
+
+
+class Router(nn.Linear):
+    """Its bias is for choosing alone, and stays float32 whatever a model's dtype is."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.dim, config.moe.n_expert, bias=False)
+        self.e_score_correction_bias = nn.Parameter(torch.empty(config.moe.bias_shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bits = self.e_score_correction_bias.detach().view(torch.int32)
+        super()._apply(fn, recurse)
+        bias = fn(bits).view(torch.float32)
+        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
+        return self
 
 
 class MoE(nn.Module):
@@ -74,32 +160,53 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, kind: type[Experts]):
         super().__init__()
         moe = config.moe
-        self.n_active = moe.n_active
-        self.normalize = moe.normalize
+        self.config = moe
         # the router and the shared expert's gate are small: they are never quantized
         self.gate = nn.Linear(config.dim, moe.n_expert, bias=kind.bias)
+        if moe.bias_shape is not None:
+            self.gate = Router(config)
         self.experts = kind(config)
         self.shared_expert = None
         if moe.shared_ffn_dim:
             self.shared_expert = MLP(config, 0, moe.shared_ffn_dim)
+        if moe.shared_ffn_dim and moe.gated_share:
             self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
         y = self.experts(x, weights, ids)
         if self.shared_expert is not None:
-            share = self.shared_expert_gate(x).sigmoid()  # (B, T, 1)
+            share = 1.0
+            if self.config.gated_share:
+                share = self.shared_expert_gate(x).sigmoid()  # (B, T, 1)
             y = y + share * self.shared_expert(x)
         return y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, dim] -> the weights of each token's experts and their numbers, [B, T, n_active]
         each."""
-        scores = self.gate(x).float().softmax(-1)  # (B, T, n_expert)
-        weights, ids = scores.topk(self.n_active, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), ids
+        config = self.config
+        scores = self.gate(x).float()  # (B, T, n_expert)
+        scores = scores.sigmoid() if config.score == "sigmoid" else scores.softmax(-1)
+        choice = scores
+        if config.bias_shape is not None:
+            choice = scores + self.gate.e_score_correction_bias
+        if config.n_group > 1:
+            choice = self.in_best_groups(choice)
+        weights, ids = choice.topk(config.n_active, dim=-1)
+        if choice is not scores:
+            weights = scores.gather(-1, ids)
+        if config.normalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        return (weights * config.scale).to(x.dtype), ids
+
+    def in_best_groups(self, choice: Tensor) -> Tensor:
+        """choice [B, T, n_expert], -inf in all groups but a token's best ones."""
+        groups = choice.unflatten(-1, (self.config.n_group, -1))
+        of_group = groups.topk(self.config.best_of_group)[0].sum(-1)  # (B, T, n_group)
+        best = of_group.topk(self.config.topk_group)[1]
+        others = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
+        return groups.masked_fill(others[..., None], -torch.inf).flatten(-2)
 
 
 class Experts(nn.Module):

@@ -138,6 +138,13 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
         settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
     return (make_rope(settings),) * positive(hf, "num_hidden_layers")
 
+def minimax_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """MiniMax's, whose files may say how many values of a head turn."""
+    settings = rope_settings(hf)
+    if settings.get("rotary_dim") is not None and settings["partial_rotary_factor"] is None:
+        settings["partial_rotary_factor"] = positive(hf, "rotary_dim") / positive(hf, "head_dim")
+    return (make_rope(settings),) * positive(hf, "num_hidden_layers")
+
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
 
