@@ -144,11 +144,9 @@ CHECKPOINTS |= {
     "hunyuan": ("HunYuanDenseV1", dict(rope_parameters=dict(
         rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0, mscale_all_dim=1.0))),
     "ernie": ("Ernie4_5", dict(use_bias=True)),
-    "apertus": ("Apertus", dict(hidden_size=96, pad_token_id=0)),
     "cohere2": ("Cohere2", dict(hidden_size=96, sliding_window=9, layer_types=WINDOW_FIRST)),
     "starcoder2": ("Starcoder2", dict(hidden_size=96, sliding_window=9)),
     "stablelm": ("StableLm", dict(hidden_size=96, use_qkv_bias=True)),
-    "stablelm-parallel": ("StableLm", dict(hidden_size=96, use_parallel_residual=True)),
     "phi": ("Phi", dict(hidden_size=96)),
 }
 LATENT = dict(

@@ -11,17 +11,16 @@ from families.blocks import (
     AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
     GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
     ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention, baichuan_attention,
-    baichuan_ropes, halves_first, normalize_head, stablelm_block, xielu_mlp,
+    baichuan_ropes, halves_first, normalize_head,
 )
 from families.experts import (
-    ClampedExperts, biased_moe, deepseek_moe, ernie_moe, hunyuan_moe, minimax_moe,
-    mixture_of_experts, mlp_or_moe,
+    ClampedExperts, deepseek_moe, ernie_moe, hunyuan_moe, mixture_of_experts, mlp_or_moe,
 )
 from families.mla import LATENT, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, is_set, layer_ropes, longrope, minimax_ropes,
-    query_scale, ropes_in_windows, stretched_ropes, windows_of, yarn,
+    by_pattern, every_other_and_last, exaone_ropes, gelu_tanh, is_set, layer_ropes, longrope,
+    query_scale, ropes_in_windows, ropes_of_part, stretched_ropes, windows_of, yarn,
 )
 from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
@@ -69,20 +68,12 @@ GLM = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072,
 HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
 ERNIE = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072, use_bias=False,
              rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True)
-APERTUS = dict(
-    hidden_act="xielu", attention_bias=False, max_position_embeddings=65536, rms_norm_eps=1e-5,
-    rope_theta=12e6, rope_parameters=dict(
-        rope_type="llama3", rope_theta=12e6, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    ),
-)
 COHERE2 = dict(attention_bias=False, max_position_embeddings=8192, tie_word_embeddings=True,
                layer_types=None, sliding_window=4096, sliding_window_pattern=4)
 STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
                   max_position_embeddings=4096, use_bias=True, norm_epsilon=1e-5,
                   tie_word_embeddings=True)
-STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25,
-                use_parallel_residual=False)
+STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
@@ -106,30 +97,22 @@ GPT_OSS = EXPERTS | dict(
     attention_bias=True, layer_types=None, sliding_window=128, sliding_window_pattern=2,
     num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0,
 )
-DEEPSEEK_V2 = dict(
-    attention_bias=False, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128,
-    qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=1407, n_routed_experts=64,
-    n_shared_experts=2, routed_scaling_factor=1.0, topk_method="greedy", first_k_dense_replace=0,
+DEEPSEEK_V2 = dict(attention_bias=False, q_lora_rank=1536, n_shared_experts=2,
+                   topk_method="greedy", first_k_dense_replace=0)
+DEEPSEEK_V3 = dict(
+    attention_bias=False, q_lora_rank=1536, max_position_embeddings=4096, n_shared_experts=1,
+    first_k_dense_replace=3, norm_topk_prob=True,
 )
-DEEPSEEK_V3 = DEEPSEEK_V2 | dict(
-    max_position_embeddings=4096, moe_intermediate_size=2048, n_routed_experts=256,
-    n_shared_experts=1, routed_scaling_factor=2.5, topk_method=None, n_group=8, topk_group=4,
-    num_experts_per_tok=8, first_k_dense_replace=3, norm_topk_prob=True,
-)
-GLM4_LITE = DEEPSEEK_V3 | dict(
-    max_position_embeddings=202752, moe_intermediate_size=1536, n_routed_experts=64,
-    q_lora_rank=768, qk_nope_head_dim=192, v_head_dim=256, routed_scaling_factor=1.8,
-    num_experts_per_tok=4, n_group=1, topk_group=1, first_k_dense_replace=1, rms_norm_eps=1e-5,
-)
+GLM4_LITE = DEEPSEEK_V3 | dict(max_position_embeddings=202752, q_lora_rank=768,
+                               first_k_dense_replace=1, rms_norm_eps=1e-5)
 GLM4_MOE = dict(
     attention_bias=False, num_key_value_heads=8, max_position_embeddings=131072,
-    rms_norm_eps=1e-5, partial_rotary_factor=0.5, moe_intermediate_size=1408,
-    n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=1,
+    rms_norm_eps=1e-5, partial_rotary_factor=0.5, n_shared_experts=1, first_k_dense_replace=1,
     norm_topk_prob=True,
 )
 MINIMAX = EXPERTS | dict(
     head_dim=128, num_key_value_heads=8, max_position_embeddings=196608, rope_theta=5e6,
-    partial_rotary_factor=None, rotary_dim=None, num_local_experts=256, num_experts_per_tok=8,
+    partial_rotary_factor=None, num_local_experts=256, num_experts_per_tok=8,
 )
 ERNIE_MOE = ERNIE | dict(
     head_dim=None, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
@@ -147,6 +130,10 @@ BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, partial(is_set, key="use_bias"))
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
 SHARED_EXPERTS = {"shared_expert": ("shared_experts",)}
+BIASED = dict(score="sigmoid", bias_dims=1)
+BIASED_MOE = {"moe": partial(deepseek_moe, **BIASED)}
+DEEPSEEK = dict(attention=LatentAttention, mlp=mlp_or_moe, convert=latent_halves_first,
+                stored_as=SHARED_EXPERTS)
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
 FAMILIES |= {
@@ -196,20 +183,14 @@ FAMILIES |= {
     ),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
-        MINISTRAL3, attention=FarQueryAttention,
-        gguf=dict(name="mistral3", interleaved=True),
+        MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
     ),
     "seed_oss": Family(
         SEED_OSS, {"o_bias": partial(is_set, key="attention_out_bias")},
         gguf=dict(name="seed_oss", complete=gguf.biases),
     ),
     "exaone4": Family(
-        EXAONE4,
-        LAYERWISE | {
-            "ropes": lambda hf: (ropes_in_windows if hf["sliding_window"] else layer_ropes)(hf),
-            "qk_norm": True,
-        },
-        block=PostNormBlock,
+        EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
         gguf=dict(name="exaone4", means=NO_WINDOW, complete=gguf.windows),
     ),
     "glm4": Family(
@@ -229,14 +210,6 @@ FAMILIES |= {
     "ernie4_5": Family(
         ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5", complete=gguf.biases),
     ),
-    "apertus": Family(
-        APERTUS, {"act": lambda hf: hf["hidden_act"].replace("xielu", "silu"), "qk_norm": True},
-        mlp=xielu_mlp,
-        stored_as={
-            "input_layernorm": ("attention_layernorm",), "act": ("act_fn",),
-            "post_attention_layernorm": ("feedforward_layernorm",),
-        },
-    ),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
         norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
@@ -245,12 +218,12 @@ FAMILIES |= {
     "starcoder2": Family(
         STARCODER2, USE_BIAS | {"norm_eps": partial(positive, key="norm_epsilon", kind=float)},
         norm=nn.LayerNorm, mlp=PlainMLP,
-        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)}, gguf=dict(name="starcoder2", complete=gguf.biases),
+        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)},
+        gguf=dict(name="starcoder2", complete=gguf.biases),
     ),
     "stablelm": Family(
         STABLELM, {"qkv_bias": partial(is_set, key="use_qkv_bias")} | LAYER_NORM_EPS,
-        norm=nn.LayerNorm, block=stablelm_block,
-        gguf=dict(name="stablelm", complete=gguf.biases),
+        norm=nn.LayerNorm, gguf=dict(name="stablelm", complete=gguf.biases),
     ),
     "phi": Family(
         PHI, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS,
@@ -289,24 +262,21 @@ FAMILIES |= {
     ),
     "deepseek_v2": Family(
         DEEPSEEK_V2, LATENT | {"moe": partial(deepseek_moe, best_of_group=1, normalize=False)},
-        attention=LatentAttention, mlp=mlp_or_moe, convert=latent_halves_first,
-        stored_as=SHARED_EXPERTS,
+        **DEEPSEEK,
     ),
-    "deepseek_v3": Family(
-        DEEPSEEK_V3, LATENT | {"moe": biased_moe}, attention=LatentAttention, mlp=mlp_or_moe,
-        convert=latent_halves_first, stored_as=SHARED_EXPERTS,
-    ),
-    "glm4_moe_lite": Family(
-        GLM4_LITE, LATENT | {"moe": biased_moe}, attention=LatentAttention, mlp=mlp_or_moe,
-        convert=latent_halves_first, stored_as=SHARED_EXPERTS,
-    ),
+    "deepseek_v3": Family(DEEPSEEK_V3, LATENT | BIASED_MOE, **DEEPSEEK),
+    "glm4_moe_lite": Family(GLM4_LITE, LATENT | BIASED_MOE, **DEEPSEEK),
     "glm4_moe": Family(
-        GLM4_MOE, {"o_bias": False, "qk_norm": partial(is_set, key="use_qk_norm"), "moe": biased_moe},
+        GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": partial(is_set, key="use_qk_norm")},
         mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
     ),
     "minimax_m2": Family(
-        MINIMAX, {"moe": minimax_moe, "ropes": minimax_ropes}, attention=AllHeadsAttention,
-        mlp=mlp_or_moe,
+        MINIMAX,
+        {
+            "ropes": partial(ropes_of_part, key="rotary_dim"),
+            "moe": partial(mixture_of_experts, ffn_dim="intermediate_size", **BIASED),
+        },
+        attention=AllHeadsAttention, mlp=mlp_or_moe,
     ),
     "ernie4_5_moe": Family(
         ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,

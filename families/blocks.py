@@ -85,16 +85,21 @@ class FarQueryAttention(Attention):
 
 
 def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
-    """Where neighbours of a head of q or k turn as pairs: its rows in the order of our layout,
-    in which the two halves do. Scores do not change."""
+    """For files where neighbours of a head of q or k turn as pairs. Scores do not change."""
     if ".qkv_proj." not in name:
         return None
-    D, n = config.head_dim, config.n_head + config.n_kv_head
     dim = max(rope.dim for rope in config.ropes if rope is not None)
-    head = torch.cat([torch.arange(0, dim, 2), torch.arange(1, dim, 2), torch.arange(dim, D)])
-    turned = torch.arange(n)[:, None] * D + head  # (Hq + Hkv, D)
-    rows = torch.cat([turned.flatten(), torch.arange(n * D, (n + config.n_kv_head) * D)])
-    return lambda tensor: tensor[rows]
+    n = (config.n_head + config.n_kv_head) * config.head_dim
+    rest = config.head_dim - dim
+    return lambda tensor: torch.cat([in_halves(tensor[:n], 0, dim, rest), tensor[n:]])
+
+
+def in_halves(tensor: Tensor, before: int, dim: int, behind: int) -> Tensor:
+    """Rows of heads, of which dim turn, as pairs of neighbours: in the order of our layout, in
+    which the two halves do."""
+    order = torch.arange(dim).view(-1, 2).T.flatten() + before
+    order = [*range(before), *order.tolist(), *range(before + dim, before + dim + behind)]
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
 
 class SpecialAttention(Attention):
@@ -264,10 +269,6 @@ class OneNormBlock(Block):
         return x + self.self_attn(y, positions, cache) + self.mlp(y)
 
 
-def stablelm_block(config: ModelConfig, layer: int) -> Block:
-    return (OneNormBlock if config.hf["use_parallel_residual"] else Block)(config, layer)
-
-
 class ScaledBlock(Block):
     """Granite's: what is added to x is scaled."""
 
@@ -290,27 +291,6 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.up_proj(x)))
-
-
-class XIELU(nn.Module):
-    """Apertus's activation, whose slopes on both sides are trained (arXiv 2411.13010)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha_p = nn.Parameter(torch.empty(1))
-        self.alpha_n = nn.Parameter(torch.empty(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        above = F.softplus(self.alpha_p) * x * x
-        below = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + F.softplus(self.alpha_n))
-        return torch.where(x > 0, above, below) + 0.5 * x
-
-
-def xielu_mlp(config: ModelConfig, layer: int) -> PlainMLP:
-    mlp = PlainMLP(config, layer)
-    if config.hf["hidden_act"] == "xielu":
-        mlp.act = XIELU()
-    return mlp
 
 # --- embedding and head ---
 

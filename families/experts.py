@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -35,15 +35,18 @@ class MoEConfig:
     normalize: bool  # the weights of a token's experts add up to 1
     gated_share: bool = True  # how much of the shared expert a token gets is learned, too
     score: str = "softmax"  # or "sigmoid"
-    bias_shape: tuple[int, ...] | None = None  # of what is added to scores to choose by
+    bias_dims: int = 0  # of what is added to scores to choose by; 0: nothing is
     n_group: int = 1  # of which the best topk_group may be chosen from
     topk_group: int = 1
     best_of_group: int = 2  # how many of its scores a group's is the sum of
     scale: float = 1.0  # of the weights
 
 
-def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEConfig | None:
-    """None if no layer has one. ffn_dim: the setting that has the experts' size."""
+def mixture_of_experts(
+    hf: dict, ffn_dim: str = "moe_intermediate_size", **fields: Any
+) -> MoEConfig | None:
+    """None if no layer has one. ffn_dim: the setting that has the experts' size; fields: of a
+    MoEConfig, whatever settings say."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
     if hf[key] is None:
         raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
@@ -55,7 +58,7 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
     shared = hf.get("shared_expert_intermediate_size")
     if shared is not None and (shared != 0 or not is_number(shared)):
         shared = positive(hf, "shared_expert_intermediate_size")
-    config = MoEConfig(
+    settings: dict[str, Any] = dict(
         n_expert=positive(hf, key),
         n_active=positive(hf, "num_experts_per_tok"),
         ffn_dim=positive(hf, ffn_dim),
@@ -63,6 +66,7 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
         shared_ffn_dim=shared or 0,
         normalize=bool(hf.get("norm_topk_prob", True)),
     )
+    config = MoEConfig(**settings | fields)
     if config.n_active > config.n_expert:
         raise ValueError(
             f"num_experts_per_tok is {config.n_active}, but there are {config.n_expert} experts"
@@ -72,69 +76,49 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
             f"the model's configuration has {key} = {config.n_expert} in each of {n_layer} layers: "
             f"there may be {MOST_EXPERTS} experts in all"
         )
+    if config.n_expert % config.n_group or config.topk_group > config.n_group:
+        groups = f"the best {config.topk_group} of {config.n_group} groups"
+        raise ValueError(f"{groups} cannot be chosen from {config.n_expert} experts")
     return config
 
 
-
-def deepseek_moe(hf: dict, **own: Any) -> MoEConfig | None:
-    """DeepSeek's: the first layers have none. own: fields of MoEConfig."""
-    kinds = of_layers(hf, "mlp_layer_types")
-    dense = list(range(hf.get("first_k_dense_replace") or 0))
-    if kinds is not None:
-        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
-    ours = dict(num_experts=hf["n_routed_experts"], num_local_experts=None, mlp_only_layers=dense)
-    ours["shared_expert_intermediate_size"] = (hf.get("n_shared_experts") or 0) * positive(
-        hf, "moe_intermediate_size")
-    moe = mixture_of_experts(hf | ours)
+def deepseek_moe(hf: dict, **fields: Any) -> MoEConfig | None:
+    """The first layers have none; a token's experts are of some groups."""
+    first = ["dense"] * hf["first_k_dense_replace"] + ["sparse"] * positive(hf, "num_hidden_layers")
+    kinds = of_layers(hf, "mlp_layer_types") or first
+    shared = hf["n_shared_experts"] * positive(hf, "moe_intermediate_size")
     if hf.get("topk_method") != "greedy":
-        own |= dict(n_group=hf.get("n_group") or 1, topk_group=hf.get("topk_group") or 1)
-    if moe is not None and moe.n_expert % own.get("n_group", 1):
-        raise ValueError(f"{moe.n_expert} experts do not divide into n_group = {own['n_group']}")
-    scale = positive(hf, "routed_scaling_factor", 1.0, float)
-    return moe and replace(moe, gated_share=False, scale=scale, **own)
-
-
-def biased_moe(hf: dict) -> MoEConfig | None:
-    """DeepSeek V3's: scores are sigmoids, and a bias keeps the load of all experts alike."""
-    return deepseek_moe(hf, score="sigmoid", bias_shape=(positive(hf, "n_routed_experts"),))
-
-
-def minimax_moe(hf: dict) -> MoEConfig | None:
-    moe = mixture_of_experts(hf, "intermediate_size")
-    return moe and replace(moe, score="sigmoid", bias_shape=(moe.n_expert,))
+        fields |= dict(n_group=positive(hf, "n_group"), topk_group=positive(hf, "topk_group"))
+    fields["scale"] = positive(hf, "routed_scaling_factor", kind=float)
+    return mixture_of_experts(hf | dict(
+        num_experts=positive(hf, "n_routed_experts"), num_local_experts=None,
+        mlp_only_layers=[layer for layer, kind in enumerate(kinds) if kind == "dense"],
+        shared_expert_intermediate_size=shared,
+    ), gated_share=False, **fields)
 
 
 def ernie_moe(hf: dict) -> MoEConfig | None:
-    if hf["use_bias"]:
-        raise ValueError("unsupported use_bias true: the output layer would have one")
-    n_layer = positive(hf, "num_hidden_layers")
-    first, last = hf["moe_layer_start_index"], hf["moe_layer_end_index"] % n_layer
-    n_expert = positive(hf, "moe_num_experts")
-    moe = mixture_of_experts(hf | dict(
-        num_experts=n_expert, num_local_experts=None, num_experts_per_tok=hf["moe_k"],
-        mlp_only_layers=[layer for layer in range(n_layer) if not first <= layer <= last],
-        decoder_sparse_step=hf["moe_layer_interval"],
-        shared_expert_intermediate_size=hf["moe_num_shared_experts"] * hf["moe_intermediate_size"],
-    ))
-    return replace(moe, gated_share=False, bias_shape=(1, n_expert))
+    last = hf["moe_layer_end_index"] % positive(hf, "num_hidden_layers")
+    if hf["use_bias"] or last + 1 != positive(hf, "num_hidden_layers"):
+        raise ValueError("unsupported use_bias or moe_layer_end_index of ERNIE's experts")
+    return deepseek_moe(hf | dict(
+        n_routed_experts=hf["moe_num_experts"], num_experts_per_tok=hf["moe_k"],
+        n_shared_experts=hf["moe_num_shared_experts"], decoder_sparse_step=hf["moe_layer_interval"],
+        first_k_dense_replace=hf["moe_layer_start_index"], topk_method="greedy",
+        routed_scaling_factor=1.0,
+    ), bias_dims=2)
 
 
 def hunyuan_moe(hf: dict) -> MoEConfig | None:
-    """Files may have a list for all layers, of one number."""
-    size = hf["intermediate_size"]
-    moe = mixture_of_experts(hf | dict(
-        num_local_experts=None, num_experts=same(hf, "num_experts"),
-        num_experts_per_tok=same(hf, "moe_topk"), shared_expert_intermediate_size=size,
-    ), "intermediate_size")
-    return moe and replace(moe, gated_share=False)
-
-
-def same(hf: dict, key: str) -> Any:
-    """A setting of all layers, or of each, which then has to be the same."""
-    values = hf[key] if isinstance(hf[key], list) else [hf[key]]
-    if len(set(values)) != 1:
-        raise ValueError(f"unsupported {key} {values!r}, not the same in all layers")
-    return values[0]
+    """Files may have a list, of the same number for each layer."""
+    n_expert, n_active = [
+        hf[key][0] if isinstance(hf[key], list) and len(set(hf[key])) == 1 else hf[key]
+        for key in ("num_experts", "moe_topk")
+    ]
+    return mixture_of_experts(hf | dict(
+        num_experts=n_expert, num_local_experts=None, num_experts_per_tok=n_active,
+        shared_expert_intermediate_size=hf["intermediate_size"],
+    ), "intermediate_size", gated_share=False)
 
 # --- the layers ---
 
@@ -142,16 +126,11 @@ def same(hf: dict, key: str) -> Any:
 class Router(nn.Linear):
     """Its bias is for choosing alone, and stays float32 whatever a model's dtype is."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config.dim, config.moe.n_expert, bias=False)
-        self.e_score_correction_bias = nn.Parameter(torch.empty(config.moe.bias_shape))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        bits = self.e_score_correction_bias.detach().view(torch.int32)
-        super()._apply(fn, recurse)
-        bias = fn(bits).view(torch.float32)
-        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False)
-        return self
+        bias = self.e_score_correction_bias
+        return super()._apply(
+            lambda x: fn(x.view(torch.int32)).view(x.dtype) if x is bias else fn(x), recurse
+        )
 
 
 class MoE(nn.Module):
@@ -163,8 +142,10 @@ class MoE(nn.Module):
         self.config = moe
         # the router and the shared expert's gate are small: they are never quantized
         self.gate = nn.Linear(config.dim, moe.n_expert, bias=kind.bias)
-        if moe.bias_shape is not None:
-            self.gate = Router(config)
+        if moe.bias_dims:
+            self.gate = Router(config.dim, moe.n_expert, bias=False)
+            bias = torch.empty([1] * (moe.bias_dims - 1) + [moe.n_expert])
+            self.gate.e_score_correction_bias = nn.Parameter(bias)
         self.experts = kind(config)
         self.shared_expert = None
         if moe.shared_ffn_dim:
@@ -189,7 +170,7 @@ class MoE(nn.Module):
         scores = self.gate(x).float()  # (B, T, n_expert)
         scores = scores.sigmoid() if config.score == "sigmoid" else scores.softmax(-1)
         choice = scores
-        if config.bias_shape is not None:
+        if config.bias_dims:
             choice = scores + self.gate.e_score_correction_bias
         if config.n_group > 1:
             choice = self.in_best_groups(choice)

@@ -1,5 +1,5 @@
 """Multi-head latent attention (arXiv 2405.04434): a token's keys and values of all heads are products
-of one short vector, and only that is cached, with a key of its own that turns.
+of one short vector, and only that is cached, with a part that turns and belongs to all keys.
 
 Prefill makes keys and values of the vectors. Decode does not: what makes keys is multiplied into the
 query, and what makes values into the result, so that all heads attend to the vectors as they are."""
@@ -12,10 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from families.settings import mscale
+from families.blocks import in_halves
+from families.settings import mscale, ropes_of_part
 from model import (
-    Attention, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, apply_rope, make_rope,
-    positive, rope_settings,
+    Attention, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
 )
 from quantize import Linear
 
@@ -37,12 +37,11 @@ class LatentCache(LayerCache):
 
 
 class LatentAttention(Attention):
-    """DeepSeek's, its modules named as in Hugging Face's checkpoints. kv_b_proj, which decode
-    multiplies by in two parts, is never quantized."""
+    """DeepSeek's. kv_b_proj, which decode multiplies by in two parts, is never quantized."""
 
     def __init__(self, config: ModelConfig, layer: int):
         nn.Module.__init__(self)
-        hf = config.hf
+        hf, bias = config.hf, config.qkv_bias
         self.n_head = config.n_head
         self.window = config.windows[layer]
         self.softmax_scale = config.softmax_scale
@@ -53,24 +52,19 @@ class LatentAttention(Attention):
         self.v_head_dim = positive(hf, "v_head_dim")
         if self.v_head_dim > self.head_dim:
             raise ValueError(f"unsupported v_head_dim {self.v_head_dim} above {self.head_dim}")
-        bias = config.qkv_bias
-        q_size = self.n_head * self.head_dim
-        if hf["q_lora_rank"] is None:
-            self.q_proj = Linear(config.dim, q_size, bias=False)
-        else:
-            q_rank = positive(hf, "q_lora_rank")
-            self.q_a_proj = Linear(config.dim, q_rank, bias=bias)
-            self.q_a_layernorm = nn.RMSNorm(q_rank, 1e-6)  # as the next one, whatever others have
-            self.q_b_proj = Linear(q_rank, q_size, bias=False)
+        self.q_a_proj, q_inputs, q_name = None, config.dim, "q_proj"
+        if hf["q_lora_rank"] is not None:
+            q_inputs, q_name = positive(hf, "q_lora_rank"), "q_b_proj"
+            self.q_a_proj = Linear(config.dim, q_inputs, bias=bias)
+            self.q_a_layernorm = nn.RMSNorm(q_inputs, 1e-6)  # whatever other norms have
+        self.add_module(q_name, Linear(q_inputs, self.n_head * self.head_dim, bias=False))
         self.kv_a_proj_with_mqa = Linear(config.dim, self.rank + self.turned, bias=bias)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, 1e-6)
         kv_size = self.n_head * (self.plain + self.v_head_dim)
         self.kv_b_proj = nn.Linear(self.rank, kv_size, bias=False)
         self.o_proj = Linear(self.n_head * self.v_head_dim, config.dim, bias=config.o_bias)
 
-    def make_cache(
-        self, cache: KVCache, places: Places, device: torch.device | str
-    ) -> LatentCache:
+    def make_cache(self, cache: KVCache, places: Places, device: str) -> LatentCache:
         if cache.dtype == torch.int8:
             raise ValueError("a compressed cache has no int8 form: leave --kv_dtype out")
         shape = (1, cache.max_batch_size, 1, places.S, self.rank + self.turned)
@@ -79,80 +73,67 @@ class LatentAttention(Attention):
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        q = self.queries(x).view(B, T, self.n_head, self.head_dim)
+        if self.q_a_proj is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.view(B, T, self.n_head, self.head_dim)
         q, q_turned = q.split([self.plain, self.turned], dim=-1)
         latent, k_turned = self.kv_a_proj_with_mqa(x).split([self.rank, self.turned], dim=-1)
         both = torch.cat([q_turned, k_turned[:, :, None]], dim=2)  # (B, T, Hq + 1, turned)
         both = apply_rope(both, positions.cos, positions.sin).transpose(1, 2)
         q_turned, k_turned = both.split([self.n_head, 1], dim=1)
-        latent = self.kv_a_layernorm(latent)[:, None]  # (B, 1, T, rank)
-        latent = torch.cat([latent, k_turned], dim=-1)  # what is cached
+        latent = torch.cat([self.kv_a_layernorm(latent)[:, None], k_turned], dim=-1)
+        # a head's part of kv_b_proj: what makes its keys and its values
+        parts = self.kv_b_proj.weight.view(self.n_head, -1, self.rank)
         q = q.transpose(1, 2)  # (B, Hq, T, plain)
         if not positions.prefill:
-            keys_of = self.weights()[:, :self.plain]
-            q = torch.einsum("bhtd,hdr->bhtr", q, keys_of)  # (B, Hq, T, rank)
-        q = torch.cat([q, q_turned], dim=-1)
-        y = self.attend(q, latent, latent, positions, cache)
+            q = torch.einsum("bhtd,hdr->bhtr", q, parts[:, :self.plain])
+        y = self.attend(torch.cat([q, q_turned], dim=-1), latent, latent, positions, cache)
         if not positions.prefill:
-            values_of = self.weights()[:, self.plain:]
-            y = torch.einsum("bhtr,hdr->bhtd", y[..., :self.rank], values_of)
+            y = torch.einsum("bhtr,hdr->bhtd", y[..., :self.rank], parts[:, self.plain:])
         return self.o_proj(y[..., :self.v_head_dim].transpose(1, 2).reshape(B, T, -1))
-
-    def queries(self, x: Tensor) -> Tensor:
-        if hasattr(self, "q_proj"):
-            return self.q_proj(x)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-
-    def weights(self) -> Tensor:
-        """What makes a head's key and its value of a vector: [Hq, plain + v_head_dim, rank]."""
-        return self.kv_b_proj.weight.view(self.n_head, -1, self.rank)
 
     def attend_to(
         self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
     ) -> Tensor:
-        """In prefill with keys and values made of the vectors, of one size for PyTorch's kernels:
-        the shorter values end in zeros."""
+        """In prefill to keys and values made of the vectors, of one size for PyTorch's kernels:
+        shorter values end in zeros."""
         if positions.prefill:
-            latent, turned = keys.split([self.rank, self.turned], dim=-1)
-            made = self.kv_b_proj(latent[:, 0]).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+            latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
+            made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
             keys, values = made.split([self.plain, self.v_head_dim], dim=-1)
-            keys = torch.cat([keys, turned.expand(-1, self.n_head, -1, -1)], dim=-1)
+            turned = turned[:, None].expand(-1, self.n_head, -1, -1)
+            keys = torch.cat([keys, turned], dim=-1)
             values = F.pad(values, (0, self.head_dim - self.v_head_dim))
         return super().attend_to(q, keys, values, positions, key_pos)
 
 # --- what a config.json means ---
 
 
-def latent_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """The part of a head that turns is a head of its own."""
-    own = {"head_dim": positive(hf, "qk_rope_head_dim"), "partial_rotary_factor": None}
-    return (make_rope(rope_settings(hf) | own),) * positive(hf, "num_hidden_layers")
-
-
 def latent_scale(hf: dict) -> float:
     """Of scores. Where yarn stretches the rotary embedding, it grows by what cos and sin do not."""
     scale = (positive(hf, "qk_nope_head_dim") + positive(hf, "qk_rope_head_dim")) ** -0.5
-    rope, *_ = latent_ropes(hf)
+    rope, *_ = ropes_of_part(hf, "qk_rope_head_dim")
     if rope.kind != "default" and rope.hf.get("mscale_all_dim"):
         scale *= mscale(rope, "mscale_all_dim") ** 2
     return scale
 
 
-def cached_size(hf: dict) -> int:
-    return positive(hf, "kv_lora_rank") + positive(hf, "qk_rope_head_dim")
-
-
-LATENT = dict(head_dim=cached_size, n_kv_head=1, ropes=latent_ropes, softmax_scale=latent_scale)
+# fields of ModelConfig; what is cached is that of one head
+LATENT = dict(
+    head_dim=lambda hf: positive(hf, "kv_lora_rank") + positive(hf, "qk_rope_head_dim"),
+    n_kv_head=1, softmax_scale=latent_scale,
+    ropes=lambda hf: ropes_of_part(hf, "qk_rope_head_dim"),
+)
 
 
 def latent_halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
-    """blocks.halves_first, for the parts of heads and of the cached vector that turn."""
-    hf = config.hf
-    others = dict.fromkeys(("q_proj", "q_b_proj"), "qk_nope_head_dim")
-    others["kv_a_proj_with_mqa"] = "kv_lora_rank"
-    first = others.get(name.split(".")[-2])
-    if first is None or not hf.get("rope_interleave", True):
+    """blocks.halves_first, for the parts of heads and of the vectors that turn."""
+    module = name.split(".")[-2]
+    if module not in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
         return None
-    n, d = hf[first], hf["qk_rope_head_dim"]
-    order = torch.cat([torch.arange(n), torch.arange(n, n + d, 2), torch.arange(n + 1, n + d, 2)])
-    return lambda tensor: tensor.unflatten(0, (-1, n + d))[:, order].flatten(0, 1)
+    if not config.hf.get("rope_interleave", True):
+        return None
+    first = config.hf["kv_lora_rank" if module.startswith("kv") else "qk_nope_head_dim"]
+    return lambda tensor: in_halves(tensor, first, config.hf["qk_rope_head_dim"], 0)

@@ -129,6 +129,11 @@ def ropes_in_windows(hf: dict) -> tuple[Rope | None, ...]:
     return tuple(window and rope for window in windows_of(hf, by_pattern))
 
 
+def exaone_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """Where there is no window at all, all layers do."""
+    return ropes_in_windows(hf) if hf["sliding_window"] else layer_ropes(hf)
+
+
 def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
     """Hunyuan's: files say "dynamic", but with alpha it is one larger base for all lengths."""
     settings = rope_settings(hf)
@@ -138,12 +143,10 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
         settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
     return (make_rope(settings),) * positive(hf, "num_hidden_layers")
 
-def minimax_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """MiniMax's, whose files may say how many values of a head turn."""
-    settings = rope_settings(hf)
-    if settings.get("rotary_dim") is not None and settings["partial_rotary_factor"] is None:
-        settings["partial_rotary_factor"] = positive(hf, "rotary_dim") / positive(hf, "head_dim")
-    return (make_rope(settings),) * positive(hf, "num_hidden_layers")
+def ropes_of_part(hf: dict, key: str) -> tuple[Rope | None, ...]:
+    """A setting says how many values of a head turn."""
+    own = {"head_dim": positive(hf, key), "partial_rotary_factor": None}
+    return (make_rope(rope_settings(hf) | own),) * positive(hf, "num_hidden_layers")
 
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 

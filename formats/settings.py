@@ -101,6 +101,7 @@ FIXED = {
     "quantization_config": {},
     "qk_layernorm": False,
     "use_bidirectional_attention": False,
+    "use_parallel_residual": False,
 }
 
 
