@@ -168,7 +168,6 @@ CHECKPOINTS |= {
     "minimax": ("MiniMaxM2", dict(num_local_experts=8, num_experts_per_tok=3, rotary_dim=8)),
     "ernie-moe": ("Ernie4_5_Moe", dict(
         moe_num_experts=8, moe_k=3, moe_intermediate_size=32)),
-    "hunyuan-moe": ("HunYuanMoEV1", dict(num_experts=8, moe_topk=3)),
 }
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 

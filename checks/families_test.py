@@ -439,7 +439,7 @@ HARMLESS = set("""
     id2label initializer_range is_encoder_decoder label2id moe_norm_min num_nextn_predict_layers
     output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
     problem_type qk_head_dim resid_pdrop residual_dropout return_dict router_aux_loss_coef
-    router_jitter_noise sep_token_id transformers_version use_cache
+    router_jitter_noise transformers_version use_cache
 """.split())
 
 

@@ -14,7 +14,7 @@ from families.blocks import (
     baichuan_ropes, halves_first, normalize_head,
 )
 from families.experts import (
-    ClampedExperts, deepseek_moe, ernie_moe, hunyuan_moe, mixture_of_experts, mlp_or_moe,
+    ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
 )
 from families.mla import LATENT, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
@@ -119,7 +119,6 @@ ERNIE_MOE = ERNIE | dict(
     moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_end_index=-1,
     moe_layer_interval=1,
 )
-HUNYUAN_MOE = HUNYUAN | dict(num_experts=1, moe_topk=1)
 
 # --- the table ---
 
@@ -187,7 +186,7 @@ FAMILIES |= {
     ),
     "seed_oss": Family(
         SEED_OSS, {"o_bias": partial(is_set, key="attention_out_bias")},
-        gguf=dict(name="seed_oss", complete=gguf.biases),
+        gguf=dict(name="seed_oss"),
     ),
     "exaone4": Family(
         EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
@@ -201,14 +200,14 @@ FAMILIES |= {
             "pre_feedforward_layernorm": ("post_attention_layernorm",),
             "post_feedforward_layernorm": ("post_mlp_layernorm",),
         },
-        gguf=dict(name="glm4", complete=gguf.biases),
+        gguf=dict(name="glm4"),
     ),
     "hunyuan_v1_dense": Family(
         HUNYUAN, {"ropes": stretched_ropes}, attention=LateNormAttention,
         gguf=dict(name="hunyuan-dense"),
     ),
     "ernie4_5": Family(
-        ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5", complete=gguf.biases),
+        ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5"),
     ),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
@@ -219,11 +218,11 @@ FAMILIES |= {
         STARCODER2, USE_BIAS | {"norm_eps": partial(positive, key="norm_epsilon", kind=float)},
         norm=nn.LayerNorm, mlp=PlainMLP,
         stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)},
-        gguf=dict(name="starcoder2", complete=gguf.biases),
+        gguf=dict(name="starcoder2"),
     ),
     "stablelm": Family(
         STABLELM, {"qkv_bias": partial(is_set, key="use_qkv_bias")} | LAYER_NORM_EPS,
-        norm=nn.LayerNorm, gguf=dict(name="stablelm", complete=gguf.biases),
+        norm=nn.LayerNorm, gguf=dict(name="stablelm"),
     ),
     "phi": Family(
         PHI, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS,
@@ -281,10 +280,6 @@ FAMILIES |= {
     "ernie4_5_moe": Family(
         ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
         stored_as=SHARED_EXPERTS,
-    ),
-    "hunyuan_v1_moe": Family(
-        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": hunyuan_moe}, attention=LateNormAttention,
-        mlp=mlp_or_moe, stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
     ),
 }
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]

@@ -62,10 +62,8 @@ class LateNormAttention(Attention):
         self.query_layernorm = nn.RMSNorm(self.head_dim, config.norm_eps)
         self.key_layernorm = nn.RMSNorm(self.head_dim, config.norm_eps)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
-    ) -> Tensor:
-        return super().attend(self.query_layernorm(q), self.key_layernorm(k), v, positions, cache)
+    def attend(self, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        return super().attend(self.query_layernorm(q), self.key_layernorm(k), *rest)
 
 
 class FarQueryAttention(Attention):
@@ -76,12 +74,10 @@ class FarQueryAttention(Attention):
         self.beta = config.ropes[layer].hf.get("llama_4_scaling_beta") or 0.0
         self.original_context = config.ropes[layer].original_context
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, *rest: Any) -> Tensor:
         scale = 1 + self.beta * (positions.index // self.original_context).float().log1p()
         q = q * scale[:, None, :, None].to(q.dtype)
-        return super().attend(q, k, v, positions, cache)
+        return super().attend(q, k, v, positions, *rest)
 
 
 def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:

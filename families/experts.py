@@ -108,18 +108,6 @@ def ernie_moe(hf: dict) -> MoEConfig | None:
         routed_scaling_factor=1.0,
     ), bias_dims=2)
 
-
-def hunyuan_moe(hf: dict) -> MoEConfig | None:
-    """Files may have a list, of the same number for each layer."""
-    n_expert, n_active = [
-        hf[key][0] if isinstance(hf[key], list) and len(set(hf[key])) == 1 else hf[key]
-        for key in ("num_experts", "moe_topk")
-    ]
-    return mixture_of_experts(hf | dict(
-        num_experts=n_expert, num_local_experts=None, num_experts_per_tok=n_active,
-        shared_expert_intermediate_size=hf["intermediate_size"],
-    ), "intermediate_size", gated_share=False)
-
 # --- the layers ---
 
 

@@ -57,9 +57,3 @@ def baichuan(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     for the context."""
     if config.get("num_hidden_layers") == 40:
         config["model_max_length"] = config.pop("max_position_embeddings", None)
-
-
-def biases(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    """By the names that families have for them."""
-    qkv, output = [f"blk.0.attn_{name}.bias" in tensors for name in ("q", "output")]
-    config |= dict(attention_bias=qkv, use_qkv_bias=qkv, use_bias=output, attention_out_bias=output)

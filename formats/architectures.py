@@ -105,7 +105,8 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
 
     # the rest is told by which tensors there are
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_output.bias" in tensors
+    config["attention_bias"] = config["use_qkv_bias"] = "blk.0.attn_q.bias" in tensors
+    config["attention_out_bias"] = config["use_bias"] = "blk.0.attn_output.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if "token_embd.weight" in tensors:
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]
