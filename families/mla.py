@@ -15,7 +15,7 @@ from torch import Tensor
 from families.blocks import in_halves
 from families.settings import mscale, ropes_of_part
 from model import (
-    Attention, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
+    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
 )
 from quantize import Linear
 
@@ -64,7 +64,7 @@ class LatentAttention(Attention):
         self.kv_b_proj = nn.Linear(self.rank, kv_size, bias=False)
         self.o_proj = Linear(self.n_head * self.v_head_dim, config.dim, bias=config.o_bias)
 
-    def make_cache(self, cache: KVCache, places: Places, device: str) -> LatentCache:
+    def make_cache(self, cache: KVCache, places: Places, device: Device) -> LatentCache:
         if cache.dtype == torch.int8:
             raise ValueError("a compressed cache has no int8 form: leave --kv_dtype out")
         shape = (1, cache.max_batch_size, 1, places.S, self.rank + self.turned)
