@@ -136,7 +136,8 @@ CHECKPOINTS |= {
     "ministral": ("Ministral", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
     "ministral3": ("Ministral3", dict(rope_parameters=dict(
         YARN_ROPE, rope_theta=1e6, factor=16.0, original_max_position_embeddings=11,
-        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1), sliding_window=9, pad_token_id=0)),
+        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1), sliding_window=9,
+        pad_token_id=0)),
     "seed-oss": ("SeedOss", SEVEN),
     "exaone4": ("Exaone4", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
     "exaone4-full": ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
@@ -162,6 +163,10 @@ CHECKPOINTS |= {
         LATENT, n_group=4, topk_group=2, first_k_dense_replace=1, rope_parameters=dict(
             YARN_ROPE, rope_theta=1e4, mscale=1.0, mscale_all_dim=0.7))),
     "glm4-lite": ("Glm4MoeLite", dict(LATENT, v_head_dim=20, rope_interleave=False)),
+    "mistral4": ("Mistral4", dict(
+        LATENT, head_dim=20, first_k_dense_replace=1, rope_parameters=dict(
+            YARN_ROPE, rope_theta=1e4, original_max_position_embeddings=11, mscale=1.0,
+            mscale_all_dim=1.0, llama_4_scaling_beta=0.1, partial_rotary_factor=0.4))),
     "glm4-moe": ("Glm4Moe", dict(
         n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16,
         use_qk_norm=True, attention_bias=True)),
@@ -180,7 +185,8 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
     settings = copy.deepcopy({**BASE, **settings, **changes})
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
-    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    make = getattr(transformers, f"{family}ForCausalLM", None)
+    hf = (make or transformers.AutoModelForCausalLM.from_config)(config).eval()
     with torch.no_grad():
         for parameter in hf.parameters():
             if parameter.dim() > 1:

@@ -454,6 +454,8 @@ def class_settings(model_type: str) -> dict:
     hf = json.loads(config.to_json_string(use_diff=False))
     hf |= {"model_type": model_type} | UNSET.get(model_type, {})
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if model_type == "mistral4":  # which files have in a wrapper
+        name = "Mistral4ForCausalLM"
     hf["architectures"] = [name or f"{type(config).__name__[:-6]}ForConditionalGeneration"]
     return hf
 
@@ -494,14 +496,15 @@ def comparable(config: ModelConfig) -> dict:
 # the decoder models of transformers that are used most, and some of every unusual kind
 MODEL_TYPES = """
     apertus arcee bamba bitnet blt bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3
-    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo
-    gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neo
-    gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4 llama4_text llava
-    longcat_flash mamba mamba2 minimax minimax_m2 ministral ministral3 mistral mistral3 mixtral mllama moshi mpt nanochat
-    nemotron olmo olmo2 olmo3 olmoe opt paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2
-    qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss
-    smollm3 stablelm starcoder2 t5gemma vaultgemma whisper xglm zamba2
+    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma
+    gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
+    gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4
+    llama4_text llava longcat_flash mamba mamba2 minimax minimax_m2 ministral ministral3 mistral
+    mistral3 mistral4 mixtral mllama moshi mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt
+    paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3
+    qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 t5gemma
+    vaultgemma whisper xglm zamba2
 """.split()
 
 

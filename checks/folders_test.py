@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
-from checks.common import BASE, close, hf_logits
+from checks.common import BASE, LATENT, close, hf_logits
 from checks.formats_test import MakeCheckpoint, logits_of
 from formats.checkpoint import resolve
 from model import load_model
@@ -191,6 +191,9 @@ WRAPPED = {  # transformers' class -> settings of its text_config, and of its vi
                  EYES | dict(model_type="pixtral", head_dim=16)),
     "Mistral3 with Ministral3": (dict(model_type="ministral3"),
                                  EYES | dict(model_type="pixtral", head_dim=16)),
+    "Mistral3 with Mistral4": (
+        dict(LATENT, model_type="mistral4", num_key_value_heads=4, pad_token_id=0, head_dim=20),
+        EYES | dict(model_type="pixtral", head_dim=16)),
     "Llava": (dict(model_type="llama"), EYES | dict(model_type="clip_vision_model")),
     "InternVL": (dict(model_type="qwen2"), EYES),
     "SmolVLM": (dict(model_type="llama", pad_token_id=0), EYES),

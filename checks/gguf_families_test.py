@@ -119,7 +119,7 @@ CASES = {
     "starcoder2": Case("starcoder2", "Starcoder2", {}, [], ["use_bias"]),
     "stablelm": Case("stablelm", "StableLm", dict(use_qkv_bias=True),
                      [("add_rope_dimension_count", 4), ("add_parallel_residual", False)],
-                     ["use_qkv_bias", "use_parallel_residual"]),
+                     ["use_qkv_bias"]),
     "phi": Case("phi2", "Phi", {}, [("add_rope_dimension_count", HALF)], []),
 }
 ALWAYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -346,6 +346,7 @@ def test_impossible_numbers_of_layers_are_not_gone_through(arch: str) -> None:
     ("llama", ("add_clamp_kqv", 8.0), "llama.attention.clamp_kqv = 8.0"),
     ("qwen2", ("add_rope_dimension_sections", [4, 2, 2, 0]), "qwen2.rope.dimension_sections"),
     ("llama", ("add_rope_scaling_yarn_attn_factor", 2.0), "yarn_attn_factor = 2.0"),
+    ("stablelm", ("add_parallel_residual", True), "stablelm.use_parallel_residual = True"),
 ])
 def test_what_is_unknown_is_refused_by_name(
     tmp_path: Path, arch: str, setting: tuple, message: str

@@ -34,6 +34,7 @@ PLAIN = dict(quantize=None, int8_kv=False, attention="auto", compile=False, opti
 SAMPLED = dict(temperature=1.0, seed=3)
 FAMILIES = [
     "gemma2", "olmo2", "phi", "phi3", "glm4", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe",
+    "deepseek-v3",
 ]
 CASES = [
     *((family, PLAIN) for family in FAMILIES),

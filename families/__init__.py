@@ -16,10 +16,10 @@ from families.blocks import (
 from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
 )
-from families.mla import LATENT, LatentAttention, latent_halves_first
+from families.mla import LATENT, FarLatentAttention, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, exaone_ropes, gelu_tanh, is_set, layer_ropes, longrope,
+    by_pattern, every_other_and_last, exaone_ropes, gelu_tanh, layer_ropes, longrope,
     query_scale, ropes_in_windows, ropes_of_part, stretched_ropes, windows_of, yarn,
 )
 from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
@@ -105,6 +105,11 @@ DEEPSEEK_V3 = dict(
 )
 GLM4_LITE = DEEPSEEK_V3 | dict(max_position_embeddings=202752, q_lora_rank=768,
                                first_k_dense_replace=1, rms_norm_eps=1e-5)
+MISTRAL4 = DEEPSEEK_V3 | dict(
+    max_position_embeddings=2**20, q_lora_rank=1024, first_k_dense_replace=0,
+    partial_rotary_factor=None, rope_parameters=MINISTRAL3["rope_parameters"] | dict(
+        rope_theta=1e4, factor=128.0, original_max_position_embeddings=8192),
+)
 GLM4_MOE = dict(
     attention_bias=False, num_key_value_heads=8, max_position_embeddings=131072,
     rms_norm_eps=1e-5, partial_rotary_factor=0.5, n_shared_experts=1, first_k_dense_replace=1,
@@ -126,7 +131,7 @@ ERNIE_MOE = ERNIE | dict(
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
-USE_BIAS = dict.fromkeys(BIASES, partial(is_set, key="use_bias"))
+USE_BIAS = dict.fromkeys(BIASES, lambda hf: bool(hf["use_bias"]))
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
 SHARED_EXPERTS = {"shared_expert": ("shared_experts",)}
 BIASED = dict(score="sigmoid", bias_dims=1)
@@ -185,7 +190,7 @@ FAMILIES |= {
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
     ),
     "seed_oss": Family(
-        SEED_OSS, {"o_bias": partial(is_set, key="attention_out_bias")},
+        SEED_OSS, {"o_bias": lambda hf: bool(hf["attention_out_bias"])},
         gguf=dict(name="seed_oss"),
     ),
     "exaone4": Family(
@@ -221,7 +226,7 @@ FAMILIES |= {
         gguf=dict(name="starcoder2"),
     ),
     "stablelm": Family(
-        STABLELM, {"qkv_bias": partial(is_set, key="use_qkv_bias")} | LAYER_NORM_EPS,
+        STABLELM, {"qkv_bias": lambda hf: bool(hf.get("use_qkv_bias"))} | LAYER_NORM_EPS,
         norm=nn.LayerNorm, gguf=dict(name="stablelm"),
     ),
     "phi": Family(
@@ -265,8 +270,11 @@ FAMILIES |= {
     ),
     "deepseek_v3": Family(DEEPSEEK_V3, LATENT | BIASED_MOE, **DEEPSEEK),
     "glm4_moe_lite": Family(GLM4_LITE, LATENT | BIASED_MOE, **DEEPSEEK),
+    "mistral4": Family(
+        MISTRAL4, LATENT | {"moe": deepseek_moe}, **DEEPSEEK | {"attention": FarLatentAttention},
+    ),
     "glm4_moe": Family(
-        GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": partial(is_set, key="use_qk_norm")},
+        GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": lambda hf: bool(hf.get("use_qk_norm"))},
         mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
     ),
     "minimax_m2": Family(

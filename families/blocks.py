@@ -71,7 +71,7 @@ class FarQueryAttention(Attention):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.beta = config.ropes[layer].hf.get("llama_4_scaling_beta") or 0.0
+        self.beta = maybe_positive(config.ropes[layer].hf, "llama_4_scaling_beta") or 0.0
         self.original_context = config.ropes[layer].original_context
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, *rest: Any) -> Tensor:
@@ -86,16 +86,15 @@ def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] |
         return None
     dim = max(rope.dim for rope in config.ropes if rope is not None)
     n = (config.n_head + config.n_kv_head) * config.head_dim
-    rest = config.head_dim - dim
-    return lambda tensor: torch.cat([in_halves(tensor[:n], 0, dim, rest), tensor[n:]])
+    return lambda x: torch.cat([in_halves(x[:n], config.head_dim, 0, dim), x[n:]])
 
 
-def in_halves(tensor: Tensor, before: int, dim: int, behind: int) -> Tensor:
-    """Rows of heads, of which dim turn, as pairs of neighbours: in the order of our layout, in
-    which the two halves do."""
-    order = torch.arange(dim).view(-1, 2).T.flatten() + before
-    order = [*range(before), *order.tolist(), *range(before + dim, before + dim + behind)]
-    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+def in_halves(tensor: Tensor, size: int, first: int, dim: int) -> Tensor:
+    """The rows of heads of some size in the order of our layout, where halves turn: `dim` of them,
+    from `first` on."""
+    rows = torch.arange(size)
+    rows[first:first + dim] = rows[first:first + dim].view(-1, 2).T.flatten()
+    return tensor.unflatten(0, (-1, size))[:, rows].flatten(0, 1)
 
 
 class SpecialAttention(Attention):

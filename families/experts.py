@@ -84,8 +84,10 @@ def mixture_of_experts(
 
 def deepseek_moe(hf: dict, **fields: Any) -> MoEConfig | None:
     """The first layers have none; a token's experts are of some groups."""
-    first = ["dense"] * hf["first_k_dense_replace"] + ["sparse"] * positive(hf, "num_hidden_layers")
-    kinds = of_layers(hf, "mlp_layer_types") or first
+    kinds = of_layers(hf, "mlp_layer_types") or [
+        "dense" if layer < hf["first_k_dense_replace"] else "sparse"
+        for layer in range(positive(hf, "num_hidden_layers"))
+    ]
     shared = hf["n_shared_experts"] * positive(hf, "moe_intermediate_size")
     if hf.get("topk_method") != "greedy":
         fields |= dict(n_group=positive(hf, "n_group"), topk_group=positive(hf, "topk_group"))
@@ -145,10 +147,10 @@ class MoE(nn.Module):
         weights, ids = self.route(x)
         y = self.experts(x, weights, ids)
         if self.shared_expert is not None:
-            share = 1.0
+            shared = self.shared_expert(x)
             if self.config.gated_share:
-                share = self.shared_expert_gate(x).sigmoid()  # (B, T, 1)
-            y = y + share * self.shared_expert(x)
+                shared = self.shared_expert_gate(x).sigmoid() * shared
+            y = y + shared
         return y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Multi-head latent attention (arXiv 2405.04434): a token's keys and values of all heads are products
-of one short vector, and only that is cached, with a part that turns and belongs to all keys.
+"""Multi-head latent attention (arXiv 2405.04434): keys and values of a token are products of one
+short vector for all heads. Only that is cached, with a part that turns and belongs to all keys.
 
-Prefill makes keys and values of the vectors. Decode does not: what makes keys is multiplied into the
-query, and what makes values into the result, so that all heads attend to the vectors as they are."""
+Prefill makes keys and values of the vectors. Decode does not: what makes keys is multiplied into
+the query, what makes values into the result, and heads attend to the vectors as they are."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from families.blocks import in_halves
+from families.blocks import FarQueryAttention, in_halves
 from families.settings import mscale, ropes_of_part
 from model import (
     Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
@@ -108,6 +108,10 @@ class LatentAttention(Attention):
             values = F.pad(values, (0, self.head_dim - self.v_head_dim))
         return super().attend_to(q, keys, values, positions, key_pos)
 
+
+class FarLatentAttention(FarQueryAttention, LatentAttention):
+    """Mistral 4's."""
+
 # --- what a config.json means ---
 
 
@@ -130,10 +134,10 @@ LATENT = dict(
 
 def latent_halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
     """blocks.halves_first, for the parts of heads and of the vectors that turn."""
-    module = name.split(".")[-2]
-    if module not in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa"):
+    before = {"kv_a_proj_with_mqa": "kv_lora_rank"} | dict.fromkeys(
+        ("q_proj", "q_b_proj"), "qk_nope_head_dim")
+    key = before.get(name.split(".")[-2])
+    if key is None or not config.hf.get("rope_interleave", True):
         return None
-    if not config.hf.get("rope_interleave", True):
-        return None
-    first = config.hf["kv_lora_rank" if module.startswith("kv") else "qk_nope_head_dim"]
-    return lambda tensor: in_halves(tensor, first, config.hf["qk_rope_head_dim"], 0)
+    first, dim = config.hf[key], config.hf["qk_rope_head_dim"]
+    return lambda tensor: in_halves(tensor, first + dim, first, dim)

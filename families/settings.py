@@ -27,9 +27,6 @@ def gelu_tanh(hf: dict) -> str:
     """Gemma 1's activation: its first files say gelu, and mean its tanh form."""
     return {"gelu": "gelu_pytorch_tanh"}.get(hf["hidden_act"], hf["hidden_act"])
 
-def is_set(hf: dict, key: str) -> bool:
-    return bool(hf.get(key))
-
 # --- which layers have a window, or a rope ---
 
 

@@ -102,8 +102,8 @@ class CheckedCheckpoint(Checkpoint):
                 say_once(f"WARNING: {said} that nothing here reads: left out")
 
     def is_harmless(self, name: str) -> bool:
-        """Whether nothing is lost without it, as without the zeros that AutoGPTQ has for biases, and
-        layers behind the last one, which predict a further token."""
+        """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, and layers behind
+        the last one, which predict a further token."""
         layer = re.match(r"model\.layers\.(\d+)", name)
         n_layer = self.config["num_hidden_layers"]
         if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
@@ -263,9 +263,8 @@ def other_names(name: str) -> Iterator[str]:
 
 def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
     """ValueError unless a stack has as many experts as the configuration says."""
-    n_expert = config.get("num_local_experts")  # as files of Mixtral call it
-    if n_expert is None:
-        n_expert = config.get("num_experts")
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    n_expert = next((config[name] for name in names if config.get(name) is not None), None)
     if shape[:1] != (n_expert,):
         raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of {n_expert} "
                          "experts")
