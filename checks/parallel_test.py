@@ -111,7 +111,8 @@ def test_ranks_together_say_what_one_process_says(
         if exact:
             assert result["tokens"][0] == tokens, (name, case)
         close(torch.tensor(result["logits"]), logits, 1e-4 if exact else 0.05)
-        assert 1 / n <= result["share"] < 1.2 / n
+        whole = 1.4 if name == "deepseek-v3" else 1.2  # all ranks make the vectors that are cached
+        assert 1 / n <= result["share"] < whole / n
         if case["quantize"]:
             assert result["layers_compared"] == 2 * 4 + 1
 
