@@ -32,7 +32,10 @@ SEVEN = dict(
 SHARED = dict(THREE, num_key_value_heads=2)  # four ranks have two copies of each key/value head
 PLAIN = dict(quantize=None, int8_kv=False, attention="auto", compile=False, options={})
 SAMPLED = dict(temperature=1.0, seed=3)
-FAMILIES = ["gemma2", "olmo2", "phi3", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe"]
+FAMILIES = [
+    "gemma2", "olmo2", "phi", "phi3", "glm4", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe",
+    "deepseek-v3",
+]
 CASES = [
     *((family, PLAIN) for family in FAMILIES),
     ("three", PLAIN),
@@ -108,7 +111,8 @@ def test_ranks_together_say_what_one_process_says(
         if exact:
             assert result["tokens"][0] == tokens, (name, case)
         close(torch.tensor(result["logits"]), logits, 1e-4 if exact else 0.05)
-        assert 1 / n <= result["share"] < 1.2 / n
+        whole = 1.4 if name == "deepseek-v3" else 1.2  # all ranks make the vectors that are cached
+        assert 1 / n <= result["share"] < whole / n
         if case["quantize"]:
             assert result["layers_compared"] == 2 * 4 + 1
 

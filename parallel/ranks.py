@@ -152,7 +152,8 @@ def load_model(
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
-        model.lm_head = Linear(whole.config.dim, rows, bias=False)
+        has_bias = model.lm_head.bias is not None
+        model.lm_head = Linear(whole.config.dim, rows, bias=has_bias)
     check_norms(whole, ranks)
     share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
     take_part(checkpoint, whole, ranks)
