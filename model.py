@@ -987,6 +987,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 def load_model(
     path: str | Path | None = None, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
@@ -994,9 +995,10 @@ def load_model(
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
     groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
-    the integers of a file stay. ValueError says what is wrong."""
+    the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
+    weights before they are quantized. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
-    checkpoint = open_checkpoint(path, device)
+    checkpoint = open_checkpoint(path, device, adapter)
     return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
 
 
@@ -1168,12 +1170,16 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
+def open_checkpoint(
+    path: str | Path | None, device: torch.device | str = "cpu", adapter: str | Path | None = None
+) -> Checkpoint:
     """A checkpoint of any form. ValueError says what is missing or cannot be read."""
     folder = Path(path or "")
     plain = os.path.exists(folder / "config.json") and any(folder.glob("model*.safetensors"))
-    formats = extension("formats", required=not plain)
-    return formats.open_checkpoint(path, device) if formats else Checkpoint.from_folder(folder)
+    formats = extension("formats", required=not plain or adapter is not None)
+    if formats is None:
+        return Checkpoint.from_folder(folder)
+    return formats.open_checkpoint(path, device, adapter)
 
 
 def first_line(e: BaseException) -> str:

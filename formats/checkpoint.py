@@ -39,9 +39,11 @@ HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
 IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
 
 
-def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
-    """A folder, hub id, .gguf file or bare config.json; None: the default model. ValueError says
-    what is missing or cannot be read."""
+def open_checkpoint(
+    path: str | Path | None, device: torch.device | str = "cpu", adapter: str | Path | None = None
+) -> Checkpoint:
+    """A folder, hub id, .gguf file or bare config.json; None: the default model. adapter: a folder
+    with what PEFT adds to it. ValueError says what is missing or cannot be read."""
     path = resolve(path)
     if path.suffix == ".json":
         checkpoint = RandomCheckpoint(path, text_config(read_json(path), path), {}, device)
@@ -51,6 +53,9 @@ def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu")
     else:
         checkpoint = read_folder(path)
     check_settings(checkpoint.config)
+    if adapter is not None:
+        from formats.adapters import adapt  # which imports this
+        adapt(checkpoint, adapter)
     return checkpoint
 
 
@@ -227,7 +232,7 @@ def making_sense_of(path: Path) -> Iterator[None]:
     """ValueError where a configuration's settings fail together."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, re.error) as e:
         why = f"the configuration in {path} makes no sense ({first_line(e)})"
         raise ValueError(why) from None
 

@@ -140,13 +140,14 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
 def load_model(
     path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """model.load_model of a rank's part. ValueError also where it does not divide over them."""
     options = dict(dtype=dtype, quantize=quantize, group_size=group_size)
     if ranks.size == 1:
-        return core.load_model(path, device=device, **options)
+        return core.load_model(path, device=device, adapter=adapter, **options)
     core.check_target(device, dtype, quantize)
-    checkpoint = core.open_checkpoint(path, device)
+    checkpoint = core.open_checkpoint(path, device, adapter)
     whole = checkpoint.empty_model()
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
