@@ -38,7 +38,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     required, if this copy of gpt-flash has none. All calls:
 
     families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
-    formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
+    formats         other files (open_checkpoint), load_tokenizer, adapters (load_model)
     cpu, products   what a device multiplies faster with (use_products)
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
     batching        more prompts than rows, and proposals (decoder_for)
@@ -998,7 +998,9 @@ def load_model(
     the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
     weights before they are quantized. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
-    checkpoint = open_checkpoint(path, device, adapter)
+    checkpoint = open_checkpoint(path, device)
+    if adapter is not None:
+        extension("formats.adapters").adapt(checkpoint, adapter)
     return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
 
 
@@ -1170,16 +1172,12 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(
-    path: str | Path | None, device: torch.device | str = "cpu", adapter: str | Path | None = None
-) -> Checkpoint:
+def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
     """A checkpoint of any form. ValueError says what is missing or cannot be read."""
     folder = Path(path or "")
     plain = os.path.exists(folder / "config.json") and any(folder.glob("model*.safetensors"))
-    formats = extension("formats", required=not plain or adapter is not None)
-    if formats is None:
-        return Checkpoint.from_folder(folder)
-    return formats.open_checkpoint(path, device, adapter)
+    formats = extension("formats", required=not plain)
+    return formats.open_checkpoint(path, device) if formats else Checkpoint.from_folder(folder)
 
 
 def first_line(e: BaseException) -> str:

@@ -93,6 +93,7 @@ def test_summary(
     want = {
         "load_s": 1.5,
         "compile_s": 0.0,
+        "prompts": 4,
         "prompt_tokens": 60,
         "first_token_s": 0.375,
         "new_tokens": 40,
@@ -102,7 +103,7 @@ def test_summary(
         "tokens_per_s": 36 / 0.022,
         "wall_s": 0.8,
         "wall_tokens_per_s": 50.0,
-        "useful_row_steps": 0.9,
+        "useful_row_share": 0.9,
         "bytes_per_step": read,
         "kv_cache_bytes": 400_000_000,
         "bandwidth_gb_s": 10.0,
@@ -114,7 +115,7 @@ def test_summary(
     json.dumps(summary)
 
     ready, speed, memory, reading = capsys.readouterr().err.splitlines()
-    assert ready == "loaded in 1.5 s; 60 prompt tokens, first token after 0.38 s"
+    assert ready == "loaded in 1.5 s; 60 tokens in 4 prompts, median first token after 0.38 s"
     assert speed == (
         "40 new tokens in 0.80 s, 50.0 tokens/s; 2.00 ms a step, median; 90% of its rows had work"
     )
@@ -146,8 +147,8 @@ def test_summary_of_a_compiled_run_of_one_token(
     summary = summarize(engine)
     assert summary["ms_per_step"] == 500
     assert summary["tokens_per_s"] == summary["wall_tokens_per_s"] == 8
-    start = "loaded in 1.0 s, compiled in 2.0 s; 8 prompt tokens, first token after 0.50 s"
-    assert capsys.readouterr().err.splitlines()[0] == start
+    start = "loaded in 1.0 s, compiled in 2.0 s; 8 tokens in 4 prompts, median first token after "
+    assert capsys.readouterr().err.splitlines()[0] == f"{start}0.50 s"
 
 
 def test_statistics_that_cannot_be_made_are_no_reason_to_fail(

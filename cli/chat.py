@@ -3,6 +3,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from batching import Engine
 from cli.files import new_file, read_all
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_text, with_system
-from cli.stats import NO_TIME
+from cli.stats import NO_TIME, plural
 from formats.text import TextStream
-from generate import Tokenizer, generate, say
+from generate import RANGES, Request, Tokenizer, generate, say
 from model import first_line
 
 Message = dict[str, str]  # role and content
@@ -22,12 +23,12 @@ class Chat:
     """Messages and their answers; only what is new of a conversation is prefilled.
 
     settings: generate's. Its stop strings are neither printed nor part of the conversation.
-    system: a first message that says how to answer.
+    system: a first message that says how to answer. shift: let go of turns to make room.
     ValueError where the model has no chat template, or one that does not take a system message."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, settings: dict[str, Any],
-        system: str | None = None,
+        system: str | None = None, shift: bool = False,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -35,6 +36,9 @@ class Chat:
         self.room = engine.context  # the tokens that the cache holds
         self.messages: list[Message] = []  # of the user and the assistant in turn
         self.held: list[int] = []  # the ids whose keys and values are in the cache
+        self.shift = shift
+        # of an answer that was cut: the messages before it, their ids, and its own
+        self.cut: tuple[list[Message], list[int], list[int]] | None = None
         self.attempt = 0  # how often the last message was answered before
         self.took = ""  # what the last answer did, in a sentence
         self.left = False
@@ -89,6 +93,12 @@ class Chat:
         """Answer messages, of which the last one is the user's, and keep them with the answer ->
         why it ended. ValueError: there is no room for it; it is forgotten."""
         ids = self.encode(messages)
+        n_turns = len(messages) // 2
+        while self.shift and len(messages) > 1 and len(ids) + self.answer_room() > self.room:
+            messages = messages[2:]
+            ids = self.encode(messages)
+        if n_turns > len(messages) // 2:
+            say(f"dropped {plural(n_turns - len(messages) // 2, 'turn')} to make room")
         if len(ids) >= self.room:
             alone = len(self.encode(messages[-1:]))
             if alone < self.room:
@@ -97,17 +107,27 @@ class Chat:
                 f"this message is too long: with what the template adds it has {alone} tokens, and "
                 f"the context of {self.room} has to hold an answer too"
             )
+        return self.go_on(messages, ids, [])
+
+    def answer_room(self) -> int:
+        return min(self.settings["max_new_tokens"], self.room // 2)
+
+    def go_on(self, messages: list[Message], ids: list[int], answer: list[int]) -> str:
+        """Answer messages, of these ids, behind what there is of the answer -> why it ended."""
+        before = ids + answer
         # at least one token is fed, for its logits
-        cached = min(len(os.path.commonprefix([ids, self.held])), len(ids) - 1)
-        answer, reason = self.show_reply(ids, cached)
-        if not answer:
+        cached = min(len(os.path.commonprefix([before, self.held])), len(before) - 1)
+        new, reason = self.show_reply(before, cached)
+        if not new:
             say("the answer had not begun")
             return reason
+        answer = answer + new
+        self.cut = None if reason in ("eos", "stop") else (messages, ids, answer)
         self.held = ids + answer[:-1]  # the last token was never fed back
         content = TextStream(self.tokenizer, stop=self.settings["stop"]).push(answer, final=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         if reason == "length":
-            say(f"the answer was cut after --max_new_tokens {len(answer)}")
+            say(f"the answer was cut after --max_new_tokens {len(new)}; /continue goes on with it")
         elif reason == "context":
             say(f"the answer was cut: {self.full()}")
         return reason
@@ -196,6 +216,30 @@ class Chat:
         if reason != "interrupted" and self.messages[-1] == before:
             say("the same answer; --temperature above 0 gives others")
 
+    def continue_(self, argument: str) -> None:
+        messages, ids, answer = self.cut or (None, [], [])
+        if messages is None or messages != self.messages[:-1]:
+            raise ValueError("no answer was cut")
+        if len(ids) + len(answer) >= self.room:
+            raise ValueError(f"no room to go on: {self.full()}")
+        self.go_on(messages, ids, answer)
+
+    def set(self, argument: str) -> None:
+        names = [name for name in RANGES if name in self.settings]
+        name, _, value = argument.partition(" ")
+        if not name:
+            say(", ".join(f"{name} {self.settings[name]}" for name in names))
+            return
+        if name not in names:
+            raise ValueError(f"no setting {name}; there are {', '.join(names)}")
+        if value == "-" and getattr(Request, name, 0) is None:
+            value = None
+        else:
+            with suppress(ValueError):
+                value = RANGES[name].kind(value)
+            value = RANGES[name].check(name, value)
+        self.settings = self.settings | {name: value}
+
     def drop(self, argument: str) -> None:
         n_turns = len(self.messages) // 2
         if not n_turns:
@@ -226,7 +270,8 @@ class Chat:
 
     def stats(self, argument: str) -> None:
         used = len(self.encode(self.messages)) if self.messages else 0
-        say(f"{len(self.messages) // 2} answers; {used} of {self.room} tokens of context")
+        n = plural(len(self.messages) // 2, "answer")
+        say(f"{n}; {min(used, self.room)} of {self.room} tokens of context")
         if self.took:
             say(self.took)
 
@@ -238,6 +283,8 @@ class Chat:
 COMMANDS = {
     "/clear": (Chat.clear, "", "start a new conversation, with the same system message"),
     "/regen": (Chat.regenerate, "", "answer the last message again"),
+    "/continue": (Chat.continue_, "", "go on with an answer that was cut"),
+    "/set": (Chat.set, "NAME VALUE", "temperature 0.7, say, - for its default; alone: show all"),
     "/drop": (Chat.drop, "N", "forget the N oldest messages and their answers; 1"),
     "/system": (
         Chat.set_system, "TEXT|@FILE|-", "say how to answer, - for nothing; alone: show it"
@@ -246,7 +293,8 @@ COMMANDS = {
     "/load": (Chat.load, "FILE", "go on with the conversation in FILE"),
     "/stats": (Chat.stats, "", "say how full the context is, and what the last answer took"),
     "/help": (Chat.help, "", "list the commands"),
-    "/bye": (Chat.leave, "", "leave, as Ctrl-D does"),
+    "/bye": (Chat.leave, "", "leave, as Ctrl-D and /quit do"),
+    "/quit": (Chat.leave, "", "the same"),
 }
 
 

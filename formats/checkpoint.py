@@ -39,11 +39,9 @@ HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
 IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
 
 
-def open_checkpoint(
-    path: str | Path | None, device: torch.device | str = "cpu", adapter: str | Path | None = None
-) -> Checkpoint:
-    """A folder, hub id, .gguf file or bare config.json; None: the default model. adapter: a folder
-    with what PEFT adds to it. ValueError says what is missing or cannot be read."""
+def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
+    """A folder, hub id, .gguf file or bare config.json; None: the default model. ValueError says
+    what is missing or cannot be read."""
     path = resolve(path)
     if path.suffix == ".json":
         checkpoint = RandomCheckpoint(path, text_config(read_json(path), path), {}, device)
@@ -53,9 +51,6 @@ def open_checkpoint(
     else:
         checkpoint = read_folder(path)
     check_settings(checkpoint.config)
-    if adapter is not None:
-        from formats.adapters import adapt  # which imports this
-        adapt(checkpoint, adapter)
     return checkpoint
 
 

@@ -147,7 +147,9 @@ def load_model(
     if ranks.size == 1:
         return core.load_model(path, device=device, adapter=adapter, **options)
     core.check_target(device, dtype, quantize)
-    checkpoint = core.open_checkpoint(path, device, adapter)
+    checkpoint = core.open_checkpoint(path, device)
+    if adapter is not None:
+        core.extension("formats.adapters").adapt(checkpoint, adapter)
     whole = checkpoint.empty_model()
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
