@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from batching import Engine
 from batching.engine import Launch
@@ -22,7 +23,8 @@ from checks.common import CPU_ENV, HERE, run_cli
 from cli.batch import InOrder, Records, answer_file, answer_live, work_off
 from cli.program import files_of
 from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
-from generate import Request
+from generate import NO_TEXT, Request, generate, load_tokenizer
+from model import load_model
 from parallel import Team
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
@@ -203,6 +205,28 @@ def test_a_bad_line_is_reported_and_the_others_are_not(
     assert bad.index == 1 and bad.prompt == []
     assert prompts([before, after]) == ["one", "two"]
     assert after.index == 2
+
+
+PASSED = {"id": 7, "metadata": {"max_tokens": [1, None]}, "x-from": "\u00e9\u2028"}
+
+
+def test_what_a_line_hands_on_is_in_its_record(tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    asked = {"prompt": "a", "max_tokens": 3, **PASSED}
+    jobs = jobs_of(f'{json.dumps(asked)}\n{json.dumps({"promt": "b", "id": "bad"})}', tmp_path)
+    assert jobs[0].settings["max_new_tokens"] == 3
+    bad, good = sorted(answer_into(file, jobs), key=lambda record: "text" in record)
+    assert good["text"] == "A" and PASSED.items() <= good.items()
+    assert bad["id"] == "bad" and "error" in bad
+    assert '"x-from": "\u00e9\\u2028"' in file.read_text(encoding="utf-8")
+    other = jobs_of(json.dumps(asked | {"id": 8}), tmp_path)
+    assert other[0].digest != jobs[0].digest
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", 985 * "[" + 985 * "]"])
+def test_what_json_cannot_hold_is_not_handed_on(value: str, tmp_path: Path) -> None:
+    [job] = jobs_of(f'{{"prompt": "a", "x": {value}}}', tmp_path, "p.jsonl")
+    assert job.error and not job.passed
 
 
 def test_a_name_makes_a_file_json_lines(tmp_path: Path) -> None:
@@ -688,6 +712,8 @@ def test_a_bad_line_has_a_record_and_the_run_goes_on(
     assert errors[4].endswith("tokens leaves no room for a new one in the context of 256")
     for error in errors.values():
         assert error in err.splitlines()
+    assert "4 of 6 answers missing, as what asks for them is wrong: see above" in err
+    assert "2 of 6 answers cut after --max_new_tokens" in err
 
 
 def test_a_file_of_bad_lines_only_fails(cli: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -741,7 +767,8 @@ def test_several_answers_to_one_prompt(cli: Callable[..., Outcome]) -> None:
 
 
 def test_a_second_run_goes_on(
-    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path
+    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "out.jsonl"
     flags = ["--prompts", request_file, "--seed", 1, "--batch_size", 2, "--output", file]
@@ -755,6 +782,9 @@ def test_a_second_run_goes_on(
         n_kept = whole[:size].count("\n")
         assert (f"has {n_kept} answers already; {5 - n_kept} are left" in err) == (n_kept > 0)
         assert texts(file.read_text()) == texts(whole)
+    monkeypatch.setattr("cli.program.load", None)  # what is answered needs no model
+    code, out, err = cli(*flags)
+    assert (code, out) == (0, "") and "has 5 answers already; 0 are left" in err
     code, _, err = cli(*flags, "--temperature", 0.5)
     assert code == 2 and "give the prompts and flags that it was begun with" in err
 
@@ -887,6 +917,20 @@ def test_a_run_says_how_many_answers_were_cut(cli: Callable[..., Outcome]) -> No
     assert "2 of 2 answers cut where the context is full\n" in err
     whole = cli("--prompt", "one two")[1]
     assert " cut " not in cli("--prompt", "one two", "--stop", whole[3:6])[2]
+
+
+def test_a_model_for_chats_that_says_nothing_to_a_prompt_is_asked_in_its_template(
+    cli: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    """Whether batching/ is at work or not. The text begins with what ends it here."""
+    model, tokenizer = load_model(tiny, dtype=torch.float32), load_tokenizer(tiny)
+    [first] = generate(model, [tokenizer.encode("one")], 1)
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    for flags in ([], ["--num_samples", 2]):
+        code, out, err = cli("--checkpoint_path", folder, "--prompt", "one", *flags)
+        assert code == 0 and NO_TEXT in err and " 0% of its rows" not in err
+        assert NO_TEXT not in cli("--checkpoint_path", folder, "--prompt", "two", *flags)[2]
 
 
 def command(tiny: Path, *flags: object) -> list[str]:

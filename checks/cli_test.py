@@ -49,6 +49,16 @@ def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatc
     assert end.value.code == 130
 
 
+def test_a_signal_counts_though_leaving_what_it_cut_short_fails() -> None:
+    """PyTorch has a mode off its stack for a moment, as while it makes layers on meta."""
+    with pytest.raises(SystemExit) as end, sentences(), torch.device("meta"):
+        torch.overrides._pop_mode()
+        sys.exit(143)  # as SIGTERM's handler does
+    assert end.value.code == 143
+    with pytest.raises(RuntimeError, match="empty mode stack"), sentences(), torch.device("meta"):
+        torch.overrides._pop_mode()
+
+
 # --- statistics ---
 
 STATS = Stats(

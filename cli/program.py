@@ -19,11 +19,11 @@ from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
     standard_input, title_of, with_system,
 )
-from cli.stats import new_trace, plural, profile, say_cuts, say_empty, summarize
+from cli.stats import new_trace, plural, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
 from generate import (
-    QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
+    NO_TEXT, QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
 )
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
@@ -254,8 +254,9 @@ def answer_prompt(engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], 
     records = answer_live(jobs, engine, tokenizer, as_json=args.json)
     if not args.benchmark:
         say_cuts([record["finish_reason"] for record in records])
-    if tokenizer is not None and tokenizer.chat_template and not args.chat:
-        say_empty([record["text"] for record in records])
+    ended = {(record["new_tokens"], record["finish_reason"]) for record in records}
+    if (1, "eos") in ended and tokenizer.chat_template and args.prompt and not args.chat:
+        say(NO_TEXT)
 
 
 def check_room(args: Any, folder: Path) -> None:

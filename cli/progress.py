@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import quantize
 from cli.errors import afterthought
+from cli.stats import plural
 from generate import Decoder, say
 from model import Transformer
 
@@ -61,6 +62,7 @@ def say_library(model: Transformer) -> bool:
     if ran:
         say("decoded by the library that --compile made")
     elif getattr(model.decode_block, "missing", False):
-        say(f"--compile makes a library for {torch.get_num_threads()} threads, in some 15 seconds, "
-            "by which later runs with as many decode faster")
+        threads = plural(torch.get_num_threads(), "thread")
+        say(f"--compile makes a library for {threads}, in some 15 seconds, by which later runs with "
+            "as many decode faster")
     return ran

@@ -140,11 +140,6 @@ def say_cuts(reasons: list[str]) -> None:
             say(f"{n} of {plural(len(reasons), 'answer')} {where}")
 
 
-def say_empty(texts: list[str]) -> None:
-    if not "".join(texts).strip():
-        say("there is no text: a model for chats may end at once; --chat asks it in its template")
-
-
 def plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
