@@ -380,7 +380,7 @@ def test_the_oldest_turns_go_where_they_may(
     reply = talk(monkeypatch, lines, answers, room=34, system="s", shift=True)
     before = "s:s\0u:b\0a:y\0u:c\0a:y\0u:d\0a:"
     assert len(before) + 8 == 34 and reply.seen[3] == asked(before)
-    assert capsys.readouterr().err.count("dropped 1 turn to make room\n") == 1
+    assert capsys.readouterr().err.count("dropped the oldest turn\n") == 1
 
 
 def test_settings_can_be_set_and_shown(
@@ -395,7 +395,7 @@ def test_settings_can_be_set_and_shown(
         "max_new_tokens 8, temperature 0.5, top_k None",
         "top_k must be a whole number, not 'x'", "max_new_tokens must be a whole number, not '-'",
         "temperature: 2000.0 is not at least 0 and at most 1000",
-        "no setting stop; there are max_new_tokens, temperature, top_k",
+        "max_new_tokens 8, temperature 0.5, top_k None",
     ]
 
 

@@ -42,7 +42,7 @@ def new_record(job: Job) -> Record:
 
 def as_line(record: Record) -> str:
     """A record as a line of JSON, in UTF-8 but for what some take for the end of a line."""
-    text = json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
+    text = json.dumps(record, ensure_ascii=False, default=str)
     return text.translate({end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)})
 
 

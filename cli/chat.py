@@ -2,7 +2,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ class Chat:
         self.room = engine.context  # the tokens that the cache holds
         self.messages: list[Message] = []  # of the user and the assistant in turn
         self.held: list[int] = []  # the ids whose keys and values are in the cache
+        self.begun: list[int] = []  # the ids of the last answer, if it was cut
         self.shift = shift
-        # of an answer that was cut: the messages before it, their ids, and its own
-        self.cut: tuple[list[Message], list[int], list[int]] | None = None
         self.attempt = 0  # how often the last message was answered before
         self.took = ""  # what the last answer did, in a sentence
         self.left = False
@@ -89,16 +88,16 @@ class Chat:
 
     # --- answers ---
 
-    def complete(self, messages: list[Message]) -> str:
-        """Answer messages, of which the last one is the user's, and keep them with the answer ->
-        why it ended. ValueError: there is no room for it; it is forgotten."""
-        ids = self.encode(messages)
-        n_turns = len(messages) // 2
-        while self.shift and len(messages) > 1 and len(ids) + self.answer_room() > self.room:
+    def complete(self, messages: list[Message], begun: Sequence[int] = ()) -> str:
+        """Answer messages, of which the last one is the user's, behind what is begun of the answer,
+        and keep them with it -> why it ended. ValueError: there is no room for it; it is
+        forgotten."""
+        ids = [*self.encode(messages), *begun]
+        wanted = min(self.settings["max_new_tokens"], self.room // 2)
+        while self.shift and len(messages) > 1 and len(ids) + wanted > self.room:
             messages = messages[2:]
-            ids = self.encode(messages)
-        if n_turns > len(messages) // 2:
-            say(f"dropped {plural(n_turns - len(messages) // 2, 'turn')} to make room")
+            ids = [*self.encode(messages), *begun]
+            say("dropped the oldest turn")
         if len(ids) >= self.room:
             alone = len(self.encode(messages[-1:]))
             if alone < self.room:
@@ -107,23 +106,15 @@ class Chat:
                 f"this message is too long: with what the template adds it has {alone} tokens, and "
                 f"the context of {self.room} has to hold an answer too"
             )
-        return self.go_on(messages, ids, [])
-
-    def answer_room(self) -> int:
-        return min(self.settings["max_new_tokens"], self.room // 2)
-
-    def go_on(self, messages: list[Message], ids: list[int], answer: list[int]) -> str:
-        """Answer messages, of these ids, behind what there is of the answer -> why it ended."""
-        before = ids + answer
         # at least one token is fed, for its logits
-        cached = min(len(os.path.commonprefix([before, self.held])), len(before) - 1)
-        new, reason = self.show_reply(before, cached)
+        cached = min(len(os.path.commonprefix([ids, self.held])), len(ids) - 1)
+        new, reason = self.show_reply(ids, cached)
         if not new:
             say("the answer had not begun")
             return reason
-        answer = answer + new
-        self.cut = None if reason in ("eos", "stop") else (messages, ids, answer)
-        self.held = ids + answer[:-1]  # the last token was never fed back
+        answer = [*begun, *new]
+        self.begun = [] if reason in ("eos", "stop") else answer
+        self.held = ids + new[:-1]  # the last token was never fed back
         content = TextStream(self.tokenizer, stop=self.settings["stop"]).push(answer, final=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         if reason == "length":
@@ -217,28 +208,20 @@ class Chat:
             say("the same answer; --temperature above 0 gives others")
 
     def continue_(self, argument: str) -> None:
-        messages, ids, answer = self.cut or (None, [], [])
-        if messages is None or messages != self.messages[:-1]:
+        if not (self.messages and self.begun):
             raise ValueError("no answer was cut")
-        if len(ids) + len(answer) >= self.room:
-            raise ValueError(f"no room to go on: {self.full()}")
-        self.go_on(messages, ids, answer)
+        self.complete(self.messages[:-1], self.begun)
 
     def set(self, argument: str) -> None:
-        names = [name for name in RANGES if name in self.settings]
+        known = {name: value for name, value in self.settings.items() if name in RANGES}
         name, _, value = argument.partition(" ")
-        if not name:
-            say(", ".join(f"{name} {self.settings[name]}" for name in names))
-            return
-        if name not in names:
-            raise ValueError(f"no setting {name}; there are {', '.join(names)}")
-        if value == "-" and getattr(Request, name, 0) is None:
-            value = None
-        else:
-            with suppress(ValueError):
-                value = RANGES[name].kind(value)
-            value = RANGES[name].check(name, value)
-        self.settings = self.settings | {name: value}
+        if name not in known:
+            raise ValueError(", ".join(f"{name} {value}" for name, value in known.items()))
+        with suppress(ValueError):
+            value = RANGES[name].kind(value)
+        if value != "-" or getattr(Request, name, 0) is not None:  # without which some do nothing
+            RANGES[name].check(name, value)
+        self.settings = self.settings | {name: None if value == "-" else value}
 
     def drop(self, argument: str) -> None:
         n_turns = len(self.messages) // 2
@@ -264,7 +247,7 @@ class Chat:
         check_template(self.tokenizer, system)
         self.tokenizer.chat(with_system(system, messages))  # a template may refuse it
         self.system = system
-        self.messages = messages
+        self.messages, self.begun = messages, []
         self.attempt = 0
         say(f"{len(messages) // 2} messages and their answers from {file}")
 

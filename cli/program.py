@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from batching import Engine, Stats
 from cli.batch import Records, answer_file, answer_live, as_line, work_off
 from cli.chat import Chat
+from cli.errors import afterthought
 from cli.progress import say_library, watch_prompts
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
@@ -50,42 +51,51 @@ def run(args: Any, team: Team | None) -> None:
 
 def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
     """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
-    tokenizer, jobs = None, None
+    tokenizer, jobs, engine, all_done = None, None, None, False
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
     if args.prompts is not None:  # what is answered already needs no model
         config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
         jobs = wanted(args, asked, tokenizer, config)
         done = file.answers_to(jobs) if isinstance(file, Records) else set()
-        if team.broadcast(all(job.error or (job.index, job.sample) in done for job in jobs)):
-            answer_lines(args, jobs, None, tokenizer, file, team)
-            return
-    began = time.perf_counter()
-    model = load_fitting(args, tokenizer, team.ranks)
-    load_s = time.perf_counter() - began
-    jobs = jobs or wanted(args, asked, tokenizer, model.config)
-    engine = make_engine(args, model, tokenizer, jobs, team)
-    engine.stats.load_s = load_s
+        all_done = all(job.error or (job.index, job.sample) in done for job in jobs)
+    if not team.broadcast(all_done):
+        began = time.perf_counter()
+        model = load_fitting(args, tokenizer, team.ranks)
+        load_s = time.perf_counter() - began
+        jobs = jobs or wanted(args, asked, tokenizer, model.config)
+        engine = make_engine(args, model, tokenizer, jobs, team)
+        engine.stats.load_s = load_s
     settings = {name: getattr(args, name) for name in SETTINGS}
     if args.interactive:
         team.share_input(standard_input())
         watch_prompts(engine)
         Chat(engine, tokenizer, settings, asked.system, args.shift).run()
-        say_library(model)
-        return
-    if args.profile:
+    elif args.profile:
         prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
         settings["max_new_tokens"] = 16  # to warm up
         generate(model, prompts, stats=engine.stats, engine=engine, **settings)
         profile(engine, file)
     elif args.prompts is not None:
-        answer_lines(args, jobs, engine, tokenizer, file, team)
+        written = answer_file(jobs, engine, tokenizer, as_json=args.json, records=file, team=team)
+        say_cuts([record.get("finish_reason", "error") for record in written])
+        if all(job.error for job in jobs):
+            n = plural(len(jobs), "prompt")
+            raise ValueError(f"none of the {n} of {args.prompts} could be answered")
     else:
         answer_prompt(engine, tokenizer, jobs, args)
-    summary = engine.stats.new_tokens and summarize(engine, args.benchmark) or {}
-    ran = say_library(model)
+    if engine is not None:
+        say_run(args, engine)
+
+
+@afterthought()
+def say_run(args: Any, engine: Engine) -> None:
+    """What it took, also as a line of JSON."""
+    measured = not args.interactive and engine.stats.new_tokens > 0
+    summary = (summarize(engine, args.benchmark) or {}) if measured else {}
+    summary["library"] = say_library(engine.model)
     if args.json:
-        print(as_line(vars(args) | summary | {"library": ran}), flush=True)
+        print(as_line(vars(args) | summary), flush=True)
 
 
 def read_asked(args: Any) -> Asked:
@@ -229,18 +239,6 @@ def make_engine(
     for each in filter(None, (model, draft)):
         compiled = prepare_steps(each, args.compile, rows, args.compile_prefill)
     return Engine(model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room)
-
-
-def answer_lines(
-    args: Any, jobs: list[Job], engine: Engine | None, tokenizer: Tokenizer,
-    records: Records | None, team: Team,
-) -> None:
-    """Answer a file's prompts. engine: None where none is left. ValueError: all lines are bad."""
-    written = answer_file(jobs, engine, tokenizer, as_json=args.json, records=records, team=team)
-    say_cuts([record.get("finish_reason", "error") for record in written])
-    if all(job.error for job in jobs):
-        n = plural(len(jobs), "prompt")
-        raise ValueError(f"none of the {n} of {args.prompts} could be answered")
 
 
 def answer_prompt(engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TextIO
 from cli.files import read_all
 from generate import RANGES, Tokenizer
 
-PASSED = re.compile("id$|metadata$|x")  # keys of a line that its record has too
+HANDED_ON = re.compile("id$|metadata$|x")  # keys of a line that its record has too
 # what a line may set for itself
 SETTINGS = (*(name for name in RANGES if name != "cached"), "stop")
 
@@ -120,20 +120,20 @@ def read_jobs(
     that of its first sample. model: what is to answer; another one's answers have other digests."""
     jobs = []
     for index, line in enumerate(Line(*line) for line in lines):
-        passed = {}
+        entry = {}
         try:
-            passed, entry = parse_line(line)
+            entry = parse_line(line)
             check_entry(entry)
             settings = {name: entry.get(name, default) for name, default in defaults.items()}
             if "seed" not in entry and settings["seed"] is not None:
                 settings["seed"] += index * n_samples
-            ids = encode(entry)
-            jobs += samples(index, title_of(entry), ids, settings, n_samples, model, passed)
+            asked = title_of(entry), encode(entry), settings
+            jobs += samples(index, *asked, n_samples, model, handed_on(entry))
         except ValueError as e:
             content = line.content.encode(errors="surrogateescape")
             digest = sha256(content).hexdigest()[:16]
             error = f"line {line.number}: {e}"
-            jobs.append(Job(index, passed=passed, error=error, digest=digest))
+            jobs.append(Job(index, passed=handed_on(entry), error=error, digest=digest))
     return jobs
 
 
@@ -155,27 +155,29 @@ def samples(
     return jobs
 
 
-def parse_line(line: Line) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a line hands on to its record, and what it asks for: {"prompt": text} or what JSON
-    holds. ValueError: it is no JSON object."""
+def parse_line(line: Line) -> dict[str, Any]:
+    """{"prompt": text} or what a JSON line holds. ValueError: it is no JSON object."""
     try:
         line.content.encode()
     except UnicodeEncodeError as e:
         byte = ord(line.content[e.start]) - 0xDC00
         raise ValueError(f"not UTF-8: byte 0x{byte:02x}") from None
     if not line.is_json:
-        return {}, {"prompt": line.content}
+        return {"prompt": line.content}
     try:
         entry = json.loads(line.content, object_pairs_hook=without_doubles, parse_int=whole_number)
-        if not isinstance(entry, dict):
-            raise ValueError("not a JSON object")
-        passed = {name: entry.pop(name) for name in list(filter(PASSED.match, entry))}
-        json.dumps([[[[[[[[passed]]]]]]]], allow_nan=False)  # more is around it when it is written
+        json.dumps([[[[[[[[entry]]]]]]]])  # more is around it when it is written
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
-    return passed, entry
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    return entry
+
+
+def handed_on(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if HANDED_ON.match(name)}
 
 
 def check_entry(entry: dict[str, Any]) -> None:
@@ -183,13 +185,13 @@ def check_entry(entry: dict[str, Any]) -> None:
     if "max_tokens" in entry and "max_new_tokens" not in entry:
         entry["max_new_tokens"] = entry.pop("max_tokens")
     for name in entry:
-        if name not in CHECKS:
+        if name not in CHECKS and not HANDED_ON.match(name):
             raise ValueError(f"unknown key {brief(name)}; known are {', '.join(sorted(CHECKS))}, "
                              "and handed on are id, metadata and what begins with x")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError("one of prompt and messages is needed, and not both")
-    for name, value in entry.items():
-        CHECKS[name](name, value)
+    for name in filter(CHECKS.get, entry):
+        CHECKS[name](name, entry[name])
 
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

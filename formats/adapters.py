@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from formats.checkpoint import CheckedCheckpoint, making_sense_of, open_tensors, other_names
+from formats.checkpoint import CheckedCheckpoint, making_sense_of, open_tensors
 from formats.integers import Blocks, check_shape, read
 from formats.settings import is_factor, plain_file, read_json, short
 from formats.wrappers import plain_names
@@ -23,7 +23,9 @@ KNOWN = set(
     "loftq_config lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version "
     "qalora_group_size r rank_pattern revision target_modules task_type use_dora use_rslora".split()
 )
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base model too
+ONLY = {  # what they may be; other starts change the base model too
+    "peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]
+}
 PART = re.compile(r"\.lora_((A|B)\.weight|embedding_(A|B)|(magnitude)_vector(\.weight)?)$")
 ENDLESS = re.compile(r"\)[*+{]|([*+{].*){4}")  # in a pattern, which may take for ever then
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -43,28 +45,24 @@ def adapt(checkpoint: CheckedCheckpoint, folder: str | Path) -> None:
         changes.setdefault(HEAD, {})
     integers_of, check, read_plain = checkpoint.integers, checkpoint.check_names, checkpoint.read
 
-    def key_of(name: str) -> str | None:
-        return next((key for key in (name, *other_names(name)) if key in changes), None)
-
     def base_of(name: str) -> str:
         return EMBEDDING if untied and name == HEAD else name
 
     def integers(model: nn.Module, plan: dict[str, dict[str, Any]]) -> dict[str, list[Blocks]]:
-        kept = {name: parts for name, parts in plan.items() if not any(map(key_of, parts))}
+        kept = {name: parts for name, parts in plan.items() if not changes.keys() & parts.keys()}
         return integers_of(model, kept)
 
     def check_names(wanted: Iterable[str]) -> None:
         wanted = list(wanted)
-        unknown = changes.keys() - set(map(key_of, wanted))
-        if unknown:
+        for name in changes.keys() - wanted:
             whose = short(adapter.config.get("base_model_name_or_path"))
-            raise ValueError(f"{folder}, an adapter of {whose}, changes {min(unknown)}, which "
+            raise ValueError(f"{folder}, an adapter of {whose}, changes {name}, which "
                              f"{checkpoint.path} does not have")
         check(map(base_of, wanted))
 
     def read_changed(name: str, shape: tuple[int, ...]) -> Tensor:
         weight = read_plain(base_of(name), shape)
-        return adapter.change(key_of(name), weight) if key_of(name) else weight
+        return adapter.change(name, weight) if name in changes else weight
 
     checkpoint.integers, checkpoint.check_names = integers, check_names
     checkpoint.read = read_changed
@@ -77,13 +75,8 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "adapter_config.json")
-        for key, allowed in ("peft_type", ["LORA"]), ("init_lora_weights", STARTS):
-            if self.config.get(key) not in allowed:
-                self.refuse(key)
-        for key in filter(self.config.get, self.config.keys() - KNOWN):
-            self.refuse(key)
-        self.modules: dict[str, str] = {}  # by the names of weights, as patterns know them
-        self.changes: dict[str, dict[str, Any]] = {}
+        wrong = [key for key, allowed in ONLY.items() if self.config.get(key) not in allowed]
+        self.refuse(wrong + list(filter(self.config.get, self.config.keys() - KNOWN)))
         parts = {"A", "B", "magnitude"} if self.config.get("use_dora") else {"A", "B"}
         file = plain_file(folder / "adapter_model.safetensors")
         try:
@@ -91,6 +84,8 @@ class Adapter:
         except Exception as e:  # of safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
         named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+        self.modules: dict[str, str] = {}  # by the names of weights, as patterns know them
+        self.changes: dict[str, dict[str, Any]] = {}
         for name, (original, x) in plain_names({k: (k, x) for k, x in named.items()}, {}).items():
             found = PART.search(name)
             key, part = name.replace(".base_layer.", "."), "whole"
@@ -105,18 +100,16 @@ class Adapter:
                 raise ValueError(f"{folder} has {', '.join(sorted(found))} of {key}, where "
                                  f"{', '.join(sorted(parts))} belong together")
 
-    def refuse(self, key: str) -> None:
-        raise ValueError(f"unsupported {key} {short(self.config.get(key))} of {self.folder}")
+    def refuse(self, keys: list[str]) -> None:
+        for key in keys:
+            raise ValueError(f"unsupported {key} {short(self.config.get(key))} of {self.folder}")
 
     def setting(self, name: str, patterns: str, module: str) -> float:
         """Of PEFT's patterns the first that matches the end of a module's name counts."""
-        value = self.config.get(name)
-        for pattern, own in (self.config.get(patterns) or {}).items():
-            if ENDLESS.search(pattern):
-                self.refuse(patterns)
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                value = own
-                break
+        given = self.config.get(patterns) or {}
+        self.refuse([patterns] * any(map(ENDLESS.search, given)))
+        found = [own for pattern, own in given.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+        value = [*found, self.config.get(name)][0]
         if not is_factor(value):
             raise ValueError(f"{name} of {self.folder} is {short(value)}, no number above 0")
         return value
@@ -129,6 +122,7 @@ class Adapter:
             with making_sense_of(self.folder / "adapter_config.json"):
                 rank = self.setting("r", "rank_pattern", self.modules[key])
                 scale = self.setting("lora_alpha", "alpha_pattern", self.modules[key])
+            scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
             N, K = weight.shape
             shapes |= {"A": (rank, K), "B": (N, rank), "magnitude": (N,)}
         for part, x in tensors.items():
@@ -136,10 +130,8 @@ class Adapter:
             if x.dtype not in WEIGHT_DTYPES or not x.isfinite().all():
                 raise ValueError(f"{part} of {key} in {self.folder} is not of finite numbers")
         weight = tensors.get("whole", weight)
-        if "A" not in tensors:
-            return weight
-        scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
-        weight = weight.float().addmm(tensors["B"].float(), tensors["A"].float(), alpha=scale)
+        if "A" in tensors:
+            weight = weight.float().addmm(tensors["B"].float(), tensors["A"].float(), alpha=scale)
         if "magnitude" in tensors:
             weight *= (tensors["magnitude"].float() / weight.norm(dim=1))[:, None]
         return weight
