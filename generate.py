@@ -788,7 +788,7 @@ class Printer:
 
 # --- the command line ---
 
-QUESTION = "What is the capital of France?"  # the prompt where none is given
+QUESTION = "Name the capital of France."  # the prompt where none is given
 NO_TEXT = "the model ended at once; --chat puts a prompt into its template, as it may expect"
 
 

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from batching import Engine, Stats
 from cli.batch import Records, answer_file, answer_live, as_line, work_off
 from cli.chat import Chat
-from cli.errors import afterthought
 from cli.progress import say_library, watch_prompts
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
@@ -66,7 +65,7 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         jobs = jobs or wanted(args, asked, tokenizer, model.config)
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name, None) for name in SETTINGS}
     if args.interactive:
         team.share_input(standard_input())
         watch_prompts(engine)
@@ -88,7 +87,6 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         say_run(args, engine)
 
 
-@afterthought()
 def say_run(args: Any, engine: Engine) -> None:
     """What it took, also as a line of JSON."""
     measured = not args.interactive and engine.stats.new_tokens > 0
@@ -154,7 +152,7 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
     """The answers that the flags ask for."""
     if args.interactive and tokenizer is not None:
         return []
-    defaults = {name: getattr(args, name) for name in SETTINGS}
+    defaults = {name: getattr(args, name, None) for name in SETTINGS}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
