@@ -253,8 +253,8 @@ class Chat:
 
     def stats(self, argument: str) -> None:
         used = len(self.encode(self.messages)) if self.messages else 0
-        n = plural(len(self.messages) // 2, "answer")
-        say(f"{n}; {min(used, self.room)} of {self.room} tokens of context")
+        used = f"{min(used, self.room)} of {self.room} tokens of context"
+        say(f"{plural(len(self.messages) // 2, 'answer')}; {used}")
         if self.took:
             say(self.took)
 

@@ -108,14 +108,12 @@ def read_asked(args: Any) -> Asked:
     )
 
 
-def load(
-    args: Any, ranks: Ranks, path: str | Path | None, quantize: str, adapter: str | None = None
-) -> Transformer:
-    """A model; args.dtype becomes the one that it has."""
+def load(args: Any, ranks: Ranks, path: str | Path | None, quantize: str) -> Transformer:
+    """A model; args.dtype becomes the one that it has. A draft has no adapter."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = load_model(
-        path, ranks, device=args.device, dtype=dtype, quantize=quantize, adapter=adapter,
-        group_size=args.group_size,
+        path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size,
+        adapter=args.adapter if path == args.checkpoint_path else None,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
@@ -123,7 +121,7 @@ def load(
 
 def load_fitting(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
     """The model. ValueError: its tokenizer does not fit, or --max_seq_len does not."""
-    model = load(args, ranks, args.checkpoint_path, args.quantize, args.adapter)
+    model = load(args, ranks, args.checkpoint_path, args.quantize)
     if tokenizer is not None:
         tokenizer.check_fit(model.config.vocab_size)
     context = model.config.max_seq_len
@@ -271,7 +269,7 @@ def save(args: Any) -> None:
         with new_folder(args.save) as folder:  # what cannot be written shows before the long work
             save_tokenizer(args.checkpoint_path, folder)
             check_room(args, folder)
-            model = load(args, ALONE, args.checkpoint_path, args.quantize, args.adapter)
+            model = load(args, ALONE, args.checkpoint_path, args.quantize)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

@@ -3,10 +3,11 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 from cli.files import read_all
@@ -139,7 +140,7 @@ def read_jobs(
 
 def samples(
     index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int,
-    model: str = "", passed: dict[str, Any] | None = None,
+    model: str = "", passed: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Job]:
     """n_samples answers to a prompt that begins with title, with seeds in a row if it has one."""
     jobs = []
@@ -148,7 +149,6 @@ def samples(
         own = dict(settings)
         if own["seed"] is not None:
             own["seed"] = (own["seed"] + sample) % 2**63
-        passed = passed or {}
         asked = json.dumps([model, prompt, own | passed], sort_keys=True)
         digest = sha256(asked.encode()).hexdigest()[:16]
         jobs.append(Job(index, sample, f"{which} {title}\n", prompt, own, passed, digest=digest))
