@@ -72,7 +72,7 @@ def generate(
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
     stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
     stream: Callable[[int, list[int]], None] | None = None, cached: int = 0,
-    compile: bool = False, speculate_k: int = 0, draft: Transformer | None = None,
+    compile: bool | None = None, speculate_k: int = 0, draft: Transformer | None = None,
     stats: Any = None, engine: Decoder | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
@@ -80,9 +80,9 @@ def generate(
     A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
     tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
     tokens of each row that are in the cache already. stream(number, ids) is called as tokens come.
-    The same seed, the same text; prompt i draws with seed + i. compile: take the steps that
-    compile_model compiled. speculate_k, draft: check that many proposals a step; the text is the
-    same. stats: a batching.Stats to fill.
+    The same seed, the same text; prompt i draws with seed + i. compile: by compiled steps, which
+    compile_model makes unless it has, or plain ones; None: as the model's are. speculate_k, draft:
+    check that many proposals a step; the text is the same. stats: a batching.Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
     series of calls shares its captured steps. Threads with one model or cache take turns.
@@ -101,7 +101,7 @@ def generate(
     out: list[list[int]] = [[] for _ in requests]
     with taking_turns(model):
         if engine is None:
-            fit_cache(model, requests, speculate_k, compile)
+            fit_cache(model, requests, speculate_k, bool(compile))
             engine = decoder_for(model, requests, compile, speculate_k, draft, stats is not None)
         if hasattr(engine, "stats"):
             engine.stats = stats or type(engine.stats)()
@@ -116,11 +116,17 @@ def generate(
 
 
 def decoder_for(
-    model: Transformer, requests: list[Request], compiled: bool, k: int, draft: Transformer | None,
-    measured: bool,
+    model: Transformer, requests: list[Request], compile: bool | None, k: int,
+    draft: Transformer | None, measured: bool,
 ) -> Decoder:
     """What decodes in model.cache. batching/'s Engine is for more requests than rows, proposals and
     statistics, and better for prompts that are not read together well or begin alike."""
+    if compile and model.decode_block is run_block:
+        compile_model(model)
+    elif compile is False:
+        model.decode_block = model.prefill_block = run_block
+        model.decode_head = run_head
+    compiled = bool(compile)
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
     if beyond or not pads_little(requests) or begin_alike(requests):
         batching = extension("batching", required=beyond)
@@ -794,7 +800,8 @@ class Printer:
 
 # --- the command line ---
 
-QUESTION = "What is the capital of France?"  # the prompt where none is given
+QUESTION = "Name the capital of France."  # the prompt where none is given
+NO_TEXT = "the model ended at once; --chat puts a prompt into its template, as it may expect"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -827,7 +834,7 @@ def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = Non
     add("--top_k", metavar="K", type=number("top_k"),
         help="sample from the K likeliest tokens, from 1; default: all")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; default: cuda where there is one")
+        help="cpu, cuda, ...; default: cuda where there is one, here %(default)s")
     add("--quantize", choices=["auto", "none", *MODES],
         help="auto: weights as the file has them, those of a quantized GGUF as integers; none: "
         "dequantized; int8, int4: quantized while loading; default: auto")
@@ -867,6 +874,8 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
         f"loaded in {loaded - began:.1f} s{also}; {len(ids)} prompt tokens, first token after "
         f"{first_s:.2f} s; {n} new tokens, {step_ms:.2f} ms a token"
     )
+    if args.prompt and n == 1 and decoder.finish_reasons[0] == "eos" and tokenizer.chat_template:
+        say(NO_TEXT)
     return decoder
 
 

@@ -38,7 +38,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     required, if this copy of gpt-flash has none. All calls:
 
     families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
-    formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
+    formats         other files (open_checkpoint), load_tokenizer, adapters (load_model)
     cpu, products   what a device multiplies faster with (use_products)
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
     batching        more prompts than rows, and proposals (decoder_for)
@@ -1011,6 +1011,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 def load_model(
     path: str | Path | None = None, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
@@ -1018,9 +1019,12 @@ def load_model(
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
     groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
-    the integers of a file stay. ValueError says what is wrong."""
+    the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
+    weights before they are quantized. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
+    if adapter is not None:
+        extension("formats.adapters").adapt(checkpoint, adapter)
     return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
 
 

@@ -232,7 +232,7 @@ def making_sense_of(path: Path) -> Iterator[None]:
     """ValueError where a configuration's settings fail together."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, re.error) as e:
         why = f"the configuration in {path} makes no sense ({first_line(e)})"
         raise ValueError(why) from None
 

@@ -82,7 +82,7 @@ def local(config: ModelConfig, ranks: Ranks) -> ModelConfig:
         whole = getattr(config, name)
         shared = name == "n_kv_head" and n % whole == 0
         if whole % n and not shared:
-            raise ValueError(f"{whole} {what} do not divide over {n} ranks")
+            raise undivided(whole, what, n)
         parts[name] = max(1, whole // n)
     if config.moe is not None:
         parts["moe"] = local_experts(config.moe, n)
@@ -91,11 +91,16 @@ def local(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     return replace(config, **parts)
 
 
+def undivided(whole: int, what: str, n: int) -> ValueError:
+    would = ", ".join(str(size) for size in range(1, 65) if whole % size == 0)
+    return ValueError(f"{whole} {what} do not divide over {n} ranks; they would over {would}")
+
+
 def local_experts(moe: Any, n: int) -> Any:
     """Every rank has a part of each expert, so that all have the same to do whatever is chosen."""
     for size in (moe.ffn_dim, moe.shared_ffn_dim):
         if size % n:
-            raise ValueError(f"{size} hidden units of an expert do not divide over {n} ranks")
+            raise undivided(size, "hidden units of an expert", n)
     return replace(moe, ffn_dim=moe.ffn_dim // n, shared_ffn_dim=moe.shared_ffn_dim // n)
 
 
@@ -140,13 +145,16 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
 def load_model(
     path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """model.load_model of a rank's part. ValueError also where it does not divide over them."""
     options = dict(dtype=dtype, quantize=quantize, group_size=group_size)
     if ranks.size == 1:
-        return core.load_model(path, device=device, **options)
+        return core.load_model(path, device=device, adapter=adapter, **options)
     core.check_target(device, dtype, quantize)
     checkpoint = core.open_checkpoint(path, device)
+    if adapter is not None:
+        core.extension("formats.adapters").adapt(checkpoint, adapter)
     whole = checkpoint.empty_model()
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
