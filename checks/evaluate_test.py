@@ -66,17 +66,19 @@ def test_scores_are_those_of_whole_texts(
 ) -> None:
     """Of one token or many, of contexts that are alike, begin alike, are short, or one token."""
     examples, seven = ids(50, 0), ids(7, 1)
+    asked = ours(batch_size)
     contexts = [seven, examples + seven, examples + ids(9, 2), examples, ids(33, 3), [5], seven]
     pairs = [(context, ids(n, n)) for context in contexts for n in (1, 1, 2, 5, 40)]
     best = hf.generate(torch.tensor([seven]), max_new_tokens=3, do_sample=False)[0, 7:].tolist()
-    pairs.append((seven, best))
-    found = dict(ours(batch_size).scores(pairs))
+    pairs += [(seven, best), ([asked.prefix_token_id], [9, 9]), ([], [9, 9])]
+    found = dict(asked.scores(pairs))
     assert found.keys() == set(range(len(pairs)))
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(pairs[:-1]):
         logp, likeliest = expected_score(hf, *pair)
         assert found[number][0] == pytest.approx(logp, abs=2e-4)
         assert found[number][1] == likeliest
-    assert found[len(pairs) - 1][1]
+    assert found[len(pairs) - 3][1]
+    assert found[len(pairs) - 1] == pytest.approx(found[len(pairs) - 2])
 
 
 def test_of_too_long_texts_the_end_counts(
@@ -88,7 +90,7 @@ def test_of_too_long_texts_the_end_counts(
         kept = (context + continuation)[-33:-len(continuation)]
         assert found[number][0] == pytest.approx(expected_score(hf, kept, continuation)[0], abs=2e-4)
     assert "3 texts are cut to their last 32 tokens" in capsys.readouterr().err
-    for pair in ([5], ids(33, 1)), ([5], []), ([], [5]):
+    for pair in ([5], ids(33, 1)), ([5], []):
         with pytest.raises(ValueError, match="cannot be scored in a context of 32"):
             dict(ours(2, max_length=32).scores([pair]))
 
@@ -218,7 +220,7 @@ def test_edge_cases_are_those_of_the_hugging_face_backend(
 ) -> None:
     """No context, spaces and tokens on the border, special tokens, too long a context."""
     pairs = [("", "word"), ("", "a"), ("The quick brown ", "fox"), ("The qu", "ick brown"),
-             ("th", "e"), ("\n", "\n\n"), (TEXT[:300], " end"), (TEXT[:301], TEXT[301:340]),
+             ("th", "e end"), ("a\n", "\n\n"), (TEXT[:300], " end"), (TEXT[:301], TEXT[301:340]),
              ("caf\u00e9 \U0001f600", " \U0001f600"), ("x" * 70, "y"), ("a b c", " d e f")]
     requests = [SimpleNamespace(args=pair, task_name="") for pair in pairs]
     texts = [SimpleNamespace(args=(text,)) for text in (TEXT[:1000], "one", "", TEXT[:41], "\n")]
@@ -246,6 +248,8 @@ def test_impossible_answers_are_refused(ours: Evaluated) -> None:
             ours(4, max_length=64).generate_until([request])
     request = SimpleNamespace(args=("text", {"num_beams": 1, "max_gen_toks": 63}))
     ours(4, max_length=64).generate_until([request])
+    with pytest.raises(ValueError, match="^0 tokens"):  # both are one token, which is the context's
+        ours(4).loglikelihood([SimpleNamespace(args=("th", "e"))])
 
 
 @needs_harness
@@ -267,10 +271,9 @@ def test_a_run_goes_on_where_it_was_killed(ours: Evaluated, tmp_path: Path) -> N
     asked.score = killed
     with pytest.raises(KeyboardInterrupt):
         CachingLM(asked, file).loglikelihood(requests)
-    again = CachingLM(asked, file)
-    batches += [0, 0, 0]
-    assert again.loglikelihood(requests) == pytest.approx(whole)
-    assert sum(batches[7:]) == 40 - sum(batches[:3])
+    found = CachingLM(asked, file).loglikelihood(requests)
+    assert [score[0] for score in found] == pytest.approx([score[0] for score in whole])
+    assert sum(batches[4:]) == 40 - sum(batches[:3])
 
 
 @needs_harness

@@ -77,15 +77,14 @@ class GptFlash(TemplateLM):
         return cls(model, tokenizer, flags["batch_size"], flags["max_length"], kv_dtype)
 
     def scores(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Score]]:
-        """(context, continuation) each -> (a pair's number, its score), in the order in which they
-        are cheap. What does not fit is left out of the context's beginning. ValueError if there is
-        no room for a continuation."""
+        """(context, continuation) each -> (a pair's number, its score), in the cheapest order. Of
+        what is too long the beginning is left out. ValueError: a continuation alone is."""
         rows = []  # what is read once, what is read behind it, what each token of that predicts
         for i, (context, expected) in enumerate(pairs):
             n = len(expected)
-            if not context or not 0 < n <= self.max_length:
+            if not 0 < n <= self.max_length:
                 raise ValueError(f"{n} tokens cannot be scored in a context of {self.max_length}")
-            ids = (*context, *expected)[-self.max_length - 1:-1]
+            ids = (*(context or [self.prefix_token_id]), *expected)[-self.max_length - 1:-1]
             rows.append((ids[:-n], ids[-n:], expected, i))
         n = sum(len(pair[0]) + len(pair[1]) - 1 > self.max_length for pair in pairs)
         if n:
@@ -182,8 +181,7 @@ class GptFlash(TemplateLM):
         jobs.sort(key=lambda job: -len(job[1].prompt))
         room = max(len(request.prompt) + request.max_new_tokens for _, request, _ in jobs)
         self.model.setup_caches(min(self.batch_size, len(jobs)), room, self.kv_dtype)
-        compiled = prepare_steps(self.model, None, self.batch_size)
-        engine = Engine(self.model, compiled=compiled)
+        engine = Engine(self.model, compiled=prepare_steps(self.model, None, self.batch_size))
         said: list[list[int]] = [[] for _ in jobs]
         texts = {}
         with tqdm(desc="answers", total=len(jobs), disable=None) as bar:
@@ -197,27 +195,24 @@ class GptFlash(TemplateLM):
         return [texts[i] for i in range(len(jobs))]
 
     def job(self, context: str, settings: dict[str, Any]) -> tuple[Request, list[str]]:
-        """What continues a context, and what ends it. ValueError: a setting is unknown, or leaves
-        no room for a context."""
+        """What continues a context, and what ends it. ValueError: nothing does by such settings."""
         known = dict(utils.normalize_gen_kwargs(settings, default_max_gen_toks=256))
         eos = self.text.special_text.get("eos_token")
         stop = [text for text in utils.handle_stop_sequences(known.pop("until"), eos) if text]
         n = known.pop("max_gen_toks")
-        names = known.keys() & {"temperature", "top_k", "top_p", "min_p"}
-        others = {name for name in known if known[name] != 1} - {"do_sample", *names}  # 1: off
+        names = ("temperature", "top_k", "top_p", "min_p")
+        drawn = {name: known.pop(name) for name in names if name in known}
+        others = {name for name, value in known.items() if value != 1} - {"do_sample"}  # 1: off
         if others or n >= self.max_length:
             raise ValueError(f"no text can be made with {settings} in {self.max_length} tokens")
         prompt = self.tok_encode(context)[n - self.max_length:] or [self.prefix_token_id]
-        drawn = {name: known[name] for name in names}
-        ends = ends_at(stop, self.text, [])
+        ends = ends_at(stop, self.text, []) if stop else None
         return Request(prompt, n, eos_ids=self.text.eos_ids, ends=ends, **drawn), stop
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        "evaluate.py", allow_abbrev=False, description=f"{__doc__.split('.')[0]}. All other flags, "
-        "as --tasks, --limit, --num_fewshot, --output_path, are those of `lm_eval run --help`.",
-    )
+    said = "--tasks, --limit, --output_path and all other flags are those of `lm_eval run --help`."
+    parser = Parser("evaluate.py", description=said, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint_path", metavar="PATH", help="as in generate.py; default: its default model")
     add("--quantize", choices=["auto", "none", *MODES], default="auto", help="default: auto")
@@ -240,11 +235,13 @@ def main(argv: list[str] | None = None) -> None:
         register_model("gpt-flash")(GptFlash)
         words = ["run", "--model", "gpt-flash", "--model_args", json.dumps(flags)]
         words += ["--device", args.device, "--batch_size", str(args.batch_size), *others]
-        # in one line the harness's parser refuses too
-        with patch("sys.argv", ["evaluate.py", *words]), \
-                patch.object(argparse.ArgumentParser, "error", Parser.error):
+        in_one_line = patch.object(argparse.ArgumentParser, "error", Parser.error)
+        with patch("sys.argv", ["evaluate.py", *words]), in_one_line:
             cli_evaluate()
-    except (ValueError, OSError, NotImplementedError, torch.OutOfMemoryError) as e:
+    except Exception as e:
+        known = isinstance(e, (ValueError, OSError, NotImplementedError, torch.OutOfMemoryError))
+        if not known and type(e).__module__.partition(".")[0] not in ("datasets", "yaml"):
+            raise
         parser.error(first_line(e))
 
 
