@@ -3,7 +3,8 @@ its harness prints beside what its own Hugging Face backend gives. (It takes hal
 MB to install, so that it is not among the tests' requirements.)"""
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return files
 
 
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own tasks are left out: to read their ten thousand files takes ten seconds."""
+    import lm_eval.tasks
+    manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", manager)
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", manager)
+
+
 @pytest.fixture(scope="module")
 def backend(tiny: Path) -> Callable[..., Any]:
     """backend(**options) -> the harness's own model of the small checkpoint."""
@@ -200,7 +210,7 @@ def backend(tiny: Path) -> Callable[..., Any]:
 
 @needs_harness
 def test_tables_are_those_of_the_hugging_face_backend(
-    ours: Evaluated, backend: Callable[..., Any], tasks: list[str]
+    ours: Evaluated, backend: Callable[..., Any], tasks: list[str], no_index: None
 ) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
@@ -278,7 +288,7 @@ def test_a_run_goes_on_where_it_was_killed(ours: Evaluated, tmp_path: Path) -> N
 
 @needs_harness
 def test_the_command_prints_and_stores_what_the_harness_does(
-    tiny: Path, tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny: Path, tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, no_index: None
 ) -> None:
     words = ["--checkpoint_path", str(tiny), "--quantize", "int4", "--kv_dtype", "int8"]
     words += ["--device", "cpu", "--limit", "3", "--use_cache", str(tmp_path / "cache")]
@@ -288,11 +298,14 @@ def test_the_command_prints_and_stores_what_the_harness_does(
     [file] = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["choices"]["acc,none"] >= 0
     assert len(list(tmp_path.glob("cache_*.db"))) == 1
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: [\nx: y")
     for more, said in [
         (["--tasks", "no_such_task"], "Tasks not found: no_such_task"),
         (["--tasks", tasks[0], "--limit", "some"], "invalid float value: 'some'"),
         (["--tasks", tasks[2], "--max_length", "24"], "no text can be made with"),
         (["--tasks", tasks[0], "--apply_chat_template"], "chat template"),
+        (["--tasks", str(broken)], "while parsing"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             evaluate.main([*words, *more])
