@@ -1058,8 +1058,7 @@ def fill_model(
             if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
-        if isinstance(module, Linear) and by_text is not None:
-            by_text.take(prefix, module)
+        if by_text is not None and by_text.takes(prefix, module):
             continue
         if isinstance(module, Linear) and quantize in MODES:
             module = quantize_linear(module, quantize, group_size, prefix)
