@@ -41,6 +41,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     formats         other files (open_checkpoint), load_tokenizer, adapters (load_model)
     cpu, products   what a device multiplies faster with (use_products)
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
+    calibration     rounding by a text (load_model)
     batching        more prompts than rows, and proposals (decoder_for)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
@@ -1011,7 +1012,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 def load_model(
     path: str | Path | None = None, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
-    adapter: str | Path | None = None,
+    adapter: str | Path | None = None, calibrate: Sequence[int] | None = None,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
@@ -1020,12 +1021,17 @@ def load_model(
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
     groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
     the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
-    weights before they are quantized. ValueError says what is wrong."""
+    weights before they are quantized. calibrate: ids of a text by which "int8" and "int4" round
+    better. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
     if adapter is not None:
         extension("formats.adapters").adapt(checkpoint, adapter)
-    return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
+    model, by_text = checkpoint.empty_model(), None
+    if calibrate is not None:
+        make = extension("calibration").Calibration
+        by_text = make(model, calibrate, quantize, group_size)
+    return fill_model(model, checkpoint, device, dtype, quantize, group_size, by_text)
 
 
 def check_target(
@@ -1052,9 +1058,10 @@ def use_products(device: torch.device) -> None:
 
 def fill_model(
     model: Transformer, checkpoint: Checkpoint, device: torch.device | str,
-    dtype: torch.dtype | None, quantize: str | None, group_size: int,
+    dtype: torch.dtype | None, quantize: str | None, group_size: int, by_text: Any = None,
 ) -> Transformer:
-    """Read a model on meta onto a device, layer by layer, and quantize what is to be."""
+    """Read a model on meta onto a device, layer by layer, and quantize what is to be. by_text: a
+    Calibration, which lets a text pass each block while it is dense."""
     model.to(dtype or checkpoint.default_dtype(quantize, torch.device(device))).eval()
     fill_layers = checkpoint.put_layers(model, quantize, device)
     stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
@@ -1062,7 +1069,9 @@ def fill_model(
     advice = "take a smaller model, or --quantize"
     require_memory(nbytes, device, f"loading {checkpoint.path}", advice)
     fill_layers()
-    for prefix in quantization.progress([name for name, _ in model.named_modules()], "loading"):
+    names = [name for name, _ in model.named_modules()]
+    names.sort(key=lambda name: (name == "lm_head", name.startswith("layers.")))
+    for prefix in quantization.progress(names, "loading"):
         module = model.get_submodule(prefix)  # a list of modules would keep the dense ones
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, x in own:
@@ -1076,6 +1085,8 @@ def fill_model(
             if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
+        if by_text is not None and by_text.takes(prefix, module):
+            continue
         if isinstance(module, Linear) and quantize in MODES:
             module = quantize_linear(module, quantize, group_size, prefix)
             model.set_submodule(prefix, module)

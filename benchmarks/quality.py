@@ -2,15 +2,20 @@
 
     python benchmarks/quality.py --perplexity FILE --checkpoint_path X --modes int8 int4
     python benchmarks/quality.py --own_text 4096 --checkpoint_path X
+    python benchmarks/quality.py --perplexity FILE --calibrate OTHER_FILE --llama_cpp
 
 A row is a mode of the weights and a dtype of the cache: perplexity, its change from the first row,
 the mean and the largest KL divergence of a next token from the unquantized model's, the share of
 next tokens of which another one is likeliest now, and megabytes of weights and cache that a decoded
-token reads. The text is a file's, or what the unquantized model says by itself."""
+token reads. The text is a file's, or what the unquantized model says by itself. Behind + is what
+another text was used for: calibrating here, an importance matrix in llama.cpp."""
 import argparse
 import copy
+import importlib.util
 import math
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import quantizers
 from cli.arguments import Parser, number
 from cli.prompts import read_text
 from cli.stats import weight_bytes
@@ -55,25 +61,53 @@ def run(args: argparse.Namespace) -> None:
     )
     reference = load(quantize="none")
     ids = ids or own_text(reference, tokenizer, args.own_text)
+    other_ids = None
+    if args.calibrate is not None:
+        other_ids = tokenizer.encode(read_text(f"@{args.calibrate}"))
     context = min(CONTEXT, reference.config.max_seq_len, len(ids))
     print(f"{len(ids)} tokens, {context} at a time; MB: weights and cache that a token reads")
-    print("   weights       cache  perplexity   change   mean KL    max KL changed        MB")
+    print("        weights       cache  perplexity   change   mean KL    max KL changed        MB")
     first = None  # perplexity of the first row
-    for mode in (None, *args.modes):
-        # the reference keeps its own cache beside that of its shallow copy
-        model = load(quantize=mode) if mode else copy.copy(reference)
-        for kv_dtype in (None, torch.int8):
+    for weights, model, nbytes in compared(args, load, reference, other_ids):
+        plain = weights in (args.dtype, *args.modes)
+        for kv_dtype in (None, torch.int8) if plain else (None,):
             cost = measure(model, ids, context, kv_dtype, reference)
             first = first or cost.perplexity
             change = cost.perplexity / first - 1
-            megabytes = (weight_bytes(model) + model.cache.nbytes) / 1e6
-            weights = mode or args.dtype
+            megabytes = (nbytes + model.cache.nbytes) / 1e6
             cache = "int8" if kv_dtype else args.dtype
             print(
-                f"{weights:>10}  {cache:>10} {cost.perplexity:11.4f} {change:+8.2%} {cost.kl:9.2e} "
+                f"{weights:>15}  {cache:>10} {cost.perplexity:11.4f} {change:+8.2%} {cost.kl:9.2e} "
                 f"{cost.max_kl:9.2e} {cost.changed:7.2%} {megabytes:9.1f}",
                 flush=True,
             )
+
+
+def compared(
+    args: argparse.Namespace, load: Callable[..., Transformer], reference: Transformer,
+    other_ids: list[int] | None,
+) -> Iterator[tuple[str, Transformer, int]]:
+    """The models of the table, their names, and the bytes of weights that a token reads."""
+    # the reference keeps its own cache beside that of its shallow copy
+    yield args.dtype, copy.copy(reference), weight_bytes(reference)
+    for mode in args.modes:
+        model = load(quantize=mode)
+        yield mode, model, weight_bytes(model)
+        if other_ids is not None and mode in MODES:
+            model = load(quantize=mode, calibrate=other_ids)
+            yield f"{mode}+text", model, weight_bytes(model)
+    if not args.llama_cpp:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "f32.gguf")
+        quantizers.write_gguf(reference, source)
+        matrix = None if other_ids is None else quantizers.importance(reference, other_ids)
+        for kind in ("Q4_0", "Q4_K_M"):
+            for used in (None, matrix)[:1 if matrix is None else 2]:
+                path = quantizers.quantize(source, kind, used)
+                name = kind if used is None else f"{kind}+text"
+                yield name, *quantizers.load(path, device=args.device, dtype=reference.dtype)
+                path.unlink()
 
 
 def own_text(model: Transformer, tokenizer: Tokenizer, n: int) -> list[int]:
@@ -166,11 +200,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="quantized weights to compare, auto: as a GGUF file has them; default: int8 int4")
     add("--group_size", type=int, choices=[32, 64, 128], default=32,
         help="inputs to an int4 scale; default: 32")
+    add("--calibrate", metavar="FILE", help="round by this text too; default: none")
+    add("--llama_cpp", action="store_true",
+        help="compare llama.cpp's Q4_0 and Q4_K_M too; needs pip install llama-cpp-python gguf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda, ...; default: cuda")
     add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
         help="of activations and other weights; default: bfloat16")
     args = p.parse_args(argv)
+    lacking = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
+    if args.llama_cpp and lacking:
+        p.error("--llama_cpp needs pip install llama-cpp-python gguf")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:

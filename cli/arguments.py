@@ -166,6 +166,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         help="of the CPU; default: one a core, or OMP_NUM_THREADS")
     add("--group_size", type=int, choices=[32, 64, 128],
         help="inputs to a scale of --quantize int4; default: 32")
+    add("--calibrate", metavar="FILE",
+        help="a text like those to come, by which --quantize int8 or int4 rounds better: some 8,000 "
+        "tokens are enough; default: none")
     add("--save", metavar="FOLDER", type=Path,
         help="write what --quantize makes to this new folder and end; default: nothing written")
     add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
@@ -207,6 +210,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         "--shift goes with --interactive": args.shift and not args.interactive,
         "--group_size goes with --quantize":
             args.group_size is not None and args.quantize not in MODES,
+        "--calibrate goes with --quantize int8 or int4":
+            args.calibrate is not None and args.quantize not in MODES,
         "--save goes with --quantize": saves and args.quantize in (None, "none"),
         "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile":
             saves and (any(sources) or measures),

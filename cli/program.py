@@ -33,8 +33,9 @@ from quantize import QuantizedLinear, new_folder, write_quantized
 def run(args: Any, team: Team | None) -> None:
     """Read what is asked, and do what the flags ask for. team: None: this process is alone."""
     team = team or Team()
-    if team.n > 1 and (args.save is not None or args.profile is not None):
-        raise ValueError("--save and --profile take one process: run them without torchrun")
+    alone = [flag for flag in ("calibrate", "save", "profile") if getattr(args, flag) is not None]
+    if team.n > 1 and alone:
+        raise ValueError(f"--{alone[0]} takes one process: run it without torchrun")
     if args.save is not None:
         return save(args)
     team.form_groups(args.tp, args.device.type)
@@ -108,12 +109,19 @@ def read_asked(args: Any) -> Asked:
     )
 
 
-def load(args: Any, ranks: Ranks, path: str | Path | None, quantize: str) -> Transformer:
-    """A model; args.dtype becomes the one that it has. A draft has no adapter."""
+def load(
+    args: Any, ranks: Ranks, path: str | Path | None, quantize: str, calibrate: str | None = None
+) -> Transformer:
+    """A model; args.dtype becomes the one that it has. calibrate: a file with a text. A draft
+    has neither that nor an adapter."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    ids = None
+    if calibrate is not None:
+        ids = load_tokenizer(path).encode(read_text(f"@{calibrate}", "the text of --calibrate"))
     model = load_model(
         path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size,
         adapter=args.adapter if path == args.checkpoint_path else None,
+        calibrate=ids,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
@@ -121,7 +129,7 @@ def load(args: Any, ranks: Ranks, path: str | Path | None, quantize: str) -> Tra
 
 def load_fitting(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
     """The model. ValueError: its tokenizer does not fit, or --max_seq_len does not."""
-    model = load(args, ranks, args.checkpoint_path, args.quantize)
+    model = load(args, ranks, args.checkpoint_path, args.quantize, args.calibrate)
     if tokenizer is not None:
         tokenizer.check_fit(model.config.vocab_size)
     context = model.config.max_seq_len
@@ -189,7 +197,7 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
     if args.prompts is not None:
         answering = json.dumps([
             files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size,
-            args.kv_dtype, room, args.adapter and files_of(args.adapter),
+            args.calibrate, args.kv_dtype, room, args.adapter and files_of(args.adapter),
         ])
         return read_jobs(asked.lines, encode, defaults, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
@@ -269,7 +277,7 @@ def save(args: Any) -> None:
         with new_folder(args.save) as folder:  # what cannot be written shows before the long work
             save_tokenizer(args.checkpoint_path, folder)
             check_room(args, folder)
-            model = load(args, ALONE, args.checkpoint_path, args.quantize)
+            model = load(args, ALONE, args.checkpoint_path, args.quantize, args.calibrate)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

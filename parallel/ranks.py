@@ -145,12 +145,14 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
 def load_model(
     path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
-    adapter: str | Path | None = None,
+    adapter: str | Path | None = None, calibrate: list[int] | None = None,
 ) -> Transformer:
     """model.load_model of a rank's part. ValueError also where it does not divide over them."""
-    options = dict(dtype=dtype, quantize=quantize, group_size=group_size)
     if ranks.size == 1:
-        return core.load_model(path, device=device, adapter=adapter, **options)
+        options = dict(quantize=quantize, group_size=group_size, calibrate=calibrate)
+        return core.load_model(path, device=device, dtype=dtype, adapter=adapter, **options)
+    if calibrate is not None:
+        raise ValueError("calibrating takes one process: save what it makes for the ranks to load")
     core.check_target(device, dtype, quantize)
     checkpoint = core.open_checkpoint(path, device)
     if adapter is not None:
