@@ -2,6 +2,6 @@
 from __future__ import annotations
 
 from batching.engine import Engine, Stats
-from batching.saved import load_row, save_row
+from batching.saved import load_row, read_row, save_row
 
-__all__ = ["Engine", "Stats", "load_row", "save_row"]
+__all__ = ["Engine", "Stats", "load_row", "read_row", "save_row"]

@@ -30,14 +30,8 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     """Give every row of model.cache what save_row wrote -> its ids: pass generate their number as
     `cached`. ValueError: the file cannot be read, or is of another model or kind of cache."""
     cache = model.check_cache(1, None)
-    try:
-        with safe_open(file, "pt", device=str(model.device)) as stored:
-            said = stored.metadata() or {}
-            ids = [int(i) for i in json.loads(said["ids"])]
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    except Exception as e:  # of safetensors, JSON and the file system
-        raise ValueError(f"cannot read what a row holds from {file}: {first_line(e)}") from None
-    if said.get("model") != fingerprint(model):
+    ids, of, tensors = read_row(file, model.device)
+    if of != fingerprint(model):
         raise ValueError(f"{file} was written with another model, or with other settings of it")
     cache.refuse_overflow(len(ids), 1)
     for row in range(cache.max_batch_size):
@@ -49,6 +43,20 @@ def load_row(model: Transformer, file: Path) -> list[int]:
             x.copy_(tensors[name])
         cache.cached[row] = len(ids)
     return ids
+
+
+def read_row(
+    file: Path, device: torch.device | str = "cpu"
+) -> tuple[list[int], str, dict[str, Tensor]]:
+    """The ids, the model's fingerprint and the tensors of a file that save_row wrote, or
+    ValueError."""
+    try:
+        with safe_open(file, "pt", device=str(device)) as stored:
+            said = stored.metadata() or {}
+            ids = [int(i) for i in json.loads(said["ids"])]
+            return ids, said["model"], {name: stored.get_tensor(name) for name in stored.keys()}
+    except Exception as e:  # of safetensors, JSON and the file system
+        raise ValueError(f"cannot read what a row holds from {file}: {first_line(e)}") from None
 
 
 def parts_of_row(model: Transformer, row: int, length: int) -> dict[str, Tensor]:

@@ -106,6 +106,7 @@ def test_summary(
         "compile_s": 0.0,
         "prompts": 4,
         "prompt_tokens": 60,
+        "shared_prompt_tokens": 0,
         "first_token_s": 0.375,
         "new_tokens": 40,
         "ms_per_step": 2.0,

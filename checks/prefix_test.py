@@ -7,7 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from batching import Engine, load_row, save_row
+from checks.chat_test import Letters
 from checks.common import PROMPTS
+from cli.chat import Chat
 from generate import Request, generate
 from model import Transformer, load_model
 
@@ -136,3 +138,33 @@ def test_a_row_of_another_model_or_cache_is_refused(
     file.write_bytes(b"mine")
     with pytest.raises(ValueError, match="cannot read what a row holds"):
         load_row(model, file)
+
+
+def test_a_conversation_is_not_read_again(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it was saved with its cache, and the model is the same."""
+    file = tmp_path / "talk.json"
+
+    def new_chat(model: Transformer) -> Chat:
+        model.setup_caches(1, 96)
+        settings = dict(stop=(), max_new_tokens=4, temperature=0.0, seed=None)
+        return Chat(Engine(model), Letters(), settings)
+
+    model = load_model(checkpoint("llama")[0], dtype=torch.float32)
+    chat = new_chat(model)
+    chat.take("hello")
+    chat.take(f"/save {file} +cache")
+    chat.take("and now?")
+    again = new_chat(model)
+    again.take(f"/load {file}")
+    again.take("and now?")
+    assert again.messages == chat.messages
+    assert again.took.split(";")[1] == chat.took.split(";")[1] != " 0 of 31 prompt tokens were cached"
+    other = new_chat(load_model(checkpoint("mistral")[0], dtype=torch.float32))
+    other.take(f"/load {file}")
+    assert "talk.json.cache was written with another model" in capsys.readouterr().err
+    assert other.messages and not other.held
+    (tmp_path / "talk.json.cache").write_text("mine")
+    chat.take(f"/save {file} +cache")
+    assert (tmp_path / "talk.json.cache").read_text() == "mine"

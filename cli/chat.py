@@ -7,14 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batching import Engine
+from safetensors import SafetensorError
+
+from batching import Engine, load_row, read_row, save_row
 from cli.files import new_file, read_all
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_text, with_system
 from cli.stats import NO_TIME, plural
 from formats.text import TextStream
 from generate import RANGES, Request, Tokenizer, generate, say
-from model import first_line
+from model import Transformer, first_line
 
 Message = dict[str, str]  # role and content
 
@@ -236,10 +238,13 @@ class Chat:
     def save(self, argument: str) -> None:
         if not self.messages:
             raise ValueError("there is nothing to save")
-        file = named_file(argument)
+        name, _, also = argument.rpartition(" ")
+        file = named_file(name if also == "+cache" else argument)
         messages = with_system(self.system, self.messages)
         write_conversation(file, messages)
         say(f"{len(messages)} messages are in {file}")
+        if also == "+cache":
+            write_cache(self.engine.model, self.held, cache_of(file))
 
     def load(self, argument: str) -> None:
         file = named_file(argument)
@@ -250,6 +255,9 @@ class Chat:
         self.messages, self.begun = messages, []
         self.attempt = 0
         say(f"{len(messages) // 2} messages and their answers from {file}")
+        if cache_of(file).exists():
+            self.held = []
+            self.held = load_row(self.engine.model, cache_of(file))
 
     def stats(self, argument: str) -> None:
         used = len(self.encode(self.messages)) if self.messages else 0
@@ -272,7 +280,9 @@ COMMANDS = {
     "/system": (
         Chat.set_system, "TEXT|@FILE|-", "say how to answer, - for nothing; alone: show it"
     ),
-    "/save": (Chat.save, "FILE", "write the conversation to FILE, as JSON"),
+    "/save": (
+        Chat.save, "FILE [+cache]", "write the conversation to FILE, as JSON; what was read of it too"
+    ),
     "/load": (Chat.load, "FILE", "go on with the conversation in FILE"),
     "/stats": (Chat.stats, "", "say how full the context is, and what the last answer took"),
     "/help": (Chat.help, "", "list the commands"),
@@ -322,3 +332,20 @@ def write_conversation(file: Path, messages: list[Message]) -> None:
         raise ValueError(f"cannot write {file}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
+
+
+def cache_of(file: Path) -> Path:
+    """Beside a conversation's file, what the cache holds of it."""
+    return file.with_name(file.name + ".cache")
+
+
+def write_cache(model: Transformer, ids: list[int], file: Path) -> None:
+    """As write_conversation does."""
+    try:
+        if file.exists():
+            read_row(file)
+        with new_file(file) as new:
+            save_row(model, ids, new)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot write {file}: {first_line(e)}") from None
+    say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")

@@ -77,6 +77,7 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
         "compile_s": stats.compile_s,
         "prompts": n_requests,
         "prompt_tokens": stats.prompt_tokens,
+        "shared_prompt_tokens": stats.shared_tokens,
         "first_token_s": statistics.median(stats.first_token_s),
         "new_tokens": stats.new_tokens,
         "ms_per_step": 1e3 * statistics.median(steps),
@@ -106,6 +107,8 @@ def say_summary(summary: dict[str, float]) -> None:
     ready += "; {prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
     if summary["prompts"] > 1:
         ready = ready.replace("prompt tokens, first", "tokens in {prompts} prompts, median first")
+    if summary["shared_prompt_tokens"]:
+        ready += "; {shared_prompt_tokens} of them were read for others before"
     say(ready.format_map(summary))
     speed = (
         "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; "
