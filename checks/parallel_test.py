@@ -171,7 +171,7 @@ def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding
 
 @pytest.mark.parametrize("changes, n, message", [
     (dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=96), 4,
-     "6 query heads do not divide over 4 ranks"),
+     "6 query heads do not divide over 4 ranks; they would over 1, 2, 3, 6$"),
     (dict(num_attention_heads=12, num_key_value_heads=3, hidden_size=96), 2,
      "3 key/value heads do not divide over 2 ranks"),
     (dict(intermediate_size=66), 4, "66 hidden units of the feed-forward do not divide over 4"),
@@ -285,7 +285,7 @@ def one_sentence(stderr: str) -> str:
 @pytest.mark.parametrize("flags, message", [
     (["--tp", "2"], "3 processes do not divide into groups of --tp 2"),
     (["--seed", "-1"], "argument --seed: -1 is not at least 0 and at most 9223372036854775807"),
-    ([], "4 query heads do not divide over 3 ranks"),
+    ([], "4 query heads do not divide over 3 ranks; they would over 1, 2, 4"),
 ])
 def test_a_wrong_number_is_said_once(
     flags: list[str], message: str, small: Path, tmp_path: Path

@@ -201,8 +201,9 @@ def test_benchmark(
 
 def test_profile(cli: Callable[..., Run], shape: Path, tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
-    words = ["--dtype", "float32", "--prompt", 20, "--profile", trace]
-    code, _, err = cli("--checkpoint_path", shape, *words)
+    words = ["--dtype", "float32", "--prompt", 20, "--profile", trace, "--json"]
+    code, out, err = cli("--checkpoint_path", shape, *words)
+    assert json.loads(out)["prompt_tokens"] == 20
     assert code == 0 and "_linear_pointwise" in err and "self_attn.qkv_proj" in err
     assert json.loads(trace.read_text())["traceEvents"]
 
