@@ -11,11 +11,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from families.blocks import FarQueryAttention, in_halves
 from families.settings import mscale, ropes_of_part
 from model import (
-    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
+    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope,
+    folded_attention, positive,
 )
 from quantize import Linear
 
@@ -98,14 +100,17 @@ class LatentAttention(Attention):
         self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
     ) -> Tensor:
         """In prefill to keys and values made of the vectors, of one size for PyTorch's kernels:
-        shorter values end in zeros."""
-        if positions.prefill:
-            latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
-            made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-            keys, values = made.split([self.plain, self.v_head_dim], dim=-1)
-            turned = turned[:, None].expand(-1, self.n_head, -1, -1)
-            keys = torch.cat([keys, turned], dim=-1)
-            values = F.pad(values, (0, self.head_dim - self.v_head_dim))
+        shorter values end in zeros. In decode to the vectors, which no head repeats."""
+        if not positions.prefill:
+            with sdpa_kernel(SDPBackend.MATH):
+                options = self.options()
+                return folded_attention(q, keys, values, positions.index, key_pos, **options)
+        latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
+        made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        keys, values = made.split([self.plain, self.v_head_dim], dim=-1)
+        turned = turned[:, None].expand(-1, self.n_head, -1, -1)
+        keys = torch.cat([keys, turned], dim=-1)
+        values = F.pad(values, (0, self.head_dim - self.v_head_dim))
         return super().attend_to(q, keys, values, positions, key_pos)
 
 
