@@ -6,18 +6,17 @@ the query, what makes values into the result, and heads attend to the vectors as
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from families.blocks import FarQueryAttention, in_halves
+from families.blocks import FarQueryAttention, in_halves, special_attention
 from families.settings import mscale, ropes_of_part
 from model import (
-    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope,
-    folded_attention, positive,
+    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
 )
 from quantize import Linear
 
@@ -33,7 +32,7 @@ class LatentCache(LayerCache):
         return latent, latent
 
     def flash_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: object
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
     ) -> Tensor:
         return self.decode_unpacked(q, k, v, input_pos, options)
 
@@ -102,9 +101,8 @@ class LatentAttention(Attention):
         """In prefill to keys and values made of the vectors, of one size for PyTorch's kernels:
         shorter values end in zeros. In decode to the vectors, which no head repeats."""
         if not positions.prefill:
-            with sdpa_kernel(SDPBackend.MATH):
-                options = self.options()
-                return folded_attention(q, keys, values, positions.index, key_pos, **options)
+            options = self.options()
+            return special_attention(q, keys, values, positions.index, key_pos, **options)
         latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
         made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         keys, values = made.split([self.plain, self.v_head_dim], dim=-1)
