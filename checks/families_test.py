@@ -172,7 +172,8 @@ def test_embeddings_are_scaled_as_in_training(
     assert torch.equal(seen[0], theirs)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "olmo2", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "phi3", "olmo2", "smollm3", "phi", "glm4", "deepseek-v3"])
 def test_a_quantized_model_of_a_family_is_saved_and_loaded(
     checkpoint: MakeCheckpoint, name: str, tmp_path: Path
 ) -> None:
