@@ -27,7 +27,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import model as core
-from model import FAMILIES, JOINED, Checkpoint, ModelConfig, Transformer, joined_rows
+from model import (
+    FAMILIES, JOINED, Attention, Checkpoint, ModelConfig, Transformer, joined_rows,
+)
 from quantize import Linear
 
 T = TypeVar("T")
@@ -148,12 +150,12 @@ def load_model(
     core.check_target(device, dtype, quantize)
     checkpoint = core.open_checkpoint(path, device)
     whole = checkpoint.empty_model()
+    check_layers(whole, ranks)
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
         model.lm_head = Linear(whole.config.dim, rows, bias=False)
-    check_norms(whole, ranks)
     share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
     take_part(checkpoint, whole, ranks)
     core.fill_model(model, checkpoint, device, dtype, quantize, group_size)
@@ -161,9 +163,12 @@ def load_model(
     return model
 
 
-def check_norms(whole: Transformer, ranks: Ranks) -> None:
-    """ValueError if a norm over all heads cannot be taken over the ranks."""
+def check_layers(whole: Transformer, ranks: Ranks) -> None:
+    """ValueError if a norm over all heads cannot be taken over the ranks, or if layers keep
+    anything else than keys and values of the same heads."""
     n, family = whole.config.n_kv_head, whole.config.family
+    if any(type(each.self_attn).make_cache != Attention.make_cache for each in whole.layers):
+        raise ValueError(f"the layers of {family} differ in what they keep: run it in one process")
     if n % ranks.size and any(hasattr(module, "mean_over_ranks") for module in whole.modules()):
         raise ValueError(
             f"the norm over {n} key heads, as {family} has, cannot be taken over {ranks.size} "
