@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 
-from families import gguf
+from families import gguf, lfm2
 from families.blocks import (
     AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
     SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
     baichuan_ropes, normalize_head,
 )
+from families.gemma4 import (
+    Gemma4Attention, Gemma4Block, Gemma4Transformer, by_pattern_and_last, gemma4_experts,
+    gemma4_mlp, gemma4_ropes, proportional,
+)
 from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
+from families.lfm2 import convolutions, lfm2_attention, lfm2_ffn_dim, lfm2_ropes
 from families.rings import RingKVCache
 from families.settings import (
     by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
@@ -20,10 +25,18 @@ from model import FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, pos
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
-ROPES |= {"yarn": yarn, "longrope": longrope, "mrope": ROPES["default"]}  # as it is for texts
+ROPES |= {"yarn": yarn, "longrope": longrope, "proportional": proportional,
+          "mrope": ROPES["default"]}  # as it is for texts
 
 # --- what a config.json means where it leaves a setting out ---
 
+LFM2 = dict(
+    num_key_value_heads=8, max_position_embeddings=128000, intermediate_size=12288,
+    block_ff_dim=None, block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0,
+    block_multiple_of=256, norm_eps=1e-5, rope_theta=1e6, tie_word_embeddings=True,
+    conv_bias=False, conv_L_cache=3, layer_types=None, full_attn_idxs=None,
+)
+EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, num_key_value_heads=16,
              head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True)
 GEMMA2 = GEMMA | dict(
@@ -35,6 +48,22 @@ GEMMA3 = GEMMA2 | dict(
     max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
     rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
 )
+GEMMA4 = GEMMA | EXPERTS | dict(
+    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, max_position_embeddings=131072,
+    sliding_window=512, sliding_window_pattern=6, layer_types=None, per_layer_config=None,
+    global_head_dim=512, num_global_key_value_heads=None, attention_k_eq_v=False,
+    num_kv_shared_layers=0, use_double_wide_mlp=False, final_logit_softcapping=None,
+    rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=1e4),
+        full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+    ),
+    enable_moe_block=False, top_k_experts=None, moe_intermediate_size=None,
+    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144,
+    use_bidirectional_attention=None, partial_rotary_factor=None,
+)
+GEMMA4_UNIFIED = GEMMA4 | dict(
+    max_position_embeddings=262144, sliding_window=1024, hidden_size_per_layer_input=0,
+)
 OLMO2 = dict(rms_norm_eps=1e-5, attention_bias=False)
 OLMO3 = OLMO2 | dict(layer_types=None, sliding_window=4096, sliding_window_pattern=4,
                      rope_theta=5e5, rope_local_base_freq=5e5)
@@ -45,7 +74,6 @@ SMOLLM3 = LLAMA | dict(
 )
 PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary_factor=1.0,
             original_max_position_embeddings=4096, sliding_window=None)
-EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
                                    num_experts_per_tok=2)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
@@ -72,6 +100,13 @@ GPT_OSS = EXPERTS | dict(
 
 # layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
+GEMMA4_PARTS = dict(
+    fields=dict(
+        windows=partial(windows_of, full_layers=by_pattern_and_last), ropes=gemma4_ropes,
+        moe=gemma4_experts, softmax_scale=1.0, qk_norm=True,
+    ),
+    attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=Gemma4Transformer,
+)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
@@ -90,6 +125,8 @@ FAMILIES |= {
         norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
+    "gemma4_text": Family(GEMMA4, **GEMMA4_PARTS),
+    "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
         PHI3, stored_joined={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
         gguf=dict(name="phi3", complete=gguf.phi3),
@@ -119,6 +156,14 @@ FAMILIES |= {
             # what lies in parts in these files
             parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
         ),
+    ),
+    "lfm2": Family(
+        LFM2,
+        {
+            "windows": convolutions, "ropes": lfm2_ropes, "ffn_dim": lfm2_ffn_dim,
+            "norm_eps": partial(positive, key="norm_eps", kind=float), "qk_norm": True,
+        },
+        attention=lfm2_attention, names=lfm2.NAMES,
     ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,

@@ -1,0 +1,102 @@
+"""LFM2: most layers have a short convolution between two gates in place of attention.
+
+The last inputs of a convolution lie in its cache where others have keys and values, so that a row
+goes back over proposals as in a layer with a window."""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from families.settings import layer_kinds
+from model import (
+    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, make_rope,
+    positive, rope_settings, row_numbers,
+)
+from quantize import Linear
+
+# parts of our names, and what they are in checkpoints, one after the other
+NAMES = {
+    "self_attn.in_proj": "conv.in_proj", "self_attn.out_proj": "conv.out_proj",
+    "self_attn.conv.": "conv.conv.", "mlp.": "feed_forward.", "gate_proj": "w1", "up_proj": "w3",
+    "down_proj": "w2", "input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
+    "o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm",
+    "model.norm": "model.embedding_norm",
+}
+
+
+def convolutions(hf: dict) -> tuple[int | None, ...]:
+    """How many tokens the convolution of each layer sees; None: it has attention."""
+
+    def with_attention(hf: dict) -> list[bool]:
+        layers, given = range(positive(hf, "num_hidden_layers")), hf["full_attn_idxs"]
+        return [given is None or i in given for i in layers]
+
+    n_seen = positive(hf, "conv_L_cache")
+    kinds = layer_kinds(hf, with_attention, "conv")
+    return tuple(n_seen if kind == "conv" else None for kind in kinds)
+
+
+def lfm2_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    rope = make_rope(rope_settings(hf))
+    return tuple(rope if n_seen is None else None for n_seen in convolutions(hf))
+
+
+def lfm2_ffn_dim(hf: dict) -> int:
+    """Files have the size of a network without a gate, to which one with a gate is adjusted."""
+    size = positive(hf, "block_ff_dim", positive(hf, "intermediate_size"))
+    if hf["block_auto_adjust_ff_dim"]:
+        size = int(2 * size / 3)
+        if hf["block_ffn_dim_multiplier"] is not None:
+            size = int(positive(hf, "block_ffn_dim_multiplier", kind=float) * size)
+            multiple = positive(hf, "block_multiple_of")
+            size = -(-size // multiple) * multiple
+    return size
+
+
+def lfm2_attention(config: ModelConfig, layer: int) -> nn.Module:
+    kind = Attention if config.windows[layer] is None else ShortConvolution
+    return kind(config, layer)
+
+
+class ShortConvolution(nn.Module):
+    """Each channel's values are weighted sums over the last few tokens."""
+
+    may_shift_scores = True  # it has none
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        dim, bias = config.dim, bool(config.hf["conv_bias"])
+        self.n_seen = config.windows[layer]
+        self.in_proj = Linear(dim, 3 * dim, bias=bias)
+        self.conv = nn.Conv1d(dim, dim, self.n_seen, groups=dim, bias=bias)
+        self.out_proj = Linear(dim, dim, bias=bias)
+
+    def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
+        """Half of an input is its key, the other half its value; they are never quantized."""
+        shape = (2, cache.max_batch_size, 1, places.S, self.conv.in_channels // 2)
+        return LayerCache(LayerCache.allocate(shape, self.conv.weight.dtype, device), places, False)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        T = x.shape[1]
+        gate, out_gate, x = self.in_proj(x).chunk(3, dim=-1)  # (B, T, dim) each
+        x = gate * x
+        before = self.inputs_before(positions, cache)
+        k, v = x[:, None].chunk(2, dim=-1)  # (B, 1, T, dim / 2) each
+        if positions.prefill:
+            cache.places.update(cache, k, v, positions)
+        else:
+            cache.write(k, v, cache.places.of(positions.index))
+        x = torch.cat([before, x], dim=1)  # (B, n_seen - 1 + T, dim)
+        y = 0 if self.conv.bias is None else self.conv.bias
+        for i in range(self.n_seen):
+            y = y + x[:, i:i + T] * self.conv.weight[:, 0, i]
+        return self.out_proj(out_gate * y)
+
+    def inputs_before(self, positions: Positions, cache: LayerCache) -> Tensor:
+        """Of the tokens that the first new one sees, [B, n_seen - 1, dim]; zeros before a text."""
+        first = positions.index[:, :1]
+        index = first + torch.arange(1 - self.n_seen, 0, device=first.device)
+        place = cache.places.of(index.clamp(min=0))
+        inputs = cache.kv[:, row_numbers(place), 0, place]  # (2, B, n_seen - 1, dim / 2)
+        return torch.cat(inputs.unbind(0), -1).masked_fill((index < 0)[..., None], 0)
