@@ -501,9 +501,9 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # settings of the supported classes that do not change what a trained model computes, or are
 # written beside layer_types, which are read
 HARMLESS = set("""
-    _name_or_path _sliding_window_pattern attention_dropout bos_token_id
-    chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range is_encoder_decoder label2id
-    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
+    _name_or_path _sliding_window_pattern altup_coef_clip attention_dropout bos_token_id
+    chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
+    is_encoder_decoder label2id output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
     problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
     transformers_version use_cache
 """.split())
