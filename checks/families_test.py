@@ -225,6 +225,26 @@ def test_layers_that_share_keys_have_one_cache(checkpoint: MakeCheckpoint) -> No
     assert bytes_read(cache, 64) == sum(kv.nbytes for kv in [*own, own[2], own[1]]) / 2
 
 
+def test_keys_that_no_layer_reads_are_left_out(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Files of Gemma 3n and 4 have them for the layers that share those of others."""
+    folder, hf = checkpoint("gemma4")
+    tensors = load_file(folder / "model.safetensors")
+    attention = "model.layers.4.self_attn"
+    tensors |= {f"{attention}.{part}_proj.weight": torch.ones(64, 48) for part in "kv"}
+    tensors[f"{attention}.k_norm.weight"] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = (folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    model = load_model(tmp_path, dtype=torch.float32)
+    model.setup_caches(1, 32)
+    tokens = random_tokens(1, 20)
+    close(model(tokens, start(0)), hf_logits(hf, tokens))
+    tensors["model.layers.2.self_attn.q_proj.surplus"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="unexpected tensor model.layers.2.self_attn.q_proj.surp"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("device, head_dim, attention", [
     ("cpu", 32, ["flash"] * 5), ("meta", 32, ["flash"] * 5),
     ("meta", 512, ["flash", "math", "flash", "flash", "math"]),
@@ -503,9 +523,9 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 HARMLESS = set("""
     _name_or_path _sliding_window_pattern altup_coef_clip attention_dropout bos_token_id
     chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
-    is_encoder_decoder label2id output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
-    problem_type resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
-    transformers_version use_cache
+    is_encoder_decoder label2id output_attentions output_hidden_states output_router_logits
+    pad_token_id pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
+    router_jitter_noise transformers_version use_cache
 """.split())
 
 

@@ -70,11 +70,21 @@ class CheckedCheckpoint(Checkpoint):
         self, model: Transformer, quantize: str | None, device: torch.device | str
     ) -> Callable[[], None]:
         nothing_more = super().put_layers(model, quantize, device)
+        self.leave_out(model)
         plan = self.plan(model)
         self.check_names(name for parts in plan.values() for name in parts)
         if quantize != "auto" or "gpt_flash" in self.config:
             return nothing_more
         return fill_layers(model, self.integers(model, plan), device)
+
+    def leave_out(self, model: Transformer) -> None:
+        """Forget the keys of layers that attend to those of another: some files have them."""
+        unused = tuple(
+            f"model.layers.{i}.self_attn.{part}." for i, block in enumerate(model.layers)
+            for part in getattr(block.self_attn, "unused", ())
+        )
+        kept = filterfalse(lambda name: name.startswith(unused), self.tensors)
+        self.tensors = {name: self.tensors[name] for name in kept}
 
     def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
         """What each parameter of a model is read from."""
