@@ -959,9 +959,8 @@ class Family:
     mlp: Callable[[ModelConfig, int], nn.Module] = MLP
     block: type[nn.Module] = Block
     model: type[Transformer] = Transformer  # called with (config)
-    # joined products that checkpoints have as one tensor too, and its name there, in a tuple
-    stored_joined: dict[str, tuple[str]] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # parts of ours -> those of checkpoints
+    # what checkpoints call our modules, where that differs: a tuple, of several that ours joins
+    stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict)
     # what changes a tensor that was read, if it is to be: (config, our parameter's name)
     convert: Callable[[ModelConfig, str], Callable[[Tensor], Tensor] | None] = lambda *_: None
     gguf: dict[str, Any] | None = None  # what formats/architectures.py is to know of GGUF files
@@ -1100,14 +1099,14 @@ def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ..
     config = model.config
     if not name.startswith("lm_head."):
         name = "model." + re.sub(r"experts\.(\w+)\.(\d+)", r"experts.\2.\1", name)
+    stored_as = JOINED | FAMILIES[config.family].stored_as
     path, module, kind = ["", *name.rsplit(".", 2)][-3:]
-    parts = (JOINED | FAMILIES[config.family].stored_joined).get(module, (module,))
+    path = ".".join(stored_as.get(part, (part,))[0] for part in path.split("."))
+    parts = stored_as.get(module, (module,))
     rows = joined_rows(module, len(x), config) if len(parts) > 1 else [len(x)]
     if module == "qkv_proj":  # some layers have neither keys nor values
         rows = getattr(model.get_submodule(path.removeprefix("model.")), "rows", rows)
     names = [f"{path}.{part}.{kind}".removeprefix(".") for part in parts]
-    for ours, theirs in FAMILIES[config.family].names.items():
-        names = [each.replace(ours, theirs) for each in names]
     return {part: (n, *x.shape[1:]) for part, n in zip(names, rows)}
 
 

@@ -21,8 +21,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import families
 from checks.common import (
-    BASE, CHECKPOINTS, CONFIG, GEMMA4, HERE, LINEAR_ROPE, LLAMA3_ROPE, WINDOW_FIRST, YARN_ROPE, close,
-    empty_model, hf_folder, hf_logits,
+    BASE, CHECKPOINTS, CONFIG, GEMMA4, HERE, LINEAR_ROPE, LLAMA3_ROPE, WINDOW_FIRST, YARN_ROPE,
+    close, empty_model, hf_folder, hf_logits,
 )
 from cli.stats import bytes_read
 from families.blocks import AlibiAttention, prefill_special, special_attention
@@ -574,12 +574,12 @@ def comparable(config: ModelConfig) -> dict:
 
 # the decoder models of transformers that are used most, and some of every unusual kind
 MODEL_TYPES = """
+    gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm2_moe
     apertus arcee bamba bitnet blt bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3
     diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo
-    gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified
-    gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo
+    gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo
     gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
-    hunyuan_v1_dense internvl jamba jetmoe kyutai_speech_to_text lfm2 lfm2_moe llama llama4 llama4_text llava
+    hunyuan_v1_dense internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4 llama4_text llava
     longcat_flash mamba mamba2 minimax ministral mistral mistral3 mixtral mllama moshi mpt nanochat
     nemotron olmo olmo2 olmo3 olmoe opt paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2
     qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss

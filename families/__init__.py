@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from families import gemma3n, gguf, lfm2
+from families import gemma3n, gguf
 from families.blocks import (
     AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
     SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
@@ -15,7 +15,9 @@ from families.gemma4 import (
     gemma4_mlp, gemma4_ropes, proportional,
 )
 from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
-from families.lfm2 import convolutions, lfm2_attention, lfm2_ffn_dim, lfm2_ropes
+from families.lfm2 import (
+    STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_ffn_dim, lfm2_ropes,
+)
 from families.rings import RingKVCache
 from families.settings import (
     by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
@@ -143,7 +145,7 @@ FAMILIES |= {
     "gemma4_text": Family(GEMMA4, **GEMMA4_PARTS),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
-        PHI3, stored_joined={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
+        PHI3, stored_as={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
         gguf=dict(name="phi3", complete=gguf.phi3),
     ),
     "olmo2": Family(
@@ -165,7 +167,7 @@ FAMILIES |= {
     ),
     "baichuan": Family(
         fields={"ropes": baichuan_ropes}, attention=baichuan_attention,
-        stored_joined={"qkv_proj": ("W_pack",)}, convert=normalize_head,
+        stored_as={"qkv_proj": ("W_pack",)}, convert=normalize_head,
         gguf=dict(
             name="baichuan", interleaved=True, complete=gguf.baichuan,
             # what lies in parts in these files
@@ -178,7 +180,7 @@ FAMILIES |= {
             "windows": convolutions, "ropes": lfm2_ropes, "ffn_dim": lfm2_ffn_dim,
             "norm_eps": partial(positive, key="norm_eps", kind=float), "qk_norm": True,
         },
-        attention=lfm2_attention, names=lfm2.NAMES,
+        attention=lfm2_attention, block=lfm2_block, stored_as=STORED_AS,
     ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,

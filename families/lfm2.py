@@ -10,18 +10,15 @@ from torch import Tensor
 
 from families.settings import layer_kinds
 from model import (
-    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, make_rope,
-    positive, rope_settings, row_numbers,
+    Attention, Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope,
+    make_rope, positive, rope_settings, row_numbers,
 )
 from quantize import Linear
 
-# parts of our names, and what they are in checkpoints, one after the other
-NAMES = {
-    "self_attn.in_proj": "conv.in_proj", "self_attn.out_proj": "conv.out_proj",
-    "self_attn.conv.": "conv.conv.", "mlp.": "feed_forward.", "gate_proj": "w1", "up_proj": "w3",
-    "down_proj": "w2", "input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
-    "o_proj": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm",
-    "model.norm": "model.embedding_norm",
+STORED_AS = {
+    "input_layernorm": ("operator_norm",), "q_norm": ("q_layernorm",), "k_norm": ("k_layernorm",),
+    "o_proj": ("out_proj",), "post_attention_layernorm": ("ffn_norm",), "mlp": ("feed_forward",),
+    "gate_up_proj": ("w1", "w3"), "down_proj": ("w2",), "norm": ("embedding_norm",),
 }
 
 
@@ -100,3 +97,20 @@ class ShortConvolution(nn.Module):
         place = cache.places.of(index.clamp(min=0))
         inputs = cache.kv[:, row_numbers(place), 0, place]  # (2, B, n_seen - 1, dim / 2)
         return torch.cat(inputs.unbind(0), -1).masked_fill((index < 0)[..., None], 0)
+
+
+class ConvolutionBlock(Block):
+    """Its checkpoints have another name for what is in the place of attention."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.conv = self._modules.pop("self_attn")
+
+    @property
+    def self_attn(self) -> nn.Module:
+        return self.conv
+
+
+def lfm2_block(config: ModelConfig, layer: int) -> Block:
+    kind = Block if config.windows[layer] is None else ConvolutionBlock
+    return kind(config, layer)
