@@ -72,7 +72,7 @@ def generate(
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
     stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
     stream: Callable[[int, list[int]], None] | None = None, cached: int = 0,
-    compile: bool = False, speculate_k: int = 0, draft: Transformer | None = None,
+    compile: bool | None = None, speculate_k: int = 0, draft: Transformer | None = None,
     stats: Any = None, engine: Decoder | None = None,
 ) -> list[list[int]]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
@@ -80,9 +80,9 @@ def generate(
     A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
     tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
     tokens of each row that are in the cache already. stream(number, ids) is called as tokens come.
-    The same seed, the same text; prompt i draws with seed + i. compile: take the steps that
-    compile_model compiled. speculate_k, draft: check that many proposals a step; the text is the
-    same. stats: a batching.Stats to fill.
+    The same seed, the same text; prompt i draws with seed + i. compile: by compiled steps, which
+    compile_model makes unless it has, or plain ones; None: as the model's are. speculate_k, draft:
+    check that many proposals a step; the text is the same. stats: a batching.Stats to fill.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
     series of calls shares its captured steps. Threads with one model or cache take turns.
@@ -101,7 +101,7 @@ def generate(
     out: list[list[int]] = [[] for _ in requests]
     with taking_turns(model):
         if engine is None:
-            fit_cache(model, requests, speculate_k, compile)
+            fit_cache(model, requests, speculate_k, bool(compile))
             engine = decoder_for(model, requests, compile, speculate_k, draft, stats is not None)
         if hasattr(engine, "stats"):
             engine.stats = stats or type(engine.stats)()
@@ -116,13 +116,19 @@ def generate(
 
 
 def decoder_for(
-    model: Transformer, requests: list[Request], compiled: bool, k: int, draft: Transformer | None,
-    measured: bool,
+    model: Transformer, requests: list[Request], compile: bool | None, k: int,
+    draft: Transformer | None, measured: bool,
 ) -> Decoder:
     """What decodes in model.cache. batching/'s Engine is for more requests than rows, proposals and
-    statistics, and better for prompts that are not read together well."""
+    statistics, and better for prompts that are not read together well or begin alike."""
+    if compile and model.decode_block is run_block:
+        compile_model(model)
+    elif compile is False:
+        model.decode_block = model.prefill_block = run_block
+        model.decode_head = run_head
+    compiled = bool(compile)
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
-    if beyond or not pads_little(requests):
+    if beyond or not pads_little(requests) or begin_alike(requests):
         batching = extension("batching", required=beyond)
         if batching is not None:
             return batching.Engine(model, compiled=compiled, speculate_k=k, draft=draft)
@@ -134,6 +140,15 @@ def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
     reading the weights, and there padding is free; beyond, it may be a quarter."""
     lengths = [len(request.prompt) for request in requests]
     return len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
+
+
+def begin_alike(requests: Sequence[Request], least: int = 32) -> list[int]:
+    """The tokens with which several prompts begin, none if these are few or not the first that are
+    cached. One that is left of each prompt is fed for its logits."""
+    prompts = [request.prompt for request in requests]
+    shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+    first = not any(request.cached for request in requests)
+    return shared if first and len(shared) >= least else []
 
 
 LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
@@ -417,9 +432,12 @@ class Decoder:
         torch.cuda.synchronize()
         return graph
 
-    def prefill(self, rows: slice, requests: Sequence[Request]) -> Iterator[bool]:
+    def prefill(
+        self, rows: slice, requests: Sequence[Request], done: int = 0
+    ) -> Iterator[bool]:
         """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
-        their first tokens. Steps of other rows write in these too: where the next chunk will."""
+        their first tokens. done: tokens of each prompt that are there. Steps of other rows write in
+        these too: where the next chunk will."""
         cached = requests[0].cached
         if cached:
             self.cache.refuse_lost(rows, cached)
@@ -433,8 +451,8 @@ class Decoder:
         lengths, tokens, *new = self.to_device(lengths, tokens, *new)
         for setting, values in zip(self.sampling, new):
             setting[rows] = values
-        self.input_pos[rows] = cached
-        done, width, ends = 0, tokens.shape[1], None
+        self.input_pos[rows] = cached + done
+        width, ends = tokens.shape[1], None
         while done < width:
             part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
             last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
@@ -782,7 +800,8 @@ class Printer:
 
 # --- the command line ---
 
-QUESTION = "What is the capital of France?"  # the prompt where none is given
+QUESTION = "Name the capital of France."  # the prompt where none is given
+NO_TEXT = "the model ended at once; --chat puts a prompt into its template, as it may expect"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -815,7 +834,7 @@ def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = Non
     add("--top_k", metavar="K", type=number("top_k"),
         help="sample from the K likeliest tokens, from 1; default: all")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, ...; default: cuda where there is one")
+        help="cpu, cuda, ...; default: cuda where there is one, here %(default)s")
     add("--quantize", choices=["auto", "none", *MODES],
         help="auto: weights as the file has them, those of a quantized GGUF as integers; none: "
         "dequantized; int8, int4: quantized while loading; default: auto")
@@ -855,6 +874,8 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
         f"loaded in {loaded - began:.1f} s{also}; {len(ids)} prompt tokens, first token after "
         f"{first_s:.2f} s; {n} new tokens, {step_ms:.2f} ms a token"
     )
+    if args.prompt and n == 1 and decoder.finish_reasons[0] == "eos" and tokenizer.chat_template:
+        say(NO_TEXT)
     return decoder
 
 

@@ -38,9 +38,10 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     required, if this copy of gpt-flash has none. All calls:
 
     families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
-    formats         files that are no safetensors (open_checkpoint), tokenizers (load_tokenizer)
+    formats         other files (open_checkpoint), load_tokenizer, adapters (load_model)
     cpu, products   what a device multiplies faster with (use_products)
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
+    calibration     rounding by a text (load_model)
     batching        more prompts than rows, and proposals (decoder_for)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
@@ -1017,6 +1018,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 def load_model(
     path: str | Path | None = None, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
+    adapter: str | Path | None = None, calibrate: Sequence[int] | None = None,
 ) -> Transformer:
     """Load a checkpoint: a Hugging Face folder or hub id, a .gguf file, a folder of save_quantized
     or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
@@ -1024,10 +1026,18 @@ def load_model(
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
     groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
-    the integers of a file stay. ValueError says what is wrong."""
+    the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
+    weights before they are quantized. calibrate: ids of a text by which "int8" and "int4" round
+    better. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
-    return fill_model(checkpoint.empty_model(), checkpoint, device, dtype, quantize, group_size)
+    if adapter is not None:
+        extension("formats.adapters").adapt(checkpoint, adapter)
+    model, by_text = checkpoint.empty_model(), None
+    if calibrate is not None:
+        make = extension("calibration").Calibration
+        by_text = make(model, calibrate, quantize, group_size)
+    return fill_model(model, checkpoint, device, dtype, quantize, group_size, by_text)
 
 
 def check_target(
@@ -1054,9 +1064,10 @@ def use_products(device: torch.device) -> None:
 
 def fill_model(
     model: Transformer, checkpoint: Checkpoint, device: torch.device | str,
-    dtype: torch.dtype | None, quantize: str | None, group_size: int,
+    dtype: torch.dtype | None, quantize: str | None, group_size: int, by_text: Any = None,
 ) -> Transformer:
-    """Read a model on meta onto a device, layer by layer, and quantize what is to be."""
+    """Read a model on meta onto a device, layer by layer, and quantize what is to be. by_text: a
+    Calibration, which lets a text pass each block while it is dense."""
     model.to(dtype or checkpoint.default_dtype(quantize, torch.device(device))).eval()
     fill_layers = checkpoint.put_layers(model, quantize, device)
     stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
@@ -1064,7 +1075,9 @@ def fill_model(
     advice = "take a smaller model, or --quantize"
     require_memory(nbytes, device, f"loading {checkpoint.path}", advice)
     fill_layers()
-    for prefix in quantization.progress([name for name, _ in model.named_modules()], "loading"):
+    names = [name for name, _ in model.named_modules()]
+    names.sort(key=lambda name: (name == "lm_head", name.startswith("layers.")))
+    for prefix in quantization.progress(names, "loading"):
         module = model.get_submodule(prefix)  # a list of modules would keep the dense ones
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for key, x in own:
@@ -1078,6 +1091,8 @@ def fill_model(
             if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
+        if by_text is not None and by_text.takes(prefix, module):
+            continue
         if isinstance(module, Linear) and quantize in MODES:
             module = quantize_linear(module, quantize, group_size, prefix)
             model.set_submodule(prefix, module)
@@ -1139,7 +1154,8 @@ class Checkpoint:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             tensors = {}
-            for file in sorted(folder.glob("model*.safetensors")):
+            parts = sorted(folder.glob("model-*-of-*.safetensors"))
+            for file in list(folder.glob("model.safetensors")) or parts:
                 tensors |= load_file(file)
         except Exception as e:  # of JSON, safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None

@@ -1,6 +1,7 @@
-"""More requests than rows, and proposals: Engine."""
+"""More requests than rows, proposals, and what rows share: Engine."""
 from __future__ import annotations
 
 from batching.engine import Engine, Stats
+from batching.saved import load_row, read_row, save_row
 
-__all__ = ["Engine", "Stats"]
+__all__ = ["Engine", "Stats", "load_row", "read_row", "save_row"]

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from batching.speculate import Speculator, copy_row
+from batching.prefix import PrefixSharer
 from generate import PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device, pads_little
 from model import KVCache, Transformer
 
@@ -129,6 +129,7 @@ class Stats:
     load_s: float = 0.0
     compile_s: float = 0.0
     prompt_tokens: int = 0
+    shared_tokens: int = 0  # of them that a row took from another one
     new_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)  # per prefill of prompts
     steps_s: list[float] = field(default_factory=list)  # per decode step
@@ -139,7 +140,7 @@ class Stats:
     speculation: Speculation = field(default_factory=Speculation)
 
 
-class Engine(Speculator):
+class Engine(PrefixSharer):
     """A Decoder whose rows are refilled: each serves one request after the other. A step may check
     proposals: see Speculator."""
 
@@ -230,6 +231,7 @@ class Engine(Speculator):
 
     def start(self, requests: Sequence[Request]) -> object:
         self.started.clear()
+        self.held.clear()  # others may have had the cache since
         owner = super().start(requests)
         self.ends = self.input_pos.tolist()
         self.refills = len(requests) > self.cache.max_batch_size
@@ -294,6 +296,7 @@ class Engine(Speculator):
         if not self.compiled:  # nor is a cheaper kind for these rows
             self.kind = kind_of(running.request for running in rows.values())
         self.stats.row_steps += self.width()
+        self.forget_resting(rows)
         drawn = self.step()
         self.k_now = 0
         for running in rows.values():
@@ -329,9 +332,9 @@ class Engine(Speculator):
         running.row = free
         request = running.request
         length = min(running.prompt_end + running.drawn_at_most, self.cache.max_seq_len)
-        copy_row(self.cache, last, free, length)
-        if self.drafter is not None:
-            self.drafter.copy_row(last, free, length)
+        self.copy_row(last, free, length)
+        if last in self.held:
+            self.held[free] = self.held.pop(last)
         for tensor in (self.token, self.input_pos, self.active, *self.sampling):
             tensor[free] = tensor[last]
         self.active[last] = 0

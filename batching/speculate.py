@@ -277,6 +277,12 @@ class Speculator(Decoder):
         draft = getattr(self.drafter, "model", None)
         return [self.model] if draft is None else [self.model, draft]
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """A row goes on with the first `length` tokens of another one."""
+        copy_row(self.cache, source, target, length)
+        if self.drafter is not None:
+            self.drafter.copy_row(source, target, length)
+
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         if self.drafter is not None:
             self.drafter.read(tokens, rows, cached, last)

@@ -88,6 +88,8 @@ VARIANTS = [
     Variant("Qwen3-30B-A3B", "bf16", "auto", "flash", 1),
     Variant("Qwen3-30B-A3B", "int4", "auto", "flash", 1),
     Variant("gpt-oss-20b", "bf16", "auto", "flash", 1),
+    # a compressed cache, to which no kernel attends
+    Variant("GLM-4.7-Flash", "bf16", "auto", "math", 1),
     # what lies in memory at odd places
     Variant("SmolLM2-135M", "bf16", "int8", "flash", 1, room=2047),
     Variant("SmolLM2-135M", "bf16", "int8", "math", 1, room=2047),

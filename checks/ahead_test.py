@@ -301,7 +301,8 @@ class OtherMLP(MLP):
 FACTOR = 2
 
 
-@pytest.mark.parametrize("name", ["gemma2-seven", "gpt-oss-seven", "qwen3-moe", "mistral"])
+@pytest.mark.parametrize(
+    "name", ["gemma2-seven", "gpt-oss-seven", "qwen3-moe", "mistral", "deepseek-v3"])
 def test_what_no_library_can_run(
     checkpoint: MakeCheckpoint, tmp_path: Path, name: str
 ) -> None:

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from batching import Engine
 from batching.engine import Launch
@@ -21,7 +23,8 @@ from checks.common import CPU_ENV, HERE, run_cli
 from cli.batch import InOrder, Records, answer_file, answer_live, work_off
 from cli.program import files_of
 from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
-from generate import Request
+from generate import NO_TEXT, Request, generate, load_tokenizer
+from model import load_model
 from parallel import Team
 
 Outcome = tuple[int, str, str]  # exit code, stdout, stderr
@@ -204,6 +207,29 @@ def test_a_bad_line_is_reported_and_the_others_are_not(
     assert after.index == 2
 
 
+PASSED = {"id": 7, "metadata": {"max_tokens": [1, None]}, "x-from": "\u00e9\u2028"}
+
+
+def test_what_a_line_hands_on_is_in_its_record(tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    asked = {"prompt": "a", "max_tokens": 3, **PASSED}
+    jobs = jobs_of(f'{json.dumps(asked)}\n{json.dumps({"promt": "b", "id": "bad"})}', tmp_path)
+    assert jobs[0].settings["max_new_tokens"] == 3
+    bad, good = sorted(answer_into(file, jobs), key=lambda record: "text" in record)
+    assert good["text"] == "A" and PASSED.items() <= good.items()
+    assert bad["id"] == "bad" and "error" in bad
+    assert '"x-from": "\u00e9\\u2028"' in file.read_text(encoding="utf-8")
+    other = jobs_of(json.dumps(asked | {"id": 8}), tmp_path)
+    assert other[0].digest != jobs[0].digest
+
+
+def test_what_is_nested_too_deeply_to_be_written_is_not_handed_on(tmp_path: Path) -> None:
+    for n in range(900, 1000):
+        file = tmp_path / f"{n}.jsonl"
+        answer_into(file, jobs_of(f'{{"prompt": "a", "x": {n * "["}{n * "]"}}}', tmp_path))
+    assert "nested too deeply" in file.read_text()
+
+
 def test_a_name_makes_a_file_json_lines(tmp_path: Path) -> None:
     jobs = jobs_of('plain\n{"prompt": "one"}\n', tmp_path, "p.jsonl")
     assert jobs[0].error.startswith("line 1: not JSON: ")
@@ -269,23 +295,24 @@ def test_answers_are_printed_in_the_order_of_their_prompts(
 ) -> None:
     engine = Shouter(rows)
     headed = [f"[{i}] {word}\n{word.upper()}\n\n" for i, word in enumerate(WORDS)]
-    answers = answer_live(plain_jobs(*WORDS), engine, Letters(), quiet=False)
+    answers = answer_live(plain_jobs(*WORDS), engine, Letters(), as_json=False)
     assert [answer["text"] for answer in answers] == [word.upper() for word in WORDS]
     assert capsys.readouterr().out == "".join(headed)
     answer_file(plain_jobs(*WORDS), engine, Letters(), as_json=False, records=None, team=ALONE)
     assert capsys.readouterr().out == "".join(headed)
 
 
-def test_quiet_answers_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = answer_live(plain_jobs(*WORDS), Shouter(), Letters(), quiet=True)
+def test_answers_as_json_are_printed_as_they_end(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = answer_live(plain_jobs(*WORDS), Shouter(), Letters(), as_json=True)
     assert [answer["text"] for answer in answers] == [word.upper() for word in WORDS]
-    assert capsys.readouterr().out == ""
+    printed = list(map(json.loads, capsys.readouterr().out.split("\n")[:-1]))
+    assert sorted(printed, key=lambda record: record["index"]) == answers
 
 
 def test_without_a_tokenizer_there_are_answers_and_no_text(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = answer_live(plain_jobs("ab", "c"), Shouter(), None, quiet=False)
+    answers = answer_live(plain_jobs("ab", "c"), Shouter(), None, as_json=False)
     assert [answer["new_tokens"] for answer in answers] == [2, 1]
     assert [answer["text"] for answer in answers] == ["", ""]
     assert capsys.readouterr().out == ""
@@ -307,7 +334,7 @@ def test_the_first_text_that_has_not_ended_is_printed_as_it_comes(
 def test_a_stop_string_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     jobs = samples(0, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "O"]}, 1)
     jobs += samples(1, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "WW"]}, 1)
-    answer_live(jobs, Shouter(), Letters(), quiet=False)
+    answer_live(jobs, Shouter(), Letters(), as_json=False)
     assert capsys.readouterr().out == "[0] \n\n\n[1] \nON\n\n"
 
 
@@ -317,9 +344,9 @@ def test_several_answers_to_a_prompt_have_headings(capsys: pytest.CaptureFixture
     answer_file(jobs, Shouter(), Letters(), as_json=False, records=None, team=ALONE)
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert heads == ["[0, sample 0] ab", "[0, sample 1] ab", "[1, sample 0] c", "[1, sample 1] c"]
-    answer_live(plain_jobs("ab", n=2), Shouter(), Letters(), quiet=False)
+    answer_live(plain_jobs("ab", n=2), Shouter(), Letters(), as_json=False)
     assert capsys.readouterr().out == "[0, sample 0] ab\nAB\n\n[0, sample 1] ab\nAB\n\n"
-    answer_live(plain_jobs("ab"), Shouter(), Letters(), quiet=False)
+    answer_live(plain_jobs("ab"), Shouter(), Letters(), as_json=False)
     assert capsys.readouterr().out == "AB\n"
 
 
@@ -595,8 +622,14 @@ def cli(capfd: pytest.CaptureFixture, tiny: Path) -> Callable[..., Outcome]:
 
 def texts(out: str) -> list[str]:
     """The texts of records, in the order of their indexes."""
-    found = sorted(map(json.loads, out.splitlines()), key=lambda r: (r["index"], r["sample"]))
+    found = sorted(records(out), key=lambda r: (r["index"], r["sample"]))
     return [record.get("text") for record in found]
+
+
+def records(out: str) -> list[dict]:
+    """The records that --json or --output wrote; --json a line of the run behind them."""
+    lines = list(map(json.loads, out.splitlines()))
+    return lines if "index" in lines[-1] else lines[:-1]
 
 
 REQUESTS = [
@@ -651,13 +684,13 @@ def test_a_model_without_a_template_answers_the_other_lines(
     file = tmp_path / "p.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"prompt": "one"}')
     code, out, err = cli("--prompts", file, "--checkpoint_path", folder, "--json")
-    assert code == 0 and len(out.splitlines()) == 2
+    assert code == 0 and len(records(out)) == 2
     assert "line 1: this model has no chat template" in err
 
 
 def test_finish_reasons(cli: Callable[..., Outcome], request_file: Path) -> None:
     _, out, _ = cli("--prompts", request_file, "--json", "--max_seq_len", 60)
-    found = {record["index"]: record for record in map(json.loads, out.splitlines())}
+    found = {record["index"]: record for record in records(out)}
     assert found[2]["finish_reason"] == "length" and found[2]["new_tokens"] == 4
     last = found[4]
     assert last["finish_reason"] == "context"
@@ -672,7 +705,7 @@ def test_a_bad_line_has_a_record_and_the_run_goes_on(
              json.dumps({"prompt": 999 * "long "}).encode(), b'{"prompt": "two"}']
     file.write_bytes(b"\n".join(lines))
     code, out, err = cli("--prompts", file, "--json", "--batch_size", 2)
-    found = [json.loads(line) for line in out.splitlines()]
+    found = records(out)
     errors = {record["index"]: record["error"] for record in found if "error" in record}
     assert code == 0 and len(found) == 6
     assert errors[1].startswith("line 2: not JSON: ")
@@ -680,6 +713,8 @@ def test_a_bad_line_has_a_record_and_the_run_goes_on(
     assert errors[4].endswith("tokens leaves no room for a new one in the context of 256")
     for error in errors.values():
         assert error in err.splitlines()
+    assert "4 of 6 answers missing, as what asks for them is wrong: see above" in err
+    assert "2 of 6 answers cut after --max_new_tokens" in err
 
 
 def test_a_file_of_bad_lines_only_fails(cli: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -699,8 +734,8 @@ def test_stop_strings_work_everywhere(
     want = whole[:whole.index(stop)]
     assert cli("--prompt", "one two", "--stop", stop, "--stop", "\0 never")[1] == want + "\n"
 
-    result = json.loads(cli("--prompt", "one two", "--stop", stop, "--json")[1])
-    assert result["texts"] == [want] and result["finish_reasons"] == ["stop"]
+    [result] = records(cli("--prompt", "one two", "--stop", stop, "--json")[1])
+    assert result["text"] == want and result["finish_reason"] == "stop"
     assert result["new_tokens"] < 10
 
     file = tmp_path / "p.jsonl"
@@ -724,16 +759,17 @@ def test_several_answers_to_one_prompt(cli: Callable[..., Outcome]) -> None:
     """As many as --num_samples says, whatever the rows; the seed of each is the next one."""
     flags = ["--prompt", "one", "--temperature", 1.0, "--json", "--seed"]
     _, out, _ = cli(*flags, 4, "--num_samples", 3)
-    three = json.loads(out)["texts"]
+    three = texts(out)
     assert len(set(three)) == 3
     for rows in (2, 8):
         _, out, _ = cli(*flags, 4, "--num_samples", 3, "--batch_size", rows)
-        assert json.loads(out)["texts"] == three
-    assert json.loads(cli(*flags, 5, "--batch_size", 4)[1])["texts"] == [three[1]]
+        assert texts(out) == three
+    assert texts(cli(*flags, 5, "--batch_size", 4)[1]) == [three[1]]
 
 
 def test_a_second_run_goes_on(
-    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path
+    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "out.jsonl"
     flags = ["--prompts", request_file, "--seed", 1, "--batch_size", 2, "--output", file]
@@ -747,6 +783,9 @@ def test_a_second_run_goes_on(
         n_kept = whole[:size].count("\n")
         assert (f"has {n_kept} answers already; {5 - n_kept} are left" in err) == (n_kept > 0)
         assert texts(file.read_text()) == texts(whole)
+    monkeypatch.setattr("cli.program.load", None)  # what is answered needs no model
+    code, out, err = cli(*flags)
+    assert (code, out) == (0, "") and "has 5 answers already; 0 are left" in err
     code, _, err = cli(*flags, "--temperature", 0.5)
     assert code == 2 and "give the prompts and flags that it was begun with" in err
 
@@ -811,11 +850,11 @@ def test_a_number_of_random_tokens_says_so_and_how_to_mean_the_text(
     cli: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, out, err = cli("--prompt", 19, "--json")
-    assert json.loads(out)["prompt_tokens"] == 19
+    assert records(out)[0]["prompt_tokens"] == 19
     assert "--prompt 19 is 19 random tokens, as in gpt-fast; for this text: printf 19 | " in err
     monkeypatch.setattr("sys.stdin", io.StringIO("19"))
     _, out, err = cli("--prompt", "-", "--json")
-    assert json.loads(out)["prompt_tokens"] < 19 and "random tokens" not in err
+    assert records(out)[0]["prompt_tokens"] < 19 and "random tokens" not in err
 
 
 def test_a_system_message_goes_in_front_of_each_prompt(
@@ -831,7 +870,7 @@ def test_a_system_message_goes_in_front_of_each_prompt(
     with_it, same, without = texts(cli("--prompts", file, "--json", *flags)[1])
     assert with_it == same != without
     _, out, _ = cli("--prompt", "one two", "--json", *flags)
-    assert json.loads(out)["texts"] == [same]
+    assert texts(out) == [same]
     monkeypatch.setattr("sys.stdin", io.StringIO("one two"))
     assert cli("--interactive", "--system", "be kind")[1] == same + "\n"
 
@@ -881,6 +920,20 @@ def test_a_run_says_how_many_answers_were_cut(cli: Callable[..., Outcome]) -> No
     assert " cut " not in cli("--prompt", "one two", "--stop", whole[3:6])[2]
 
 
+def test_a_model_for_chats_that_says_nothing_to_a_prompt_is_asked_in_its_template(
+    cli: Callable[..., Outcome], tiny: Path, tmp_path: Path
+) -> None:
+    """Whether batching/ is at work or not. The text begins with what ends it here."""
+    model, tokenizer = load_model(tiny, dtype=torch.float32), load_tokenizer(tiny)
+    [first] = generate(model, [tokenizer.encode("one")], 1)
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    for flags in ([], ["--num_samples", 2]):
+        code, out, err = cli("--checkpoint_path", folder, "--prompt", "one", *flags)
+        assert code == 0 and NO_TEXT in err and " 0% of its rows" not in err
+        assert NO_TEXT not in cli("--checkpoint_path", folder, "--prompt", "two", *flags)[2]
+
+
 def command(tiny: Path, *flags: object) -> list[str]:
     """generate.py's own process with the tiny model."""
     given = ["--device", "cpu", "--checkpoint_path", tiny, *flags]
@@ -908,10 +961,11 @@ def test_progress_is_shown_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     os.close(side)
     out = run.communicate(timeout=60)[0]
     shown = b""
-    while not shown.endswith(b"GB\r\n"):  # the last sentence
-        shown += os.read(terminal, 1000)
+    with suppress(OSError):  # the end
+        while True:
+            shown += os.read(terminal, 1000)
     os.close(terminal)
-    assert len(out.splitlines()) == 5
+    assert len(records(out.decode())) == 5
     assert b" 5/5 [" in shown and b" tokens/s" in shown.split(b" 5/5 [")[1]
 
 

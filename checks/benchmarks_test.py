@@ -1,4 +1,5 @@
 """The benchmarks run, and their README says what their results say."""
+import copy
 import json
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks import attention, render
+from benchmarks import attention, quality, render
 from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
 from formats import save_tokenizer
 from formats.default import default_model
+from generate import Tokenizer
 from model import ModelConfig, load_model
 
 
@@ -342,11 +344,28 @@ def test_quality_prints_a_table(tmp_path: Path) -> None:
         ["int4", "float32"],
         ["int4", "int8"],
     ]
-    megabytes = [float(row[5]) for row in rows]
+    megabytes = [float(row[7]) for row in rows]
     assert megabytes == sorted(megabytes, reverse=True)
-    # the first row is what the others are compared with: change, mean KL divergence
-    assert rows[0][3:5] == ["+0.00%", "0.00e+00"]
-    assert all(float(row[4]) > 0 for row in rows[1:])
+    # the first row is what the others are compared with: change, mean and largest KL, tokens
+    assert rows[0][3:7] == ["+0.00%", "0.00e+00", "0.00e+00", "0.00%"]
+    assert all(0 < float(row[4]) < float(row[5]) for row in rows[1:])
+
+
+def test_a_model_reads_its_own_text_and_what_changes_it_shows(tmp_path: Path) -> None:
+    reference = load_model(hf_folder(tmp_path / "model"), dtype=torch.float32)
+    tokenizer = Tokenizer(None, 320, {}, None, {7})
+    ids = quality.own_text(reference, tokenizer, 300)
+    assert len(ids) == 300 and len(set(ids)) > 100
+    assert ids == quality.own_text(reference, tokenizer, 300)
+    assert [ids[i] for i in (0, 128, 256)] == [7, 7, 7]  # the model's context is 128
+
+    # one token of the vocabulary is likelier everywhere
+    model = load_model(hf_folder(tmp_path / "other"), dtype=torch.float32)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(320).index_fill_(0, torch.tensor(3), 9.0))
+    same = quality.measure(copy.copy(reference), ids[:60], reference=reference)
+    other = quality.measure(model, ids[:60], reference=reference)
+    assert same[1:] == (0, 0, 0) and other.changed == 1
+    assert 1 < other.kl < other.max_kl < 9
 
 
 @pytest.mark.parametrize("args, message", [
@@ -356,6 +375,8 @@ def test_quality_prints_a_table(tmp_path: Path) -> None:
     ("--perplexity README.md --modes int3", "invalid choice"),
     ("--perplexity README.md --group_size 48", "invalid choice"),
     ("--perplexity README.md --device nonsense", "--device nonsense"),
+    ("--perplexity README.md --own_text 9", "not allowed with"),
+    ("--own_text 1", "at least 2"),
 ])
 def test_mistakes_get_one_line(args: str, message: str) -> None:
     done = python("benchmarks/quality.py", *args.split())

@@ -75,22 +75,23 @@ class FakeReply:
 
 def chat(
     tokenizer: Letters, reply: FakeReply, room: int, stop: Sequence[str] = (),
-    system: str | None = None,
+    system: str | None = None, shift: bool = False,
 ) -> Chat:
     """A conversation with that in the place of a model, whose cache holds so many tokens."""
-    made = Chat(SimpleNamespace(context=room), tokenizer, {"stop": stop}, system)
+    settings = {"stop": stop, "max_new_tokens": 8, "temperature": 0.0, "top_k": None}
+    made = Chat(SimpleNamespace(context=room), tokenizer, settings, system, shift)
     made.reply = lambda ids, cached, show: reply(ids, cached, show, made.attempt)
     return made
 
 
 def talk(
     monkeypatch: pytest.MonkeyPatch, lines: list[str], answers: list[list[int]], room: int = 1000,
-    system: str | None = None,
+    system: str | None = None, shift: bool = False,
 ) -> FakeReply:
     """Run a conversation in which the user writes these lines."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     reply = FakeReply(answers, room)
-    chat(Letters(), reply, room, system=system).run()
+    chat(Letters(), reply, room, system=system, shift=shift).run()
     return reply
 
 
@@ -349,6 +350,53 @@ def test_drop_forgets_the_oldest_turns_and_keeps_the_system_message(
     err = capsys.readouterr().err
     assert "there is nothing to drop" in err
     assert [n in err for n in ("1 to 3, not 0", "not 4", "not x")] == [True] * 3
+
+
+def test_an_answer_that_was_cut_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/continue", "one", "/continue", "/continue", "two"]
+    reply = talk(monkeypatch, lines, [asked("Hel"), spoken("lo"), spoken("Ho")])
+    assert reply.calls[1] == (asked("l"), len("u:one\0a:He"))
+    assert reply.seen[2] == asked("u:one\0a:Hello\0u:two\0a:")
+    out, err = capsys.readouterr()
+    assert out == "Hel\nlo\nHo\n"
+    assert "cut after --max_new_tokens 3; /continue goes on with it" in err
+    assert err.count("no answer was cut") == 2
+
+
+@pytest.mark.parametrize("line", ["/clear", "/drop"])
+def test_an_answer_that_was_forgotten_does_not_go_on(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, ["one", line, "/continue"], [asked("Hel")])
+    assert "no answer was cut" in capsys.readouterr().err
+
+
+def test_the_oldest_turns_go_where_they_may(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, answers = ["a", "b", "c", "d"], [spoken("y")] * 4
+    reply = talk(monkeypatch, lines, answers, room=34, system="s", shift=True)
+    before = "s:s\0u:b\0a:y\0u:c\0a:y\0u:d\0a:"
+    assert len(before) + 8 == 34 and reply.seen[3] == asked(before)
+    assert capsys.readouterr().err.count("dropped the oldest turn\n") == 1
+
+
+def test_settings_can_be_set_and_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["/set top_k 5", "/set temperature 0.5", "/set", "/set top_k -", "/set", "/set top_k x",
+             "/set max_new_tokens -", "/set temperature 2000", "/set stop x", "/quit", "one"]
+    assert not talk(monkeypatch, lines, []).calls
+    said = capsys.readouterr().err.replace("> ", "\n").split("\n")
+    assert list(filter(None, said)) == [
+        "max_new_tokens 8, temperature 0.5, top_k 5",
+        "max_new_tokens 8, temperature 0.5, top_k None",
+        "top_k must be a whole number, not 'x'", "max_new_tokens must be a whole number, not '-'",
+        "temperature: 2000.0 is not at least 0 and at most 1000",
+        "max_new_tokens 8, temperature 0.5, top_k None",
+    ]
 
 
 def test_the_system_message_can_be_set_shown_and_taken_away(

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch.autograd import DeviceType
 
 import cli.stats
@@ -47,6 +48,16 @@ def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as end:
         cli.main(None)
     assert end.value.code == 130
+
+
+def test_a_signal_counts_though_leaving_what_it_cut_short_fails() -> None:
+    """PyTorch has a mode off its stack for a moment, as while it makes layers on meta."""
+    with pytest.raises(SystemExit) as end, sentences(), torch.device("meta"):
+        torch.overrides._pop_mode()
+        sys.exit(143)  # as SIGTERM's handler does
+    assert end.value.code == 143
+    with pytest.raises(RuntimeError, match="empty mode stack"), sentences(), torch.device("meta"):
+        torch.overrides._pop_mode()
 
 
 # --- statistics ---
@@ -93,7 +104,9 @@ def test_summary(
     want = {
         "load_s": 1.5,
         "compile_s": 0.0,
+        "prompts": 4,
         "prompt_tokens": 60,
+        "shared_prompt_tokens": 0,
         "first_token_s": 0.375,
         "new_tokens": 40,
         "ms_per_step": 2.0,
@@ -102,7 +115,7 @@ def test_summary(
         "tokens_per_s": 36 / 0.022,
         "wall_s": 0.8,
         "wall_tokens_per_s": 50.0,
-        "useful_row_steps": 0.9,
+        "useful_row_share": 0.9,
         "bytes_per_step": read,
         "kv_cache_bytes": 400_000_000,
         "bandwidth_gb_s": 10.0,
@@ -114,7 +127,7 @@ def test_summary(
     json.dumps(summary)
 
     ready, speed, memory, reading = capsys.readouterr().err.splitlines()
-    assert ready == "loaded in 1.5 s; 60 prompt tokens, first token after 0.38 s"
+    assert ready == "loaded in 1.5 s; 60 tokens in 4 prompts, median first token after 0.38 s"
     assert speed == (
         "40 new tokens in 0.80 s, 50.0 tokens/s; 2.00 ms a step, median; 90% of its rows had work"
     )
@@ -146,8 +159,8 @@ def test_summary_of_a_compiled_run_of_one_token(
     summary = summarize(engine)
     assert summary["ms_per_step"] == 500
     assert summary["tokens_per_s"] == summary["wall_tokens_per_s"] == 8
-    start = "loaded in 1.0 s, compiled in 2.0 s; 8 prompt tokens, first token after 0.50 s"
-    assert capsys.readouterr().err.splitlines()[0] == start
+    start = "loaded in 1.0 s, compiled in 2.0 s; 8 tokens in 4 prompts, median first token after "
+    assert capsys.readouterr().err.splitlines()[0] == f"{start}0.50 s"
 
 
 def test_statistics_that_cannot_be_made_are_no_reason_to_fail(
@@ -470,3 +483,16 @@ def test_a_download_shows_how_far_it_is_on_a_terminal_only(
         default_model()
     [command] = commands
     assert ("--quiet" in command) != on_terminal
+
+
+def test_the_page_of_names_has_every_flag_and_no_other() -> None:
+    flags = {flag for action in make_parser()._actions for flag in action.option_strings}
+    page = (HERE / "cli/README.md").read_text()
+    rows = re.findall(r"^\| (`--.*?) \|(.*?)\|", page, re.M)
+    assert {flag for ours, _ in rows for flag in re.findall(r"--\w+", ours)} <= flags
+    assert flags - set(re.findall(r"--\w+", page)) == {"-h", "--no-compile"}
+    theirs = {name for _, names in rows for name in re.findall(r"`(\w+)`", names)}
+    known = vars(transformers.GenerationConfig()).keys() | {
+        "assistant_model", "attn_implementation", "device_map", "dtype", "input_ids",
+        "apply_chat_template", "quantization_config", "set_seed"}
+    assert theirs <= known

@@ -18,7 +18,7 @@ from torch import Tensor
 import generate
 from formats.checkpoint import CheckedCheckpoint
 from formats.pretokenizers import PRE_TOKENIZERS
-from model import Transformer
+from model import ModelConfig, Transformer
 
 HERE = Path(__file__).resolve().parent.parent  # where generate.py is
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # a reference; its sources have vocabularies
@@ -160,6 +160,48 @@ CHECKPOINTS = {
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
         decoder_sparse_step=2, **SEVEN)),
 }
+CHECKPOINTS |= {
+    "ministral": ("Ministral", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
+    "ministral3": ("Ministral3", dict(rope_parameters=dict(
+        YARN_ROPE, rope_theta=1e6, factor=16.0, original_max_position_embeddings=11,
+        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1), sliding_window=9,
+        pad_token_id=0)),
+    "seed-oss": ("SeedOss", SEVEN),
+    "exaone4": ("Exaone4", dict(sliding_window=9, layer_types=WINDOW_FIRST)),
+    "exaone4-full": ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3)),
+    "glm4": ("Glm4", dict(pad_token_id=0, **SEVEN)),
+    "hunyuan": ("HunYuanDenseV1", dict(rope_parameters=dict(
+        rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0, mscale_all_dim=1.0))),
+    "ernie": ("Ernie4_5", dict(use_bias=True)),
+    "cohere2": ("Cohere2", dict(hidden_size=96, sliding_window=9, layer_types=WINDOW_FIRST)),
+    "starcoder2": ("Starcoder2", dict(hidden_size=96, sliding_window=9)),
+    "stablelm": ("StableLm", dict(hidden_size=96, use_qkv_bias=True)),
+    "phi": ("Phi", dict(hidden_size=96)),
+}
+LATENT = dict(
+    kv_lora_rank=24, q_lora_rank=40, qk_nope_head_dim=12, qk_rope_head_dim=8, head_dim=8,
+    v_head_dim=16, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+    num_key_value_heads=6)
+CHECKPOINTS |= {
+    "deepseek-v2": ("DeepseekV2", dict(
+        LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2,
+        routed_scaling_factor=1.5, first_k_dense_replace=2)),
+    "deepseek-v2-lite": ("DeepseekV2", dict(LATENT, q_lora_rank=None, n_group=1, topk_group=1)),
+    "deepseek-v3": ("DeepseekV3", dict(
+        LATENT, n_group=4, topk_group=2, first_k_dense_replace=1, rope_parameters=dict(
+            YARN_ROPE, rope_theta=1e4, mscale=1.0, mscale_all_dim=0.7))),
+    "glm4-lite": ("Glm4MoeLite", dict(LATENT, v_head_dim=20, rope_interleave=False)),
+    "mistral4": ("Mistral4", dict(
+        LATENT, head_dim=20, first_k_dense_replace=1, rope_parameters=dict(
+            YARN_ROPE, rope_theta=1e4, original_max_position_embeddings=11, mscale=1.0,
+            mscale_all_dim=1.0, llama_4_scaling_beta=0.1, partial_rotary_factor=0.4))),
+    "glm4-moe": ("Glm4Moe", dict(
+        n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, head_dim=16,
+        use_qk_norm=True, attention_bias=True)),
+    "minimax": ("MiniMaxM2", dict(num_local_experts=8, num_experts_per_tok=3, rotary_dim=8)),
+    "ernie-moe": ("Ernie4_5_Moe", dict(
+        moe_num_experts=8, moe_k=3, moe_intermediate_size=32)),
+}
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
 
 
@@ -171,7 +213,8 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
     settings = copy.deepcopy({**BASE, **settings, **changes})
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
-    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
+    make = getattr(transformers, f"{family}ForCausalLM", None)
+    hf = (make or transformers.AutoModelForCausalLM.from_config)(config).eval()
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
             if parameter.dim() > 1:
@@ -181,7 +224,7 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
             if name.endswith("q_norm.weight") and family.startswith(("Gemma3n", "Gemma4")):
                 parameter *= 0.2  # as scores are not scaled, those of trained models are small too
         for name, buffer in hf.named_buffers():
-            if name in hf.state_dict():
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     return hf
 
@@ -199,7 +242,7 @@ def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
     assert (a.cpu() - b.cpu()).abs().max() < tol * max(1.0, largest)
 
 
-INTERLEAVED = ("llama", "smollm3", "granite", "baichuan")  # architectures of GGUF files
+INTERLEAVED = ("llama", "smollm3", "granite", "baichuan", "mistral3")  # architectures of GGUF files
 
 
 def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
@@ -215,7 +258,10 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(ModelConfig.from_hf(config.to_dict()).norm_eps)
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)

@@ -107,3 +107,17 @@ def test_what_was_compiled_before_is_not_taken_for_what_is_compiled_anew(
     assert hooked != plain
     compile_model(model)
     assert generate(model, PROMPTS[:1], 8, compile=True) == hooked
+
+
+def test_generate_compiles_where_that_is_asked_and_does_not_where_it_is_not(
+    checkpoint: Checkpoint, dynamo: None, no_inductor: None
+) -> None:
+    model = loaded(checkpoint)
+    eager = generate(model, PROMPTS[:1], 4)
+    assert not graphs()
+    assert generate(model, PROMPTS[:1], 4, compile=True) == eager
+    made = graphs()
+    assert made
+    model.cache = None
+    assert generate(model, PROMPTS, 6, compile=False)[0][:4] == eager[0]
+    assert graphs() == made

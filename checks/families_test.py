@@ -38,7 +38,7 @@ MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 # families with something of their own, in one build of each
 NAMES = [
     "gemma", "gemma2", "gemma3", "gemma4", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
-    "lfm2",
+    "ministral3", "hunyuan", "cohere2", "phi", "lfm2",
 ]
 
 
@@ -522,19 +522,27 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # written beside layer_types, which are read
 HARMLESS = set("""
     _name_or_path _sliding_window_pattern altup_coef_clip attention_dropout bos_token_id
-    chunk_size_feed_forward dtype embd_pdrop eos_token_id id2label initializer_range
-    is_encoder_decoder label2id output_attentions output_hidden_states output_router_logits
-    pad_token_id pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
-    router_jitter_noise transformers_version use_cache
+    chunk_size_feed_forward dtype embd_pdrop embedding_dropout eod_token_id eos_token_id
+    hidden_dropout id2label initializer_range is_encoder_decoder label2id moe_norm_min
+    num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
+    pad_token_id pretraining_tp problem_type qk_head_dim resid_pdrop residual_dropout return_dict
+    router_aux_loss_coef router_jitter_noise transformers_version use_cache
 """.split())
+
+
+# what a class leaves open, and every file says
+UNSET = {"deepseek_v2": dict(num_experts_per_tok=6), "glm4_moe": dict(num_attention_heads=32),
+         "minimax_m2": dict(rotary_dim=64)}
 
 
 def class_settings(model_type: str) -> dict:
     """The config.json of a transformers class with its default fields."""
     config = transformers.AutoConfig.for_model(model_type)
     hf = json.loads(config.to_json_string(use_diff=False))
-    hf["model_type"] = model_type
+    hf |= {"model_type": model_type} | UNSET.get(model_type, {})
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if model_type == "mistral4":  # which files have in a wrapper
+        name = "Mistral4ForCausalLM"
     hf["architectures"] = [name or f"{type(config).__name__[:-6]}ForConditionalGeneration"]
     return hf
 
@@ -576,14 +584,15 @@ def comparable(config: ModelConfig) -> dict:
 MODEL_TYPES = """
     gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm2_moe
     apertus arcee bamba bitnet blt bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3
-    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo
-    gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neo
-    gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
-    hunyuan_v1_dense internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4 llama4_text llava
-    longcat_flash mamba mamba2 minimax ministral mistral mistral3 mixtral mllama moshi mpt nanochat
-    nemotron olmo olmo2 olmo3 olmoe opt paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2
-    qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss
-    smollm3 stablelm starcoder2 t5gemma vaultgemma whisper xglm zamba2
+    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma
+    gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
+    gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4
+    llama4_text llava longcat_flash mamba mamba2 minimax minimax_m2 ministral ministral3 mistral
+    mistral3 mistral4 mixtral mllama moshi mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt
+    paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3
+    qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 t5gemma
+    vaultgemma whisper xglm zamba2
 """.split()
 
 
@@ -604,8 +613,9 @@ def test_every_family_is_compared() -> None:
     """With transformers in tests.py, or with its formulas here."""
     compared = {getattr(transformers, f"{name}Config") for name, _ in CHECKPOINTS.values()}
     in_tests = {each.model_type for each in compared}
-    assert families and FAMILIES.keys() == in_tests | {BAICHUAN["model_type"]}
-    assert FAMILIES.keys() - {"baichuan"} <= set(MODEL_TYPES)
+    assert families and FAMILIES.keys() == in_tests | {"baichuan", "kimi_k2"}
+    assert FAMILIES["kimi_k2"] is FAMILIES["deepseek_v3"]
+    assert FAMILIES.keys() - {"baichuan", "kimi_k2"} <= set(MODEL_TYPES)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

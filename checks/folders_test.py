@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
-from checks.common import BASE, GEMMA4, close, hf_logits
+from checks.common import BASE, GEMMA4, LATENT, close, hf_logits
 from checks.formats_test import MakeCheckpoint, logits_of
 from formats.checkpoint import resolve
-from model import load_model
+from model import Checkpoint, load_model
 from quantize import say_once
 
 IDS = torch.arange(3, 20)[None]
@@ -62,6 +62,8 @@ def test_other_files_beside_the_weights_are_left_alone(
     tensors = {name: torch.zeros_like(x) for name, x in load_file(folder / NAME).items()}
     save(tensors, folder / other)
     assert torch.equal(logits_of(folder), before)
+    alone = Checkpoint.from_folder(folder)  # where there is no formats/
+    assert all(x.any() for name, x in alone.tensors.items() if name in tensors)
 
 
 def test_a_single_file_counts_more_than_an_index(
@@ -190,6 +192,11 @@ WRAPPED = {  # transformers' class -> settings of its text_config, and of its vi
     "Gemma4": (GEMMA4, EYES | dict(num_key_value_heads=2, head_dim=16)),
     "Mistral3": (dict(model_type="mistral", sliding_window=None),
                  EYES | dict(model_type="pixtral", head_dim=16)),
+    "Mistral3 with Ministral3": (dict(model_type="ministral3"),
+                                 EYES | dict(model_type="pixtral", head_dim=16)),
+    "Mistral3 with Mistral4": (
+        dict(LATENT, model_type="mistral4", num_key_value_heads=4, pad_token_id=0, head_dim=20),
+        EYES | dict(model_type="pixtral", head_dim=16)),
     "Llava": (dict(model_type="llama"), EYES | dict(model_type="clip_vision_model")),
     "InternVL": (dict(model_type="qwen2"), EYES),
     "SmolVLM": (dict(model_type="llama", pad_token_id=0), EYES),
@@ -202,6 +209,7 @@ WRAPPED = {  # transformers' class -> settings of its text_config, and of its vi
 def wrapped(name: str, folder: Path) -> transformers.PreTrainedModel:
     """A random checkpoint of a model that takes pictures too."""
     text, vision = WRAPPED[name]
+    name = name.split()[0]
     text = BASE | dict(hidden_size=64, num_attention_heads=4, head_dim=16) | text
     config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=dict(vision))
     torch.manual_seed(0)
@@ -227,6 +235,7 @@ def test_the_model_of_texts_in_a_wrapper_equals_transformers(
 @pytest.mark.parametrize("name, dropped", [
     ("Gemma3", ["model_type", "num_hidden_layers", "tie_word_embeddings"]),
     ("Llava", ["model_type", "num_attention_heads"]),
+    ("Mistral3 with Ministral3", ["num_attention_heads", "num_hidden_layers"]),
     ("Qwen3VL", ["model_type", "num_attention_heads", "rope_parameters"]),
     ("Qwen2VL", ["num_key_value_heads", "rope_parameters", "rms_norm_eps"]),
 ])
@@ -235,7 +244,7 @@ def test_what_a_text_config_leaves_out_is_what_transformers_takes(
 ) -> None:
     """Bare configurations: their shapes are compared."""
     text, _ = WRAPPED[name]
-    kind = getattr(transformers, f"{name}Config").model_type
+    kind = getattr(transformers, f"{name.split()[0]}Config").model_type
     text = BASE | dict(hidden_size=512, num_attention_heads=16) | text
     text = {key: value for key, value in text.items() if key not in dropped}
     file = tmp_path / "config.json"

@@ -94,6 +94,33 @@ CASES = {
              logits_scaling=8.0),
         [("add_attention_scale", 0.015625), ("add_embedding_scale", 12.0),
          ("add_residual_scale", 0.25), ("add_logit_scale", 8.0)], OF_GRANITE),
+    "ministral3": Case(
+        "mistral3", "Ministral3", dict(head_dim=16, rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=6,
+            beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.1)),
+        [("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 16.0),
+         ("add_rope_scaling_orig_ctx_len", 6), ("add_rope_scaling_yarn_beta_fast", 32.0),
+         ("add_rope_scaling_yarn_beta_slow", 1.0), ("add_rope_scaling_yarn_log_mul", 1.0),
+         ("add_attn_temperature_scale", 0.1)], []),
+    "seed_oss": Case("seed_oss", "SeedOss", {}, [], ["attention_bias", "attention_out_bias"]),
+    "exaone4": Case("exaone4", "Exaone4", dict(sliding_window=8, num_hidden_layers=4),
+                    [WINDOW, ("add_sliding_window_pattern", [True, True, True, False])],
+                    OF_WINDOWS),
+    "glm4": Case("glm4", "Glm4", {}, [("add_rope_dimension_count", HALF)], ["attention_bias"]),
+    "hunyuan_v1_dense": Case(
+        "hunyuan-dense", "HunYuanDenseV1", {},
+        [("add_rope_scaling_type", gguf.RopeScalingType.NONE)], []),
+    "ernie4_5": Case("ernie4_5", "Ernie4_5", dict(use_bias=True), [], ["use_bias"]),
+    "cohere2": Case(
+        "cohere2", "Cohere2", dict(sliding_window=8, num_hidden_layers=4),
+        [WINDOW, ("add_logit_scale", 0.0625), ("add_rope_dimension_count", 16),
+         ("add_rope_scaling_type", gguf.RopeScalingType.NONE)], [*OF_WINDOWS, "logit_scale"]),
+    "starcoder2": Case("starcoder2", "Starcoder2", {}, [], ["use_bias"]),
+    "stablelm": Case("stablelm", "StableLm", dict(use_qkv_bias=True),
+                     [("add_rope_dimension_count", 4), ("add_parallel_residual", False)],
+                     ["use_qkv_bias"]),
+    "phi": Case("phi2", "Phi", {}, [("add_rope_dimension_count", HALF)], []),
 }
 ALWAYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -139,11 +166,11 @@ def test_the_configuration_is_hugging_faces(written: Written) -> None:
     ours = open_checkpoint(written.path).config
     for settings in (hf, ours):  # what they come to, by whatever names
         config = ModelConfig.from_hf(settings)
-        settings |= dict(windows=config.windows, moe=config.moe)
+        settings |= dict(windows=config.windows, moe=config.moe, norm_eps=config.norm_eps)
     for name in [*ALWAYS, *case_of(written).same]:
         if name in hf:
             assert ours[name] == hf[name], name
-    assert ours["rms_norm_eps"] == pytest.approx(hf["rms_norm_eps"])
+    assert ours["norm_eps"] == pytest.approx(hf["norm_eps"])
 
 
 def test_the_rotary_embedding_is_hugging_faces(written: Written) -> None:
@@ -154,7 +181,7 @@ def test_the_rotary_embedding_is_hugging_faces(written: Written) -> None:
     hf = hf.get("full_attention", hf)
     assert ours["rope_theta"] == hf["rope_theta"]
     scaling = ours["rope_scaling"]
-    assert scaling.get("rope_type", "default") == hf["rope_type"]
+    assert scaling.get("rope_type", "none").replace("none", "default") == hf["rope_type"]
     for name in ("factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor"):
         assert scaling.get(name) == hf.get(name), name
 
@@ -319,6 +346,7 @@ def test_impossible_numbers_of_layers_are_not_gone_through(arch: str) -> None:
     ("llama", ("add_clamp_kqv", 8.0), "llama.attention.clamp_kqv = 8.0"),
     ("qwen2", ("add_rope_dimension_sections", [4, 2, 2, 0]), "qwen2.rope.dimension_sections"),
     ("llama", ("add_rope_scaling_yarn_attn_factor", 2.0), "yarn_attn_factor = 2.0"),
+    ("stablelm", ("add_parallel_residual", True), "stablelm.use_parallel_residual = True"),
 ])
 def test_what_is_unknown_is_refused_by_name(
     tmp_path: Path, arch: str, setting: tuple, message: str

@@ -33,7 +33,10 @@ SEVEN = dict(
 SHARED = dict(THREE, num_key_value_heads=2)  # four ranks have two copies of each key/value head
 PLAIN = dict(quantize=None, int8_kv=False, attention="auto", compile=False, options={})
 SAMPLED = dict(temperature=1.0, seed=3)
-FAMILIES = ["gemma2", "olmo2", "phi3", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe"]
+FAMILIES = [
+    "gemma2", "olmo2", "phi", "phi3", "glm4", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe",
+    "deepseek-v3",
+]
 CASES = [
     *((family, PLAIN) for family in FAMILIES),
     ("three", PLAIN),
@@ -109,7 +112,8 @@ def test_ranks_together_say_what_one_process_says(
         if exact:
             assert result["tokens"][0] == tokens, (name, case)
         close(torch.tensor(result["logits"]), logits, 1e-4 if exact else 0.05)
-        assert 1 / n <= result["share"] < 1.2 / n
+        whole = 1.4 if name == "deepseek-v3" else 1.2  # all ranks make the vectors that are cached
+        assert 1 / n <= result["share"] < whole / n
         if case["quantize"]:
             assert result["layers_compared"] == 2 * 4 + 1
 
@@ -168,7 +172,7 @@ def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding
 
 @pytest.mark.parametrize("changes, n, message", [
     (dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=96), 4,
-     "6 query heads do not divide over 4 ranks"),
+     "6 query heads do not divide over 4 ranks; they would over 1, 2, 3, 6$"),
     (dict(num_attention_heads=12, num_key_value_heads=3, hidden_size=96), 2,
      "3 key/value heads do not divide over 2 ranks"),
     (dict(intermediate_size=66), 4, "66 hidden units of the feed-forward do not divide over 4"),
@@ -182,10 +186,10 @@ def test_what_does_not_divide_is_refused(changes: dict[str, int], n: int, messag
 
 
 @pytest.mark.parametrize("name", ["gemma4", "lfm2"])
-def test_layers_that_keep_something_else_are_not_divided(
+def test_layers_that_are_not_made_to_be_divided_are_refused(
     checkpoint: Callable[[str], tuple[Path, object]], name: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"the layers of {name}.* differ in what they keep"):
+    with pytest.raises(ValueError, match=f"the layers of {name}.* do not divide over ranks"):
         load_part(checkpoint(name)[0], Ranks(0, 2))
 
 
@@ -290,7 +294,7 @@ def one_sentence(stderr: str) -> str:
 @pytest.mark.parametrize("flags, message", [
     (["--tp", "2"], "3 processes do not divide into groups of --tp 2"),
     (["--seed", "-1"], "argument --seed: -1 is not at least 0 and at most 9223372036854775807"),
-    ([], "4 query heads do not divide over 3 ranks"),
+    ([], "4 query heads do not divide over 3 ranks; they would over 1, 2, 4"),
 ])
 def test_a_wrong_number_is_said_once(
     flags: list[str], message: str, small: Path, tmp_path: Path

@@ -52,9 +52,11 @@ def test_prompts_file(
         alone.append(tokenizer.decode(new))
     words = "--quantize none --dtype float32 --batch_size 2 --max_new_tokens 6".split()
     code, out, err = cli("--prompts", file, *words, "--json")
-    records = sorted(map(json.loads, out.splitlines()), key=lambda record: record["index"])
+    *records, run = map(json.loads, out.splitlines())
+    records.sort(key=lambda record: record["index"])
     assert code == 0 and [record["text"] for record in records] == alone
     assert {record["finish_reason"] for record in records} == {"length"}
+    assert run["new_tokens"] == 18 and run["library"] is False
     assert "18 new tokens" in err
     code, out, _ = cli("--prompts", file, *words)
     shown = [f"[{i}] {line}\n{text}\n\n" for i, (line, text) in enumerate(zip(lines, alone))]
@@ -199,8 +201,9 @@ def test_benchmark(
 
 def test_profile(cli: Callable[..., Run], shape: Path, tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
-    words = ["--dtype", "float32", "--prompt", 20, "--profile", trace]
-    code, _, err = cli("--checkpoint_path", shape, *words)
+    words = ["--dtype", "float32", "--prompt", 20, "--profile", trace, "--json"]
+    code, out, err = cli("--checkpoint_path", shape, *words)
+    assert json.loads(out)["prompt_tokens"] == 20
     assert code == 0 and "_linear_pointwise" in err and "self_attn.qkv_proj" in err
     assert json.loads(trace.read_text())["traceEvents"]
 

@@ -555,4 +555,4 @@ def test_the_summary_counts_the_bytes_of_rings(
     slots = 9 + MAX_DECODE_TOKENS
     of_a_head = slots * 16 + (slots + 3) // 4 * 4 * 4  # values, and scales to whole 16 bytes
     mean_key = 16 * 4  # in float32
-    assert json.loads(out)["kv_cache_bytes"] == 2 * 2 * (2 * of_a_head + mean_key)
+    assert json.loads(out.splitlines()[-1])["kv_cache_bytes"] == 2 * 2 * (2 * of_a_head + mean_key)

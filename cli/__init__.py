@@ -9,7 +9,7 @@ import torch
 import generate
 from cli.arguments import is_plain, parse_args
 from cli.errors import become_a_program, refusals, sentences
-from cli.progress import say_missing_library, show_loading, watch_prompts
+from cli.progress import say_library, show_loading, watch_prompts
 from cli.prompts import read_text
 from cli.stats import say_cuts, say_memory
 from model import extension
@@ -45,4 +45,4 @@ def answer(argv: list[str] | None, team: Any) -> None:
         decoder = generate.run(args, watch_prompts)
         say_cuts(list(decoder.finish_reasons.values()))
         say_memory(decoder)
-        say_missing_library(decoder.model)
+        say_library(decoder.model)

@@ -123,6 +123,8 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT",
         help="with --interactive or --chat: text or @FILE that says how to answer; default: the "
         "template's own")
+    add("--shift", action="store_true",
+        help="with --interactive: forget the oldest turns where the context is full; default: ask")
     add("--num_samples", metavar="N", type=number(int, 1, 10**6), default=1,
         help="answers to each prompt, from 1; with --benchmark or --profile: runs of all rows; "
         "default: 1")
@@ -157,10 +159,16 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--tp", metavar="N", type=number(int, 1, 1024),
         help="split the model over N processes that torchrun starts; with more of them, groups of "
         "N share the prompts of --prompts; default: all processes")
+    add("--adapter", metavar="FOLDER",
+        help="a LoRA as the PEFT library writes it, added to the weights before they are "
+        "quantized; what it changes of integers in a file is dequantized; default: none")
     add("--threads", metavar="N", type=number(int, 1, 1024),
         help="of the CPU; default: one a core, or OMP_NUM_THREADS")
     add("--group_size", type=int, choices=[32, 64, 128],
         help="inputs to a scale of --quantize int4; default: 32")
+    add("--calibrate", metavar="FILE",
+        help="a text like those to come, by which --quantize int8 or int4 rounds better: some 8,000 "
+        "tokens are enough; default: none")
     add("--save", metavar="FOLDER", type=Path,
         help="write what --quantize makes to this new folder and end; default: nothing written")
     add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
@@ -175,8 +183,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--benchmark", action="store_true",
         help="measure --prompt N random tokens (128) and --max_new_tokens steps")
     add("--json", action="store_true",
-        help="print texts and statistics as one JSON line; with --prompts, a line for each answer "
-        "as it comes")
+        help="print a JSON line for each answer as it comes, as --output does, and at the end one "
+        "of flags and statistics")
     add("--profile", metavar="FILE",
         help="write a Chrome trace of 16 decode steps and say what they consist of")
 
@@ -199,8 +207,11 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
             args.interactive and (args.json or measures or several),
         "--system goes with --interactive or --chat":
             args.system is not None and not (args.interactive or args.chat),
+        "--shift goes with --interactive": args.shift and not args.interactive,
         "--group_size goes with --quantize":
             args.group_size is not None and args.quantize not in MODES,
+        "--calibrate goes with --quantize int8 or int4":
+            args.calibrate is not None and args.quantize not in MODES,
         "--save goes with --quantize": saves and args.quantize in (None, "none"),
         "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile":
             saves and (any(sources) or measures),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from batching import Engine
 from cli.prompts import Job
-from cli.stats import NO_TIME
+from cli.stats import NO_TIME, plural
 from formats.text import TextStream
 from generate import Request, Tokenizer, say
 from parallel import Team
@@ -36,7 +36,14 @@ def new_record(job: Job) -> Record:
         "first_token_s": 0.0,  # from then on until its first token
         "total_s": 0.0,  # and until its last
         "digest": job.digest,
+        **job.passed,
     }
+
+
+def as_line(record: Record) -> str:
+    """A record as a line of JSON, in UTF-8 but for what some take for the end of a line."""
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return text.translate({end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)})
 
 
 def work_off(
@@ -98,10 +105,10 @@ class InOrder:
 
 
 def answer_live(
-    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, quiet: bool
+    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, as_json: bool
 ) -> list[Record]:
-    """Print answers as they come, one after the other, and each of several under a heading
-    (quiet: do not) -> their records. tokenizer: None makes no text."""
+    """Print answers as they come, one after the other, and each of several under a heading, or
+    (as_json) a line each -> their records. tokenizer: None makes no text."""
     one = len(jobs) == 1
     screen = InOrder([] if one else jobs)
     records = {}
@@ -110,8 +117,10 @@ def answer_live(
         ended = record["finish_reason"] is not None
         if ended:
             piece += "\n" if one else "\n\n"
-        if not quiet and tokenizer is not None:
+        if tokenizer is not None and not as_json:
             screen.push(number, piece, ended)
+        elif tokenizer is not None and ended:
+            print(as_line(record), flush=True)
     return [records[number] for number in range(len(jobs))]
 
 
@@ -120,19 +129,22 @@ def answer_live(
 def answer_file(
     jobs: list[Job], engine: Engine, tokenizer: Tokenizer, *, as_json: bool,
     records: "Records | None", team: Team,
-) -> None:
+) -> list[Record]:
     """Answer a file's prompts and report the lines that are none, with a bar of progress if
-    stderr is a terminal. All processes of the team do this together; the first one writes.
+    stderr is a terminal -> what was written. All processes of the team do this together; the first
+    one writes.
 
     records: the file that answers are appended to, which may have some already; None prints them,
     as they come, a line each (as_json), or in the prompts' order, each under a heading."""
     screen = InOrder(jobs)
+    written = []
 
     def write(number: int, record: Record) -> None:
+        written.append(record)
         if records is not None:
             records.append(record)
         elif as_json:
-            print(json.dumps(record), flush=True)
+            print(as_line(record), flush=True)
         else:
             screen.push(number, f"{record['text']}\n\n" if "text" in record else "", ended=True)
 
@@ -148,13 +160,14 @@ def answer_file(
                 say(job.error)
                 write(number, {
                     "index": job.index, "sample": job.sample, "error": job.error,
-                    "digest": job.digest,
+                    "digest": job.digest, **job.passed,
                 })
         if done:
-            say(f"{records.path} has {len(done)} answers already; {len(left)} are left")
+            say(f"{records.path} has {plural(len(done), 'answer')} already; {len(left)} are left")
     left = team.broadcast(left)
     if left:
         answer_left(jobs, left, engine, tokenizer, write, team)
+    return written
 
 
 def answer_left(
@@ -308,7 +321,7 @@ class Records:
     def append(self, record: Record) -> None:
         """Write a record and wait until it is on the disk."""
         self.check_place()
-        line = json.dumps(record).encode() + b"\n"
+        line = as_line(record).encode(errors="replace") + b"\n"
         try:
             while line:
                 line = line[os.write(self.file, line):]

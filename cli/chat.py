@@ -2,18 +2,21 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from batching import Engine
+from safetensors import SafetensorError
+
+from batching import Engine, load_row, read_row, save_row
 from cli.files import new_file, read_all
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_text, with_system
-from cli.stats import NO_TIME
+from cli.stats import NO_TIME, plural
 from formats.text import TextStream
-from generate import Tokenizer, generate, say
-from model import first_line
+from generate import RANGES, Request, Tokenizer, generate, say
+from model import Transformer, first_line
 
 Message = dict[str, str]  # role and content
 
@@ -22,12 +25,12 @@ class Chat:
     """Messages and their answers; only what is new of a conversation is prefilled.
 
     settings: generate's. Its stop strings are neither printed nor part of the conversation.
-    system: a first message that says how to answer.
+    system: a first message that says how to answer. shift: let go of turns to make room.
     ValueError where the model has no chat template, or one that does not take a system message."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, settings: dict[str, Any],
-        system: str | None = None,
+        system: str | None = None, shift: bool = False,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -35,6 +38,8 @@ class Chat:
         self.room = engine.context  # the tokens that the cache holds
         self.messages: list[Message] = []  # of the user and the assistant in turn
         self.held: list[int] = []  # the ids whose keys and values are in the cache
+        self.begun: list[int] = []  # the ids of the last answer, if it was cut
+        self.shift = shift
         self.attempt = 0  # how often the last message was answered before
         self.took = ""  # what the last answer did, in a sentence
         self.left = False
@@ -85,10 +90,16 @@ class Chat:
 
     # --- answers ---
 
-    def complete(self, messages: list[Message]) -> str:
-        """Answer messages, of which the last one is the user's, and keep them with the answer ->
-        why it ended. ValueError: there is no room for it; it is forgotten."""
-        ids = self.encode(messages)
+    def complete(self, messages: list[Message], begun: Sequence[int] = ()) -> str:
+        """Answer messages, of which the last one is the user's, behind what is begun of the answer,
+        and keep them with it -> why it ended. ValueError: there is no room for it; it is
+        forgotten."""
+        ids = [*self.encode(messages), *begun]
+        wanted = min(self.settings["max_new_tokens"], self.room // 2)
+        while self.shift and len(messages) > 1 and len(ids) + wanted > self.room:
+            messages = messages[2:]
+            ids = [*self.encode(messages), *begun]
+            say("dropped the oldest turn")
         if len(ids) >= self.room:
             alone = len(self.encode(messages[-1:]))
             if alone < self.room:
@@ -99,15 +110,17 @@ class Chat:
             )
         # at least one token is fed, for its logits
         cached = min(len(os.path.commonprefix([ids, self.held])), len(ids) - 1)
-        answer, reason = self.show_reply(ids, cached)
-        if not answer:
+        new, reason = self.show_reply(ids, cached)
+        if not new:
             say("the answer had not begun")
             return reason
-        self.held = ids + answer[:-1]  # the last token was never fed back
+        answer = [*begun, *new]
+        self.begun = [] if reason in ("eos", "stop") else answer
+        self.held = ids + new[:-1]  # the last token was never fed back
         content = TextStream(self.tokenizer, stop=self.settings["stop"]).push(answer, final=True)
         self.messages = [*messages, {"role": "assistant", "content": content}]
         if reason == "length":
-            say(f"the answer was cut after --max_new_tokens {len(answer)}")
+            say(f"the answer was cut after --max_new_tokens {len(new)}; /continue goes on with it")
         elif reason == "context":
             say(f"the answer was cut: {self.full()}")
         return reason
@@ -196,6 +209,22 @@ class Chat:
         if reason != "interrupted" and self.messages[-1] == before:
             say("the same answer; --temperature above 0 gives others")
 
+    def continue_(self, argument: str) -> None:
+        if not (self.messages and self.begun):
+            raise ValueError("no answer was cut")
+        self.complete(self.messages[:-1], self.begun)
+
+    def set(self, argument: str) -> None:
+        known = {name: value for name, value in self.settings.items() if name in RANGES}
+        name, _, value = argument.partition(" ")
+        if name not in known:
+            raise ValueError(", ".join(f"{name} {value}" for name, value in known.items()))
+        with suppress(ValueError):
+            value = RANGES[name].kind(value)
+        if value != "-" or getattr(Request, name, 0) is not None:  # without which some do nothing
+            RANGES[name].check(name, value)
+        self.settings = self.settings | {name: None if value == "-" else value}
+
     def drop(self, argument: str) -> None:
         n_turns = len(self.messages) // 2
         if not n_turns:
@@ -209,10 +238,13 @@ class Chat:
     def save(self, argument: str) -> None:
         if not self.messages:
             raise ValueError("there is nothing to save")
-        file = named_file(argument)
+        name, _, also = argument.rpartition(" ")
+        file = named_file(name if also == "+cache" else argument)
         messages = with_system(self.system, self.messages)
         write_conversation(file, messages)
         say(f"{len(messages)} messages are in {file}")
+        if also == "+cache":
+            write_cache(self.engine.model, self.held, cache_of(file))
 
     def load(self, argument: str) -> None:
         file = named_file(argument)
@@ -220,13 +252,17 @@ class Chat:
         check_template(self.tokenizer, system)
         self.tokenizer.chat(with_system(system, messages))  # a template may refuse it
         self.system = system
-        self.messages = messages
+        self.messages, self.begun = messages, []
         self.attempt = 0
         say(f"{len(messages) // 2} messages and their answers from {file}")
+        if cache_of(file).exists():
+            self.held = []
+            self.held = load_row(self.engine.model, cache_of(file))
 
     def stats(self, argument: str) -> None:
         used = len(self.encode(self.messages)) if self.messages else 0
-        say(f"{len(self.messages) // 2} answers; {used} of {self.room} tokens of context")
+        used = f"{min(used, self.room)} of {self.room} tokens of context"
+        say(f"{plural(len(self.messages) // 2, 'answer')}; {used}")
         if self.took:
             say(self.took)
 
@@ -238,15 +274,20 @@ class Chat:
 COMMANDS = {
     "/clear": (Chat.clear, "", "start a new conversation, with the same system message"),
     "/regen": (Chat.regenerate, "", "answer the last message again"),
+    "/continue": (Chat.continue_, "", "go on with an answer that was cut"),
+    "/set": (Chat.set, "NAME VALUE", "temperature 0.7, say, - for its default; alone: show all"),
     "/drop": (Chat.drop, "N", "forget the N oldest messages and their answers; 1"),
     "/system": (
         Chat.set_system, "TEXT|@FILE|-", "say how to answer, - for nothing; alone: show it"
     ),
-    "/save": (Chat.save, "FILE", "write the conversation to FILE, as JSON"),
+    "/save": (
+        Chat.save, "FILE [+cache]", "write the conversation to FILE, as JSON; what was read of it too"
+    ),
     "/load": (Chat.load, "FILE", "go on with the conversation in FILE"),
     "/stats": (Chat.stats, "", "say how full the context is, and what the last answer took"),
     "/help": (Chat.help, "", "list the commands"),
-    "/bye": (Chat.leave, "", "leave, as Ctrl-D does"),
+    "/bye": (Chat.leave, "", "leave, as Ctrl-D and /quit do"),
+    "/quit": (Chat.leave, "", "the same"),
 }
 
 
@@ -291,3 +332,20 @@ def write_conversation(file: Path, messages: list[Message]) -> None:
         raise ValueError(f"cannot write {file}: {e.strerror}") from None
     except ValueError as e:
         raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
+
+
+def cache_of(file: Path) -> Path:
+    """Beside a conversation's file, what the cache holds of it."""
+    return file.with_name(file.name + ".cache")
+
+
+def write_cache(model: Transformer, ids: list[int], file: Path) -> None:
+    """As write_conversation does."""
+    try:
+        if file.exists():
+            read_row(file)
+        with new_file(file) as new:
+            save_row(model, ids, new)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"cannot write {file}: {first_line(e)}") from None
+    say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")

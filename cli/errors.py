@@ -20,6 +20,8 @@ def sentences() -> Iterator[None]:
     try:
         try:
             yield
+        except Exception as e:
+            raise signal_behind(e) or e
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where it is known what to say if that fails
@@ -34,6 +36,14 @@ def sentences() -> Iterator[None]:
     except OSError as e:
         discard_output()
         fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
+
+
+def signal_behind(error: BaseException | None) -> BaseException | None:
+    """What a signal raised, where leaving a `with` failed that it had cut short: as of a
+    torch.device, while PyTorch has that mode off its stack for a moment."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error = error.__context__
+    return error
 
 
 @contextmanager

@@ -12,18 +12,18 @@ import torch
 from safetensors import SafetensorError
 
 from batching import Engine, Stats
-from cli.batch import Records, answer_file, answer_live, work_off
+from cli.batch import Records, answer_file, answer_live, as_line, work_off
 from cli.chat import Chat
-from cli.progress import say_missing_library, watch_prompts
+from cli.progress import say_library, watch_prompts
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
     standard_input, title_of, with_system,
 )
-from cli.stats import new_trace, profile, say_cuts, summarize
+from cli.stats import new_trace, plural, profile, say_cuts, summarize
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
 from generate import (
-    QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
+    NO_TEXT, QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
 )
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
@@ -33,8 +33,9 @@ from quantize import QuantizedLinear, new_folder, write_quantized
 def run(args: Any, team: Team | None) -> None:
     """Read what is asked, and do what the flags ask for. team: None: this process is alone."""
     team = team or Team()
-    if team.n > 1 and (args.save is not None or args.profile is not None):
-        raise ValueError("--save and --profile take one process: run them without torchrun")
+    alone = [flag for flag in ("calibrate", "save", "profile") if getattr(args, flag) is not None]
+    if team.n > 1 and alone:
+        raise ValueError(f"--{alone[0]} takes one process: run it without torchrun")
     if args.save is not None:
         return save(args)
     team.form_groups(args.tp, args.device.type)
@@ -50,32 +51,50 @@ def run(args: Any, team: Team | None) -> None:
 
 def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
     """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
-    began = time.perf_counter()
-    tokenizer, model = load_both(args, team.ranks)
-    load_s = time.perf_counter() - began
-    jobs = wanted(args, asked, tokenizer, model.config)
-    engine = make_engine(args, model, tokenizer, jobs, team)
-    engine.stats.load_s = load_s
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    tokenizer, jobs, engine, all_done = None, None, None, False
+    if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
+        tokenizer = load_tokenizer(args.checkpoint_path)
+    if args.prompts is not None:  # what is answered already needs no model
+        config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
+        jobs = wanted(args, asked, tokenizer, config)
+        done = file.answers_to(jobs) if isinstance(file, Records) else set()
+        all_done = all(job.error or (job.index, job.sample) in done for job in jobs)
+    if not team.broadcast(all_done):
+        began = time.perf_counter()
+        model = load_fitting(args, tokenizer, team.ranks)
+        load_s = time.perf_counter() - began
+        jobs = jobs or wanted(args, asked, tokenizer, model.config)
+        engine = make_engine(args, model, tokenizer, jobs, team)
+        engine.stats.load_s = load_s
+    settings = {name: getattr(args, name, None) for name in SETTINGS}
     if args.interactive:
         team.share_input(standard_input())
         watch_prompts(engine)
-        Chat(engine, tokenizer, settings, asked.system).run()
-        say_missing_library(model)
+        Chat(engine, tokenizer, settings, asked.system, args.shift).run()
     elif args.profile:
         prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
         settings["max_new_tokens"] = 16  # to warm up
         generate(model, prompts, stats=engine.stats, engine=engine, **settings)
         profile(engine, file)
-        summarize(engine)
     elif args.prompts is not None:
-        answer_file(jobs, engine, tokenizer, as_json=args.json, records=file, team=team)
-        if engine.stats.new_tokens:
-            summarize(engine)
+        written = answer_file(jobs, engine, tokenizer, as_json=args.json, records=file, team=team)
+        say_cuts([record.get("finish_reason", "error") for record in written])
         if all(job.error for job in jobs):
-            raise ValueError(f"none of the {len(jobs)} prompts of {args.prompts} could be answered")
+            n = plural(len(jobs), "prompt")
+            raise ValueError(f"none of the {n} of {args.prompts} could be answered")
     else:
         answer_prompt(engine, tokenizer, jobs, args)
+    if engine is not None:
+        say_run(args, engine)
+
+
+def say_run(args: Any, engine: Engine) -> None:
+    """What it took, also as a line of JSON."""
+    measured = not args.interactive and engine.stats.new_tokens > 0
+    summary = (summarize(engine, args.benchmark) or {}) if measured else {}
+    summary["library"] = say_library(engine.model)
+    if args.json:
+        print(as_line(vars(args) | summary), flush=True)
 
 
 def read_asked(args: Any) -> Asked:
@@ -90,23 +109,27 @@ def read_asked(args: Any) -> Asked:
     )
 
 
-def load(args: Any, ranks: Ranks, path: str | Path | None, quantize: str) -> Transformer:
-    """A model; args.dtype becomes the one that it has."""
+def load(
+    args: Any, ranks: Ranks, path: str | Path | None, quantize: str, calibrate: str | None = None
+) -> Transformer:
+    """A model; args.dtype becomes the one that it has. calibrate: a file with a text. A draft
+    has neither that nor an adapter."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    ids = None
+    if calibrate is not None:
+        ids = load_tokenizer(path).encode(read_text(f"@{calibrate}", "the text of --calibrate"))
     model = load_model(
-        path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size
+        path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size,
+        adapter=args.adapter if path == args.checkpoint_path else None,
+        calibrate=ids,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
 
 
-def load_both(args: Any, ranks: Ranks) -> tuple[Tokenizer | None, Transformer]:
-    """The tokenizer, None where no text is made, and the model. ValueError: they do not fit, or
-    --max_seq_len does not."""
-    tokenizer = None
-    if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
-        tokenizer = load_tokenizer(args.checkpoint_path)
-    model = load(args, ranks, args.checkpoint_path, args.quantize)
+def load_fitting(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
+    """The model. ValueError: its tokenizer does not fit, or --max_seq_len does not."""
+    model = load(args, ranks, args.checkpoint_path, args.quantize, args.calibrate)
     if tokenizer is not None:
         tokenizer.check_fit(model.config.vocab_size)
     context = model.config.max_seq_len
@@ -114,7 +137,7 @@ def load_both(args: Any, ranks: Ranks) -> tuple[Tokenizer | None, Transformer]:
         raise ValueError(
             f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
         )
-    return tokenizer, model
+    return model
 
 
 def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
@@ -135,7 +158,7 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
     """The answers that the flags ask for."""
     if args.interactive and tokenizer is not None:
         return []
-    defaults = {name: getattr(args, name) for name in SETTINGS}
+    defaults = {name: getattr(args, name, None) for name in SETTINGS}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
@@ -174,7 +197,7 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
     if args.prompts is not None:
         answering = json.dumps([
             files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size,
-            args.kv_dtype, room,
+            args.calibrate, args.kv_dtype, room, args.adapter and files_of(args.adapter),
         ])
         return read_jobs(asked.lines, encode, defaults, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
@@ -223,23 +246,19 @@ def make_engine(
 
 
 def answer_prompt(engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any) -> None:
-    """Continue one prompt, once or several times, and say what it took."""
+    """Continue one prompt, once or several times."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
         for _ in work_off(jobs[:args.batch_size], engine, tokenizer):
             pass
         engine.stats = Stats(load_s=engine.stats.load_s, compile_s=engine.stats.compile_s)
     else:
         watch_prompts(engine)
-    records = answer_live(jobs, engine, tokenizer, quiet=args.json)
-    reasons = [record["finish_reason"] for record in records]
+    records = answer_live(jobs, engine, tokenizer, as_json=args.json)
     if not args.benchmark:
-        say_cuts(reasons)
-    summary = summarize(engine, args.benchmark) or {}
-    say_missing_library(engine.model)
-    if args.json:
-        texts = [record["text"] for record in records if tokenizer]
-        result = vars(args) | summary | {"texts": texts, "finish_reasons": reasons}
-        print(json.dumps(result, default=str, allow_nan=False))
+        say_cuts([record["finish_reason"] for record in records])
+    ended = {(record["new_tokens"], record["finish_reason"]) for record in records}
+    if (1, "eos") in ended and tokenizer.chat_template and args.prompt and not args.chat:
+        say(NO_TEXT)
 
 
 def check_room(args: Any, folder: Path) -> None:
@@ -258,7 +277,7 @@ def save(args: Any) -> None:
         with new_folder(args.save) as folder:  # what cannot be written shows before the long work
             save_tokenizer(args.checkpoint_path, folder)
             check_room(args, folder)
-            model = load(args, ALONE, args.checkpoint_path, args.quantize)
+            model = load(args, ALONE, args.checkpoint_path, args.quantize, args.calibrate)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

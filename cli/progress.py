@@ -3,10 +3,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import quantize
 from cli.errors import afterthought
+from cli.stats import plural
 from generate import Decoder, say
 from model import Transformer
 
@@ -54,6 +56,13 @@ def show_loading() -> None:
 
 
 @afterthought()
-def say_missing_library(model: Transformer) -> None:
-    if getattr(model.decode_block, "missing", False):
-        say("--compile makes a library, in some 15 seconds, by which all later runs decode faster")
+def say_library(model: Transformer) -> bool:
+    """Say whether steps ran by a library that --compile makes -> the same."""
+    ran = getattr(model.decode_block, "first", None) is not None
+    if ran:
+        say("decoded by the library that --compile made")
+    elif getattr(model.decode_block, "missing", False):
+        threads = plural(torch.get_num_threads(), "thread")
+        say(f"--compile makes a library for {threads}, in some 15 seconds, by which later runs with "
+            "as many decode faster")
+    return ran

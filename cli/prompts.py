@@ -1,18 +1,21 @@
 """What to answer: prompts as flags and files give them, plain lines or JSON lines, checked."""
 import io
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 from cli.files import read_all
 from generate import RANGES, Tokenizer
 
+HANDED_ON = re.compile("id$|metadata$|x")  # keys of a line that its record has too
 # what a line may set for itself
-SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+SETTINGS = (*(name for name in RANGES if name != "cached"), "stop")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Job:
     heading: str = ""  # the line above its answer, where there are several
     prompt: list[int] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # those of SETTINGS
+    passed: dict[str, Any] = field(default_factory=dict)  # what its record has of the line
     error: str | None = None
     digest: str = ""  # the same prompt, settings and model have the same one
 
@@ -117,22 +121,26 @@ def read_jobs(
     that of its first sample. model: what is to answer; another one's answers have other digests."""
     jobs = []
     for index, line in enumerate(Line(*line) for line in lines):
+        entry = {}
         try:
             entry = parse_line(line)
+            check_entry(entry)
             settings = {name: entry.get(name, default) for name, default in defaults.items()}
             if "seed" not in entry and settings["seed"] is not None:
                 settings["seed"] += index * n_samples
-            jobs += samples(index, title_of(entry), encode(entry), settings, n_samples, model)
+            asked = title_of(entry), encode(entry), settings
+            jobs += samples(index, *asked, n_samples, model, handed_on(entry))
         except ValueError as e:
             content = line.content.encode(errors="surrogateescape")
             digest = sha256(content).hexdigest()[:16]
-            jobs.append(Job(index, error=f"line {line.number}: {e}", digest=digest))
+            error = f"line {line.number}: {e}"
+            jobs.append(Job(index, passed=handed_on(entry), error=error, digest=digest))
     return jobs
 
 
 def samples(
     index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int,
-    model: str = "",
+    model: str = "", passed: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Job]:
     """n_samples answers to a prompt that begins with title, with seeds in a row if it has one."""
     jobs = []
@@ -141,14 +149,14 @@ def samples(
         own = dict(settings)
         if own["seed"] is not None:
             own["seed"] = (own["seed"] + sample) % 2**63
-        asked = json.dumps([model, prompt, own], sort_keys=True)
+        asked = json.dumps([model, prompt, own | passed], sort_keys=True)
         digest = sha256(asked.encode()).hexdigest()[:16]
-        jobs.append(Job(index, sample, f"{which} {title}\n", prompt, own, digest=digest))
+        jobs.append(Job(index, sample, f"{which} {title}\n", prompt, own, passed, digest=digest))
     return jobs
 
 
 def parse_line(line: Line) -> dict[str, Any]:
-    """{"prompt": text} or what a JSON line holds, keys checked. ValueError says what is wrong."""
+    """{"prompt": text} or what a JSON line holds. ValueError: it is no JSON object."""
     try:
         line.content.encode()
     except UnicodeEncodeError as e:
@@ -158,20 +166,32 @@ def parse_line(line: Line) -> dict[str, Any]:
         return {"prompt": line.content}
     try:
         entry = json.loads(line.content, object_pairs_hook=without_doubles, parse_int=whole_number)
+        json.dumps([[[[[[[[entry]]]]]]]])  # more is around it when it is written
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
+    return entry
+
+
+def handed_on(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if HANDED_ON.match(name)}
+
+
+def check_entry(entry: dict[str, Any]) -> None:
+    """ValueError says what is wrong. OpenAI's max_tokens becomes max_new_tokens."""
+    if "max_tokens" in entry and "max_new_tokens" not in entry:
+        entry["max_new_tokens"] = entry.pop("max_tokens")
     for name in entry:
-        if name not in CHECKS:
-            raise ValueError(f"unknown key {brief(name)}; known are {', '.join(sorted(CHECKS))}")
+        if name not in CHECKS and not HANDED_ON.match(name):
+            raise ValueError(f"unknown key {brief(name)}; known are {', '.join(sorted(CHECKS))}, "
+                             "and handed on are id, metadata and what begins with x")
     if ("prompt" in entry) == ("messages" in entry):
         raise ValueError("one of prompt and messages is needed, and not both")
-    for name, value in entry.items():
-        CHECKS[name](name, value)
-    return entry
+    for name in filter(CHECKS.get, entry):
+        CHECKS[name](name, entry[name])
 
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

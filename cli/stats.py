@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from batching import Engine
 
 # why an answer ends though its model would go on -> what is said of it
-CUTS = {"length": "after --max_new_tokens", "context": "where the context is full"}
+CUTS = {
+    "length": "cut after --max_new_tokens",
+    "context": "cut where the context is full",
+    "error": "missing, as what asks for them is wrong: see above",
+}
 PROFILED = 16  # decode steps in a trace
 NO_TIME = 1e-9  # seconds that stand for none, where a clock has not moved
 
@@ -55,7 +59,7 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
     also beside how fast this machine copies, which takes half a second and memory of its own."""
     stats = engine.stats
     n_requests = stats.new_tokens - stats.decode_tokens  # each one's first token is prefill's
-    if not stats.steps_s:  # a run of single tokens has no decode steps: prefill stands for them
+    if not stats.useful_row_steps:  # of single tokens: prefill stands for decode steps
         stats = replace(
             stats, steps_s=stats.first_token_s, decode_tokens=n_requests, row_steps=n_requests,
             useful_row_steps=n_requests,
@@ -72,7 +76,9 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
     summary = {
         "load_s": stats.load_s,
         "compile_s": stats.compile_s,
+        "prompts": n_requests,
         "prompt_tokens": stats.prompt_tokens,
+        "shared_prompt_tokens": stats.shared_tokens,
         "first_token_s": statistics.median(stats.first_token_s),
         "new_tokens": stats.new_tokens,
         "ms_per_step": 1e3 * statistics.median(steps),
@@ -81,7 +87,7 @@ def summarize(engine: Engine, measure: bool = False) -> dict[str, float]:
         "tokens_per_s": stats.decode_tokens / sum(steps),
         "wall_s": stats.wall_s,
         "wall_tokens_per_s": stats.new_tokens / max(stats.wall_s, NO_TIME),
-        "useful_row_steps": stats.useful_row_steps / stats.row_steps,
+        "useful_row_share": stats.useful_row_steps / stats.row_steps,
         "bytes_per_step": round(read),
         "kv_cache_bytes": engine.cache.nbytes,
     }
@@ -100,10 +106,14 @@ def say_summary(summary: dict[str, float]) -> None:
     if summary["compile_s"]:
         ready += ", compiled in {compile_s:.1f} s"
     ready += "; {prompt_tokens} prompt tokens, first token after {first_token_s:.2f} s"
+    if summary["prompts"] > 1:
+        ready = ready.replace("prompt tokens, first", "tokens in {prompts} prompts, median first")
+    if summary["shared_prompt_tokens"]:
+        ready += "; {shared_prompt_tokens} of them were read for others before"
     say(ready.format_map(summary))
     speed = (
         "{new_tokens} new tokens in {wall_s:.2f} s, {wall_tokens_per_s:.1f} tokens/s; "
-        "{ms_per_step:.2f} ms a step, median; {useful_row_steps:.0%} of its rows had work"
+        "{ms_per_step:.2f} ms a step, median; {useful_row_share:.0%} of its rows had work"
     )
     say(speed.format_map(summary))
 
@@ -120,11 +130,16 @@ def say_memory(decoder: Decoder) -> float:
 
 
 def say_cuts(reasons: list[str]) -> None:
-    """Say how many answers ended before their model ended them. reasons: of each one's end."""
+    """Say how many answers ended before their model ended them, or had a line that was no prompt.
+    reasons: of each one's end."""
     for reason, where in CUTS.items():
         n = reasons.count(reason)
         if n:
-            say(f"{n} of {len(reasons)} answers cut {where}")
+            say(f"{n} of {plural(len(reasons), 'answer')} {where}")
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 @afterthought()

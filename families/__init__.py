@@ -4,31 +4,38 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch.nn as nn
+
 from families import gemma3n, gguf
 from families.blocks import (
-    AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
-    SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
-    baichuan_ropes, normalize_head,
+    AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
+    GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
+    ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention, baichuan_attention,
+    baichuan_ropes, halves_first, normalize_head,
+)
+from families.experts import (
+    ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
 )
 from families.gemma4 import (
     Gemma4Attention, Gemma4Block, Gemma4Transformer, by_pattern_and_last, gemma4_experts,
     gemma4_mlp, gemma4_ropes, proportional,
 )
-from families.experts import ClampedExperts, mixture_of_experts, mlp_or_moe
 from families.lfm2 import (
     STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_ffn_dim, lfm2_ropes,
 )
+from families.mla import LATENT, FarLatentAttention, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
-    windows_of, yarn,
+    by_pattern, every_other_and_last, exaone_ropes, gelu_tanh, layer_ropes, longrope,
+    query_scale, ropes_in_windows, ropes_of_part, stretched_ropes, windows_of, yarn,
 )
-from model import FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
+from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
 ROPES |= {"yarn": yarn, "longrope": longrope, "proportional": proportional,
           "mrope": ROPES["default"]}  # as it is for texts
+ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorch_tanh"])
 
 # --- what a config.json means where it leaves a setting out ---
 
@@ -83,6 +90,29 @@ SMOLLM3 = LLAMA | dict(
 )
 PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary_factor=1.0,
             original_max_position_embeddings=4096, sliding_window=None)
+MINISTRAL3 = dict(
+    head_dim=128, num_key_value_heads=8, max_position_embeddings=262144, rms_norm_eps=1e-5,
+    sliding_window=None, rope_parameters=dict(
+        rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16384,
+        mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
+    ),
+)
+SEED_OSS = dict(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288,
+                attention_bias=True, attention_out_bias=False, mlp_bias=False)
+EXAONE4 = dict(num_key_value_heads=32, rms_norm_eps=1e-5, layer_types=None, sliding_window=4096,
+               sliding_window_pattern=4)
+GLM = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072,
+           rms_norm_eps=1.5625e-7, attention_bias=True, partial_rotary_factor=0.5)
+HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
+ERNIE = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072, use_bias=False,
+             rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True)
+COHERE2 = dict(attention_bias=False, max_position_embeddings=8192, tie_word_embeddings=True,
+               layer_types=None, sliding_window=4096, sliding_window_pattern=4)
+STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
+                  max_position_embeddings=4096, use_bias=True, norm_epsilon=1e-5,
+                  tie_word_embeddings=True)
+STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25)
+PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
                                    num_experts_per_tok=2)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
@@ -104,6 +134,33 @@ GPT_OSS = EXPERTS | dict(
     attention_bias=True, layer_types=None, sliding_window=128, sliding_window_pattern=2,
     num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0,
 )
+DEEPSEEK_V2 = dict(attention_bias=False, q_lora_rank=1536, n_shared_experts=2,
+                   topk_method="greedy", first_k_dense_replace=0)
+DEEPSEEK_V3 = dict(
+    attention_bias=False, q_lora_rank=1536, max_position_embeddings=4096, n_shared_experts=1,
+    first_k_dense_replace=3, norm_topk_prob=True,
+)
+GLM4_LITE = DEEPSEEK_V3 | dict(max_position_embeddings=202752, q_lora_rank=768,
+                               first_k_dense_replace=1, rms_norm_eps=1e-5)
+MISTRAL4 = DEEPSEEK_V3 | dict(
+    max_position_embeddings=2**20, q_lora_rank=1024, first_k_dense_replace=0,
+    partial_rotary_factor=None, rope_parameters=MINISTRAL3["rope_parameters"] | dict(
+        rope_theta=1e4, factor=128.0, original_max_position_embeddings=8192),
+)
+GLM4_MOE = dict(
+    attention_bias=False, num_key_value_heads=8, max_position_embeddings=131072,
+    rms_norm_eps=1e-5, partial_rotary_factor=0.5, n_shared_experts=1, first_k_dense_replace=1,
+    norm_topk_prob=True,
+)
+MINIMAX = EXPERTS | dict(
+    head_dim=128, num_key_value_heads=8, max_position_embeddings=196608, rope_theta=5e6,
+    partial_rotary_factor=None, num_local_experts=256, num_experts_per_tok=8,
+)
+ERNIE_MOE = ERNIE | dict(
+    head_dim=None, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
+    moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_end_index=-1,
+    moe_layer_interval=1,
+)
 
 # --- the table ---
 
@@ -117,6 +174,14 @@ GEMMA4_PARTS = dict(
     attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=Gemma4Transformer,
 )
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+BIASES = ("qkv_bias", "o_bias", "mlp_bias")
+USE_BIAS = dict.fromkeys(BIASES, lambda hf: bool(hf["use_bias"]))
+LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
+SHARED_EXPERTS = {"shared_expert": ("shared_experts",)}
+BIASED = dict(score="sigmoid", bias_dims=1)
+BIASED_MOE = {"moe": partial(deepseek_moe, **BIASED)}
+DEEPSEEK = dict(attention=LatentAttention, mlp=mlp_or_moe, convert=latent_halves_first,
+                stored_as=SHARED_EXPERTS)
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
 FAMILIES |= {
@@ -182,6 +247,59 @@ FAMILIES |= {
         },
         attention=lfm2_attention, block=lfm2_block, stored_as=STORED_AS,
     ),
+    "ministral": Family(MISTRAL | {"layer_types": None}),
+    "ministral3": Family(
+        MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
+    ),
+    "seed_oss": Family(
+        SEED_OSS, {"o_bias": lambda hf: bool(hf["attention_out_bias"])},
+        gguf=dict(name="seed_oss"),
+    ),
+    "exaone4": Family(
+        EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
+        gguf=dict(name="exaone4", means=NO_WINDOW, complete=gguf.windows),
+    ),
+    "glm4": Family(
+        GLM, {"o_bias": False}, convert=halves_first, block=SandwichBlock,
+        stored_as={
+            "gate_up_proj": ("gate_up_proj",),
+            "post_attention_layernorm": ("post_self_attn_layernorm",),
+            "pre_feedforward_layernorm": ("post_attention_layernorm",),
+            "post_feedforward_layernorm": ("post_mlp_layernorm",),
+        },
+        gguf=dict(name="glm4"),
+    ),
+    "hunyuan_v1_dense": Family(
+        HUNYUAN, {"ropes": stretched_ropes}, attention=LateNormAttention,
+        gguf=dict(name="hunyuan-dense"),
+    ),
+    "ernie4_5": Family(
+        ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5"),
+    ),
+    "cohere2": Family(
+        COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
+        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
+        convert=halves_first, gguf=dict(name="cohere2", means={"sliding_window_pattern": 4}),
+    ),
+    "starcoder2": Family(
+        STARCODER2, USE_BIAS | {"norm_eps": partial(positive, key="norm_epsilon", kind=float)},
+        norm=nn.LayerNorm, mlp=PlainMLP,
+        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)},
+        gguf=dict(name="starcoder2"),
+    ),
+    "stablelm": Family(
+        STABLELM, {"qkv_bias": lambda hf: bool(hf.get("use_qkv_bias"))} | LAYER_NORM_EPS,
+        norm=nn.LayerNorm, gguf=dict(name="stablelm"),
+    ),
+    "phi": Family(
+        PHI, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS,
+        norm=nn.LayerNorm, mlp=PlainMLP, block=OneNormBlock, model=BiasedHeadTransformer,
+        stored_as={
+            "o_proj": ("dense",), "up_proj": ("fc1",), "down_proj": ("fc2",),
+            "norm": ("final_layernorm",),
+        },
+        gguf=dict(name="phi2"),
+    ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,
         gguf=dict(name="llama", when="expert_count", interleaved=True),
@@ -208,4 +326,30 @@ FAMILIES |= {
         mlp=partial(mlp_or_moe, kind=ClampedExperts),
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
     ),
+    "deepseek_v2": Family(
+        DEEPSEEK_V2, LATENT | {"moe": partial(deepseek_moe, best_of_group=1, normalize=False)},
+        **DEEPSEEK,
+    ),
+    "deepseek_v3": Family(DEEPSEEK_V3, LATENT | BIASED_MOE, **DEEPSEEK),
+    "glm4_moe_lite": Family(GLM4_LITE, LATENT | BIASED_MOE, **DEEPSEEK),
+    "mistral4": Family(
+        MISTRAL4, LATENT | {"moe": deepseek_moe}, **DEEPSEEK | {"attention": FarLatentAttention},
+    ),
+    "glm4_moe": Family(
+        GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": lambda hf: bool(hf.get("use_qk_norm"))},
+        mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
+    ),
+    "minimax_m2": Family(
+        MINIMAX,
+        {
+            "ropes": partial(ropes_of_part, key="rotary_dim"),
+            "moe": partial(mixture_of_experts, ffn_dim="intermediate_size", **BIASED),
+        },
+        attention=AllHeadsAttention, mlp=mlp_or_moe,
+    ),
+    "ernie4_5_moe": Family(
+        ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
+        stored_as=SHARED_EXPERTS,
+    ),
 }
+FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from families.settings import maybe_positive
 from model import (
-    FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
+    ACTIVATIONS, FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
     fake_prefill_attention, in_tiles, make_rope, positive, rope_settings, visible,
 )
+from quantize import Linear
 
 # --- norms ---
 
@@ -51,6 +52,49 @@ class AllHeadsAttention(Attention):
         super().__init__(config, layer)
         self.q_norm = AllHeadsNorm(self.n_head * self.head_dim, config.norm_eps)
         self.k_norm = AllHeadsNorm(self.n_kv_head * self.head_dim, config.norm_eps)
+
+
+class LateNormAttention(Attention):
+    """Hunyuan's: the norms of q and k come behind the rotary embedding."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.query_layernorm = nn.RMSNorm(self.head_dim, config.norm_eps)
+        self.key_layernorm = nn.RMSNorm(self.head_dim, config.norm_eps)
+
+    def attend(self, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        return super().attend(self.query_layernorm(q), self.key_layernorm(k), *rest)
+
+
+class FarQueryAttention(Attention):
+    """Ministral 3's: queries grow with the logarithm of how many original contexts lie before."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.beta = maybe_positive(config.ropes[layer].hf, "llama_4_scaling_beta") or 0.0
+        self.original_context = config.ropes[layer].original_context
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, *rest: Any) -> Tensor:
+        scale = 1 + self.beta * (positions.index // self.original_context).float().log1p()
+        q = q * scale[:, None, :, None].to(q.dtype)
+        return super().attend(q, k, v, positions, *rest)
+
+
+def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
+    """For files where neighbours of a head of q or k turn as pairs. Scores do not change."""
+    if ".qkv_proj." not in name:
+        return None
+    dim = max(rope.dim for rope in config.ropes if rope is not None)
+    n = (config.n_head + config.n_kv_head) * config.head_dim
+    return lambda x: torch.cat([in_halves(x[:n], config.head_dim, 0, dim), x[n:]])
+
+
+def in_halves(tensor: Tensor, size: int, first: int, dim: int) -> Tensor:
+    """The rows of heads of some size in the order of our layout, where halves turn: `dim` of them,
+    from `first` on."""
+    rows = torch.arange(size)
+    rows[first:first + dim] = rows[first:first + dim].view(-1, 2).T.flatten()
+    return tensor.unflatten(0, (-1, size))[:, rows].flatten(0, 1)
 
 
 class SpecialAttention(Attention):
@@ -208,6 +252,18 @@ class PostNormBlock(SandwichBlock):
         self.pre_feedforward_layernorm = nn.Identity()
 
 
+class OneNormBlock(Block):
+    """Phi's and Cohere's: attention and MLP have the same input."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.post_attention_layernorm = nn.Identity()
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.input_layernorm(x)
+        return x + self.self_attn(y, positions, cache) + self.mlp(y)
+
+
 class ScaledBlock(Block):
     """Granite's: what is added to x is scaled."""
 
@@ -218,6 +274,18 @@ class ScaledBlock(Block):
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         x = x + self.scale * self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.scale * self.mlp(self.post_attention_layernorm(x))
+
+class PlainMLP(nn.Module):
+    """A feed-forward network without a gate."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.act = ACTIVATIONS[config.act]
+        self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
 
 # --- embedding and head ---
 
@@ -247,13 +315,29 @@ class GemmaTransformer(ScaledTransformer):
         return logits
 
 
-class GraniteTransformer(ScaledTransformer):
+class BiasedHeadTransformer(Transformer):
+    """The output layer has a bias."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=True)
+
+
+class ScaledHeadTransformer(Transformer):
+    """Cohere's: logits are multiplied by a number."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.logits_scale = positive(config.hf, "logit_scale", 0.0625, float)
+
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x) * self.logits_scale
+
+
+class GraniteTransformer(ScaledTransformer, ScaledHeadTransformer):
     """Embedding and logits are scaled."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embedding_scale = positive(config.hf, "embedding_multiplier", 1.0, float)
         self.logits_scale = 1 / positive(config.hf, "logits_scaling", 1.0, float)
-
-    def head(self, x: Tensor) -> Tensor:
-        return super().head(x) * self.logits_scale

@@ -4,6 +4,7 @@ active weights do: 3 of 30 billion in Qwen3-30B-A3B."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from families.settings import of_layers
 from model import ACTIVATIONS, MLP, ModelConfig, is_number, positive
 from quantize import LAYOUTS, Linear
 
@@ -31,10 +33,20 @@ class MoEConfig:
     layers: tuple[bool, ...]  # which layers have experts; the others have an MLP
     shared_ffn_dim: int  # of an expert that all tokens go to; 0: there is none
     normalize: bool  # the weights of a token's experts add up to 1
+    gated_share: bool = True  # how much of the shared expert a token gets is learned, too
+    score: str = "softmax"  # or "sigmoid"
+    bias_dims: int = 0  # of what is added to scores to choose by; 0: nothing is
+    n_group: int = 1  # of which the best topk_group may be chosen from
+    topk_group: int = 1
+    best_of_group: int = 2  # how many of its scores a group's is the sum of
+    scale: float = 1.0  # of the weights
 
 
-def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEConfig | None:
-    """None if no layer has one. ffn_dim: the setting that has the experts' size."""
+def mixture_of_experts(
+    hf: dict, ffn_dim: str = "moe_intermediate_size", **fields: Any
+) -> MoEConfig | None:
+    """None if no layer has one. ffn_dim: the setting that has the experts' size; fields: of a
+    MoEConfig, whatever settings say."""
     key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
     if hf[key] is None:
         raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
@@ -46,7 +58,7 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
     shared = hf.get("shared_expert_intermediate_size")
     if shared is not None and (shared != 0 or not is_number(shared)):
         shared = positive(hf, "shared_expert_intermediate_size")
-    config = MoEConfig(
+    settings: dict[str, Any] = dict(
         n_expert=positive(hf, key),
         n_active=positive(hf, "num_experts_per_tok"),
         ffn_dim=positive(hf, ffn_dim),
@@ -54,6 +66,7 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
         shared_ffn_dim=shared or 0,
         normalize=bool(hf.get("norm_topk_prob", True)),
     )
+    config = MoEConfig(**settings | fields)
     if config.n_active > config.n_expert:
         raise ValueError(
             f"num_experts_per_tok is {config.n_active}, but there are {config.n_expert} experts"
@@ -63,9 +76,51 @@ def mixture_of_experts(hf: dict, ffn_dim: str = "moe_intermediate_size") -> MoEC
             f"the model's configuration has {key} = {config.n_expert} in each of {n_layer} layers: "
             f"there may be {MOST_EXPERTS} experts in all"
         )
+    if config.n_expert % config.n_group or config.topk_group > config.n_group:
+        groups = f"the best {config.topk_group} of {config.n_group} groups"
+        raise ValueError(f"{groups} cannot be chosen from {config.n_expert} experts")
     return config
 
+
+def deepseek_moe(hf: dict, **fields: Any) -> MoEConfig | None:
+    """The first layers have none; a token's experts are of some groups."""
+    kinds = of_layers(hf, "mlp_layer_types") or [
+        "dense" if layer < hf["first_k_dense_replace"] else "sparse"
+        for layer in range(positive(hf, "num_hidden_layers"))
+    ]
+    shared = hf["n_shared_experts"] * positive(hf, "moe_intermediate_size")
+    if hf.get("topk_method") != "greedy":
+        fields |= dict(n_group=positive(hf, "n_group"), topk_group=positive(hf, "topk_group"))
+    fields["scale"] = positive(hf, "routed_scaling_factor", kind=float)
+    return mixture_of_experts(hf | dict(
+        num_experts=positive(hf, "n_routed_experts"), num_local_experts=None,
+        mlp_only_layers=[layer for layer, kind in enumerate(kinds) if kind == "dense"],
+        shared_expert_intermediate_size=shared,
+    ), gated_share=False, **fields)
+
+
+def ernie_moe(hf: dict) -> MoEConfig | None:
+    last = hf["moe_layer_end_index"] % positive(hf, "num_hidden_layers")
+    if hf["use_bias"] or last + 1 != positive(hf, "num_hidden_layers"):
+        raise ValueError("unsupported use_bias or moe_layer_end_index of ERNIE's experts")
+    return deepseek_moe(hf | dict(
+        n_routed_experts=hf["moe_num_experts"], num_experts_per_tok=hf["moe_k"],
+        n_shared_experts=hf["moe_num_shared_experts"], decoder_sparse_step=hf["moe_layer_interval"],
+        first_k_dense_replace=hf["moe_layer_start_index"], topk_method="greedy",
+        routed_scaling_factor=1.0,
+    ), bias_dims=2)
+
 # --- the layers ---
+
+
+class Router(nn.Linear):
+    """Its bias is for choosing alone, and stays float32 whatever a model's dtype is."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias = self.e_score_correction_bias
+        return super()._apply(
+            lambda x: fn(x.view(torch.int32)).view(x.dtype) if x is bias else fn(x), recurse
+        )
 
 
 class MoE(nn.Module):
@@ -74,32 +129,55 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, kind: type[Experts]):
         super().__init__()
         moe = config.moe
-        self.n_active = moe.n_active
-        self.normalize = moe.normalize
+        self.config = moe
         # the router and the shared expert's gate are small: they are never quantized
         self.gate = nn.Linear(config.dim, moe.n_expert, bias=kind.bias)
+        if moe.bias_dims:
+            self.gate = Router(config.dim, moe.n_expert, bias=False)
+            bias = torch.empty([1] * (moe.bias_dims - 1) + [moe.n_expert])
+            self.gate.e_score_correction_bias = nn.Parameter(bias)
         self.experts = kind(config)
         self.shared_expert = None
         if moe.shared_ffn_dim:
             self.shared_expert = MLP(config, 0, moe.shared_ffn_dim)
+        if moe.shared_ffn_dim and moe.gated_share:
             self.shared_expert_gate = nn.Linear(config.dim, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.route(x)
         y = self.experts(x, weights, ids)
         if self.shared_expert is not None:
-            share = self.shared_expert_gate(x).sigmoid()  # (B, T, 1)
-            y = y + share * self.shared_expert(x)
+            shared = self.shared_expert(x)
+            if self.config.gated_share:
+                shared = self.shared_expert_gate(x).sigmoid() * shared
+            y = y + shared
         return y
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, dim] -> the weights of each token's experts and their numbers, [B, T, n_active]
         each."""
-        scores = self.gate(x).float().softmax(-1)  # (B, T, n_expert)
-        weights, ids = scores.topk(self.n_active, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), ids
+        config = self.config
+        scores = self.gate(x).float()  # (B, T, n_expert)
+        scores = scores.sigmoid() if config.score == "sigmoid" else scores.softmax(-1)
+        choice = scores
+        if config.bias_dims:
+            choice = scores + self.gate.e_score_correction_bias
+        if config.n_group > 1:
+            choice = self.in_best_groups(choice)
+        weights, ids = choice.topk(config.n_active, dim=-1)
+        if choice is not scores:
+            weights = scores.gather(-1, ids)
+        if config.normalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        return (weights * config.scale).to(x.dtype), ids
+
+    def in_best_groups(self, choice: Tensor) -> Tensor:
+        """choice [B, T, n_expert], -inf in all groups but a token's best ones."""
+        groups = choice.unflatten(-1, (self.config.n_group, -1))
+        of_group = groups.topk(self.config.best_of_group)[0].sum(-1)  # (B, T, n_group)
+        best = of_group.topk(self.config.topk_group)[1]
+        others = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
+        return groups.masked_fill(others[..., None], -torch.inf).flatten(-2)
 
 
 class Experts(nn.Module):

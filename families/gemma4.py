@@ -80,6 +80,8 @@ def sources_of_keys(hf: dict) -> list[int]:
 class Gemma4Attention(Attention):
     """Values are normed, and may be the keys. A layer without any has those of its source."""
 
+    divides = False  # over ranks
+
     def __init__(self, config: ModelConfig, layer: int):
         own, sources = settings_of_layers(config.hf)[layer], sources_of_keys(config.hf)
         sizes = dict(head_dim=positive(own, "head_dim"), n_kv_head=own["num_key_value_heads"])

@@ -60,6 +60,7 @@ class ShortConvolution(nn.Module):
     """Each channel's values are weighted sums over the last few tokens."""
 
     may_shift_scores = True  # it has none
+    divides = False  # over ranks
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()

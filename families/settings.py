@@ -121,6 +121,31 @@ def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
     turned = layers_with_rope(hf)
     return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, turned))
 
+def ropes_in_windows(hf: dict) -> tuple[Rope | None, ...]:
+    """Only layers with a window know positions."""
+    rope = make_rope(rope_settings(hf))
+    return tuple(window and rope for window in windows_of(hf, by_pattern))
+
+
+def exaone_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """Where there is no window at all, all layers do."""
+    return ropes_in_windows(hf) if hf["sliding_window"] else layer_ropes(hf)
+
+
+def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """Hunyuan's: files say "dynamic", but with alpha it is one larger base for all lengths."""
+    settings = rope_settings(hf)
+    if settings.get("rope_type", settings.get("type")) == "dynamic" and settings.get("alpha"):
+        rope = make_rope(settings | {"rope_type": "default"})
+        larger = positive(settings, "alpha", kind=float) ** (rope.dim / (rope.dim - 2))
+        settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
+    return (make_rope(settings),) * positive(hf, "num_hidden_layers")
+
+def ropes_of_part(hf: dict, key: str) -> tuple[Rope | None, ...]:
+    """A setting says how many values of a head turn."""
+    own = {"head_dim": positive(hf, key), "partial_rotary_factor": None}
+    return (make_rope(rope_settings(hf) | own),) * positive(hf, "num_hidden_layers")
+
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
 
@@ -141,9 +166,17 @@ def yarn(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]
     high = min(high, rope.dim - 1)
     ramp = (torch.arange(half) - low) / max(high - low, 0.001)  # (D/2,)
     kept = 1 - ramp.clamp(0, 1)
-    longer = 0.1 * math.log(max(positive(rope.hf, "factor", kind=float), 1)) + 1
+    longer = mscale(rope)
+    if rope.hf.get("mscale") and rope.hf.get("mscale_all_dim"):
+        longer = mscale(rope, "mscale") / mscale(rope, "mscale_all_dim")
     scale = positive(rope.hf, "attention_factor", longer, float)
     return scaled(rope, inv_freq, kept), scale
+
+
+def mscale(rope: Rope, key: str | None = None) -> float:
+    """How much larger yarn makes cos and sin, by the weight of that name."""
+    weight = 1.0 if key is None else positive(rope.hf, key, kind=float)
+    return 0.1 * weight * math.log(max(positive(rope.hf, "factor", kind=float), 1)) + 1
 
 
 def longrope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:

@@ -112,7 +112,12 @@ class CheckedCheckpoint(Checkpoint):
                 say_once(f"WARNING: {said} that nothing here reads: left out")
 
     def is_harmless(self, name: str) -> bool:
-        """Whether nothing is lost without it, as without the zeros that AutoGPTQ has for biases."""
+        """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, and layers behind
+        the last one, which predict a further token."""
+        layer = re.match(r"model\.layers\.(\d+)", name)
+        n_layer = self.config["num_hidden_layers"]
+        if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
+            return True
         module, is_bias, _ = name.rpartition(".bias")
         if is_bias and f"{module}.weight_packed" in self.tensors:
             return not self.tensors[name].read().any()
@@ -237,7 +242,7 @@ def making_sense_of(path: Path) -> Iterator[None]:
     """ValueError where a configuration's settings fail together."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, re.error) as e:
         why = f"the configuration in {path} makes no sense ({first_line(e)})"
         raise ValueError(why) from None
 
@@ -257,6 +262,8 @@ def other_names(name: str) -> Iterator[str]:
         mixtral = mixtral.replace(part, theirs)
     yield mixtral
     yield name.replace(".mlp.gate.", ".mlp.router.")
+    yield mixtral.replace(".gate.e_score", ".e_score")
+    yield name.replace(".gate.e_score", ".moe_statics.e_score")
     expert = EXPERT.search(name)
     if expert:
         part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
@@ -266,9 +273,8 @@ def other_names(name: str) -> Iterator[str]:
 
 def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
     """ValueError unless a stack has as many experts as the configuration says."""
-    n_expert = config.get("num_local_experts")  # as files of Mixtral call it
-    if n_expert is None:
-        n_expert = config.get("num_experts")
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    n_expert = next((config[name] for name in names if config.get(name) is not None), None)
     if shape[:1] != (n_expert,):
         raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of {n_expert} "
                          "experts")

@@ -96,11 +96,12 @@ def short(value: Any) -> str:
 FIXED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1,
-    "mscale_all_dim": 0,
     "num_experts": 0,
     "num_local_experts": 0,
     "quantization_config": {},
+    "qk_layernorm": False,
     "use_bidirectional_attention": False,
+    "use_parallel_residual": False,
 }
 
 

@@ -27,9 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import model as core
-from model import (
-    FAMILIES, JOINED, Attention, Checkpoint, ModelConfig, Transformer, joined_rows,
-)
+from model import FAMILIES, JOINED, Checkpoint, ModelConfig, Transformer, joined_rows
 from quantize import Linear
 
 T = TypeVar("T")
@@ -84,7 +82,7 @@ def local(config: ModelConfig, ranks: Ranks) -> ModelConfig:
         whole = getattr(config, name)
         shared = name == "n_kv_head" and n % whole == 0
         if whole % n and not shared:
-            raise ValueError(f"{whole} {what} do not divide over {n} ranks")
+            raise undivided(whole, what, n)
         parts[name] = max(1, whole // n)
     if config.moe is not None:
         parts["moe"] = local_experts(config.moe, n)
@@ -93,11 +91,16 @@ def local(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     return replace(config, **parts)
 
 
+def undivided(whole: int, what: str, n: int) -> ValueError:
+    would = ", ".join(str(size) for size in range(1, 65) if whole % size == 0)
+    return ValueError(f"{whole} {what} do not divide over {n} ranks; they would over {would}")
+
+
 def local_experts(moe: Any, n: int) -> Any:
     """Every rank has a part of each expert, so that all have the same to do whatever is chosen."""
     for size in (moe.ffn_dim, moe.shared_ffn_dim):
         if size % n:
-            raise ValueError(f"{size} hidden units of an expert do not divide over {n} ranks")
+            raise undivided(size, "hidden units of an expert", n)
     return replace(moe, ffn_dim=moe.ffn_dim // n, shared_ffn_dim=moe.shared_ffn_dim // n)
 
 
@@ -142,20 +145,26 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
 def load_model(
     path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
+    adapter: str | Path | None = None, calibrate: list[int] | None = None,
 ) -> Transformer:
     """model.load_model of a rank's part. ValueError also where it does not divide over them."""
-    options = dict(dtype=dtype, quantize=quantize, group_size=group_size)
     if ranks.size == 1:
-        return core.load_model(path, device=device, **options)
+        options = dict(quantize=quantize, group_size=group_size, calibrate=calibrate)
+        return core.load_model(path, device=device, dtype=dtype, adapter=adapter, **options)
+    if calibrate is not None:
+        raise ValueError("calibrating takes one process: save what it makes for the ranks to load")
     core.check_target(device, dtype, quantize)
     checkpoint = core.open_checkpoint(path, device)
+    if adapter is not None:
+        core.extension("formats.adapters").adapt(checkpoint, adapter)
     whole = checkpoint.empty_model()
     check_layers(whole, ranks)
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
-        model.lm_head = Linear(whole.config.dim, rows, bias=False)
+        has_bias = model.lm_head.bias is not None
+        model.lm_head = Linear(whole.config.dim, rows, bias=has_bias)
     share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
     take_part(checkpoint, whole, ranks)
     core.fill_model(model, checkpoint, device, dtype, quantize, group_size)
@@ -164,11 +173,11 @@ def load_model(
 
 
 def check_layers(whole: Transformer, ranks: Ranks) -> None:
-    """ValueError if a norm over all heads cannot be taken over the ranks, or if layers keep
-    anything else than keys and values of the same heads."""
+    """ValueError if a norm over all heads cannot be taken over the ranks, or layers are not made to
+    be divided."""
     n, family = whole.config.n_kv_head, whole.config.family
-    if any(type(each.self_attn).make_cache != Attention.make_cache for each in whole.layers):
-        raise ValueError(f"the layers of {family} differ in what they keep: run it in one process")
+    if not all(getattr(each.self_attn, "divides", True) for each in whole.layers):
+        raise ValueError(f"the layers of {family} do not divide over ranks: take one process")
     if n % ranks.size and any(hasattr(module, "mean_over_ranks") for module in whole.modules()):
         raise ValueError(
             f"the norm over {n} key heads, as {family} has, cannot be taken over {ranks.size} "

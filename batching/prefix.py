@@ -1,0 +1,86 @@
+"""Prompts that begin alike: what they share is read once."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from batching.speculate import Speculator
+from generate import Request, begin_alike
+from model import KVCache
+
+LEAST_TAKEN = 32  # tokens; fewer are read again in hardly more time than one
+
+
+class PrefixSharer(Speculator):
+    """A Speculator whose rows take the beginning of a prompt from a row that has it.
+
+    held: the prompts that stand in rows, from the first place on. A row without a request has its
+    own until the next step, which writes where that row rests."""
+
+    stats: Any  # an Engine's
+
+    def __init__(self, *model_and_cache: Any, **options: Any):
+        super().__init__(*model_and_cache, **options)
+        self.held: dict[int, list[int]] = {}
+
+    def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
+        shared = begin_alike(requests)
+        if shared:
+            self.input_pos[rows] = 0
+            done = self.take_from_other(rows.start, shared)
+            others = range(rows.start + 1, rows.stop)
+            if others:
+                yield from self.read_alone(rows.start, shared, done)
+                done = len(shared)
+            for row in others:
+                self.copy_row(rows.start, row, done)
+            self.stats.shared_tokens += done * len(others)
+        for row in range(rows.start, rows.stop):
+            self.held.pop(row, None)
+        yield from super().prefill(rows, requests, done)
+        for row, request in zip(range(rows.start, rows.stop), requests):
+            if not request.cached:
+                self.held[row] = request.prompt
+
+    def take_from_other(self, row: int, shared: list[int]) -> int:
+        """Give a row what another has of these tokens -> how many of the first ones."""
+        found = {}
+        for source, prompt in self.held.items():
+            found[source] = len(os.path.commonprefix([shared, prompt]))
+        source = max(found, key=found.get, default=None)
+        n = found.get(source, 0)
+        if n < LEAST_TAKEN or not keeps(self.cache, source, n):
+            return 0
+        if source != row:
+            self.copy_row(source, row, n)
+        self.stats.shared_tokens += n
+        return n
+
+    def read_alone(self, row: int, prompt: list[int], done: int) -> Iterator[bool]:
+        """Put the tokens of a prompt behind the first `done` into one row, a chunk a yield."""
+        where = slice(row, row + 1)
+        tokens = torch.tensor([prompt], device=self.device)
+        while done < len(prompt):
+            part = tokens[:, done:done + self.chunk()]
+            last = torch.tensor([part.shape[1] - 1], device=self.device)
+            self.read_part(part, where, done, last)
+            done += part.shape[1]
+            self.input_pos[where] = done
+            yield False
+
+    def forget_resting(self, rows: Sequence[int]) -> None:
+        """A step writes into the others, at places that they held."""
+        if len(self.held) > len(rows):
+            self.held = {row: prompt for row, prompt in self.held.items() if row in rows}
+
+
+def keeps(cache: KVCache, row: int, n: int) -> bool:
+    """Whether a row still has all that tokens behind its first n see."""
+    try:
+        cache.refuse_lost(slice(row, row + 1), n)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,81 @@
+"""What a row has read, in a file: a long text is read once for many runs."""
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import Transformer, first_line
+
+
+def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> None:
+    """Write what a row of model.cache holds of ids, its first tokens. ValueError: it has not all
+    of them any more. OSError or SafetensorError: the file cannot be written."""
+    cache = model.check_cache(row + 1, None)
+    if cache.cached[row] < len(ids):
+        raise ValueError(f"{len(ids)} tokens are not cached: the row has {cache.cached[row]}")
+    cache.refuse_lost(slice(row, row + 1), len(ids))
+    tensors = {name: x.contiguous() for name, x in parts_of_row(model, row, len(ids)).items()}
+    said = {"ids": json.dumps(ids), "model": fingerprint(model)}
+    save_file(tensors, file, said)
+
+
+@torch.no_grad()
+def load_row(model: Transformer, file: Path) -> list[int]:
+    """Give every row of model.cache what save_row wrote -> its ids: pass generate their number as
+    `cached`. ValueError: the file cannot be read, or is of another model or kind of cache."""
+    cache = model.check_cache(1, None)
+    ids, of, tensors = read_row(file, model.device)
+    if of != fingerprint(model):
+        raise ValueError(f"{file} was written with another model, or with other settings of it")
+    cache.refuse_overflow(len(ids), 1)
+    for row in range(cache.max_batch_size):
+        here = parts_of_row(model, row, len(ids))
+        kinds = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (here, tensors)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{file} is of another kind of cache: set one up as it was then")
+        for name, x in here.items():
+            x.copy_(tensors[name])
+        cache.cached[row] = len(ids)
+    return ids
+
+
+def read_row(
+    file: Path, device: torch.device | str = "cpu"
+) -> tuple[list[int], str, dict[str, Tensor]]:
+    """The ids, the model's fingerprint and the tensors of a file that save_row wrote, or
+    ValueError."""
+    try:
+        with safe_open(file, "pt", device=str(device)) as stored:
+            said = stored.metadata() or {}
+            ids = [int(i) for i in json.loads(said["ids"])]
+            return ids, said["model"], {name: stored.get_tensor(name) for name in stored.keys()}
+    except Exception as e:  # of safetensors, JSON and the file system
+        raise ValueError(f"cannot read what a row holds from {file}: {first_line(e)}") from None
+
+
+def parts_of_row(model: Transformer, row: int, length: int) -> dict[str, Tensor]:
+    """Views of what a row of that many tokens has in the cache."""
+    cache = model.cache
+    parts = {
+        f"layers.{layer}.{i}": x
+        for layer, each in enumerate(cache.whole) for i, x in enumerate(each.live(row, length))
+    }
+    written = getattr(cache, "written", None)  # of a cache with rings
+    return parts if written is None else parts | {"written": written[row:row + 1]}
+
+
+def fingerprint(model: Transformer) -> str:
+    """What tells a model from another: its settings, and some values of each of its tensors."""
+    digest = sha256(json.dumps(model.config.hf, sort_keys=True, default=str).encode())
+    for name, x in model.state_dict().items():
+        values = x.detach().flatten()
+        some = values[::max(1, len(values) // 64)].cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(bytes(some.view(torch.uint8).tolist()))
+    return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""Rounding by what a text shows: integers that change least what the layers give on it.
+
+The nearest integers are the best ones where inputs are independent of each other. Where they are
+not, the error at one input can be made up for at others. From the lines of plain rounding, the
+error e H e^T of a row, by the second moments H [K, K] of its inputs, is made small in two ways:
+GPTQ (arXiv 2210.17323) rounds one input after the other, those with large moments first, and lets
+what is left make up for it; coordinate descent (as QuantEase's, arXiv 2309.01885) then gives all of
+them their best integers again, and each group its best line.
+
+The text goes through the model while it is loaded: one block is dense at a time."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import KVCache, Transformer
+from quantize import Int4Linear, Linear, QuantizedLinear, pack_nibbles, quantize_linear, say_once
+
+PIECE = 512  # tokens that are read at a time
+MOST_PIECES = 128  # of a longer text as many are taken, from all of it
+LEAST_TOKENS = 128
+BATCH = 8  # pieces that go through a block together
+DAMPING = 0.03  # of the mean moment, added to all; with 0.01 and 0.1 other texts lost more
+SWEEPS = 2  # of coordinate descent: more change little
+CHUNK = 4096  # rows of a weight that are rounded together
+BLOCK = 64  # inputs whose errors reach all others at once
+
+
+class Calibration:
+    """Takes the layers of a model's blocks while it is loaded, and quantizes a block at a time. The
+    output layer is left to plain rounding: in int8 it has a small part of the error."""
+
+    def __init__(self, model: Transformer, ids: Sequence[int], mode: str, group_size: int) -> None:
+        """ValueError: another mode than int8 and int4, or ids that are too few or no tokens."""
+        if mode not in ("int8", "int4"):
+            raise ValueError(f"calibrating goes with quantize int8 or int4, not {mode}")
+        ids = torch.as_tensor(ids, device="cpu")
+        n, vocab_size = len(ids), model.config.vocab_size
+        if n < LEAST_TOKENS or ids.min() < 0 or ids.max() >= vocab_size:
+            raise ValueError(f"calibrating takes at least {LEAST_TOKENS} tokens of the {vocab_size}"
+                             f" of the vocabulary; the text has {n}")
+        T = min(PIECE, n, model.config.max_seq_len)
+        pieces = ids[:n // T * T].view(-1, T)
+        spread = torch.linspace(0, len(pieces) - 1, min(len(pieces), MOST_PIECES)).long()
+        self.hidden = pieces[spread]  # (pieces, T) tokens; from the first block on (pieces, T, dim)
+        self.model, self.mode, self.group_size = model, mode, group_size
+        self.block: int | None = None  # the number of the one that is read now
+        self.waiting: dict[str, Linear] = {}  # its layers, dense
+        self.unseen = 0  # layers that the text did not reach
+
+    def takes(self, name: str, module: nn.Module) -> bool:
+        """Whether a module is left to it, of all as they are read: those of blocks behind those
+        around them, lm_head at last. Where the next block begins the last one is quantized."""
+        number = int(name.split(".")[1]) if name.startswith("layers.") else None
+        if self.block not in (None, number):
+            self.pass_block()
+            if number is None and self.unseen:
+                say_once(f"the text does not reach {self.unseen} layers of experts: they are "
+                         "rounded without it")
+        self.block = number
+        if number is None or not isinstance(module, Linear):
+            return False
+        self.waiting[name] = module
+        return True
+
+    def pass_block(self) -> None:
+        """Quantize a block's layers by what the text brings them, and let it go through them."""
+        model, config = self.model, self.model.config
+        T = self.hidden.shape[1]
+        if self.block == 0:
+            self.hidden = self.run(lambda tokens: model.embed(tokens.to(model.device)))
+            heads = (config.n_kv_head, config.head_dim)
+            self.cache = KVCache(1, *heads, BATCH, T, dtype=model.dtype, device=model.device)
+
+        def forward(x: Tensor) -> Tensor:
+            input_pos = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+            positions = model.positions(input_pos, T, self.cache, cached=0, even=True)
+            [cache] = self.cache.layers(slice(0, len(x)))
+            return model.layers[self.block](x, positions[self.block], cache)
+
+        moments = {}
+        hooks = [layer.register_forward_pre_hook(partial(add_moment, moments, name))
+                 for name, layer in self.waiting.items()]
+        self.run(forward)
+        for hook, (name, linear) in zip(hooks, self.waiting.items()):
+            hook.remove()
+            layer = quantize_linear(linear, self.mode, self.group_size, name)
+            moment = moments.pop(name, None)
+            if moment is None or not moment.any():
+                self.unseen += 1
+            elif isinstance(layer, QuantizedLinear):
+                round_by(moment, layer, linear.weight)
+            model.set_submodule(name, layer.pack())
+        self.waiting = {}
+        self.hidden = self.run(forward)
+
+    def run(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([forward(x) for x in self.hidden.split(BATCH)])
+
+
+def add_moment(
+    moments: dict[str, Tensor], name: str, layer: Linear, inputs: tuple[Tensor]
+) -> None:
+    """Add x.T @ x of a layer's inputs x to its entry, [K, K] float32."""
+    x = inputs[0].reshape(-1, layer.in_features).float()
+    if name not in moments:
+        moments[name] = x.new_zeros(layer.in_features, layer.in_features)
+    moments[name].addmm_(x.T, x)
+
+# --- rounding ---
+
+
+class Grid:
+    """Rows of a quantized layer in float32, transposed: q * scale + zero in groups of inputs."""
+
+    def __init__(self, layer: QuantizedLinear, rows: slice) -> None:
+        self.layer, self.rows = layer, rows
+        self.low, self.high = -127, 127
+        q, scale, zero = layer.weight[rows].float(), layer.scales[rows].float()[:, None], None
+        if isinstance(layer, Int4Linear):
+            self.low, self.high = -8, 7
+            q, scale, zero = [x.float() for x in layer.plain(rows)]
+            q -= 8
+        self.scale = scale.T.contiguous()  # (groups, rows)
+        self.zero = torch.zeros_like(self.scale) if zero is None else zero.T.contiguous()
+        self.q = q.T.contiguous().view(len(self.scale), -1, len(q))  # (groups, group_size, rows)
+
+    def nearest(self, k: int, x: Tensor) -> Tensor:
+        """Give input k the integers nearest to x [rows] -> the values that they stand for."""
+        group, i = divmod(k, self.q.shape[1])
+        scale, zero = self.scale[group], self.zero[group]
+        q = (x - zero).div_(scale.clamp_min(1e-30)).round_().clamp_(self.low, self.high)
+        self.q[group, i] = q
+        return torch.addcmul(zero, q, scale)
+
+    def values(self) -> Tensor:
+        """What all integers stand for, [K, rows]."""
+        return (self.q * self.scale[:, None] + self.zero[:, None]).flatten(0, 1)
+
+    def put(self) -> None:
+        """Bring it all into the layer."""
+        q = self.q.flatten(0, 1).T  # (rows, K)
+        if isinstance(self.layer, Int4Linear):
+            self.layer.weight[self.rows] = pack_nibbles((q + 8).to(torch.uint8))
+            self.layer.scales[self.rows] = self.scale.T
+            self.layer.zeros[self.rows] = self.zero.T
+        else:
+            self.layer.weight[self.rows] = q.to(torch.int8)
+
+
+def round_by(moment: Tensor, layer: QuantizedLinear, weight: Tensor) -> None:
+    """Round again what quantize_linear made of weight [N, K]; layer.error becomes that of outputs.
+    moment [K, K]: of the inputs, damped in place. ValueError: it is not finite."""
+    mean = moment.diagonal().mean()
+    if not mean.isfinite():
+        raise ValueError("the text leads to numbers that are not finite: take another dtype")
+    moment.diagonal().add_(DAMPING * mean)
+    order = moment.diagonal().argsort(descending=True)
+    # upper; its transpose times itself is the inverse of the moments in that order
+    factor = torch.linalg.cholesky(moment[order][:, order].flip(0, 1)).flip(0, 1)
+    ones = torch.eye(len(order), device=factor.device)
+    factor = torch.linalg.solve_triangular(factor, ones, upper=True)
+    error, size = 0.0, 0.0
+    for start in range(0, len(weight), CHUNK):
+        rows = slice(start, start + CHUNK)
+        w = weight[rows].float().T.contiguous()  # (K, rows)
+        grid = Grid(layer, rows)
+        round_in_order(w, grid, factor, order)
+        for _ in range(SWEEPS):
+            descend(w, grid, moment)
+        grid.put()
+        off = w - grid.values()
+        error += float((moment @ off).mul_(off).sum())
+        size += float((moment @ w).mul_(w).sum())
+    layer.error = (error / max(size, 1e-30)) ** 0.5
+
+
+def round_in_order(w: Tensor, grid: Grid, factor: Tensor, order: Tensor) -> None:
+    """GPTQ: the inputs of w [K, rows] are rounded in this order. By each one's error those that are
+    left move as a row of factor says."""
+    left = w[order]
+    for start in range(0, len(w), BLOCK):
+        stop = min(start + BLOCK, len(w))
+        errors = torch.empty_like(left[start:stop])
+        for j, k in zip(range(start, stop), order[start:stop].tolist()):
+            error = (left[j] - grid.nearest(k, left[j])) / factor[j, j]
+            left[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
+            errors[j - start] = error
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+
+def descend(w: Tensor, grid: Grid, moment: Tensor) -> None:
+    """Coordinate descent: each input takes the integers that are best beside all others', and each
+    group of int4 then its best line."""
+    values = grid.values()
+    size = grid.q.shape[1] if grid.high == 7 else BLOCK
+    for start in range(0, len(w), size):
+        block = slice(start, start + size)
+        within = moment[block, block]
+        slope = moment[block] @ (w - values)  # (block, rows): half of what more would lessen
+        for j, value in enumerate(values[block]):
+            new = grid.nearest(start + j, value + slope[j] / within[j, j])
+            slope.addr_(within[j], new - value, alpha=-1)
+            value.copy_(new)
+        if grid.high == 7:
+            fit_line(grid, start // size, values[block], slope, within)
+
+
+def fit_line(grid: Grid, group: int, values: Tensor, slope: Tensor, within: Tensor) -> None:
+    """Move scale and zero of a group to where the error is smallest, in the rows where that is a
+    gain after rounding to bfloat16. values, slope [group_size, rows]: see descend."""
+    q, scale, zero = grid.q[group], grid.scale[group], grid.zero[group]
+    # two linear equations for the steps of scale and zero
+    of_q = within @ q  # (group_size, rows)
+    a, b, c = (of_q * q).sum(0), of_q.sum(0), within.sum()
+    for_scale, for_zero = (slope * q).sum(0), slope.sum(0)
+    step = (for_scale * c - for_zero * b) / (a * c - b * b)
+    new_scale = (scale + step).bfloat16().float()
+    step = (for_zero - (new_scale - scale) * b) / c  # the best one beside the rounded scale
+    new_zero = (zero + step).bfloat16().float()
+    change = torch.addcmul(new_zero, q, new_scale) - values
+    gain = ((2 * slope - within @ change) * change).sum(0)
+    better = (gain > 0) & (new_scale > 0)  # NaN, where all q are alike, is not
+    scale[better], zero[better] = new_scale[better], new_zero[better]
+    values.copy_(torch.addcmul(zero, q, scale))

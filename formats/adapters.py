@@ -1,0 +1,137 @@
+"""LoRA adapters as the PEFT library writes them, added to weights while these are read."""
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+from torch import Tensor
+
+from formats.checkpoint import CheckedCheckpoint, making_sense_of, open_tensors
+from formats.integers import Blocks, check_shape, read
+from formats.settings import is_factor, plain_file, read_json, short
+from formats.wrappers import plain_names
+from model import FAMILIES, WEIGHT_DTYPES, first_line
+
+# settings of how it was trained, and those that are read here; any other one is refused if set
+KNOWN = set(
+    "alpha_pattern auto_mapping base_model_name_or_path bias eva_config exclude_modules "
+    "fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform "
+    "loftq_config lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version "
+    "qalora_group_size r rank_pattern revision target_modules task_type use_dora use_rslora".split()
+)
+ONLY = {  # what they may be; other starts change the base model too
+    "peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]
+}
+PART = re.compile(r"\.lora_((A|B)\.weight|embedding_(A|B)|(magnitude)_vector(\.weight)?)$")
+ENDLESS = re.compile(r"\)[*+{]|([*+{].*){4}")  # in a pattern, which may take for ever then
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def adapt(checkpoint: CheckedCheckpoint, folder: str | Path) -> None:
+    """From now on a checkpoint is read with what an adapter makes of it; integers that it changes
+    are dequantized. ValueError: the folder holds none that is known, or that of another model."""
+    adapter = Adapter(Path(folder))
+    changes, config = adapter.changes, checkpoint.config
+    if "gpt_flash" in config:
+        raise ValueError(f"{checkpoint.path} is what --save wrote: give the adapter to that run")
+    tied = (FAMILIES[config["model_type"]].defaults | config).get("tie_word_embeddings")
+    untied = tied and not changes.keys().isdisjoint((EMBEDDING, HEAD))
+    if untied:  # as while it was trained: the other one stays what both were
+        config["tie_word_embeddings"] = False
+        changes.setdefault(HEAD, {})
+    integers_of, check, read_plain = checkpoint.integers, checkpoint.check_names, checkpoint.read
+
+    def base_of(name: str) -> str:
+        return EMBEDDING if untied and name == HEAD else name
+
+    def integers(model: nn.Module, plan: dict[str, dict[str, Any]]) -> dict[str, list[Blocks]]:
+        kept = {name: parts for name, parts in plan.items() if not changes.keys() & parts.keys()}
+        return integers_of(model, kept)
+
+    def check_names(wanted: Iterable[str]) -> None:
+        wanted = list(wanted)
+        for name in changes.keys() - wanted:
+            whose = short(adapter.config.get("base_model_name_or_path"))
+            raise ValueError(f"{folder}, an adapter of {whose}, changes {name}, which "
+                             f"{checkpoint.path} does not have")
+        check(map(base_of, wanted))
+
+    def read_changed(name: str, shape: tuple[int, ...]) -> Tensor:
+        weight = read_plain(base_of(name), shape)
+        return adapter.change(name, weight) if name in changes else weight
+
+    checkpoint.integers, checkpoint.check_names = integers, check_names
+    checkpoint.read = read_changed
+
+
+class Adapter:
+    """changes: by the name of a weight or a bias, what takes its place, whole, or A [r, K] and
+    B [N, r], and perhaps DoRA's magnitude [N]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_json(folder / "adapter_config.json")
+        wrong = [key for key, allowed in ONLY.items() if self.config.get(key) not in allowed]
+        self.refuse(wrong + list(filter(self.config.get, self.config.keys() - KNOWN)))
+        parts = {"A", "B", "magnitude"} if self.config.get("use_dora") else {"A", "B"}
+        file = plain_file(folder / "adapter_model.safetensors")
+        try:
+            tensors = open_tensors(file)
+        except Exception as e:  # of safetensors and the file system
+            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+        named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+        self.modules: dict[str, str] = {}  # by the names of weights, as patterns know them
+        self.changes: dict[str, dict[str, Any]] = {}
+        for name, (original, x) in plain_names({k: (k, x) for k, x in named.items()}, {}).items():
+            found = PART.search(name)
+            key, part = name.replace(".base_layer.", "."), "whole"
+            if found:
+                key, part = f"{name[:found.start()]}.weight", found[2] or found[3] or found[4]
+                self.modules[key] = PART.sub("", original)
+            if found and found[3]:  # of an embedding, which multiplies from the other side
+                part, x = "BA"[part == "B"], read(x).t()
+            self.changes.setdefault(key, {})[part] = x
+        for key, found in self.changes.items():
+            if found.keys() - {"whole"} not in (set(), parts):
+                raise ValueError(f"{folder} has {', '.join(sorted(found))} of {key}, where "
+                                 f"{', '.join(sorted(parts))} belong together")
+
+    def refuse(self, keys: list[str]) -> None:
+        for key in keys:
+            raise ValueError(f"unsupported {key} {short(self.config.get(key))} of {self.folder}")
+
+    def setting(self, name: str, patterns: str, module: str) -> float:
+        """Of PEFT's patterns the first that matches the end of a module's name counts."""
+        given = self.config.get(patterns) or {}
+        self.refuse([patterns] * any(map(ENDLESS.search, given)))
+        found = [own for pattern, own in given.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+        value = [*found, self.config.get(name)][0]
+        if not is_factor(value):
+            raise ValueError(f"{name} of {self.folder} is {short(value)}, no number above 0")
+        return value
+
+    def change(self, key: str, weight: Tensor) -> Tensor:
+        """What becomes of a weight or a bias."""
+        tensors = {part: read(x) for part, x in self.changes[key].items()}
+        shapes = {"whole": tuple(weight.shape)}
+        if "A" in tensors:
+            with making_sense_of(self.folder / "adapter_config.json"):
+                rank = self.setting("r", "rank_pattern", self.modules[key])
+                scale = self.setting("lora_alpha", "alpha_pattern", self.modules[key])
+            scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
+            N, K = weight.shape
+            shapes |= {"A": (rank, K), "B": (N, rank), "magnitude": (N,)}
+        for part, x in tensors.items():
+            check_shape(f"{part} of {key} in {self.folder}", x.shape, shapes[part])
+            if x.dtype not in WEIGHT_DTYPES or not x.isfinite().all():
+                raise ValueError(f"{part} of {key} in {self.folder} is not of finite numbers")
+        weight = tensors.get("whole", weight)
+        if "A" in tensors:
+            weight = weight.float().addmm(tensors["B"].float(), tensors["A"].float(), alpha=scale)
+        if "magnitude" in tensors:
+            weight *= (tensors["magnitude"].float() / weight.norm(dim=1))[:, None]
+        return weight
