@@ -152,6 +152,9 @@ CHECKPOINTS = {
     "lfm2": ("Lfm2", dict(
         hidden_size=96, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8,
         conv_L_cache=4, conv_bias=True)),
+    "lfm2-moe": ("Lfm2Moe", dict(
+        hidden_size=96, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1,
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)),
     "mixtral": ("Mixtral", dict(num_local_experts=4, sliding_window=9, **SEVEN)),
     "qwen2-moe": ("Qwen2Moe", dict(
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, mlp_only_layers=[0],
@@ -224,7 +227,7 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
             if name.endswith("q_norm.weight") and family.startswith(("Gemma3n", "Gemma4")):
                 parameter *= 0.2  # as scores are not scaled, those of trained models are small too
         for name, buffer in hf.named_buffers():
-            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+            if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                 buffer.add_(torch.randn_like(buffer) * 0.3)
     return hf
 

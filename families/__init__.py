@@ -21,7 +21,7 @@ from families.gemma4 import (
     gemma4_mlp, gemma4_ropes, proportional,
 )
 from families.lfm2 import (
-    STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_ffn_dim, lfm2_ropes,
+    STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_experts, lfm2_ffn_dim, lfm2_ropes,
 )
 from families.mla import LATENT, FarLatentAttention, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
@@ -39,12 +39,6 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorc
 
 # --- what a config.json means where it leaves a setting out ---
 
-LFM2 = dict(
-    num_key_value_heads=8, max_position_embeddings=128000, intermediate_size=12288,
-    block_ff_dim=None, block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0,
-    block_multiple_of=256, norm_eps=1e-5, rope_theta=1e6, tie_word_embeddings=True,
-    conv_bias=False, conv_L_cache=3, layer_types=None, full_attn_idxs=None,
-)
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, num_key_value_heads=16,
              head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True)
@@ -79,6 +73,17 @@ GEMMA3N = GEMMA4 | dict(
     rope_local_base_freq=1e4, rope_parameters=None, intermediate_size=16384, laurel_rank=64,
     activation_sparsity_pattern=None, altup_num_inputs=4, altup_active_idx=0,
     altup_correct_scale=True,
+)
+LFM2 = dict(
+    num_key_value_heads=8, max_position_embeddings=128000, intermediate_size=12288,
+    block_ff_dim=None, block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0,
+    block_multiple_of=256, norm_eps=1e-5, rope_theta=1e6, tie_word_embeddings=True,
+    conv_bias=False, conv_L_cache=3, layer_types=None, full_attn_idxs=None,
+)
+LFM2_MOE = LFM2 | EXPERTS | dict(
+    block_auto_adjust_ff_dim=False, intermediate_size=7168, num_dense_layers=2, num_experts=32,
+    num_experts_per_tok=4, moe_intermediate_size=1792, norm_topk_prob=True, use_expert_bias=True,
+    routed_scaling_factor=1.0,
 )
 OLMO2 = dict(rms_norm_eps=1e-5, attention_bias=False)
 OLMO3 = OLMO2 | dict(layer_types=None, sliding_window=4096, sliding_window_pattern=4,
@@ -173,6 +178,13 @@ GEMMA4_PARTS = dict(
     ),
     attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=Gemma4Transformer,
 )
+LFM2_PARTS = dict(
+    fields=dict(
+        windows=convolutions, ropes=lfm2_ropes, ffn_dim=lfm2_ffn_dim, moe=lfm2_experts,
+        norm_eps=partial(positive, key="norm_eps", kind=float), qk_norm=True,
+    ),
+    attention=lfm2_attention, mlp=mlp_or_moe, block=lfm2_block, stored_as=STORED_AS,
+)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, lambda hf: bool(hf["use_bias"]))
@@ -239,14 +251,8 @@ FAMILIES |= {
             parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
         ),
     ),
-    "lfm2": Family(
-        LFM2,
-        {
-            "windows": convolutions, "ropes": lfm2_ropes, "ffn_dim": lfm2_ffn_dim,
-            "norm_eps": partial(positive, key="norm_eps", kind=float), "qk_norm": True,
-        },
-        attention=lfm2_attention, block=lfm2_block, stored_as=STORED_AS,
-    ),
+    "lfm2": Family(LFM2, **LFM2_PARTS),
+    "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from families.experts import MoEConfig, mixture_of_experts
 from families.settings import layer_kinds
 from model import (
     Attention, Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope,
@@ -49,6 +50,16 @@ def lfm2_ffn_dim(hf: dict) -> int:
             multiple = positive(hf, "block_multiple_of")
             size = -(-size // multiple) * multiple
     return size
+
+
+def lfm2_experts(hf: dict) -> MoEConfig | None:
+    """All but the first layers have some, in the models that have any."""
+    if "num_experts" not in hf:
+        return None
+    dense = list(range(hf["num_dense_layers"]))
+    scale = positive(hf, "routed_scaling_factor", kind=float)
+    return mixture_of_experts(hf | {"mlp_only_layers": dense}, score="sigmoid", scale=scale,
+                              bias_dims=int(hf["use_expert_bias"]))
 
 
 def lfm2_attention(config: ModelConfig, layer: int) -> nn.Module:

@@ -264,6 +264,7 @@ def other_names(name: str) -> Iterator[str]:
     yield name.replace(".mlp.gate.", ".mlp.router.")
     yield mixtral.replace(".gate.e_score", ".e_score")
     yield name.replace(".gate.e_score", ".moe_statics.e_score")
+    yield name.replace(".gate.e_score_correction_bias", ".expert_bias")
     expert = EXPERT.search(name)
     if expert:
         part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
