@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import families
+from batching.saved import load_row, save_row
 from checks.common import (
     BASE, CHECKPOINTS, CONFIG, GEMMA4, HERE, LINEAR_ROPE, LLAMA3_ROPE, WINDOW_FIRST, YARN_ROPE,
     close, empty_model, hf_folder, hf_logits,
@@ -213,8 +214,10 @@ def test_rejected_proposals_leave_nothing(checkpoint: MakeCheckpoint, name: str)
         assert torch.equal(one, other)
 
 
-def test_layers_that_share_keys_have_one_cache(checkpoint: MakeCheckpoint) -> None:
-    """Gemma 4's last two: each reads it, and it has its room once."""
+def test_layers_that_share_keys_have_one_cache(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Gemma 4's last two: each reads it, and it has its room once, in files too."""
     model, _ = loaded(checkpoint, "gemma4")
     cache = model.setup_caches(2, 64, rings=False)
     own = [layer.kv for layer in cache.whole[:3]]
@@ -223,6 +226,13 @@ def test_layers_that_share_keys_have_one_cache(checkpoint: MakeCheckpoint) -> No
     assert [kv.shape[-1] for kv in own] == [16, 32, 16]
     assert cache.nbytes == sum(kv.nbytes for kv in own)
     assert bytes_read(cache, 64) == sum(kv.nbytes for kv in [*own, own[2], own[1]]) / 2
+    prompt = list(range(10, 40))
+    expected = generate(model, [prompt + [5, 6]] * 2, 8)
+    generate(model, [prompt], 1)
+    save_row(model, prompt, tmp_path / "row.safetensors")
+    model.setup_caches(2, 64, rings=False)
+    load_row(model, tmp_path / "row.safetensors")
+    assert generate(model, [[5, 6]] * 2, 8, cached=30) == expected
 
 
 def test_keys_that_no_layer_reads_are_left_out(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
