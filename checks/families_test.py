@@ -230,6 +230,7 @@ def test_layers_that_share_keys_have_one_cache(
     expected = generate(model, [prompt + [5, 6]] * 2, 8)
     generate(model, [prompt], 1)
     save_row(model, prompt, tmp_path / "row.safetensors")
+    assert len(load_file(tmp_path / "row.safetensors")) == 3
     model.setup_caches(2, 64, rings=False)
     load_row(model, tmp_path / "row.safetensors")
     assert generate(model, [[5, 6]] * 2, 8, cached=30) == expected
