@@ -173,7 +173,7 @@ def test_parity_with_transformers(
     ring_cache(model, 2, kv_dtype, attention)
     tokens = random_tokens(2, ROOM)
     expected = hf_logits(hf, tokens)
-    rough = 0.1 if name == "gemma4" else 0.05  # it multiplies what comes of a layer
+    rough = 0.2 if name == "gemma4" else 0.05  # it multiplies what comes of a layer
     tol = 2e-4 if kv_dtype is None else rough
 
     def check(depths: list[int], n: int) -> None:
