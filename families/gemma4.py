@@ -90,8 +90,6 @@ class Gemma4Attention(Attention):
         super().__init__(config, layer)
         self.source = sources[layer] if sources[layer] != layer else None
         self.is_source = sources.count(layer) > 1
-        # what files may have of a layer all the same
-        self.unused = ("k_proj", "v_proj", "k_norm") if self.source is not None else ()
         n_parts = 2 if own["kind"] == "sliding_attention" or not own["attention_k_eq_v"] else 1
         kv = [self.n_kv_head] * (n_parts if self.source is None else 0)
         self.heads = self.n_head, *kv

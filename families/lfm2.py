@@ -4,6 +4,8 @@ The last inputs of a convolution lie in its cache where others have keys and val
 goes back over proposals as in a layer with a window."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -25,13 +27,9 @@ STORED_AS = {
 
 def convolutions(hf: dict) -> tuple[int | None, ...]:
     """How many tokens the convolution of each layer sees; None: it has attention."""
-
-    def with_attention(hf: dict) -> list[bool]:
-        layers, given = range(positive(hf, "num_hidden_layers")), hf["full_attn_idxs"]
-        return [given is None or i in given for i in layers]
-
-    n_seen = positive(hf, "conv_L_cache")
-    kinds = layer_kinds(hf, with_attention, "conv")
+    n_seen, given = positive(hf, "conv_L_cache"), hf["full_attn_idxs"]
+    attends = [given is None or i in given for i in range(positive(hf, "num_hidden_layers"))]
+    kinds = layer_kinds(hf, lambda hf: attends, "conv")
     return tuple(n_seen if kind == "conv" else None for kind in kinds)
 
 
@@ -60,11 +58,6 @@ def lfm2_experts(hf: dict) -> MoEConfig | None:
     scale = positive(hf, "routed_scaling_factor", kind=float)
     return mixture_of_experts(hf | {"mlp_only_layers": dense}, score="sigmoid", scale=scale,
                               bias_dims=int(hf["use_expert_bias"]))
-
-
-def lfm2_attention(config: ModelConfig, layer: int) -> nn.Module:
-    kind = Attention if config.windows[layer] is None else ShortConvolution
-    return kind(config, layer)
 
 
 class ShortConvolution(nn.Module):
@@ -114,15 +107,18 @@ class ShortConvolution(nn.Module):
 class ConvolutionBlock(Block):
     """Its checkpoints have another name for what is in the place of attention."""
 
+    self_attn = property(lambda block: block.conv)
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
         self.conv = self._modules.pop("self_attn")
 
-    @property
-    def self_attn(self) -> nn.Module:
-        return self.conv
+
+def either(plain: type, of_convolution: type) -> Callable[[ModelConfig, int], nn.Module]:
+    """The first kind of module in layers with attention, in others the second."""
+    return lambda config, layer: (
+        plain if config.windows[layer] is None else of_convolution)(config, layer)
 
 
-def lfm2_block(config: ModelConfig, layer: int) -> Block:
-    kind = Block if config.windows[layer] is None else ConvolutionBlock
-    return kind(config, layer)
+lfm2_attention = either(Attention, ShortConvolution)
+lfm2_block = either(Block, ConvolutionBlock)

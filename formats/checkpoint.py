@@ -70,21 +70,11 @@ class CheckedCheckpoint(Checkpoint):
         self, model: Transformer, quantize: str | None, device: torch.device | str
     ) -> Callable[[], None]:
         nothing_more = super().put_layers(model, quantize, device)
-        self.leave_out(model)
         plan = self.plan(model)
         self.check_names(name for parts in plan.values() for name in parts)
         if quantize != "auto" or "gpt_flash" in self.config:
             return nothing_more
         return fill_layers(model, self.integers(model, plan), device)
-
-    def leave_out(self, model: Transformer) -> None:
-        """Forget the keys of layers that attend to those of another: some files have them."""
-        unused = tuple(
-            f"model.layers.{i}.self_attn.{part}." for i, block in enumerate(model.layers)
-            for part in getattr(block.self_attn, "unused", ())
-        )
-        kept = filterfalse(lambda name: name.startswith(unused), self.tensors)
-        self.tensors = {name: self.tensors[name] for name in kept}
 
     def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
         """What each parameter of a model is read from."""
@@ -112,11 +102,14 @@ class CheckedCheckpoint(Checkpoint):
                 say_once(f"WARNING: {said} that nothing here reads: left out")
 
     def is_harmless(self, name: str) -> bool:
-        """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, and layers behind
-        the last one, which predict a further token."""
+        """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, layers behind the
+        last one, which predict a further token, and keys of layers that share those of others."""
         layer = re.match(r"model\.layers\.(\d+)", name)
         n_layer = self.config["num_hidden_layers"]
         if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
+            return True
+        first_sharing = n_layer - (self.config.get("num_kv_shared_layers") or 0)
+        if layer and int(layer[1]) >= first_sharing and re.search(r"\.[kv]_(proj|norm)\.", name):
             return True
         module, is_bias, _ = name.rpartition(".bias")
         if is_bias and f"{module}.weight_packed" in self.tensors:
