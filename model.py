@@ -471,6 +471,7 @@ class Positions(NamedTuple):
     cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
     sin: Tensor | None = None  # the same of its sine
     last: Tensor | None = None  # [B] int64: of each row's last token; None: no row has padding
+    of_layer: Tensor | None = None  # [B, T, ...]: what else a layer is given of each token
 
 
 class Places:
@@ -547,19 +548,23 @@ class LayerCache:
         return self.unpack([tensor[:, :, :, :end] for tensor in self.tensors], dtype)
 
     def flash_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
     ) -> Tensor:
-        """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend."""
+        """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], None: they are there,
+        and attend."""
         if self.kv.dtype != q.dtype and "k_scale" not in options:  # the kernel does not know it
             return self.decode_unpacked(q, k, v, input_pos, options)
         symbols = torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
-        one_row = q.is_cpu and len(q) * k.shape[2] == 1
+        one_row = q.is_cpu and len(q) * q.shape[2] == 1
         if symbols and one_row and all(options[key] is None for key in options if key != "scale"):
             # our operator would be Python in a graph, and take as long as these
             n = input_pos.item()
             torch._check(n >= 0)
-            self.write(k, v, input_pos.long()[:, None])  # both at once: compiled, in place
+            if k is not None:
+                self.write(k, v, input_pos.long()[:, None])  # both at once: compiled, in place
             k, v, input_pos = None, None, n + 1
+        elif k is None:
+            input_pos = input_pos + q.shape[2]
         keys, values = self.kv.unbind(0)
         return flash_decode_unchecked(
             q, keys, values, input_pos, k, v, ring=self.places.ring, **options
@@ -569,9 +574,10 @@ class LayerCache:
         self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, options: dict[str, Any]
     ) -> Tensor:
         """The same over unpacked keys and values, on a CPU those of live tokens only."""
-        new = torch.arange(k.shape[2], device=q.device)
-        self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
-        input_pos = input_pos + k.shape[2]
+        if k is not None:
+            new = torch.arange(k.shape[2], device=q.device)
+            self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
+        input_pos = input_pos + q.shape[2]
         end = self.places.S
         if q.is_cpu and not self.places.ring and not torch.compiler.is_compiling():
             end = int(input_pos.max())
@@ -619,8 +625,8 @@ class Int8LayerCache(LayerCache):
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         return super().flash_decode(q, self.centred(k), v, input_pos, **scales, **options)
 
-    def centred(self, k: Tensor) -> Tensor:
-        return (k - self.k_mean).to(k.dtype)
+    def centred(self, k: Tensor | None) -> Tensor | None:
+        return None if k is None else (k - self.k_mean).to(k.dtype)
 
 
 # the format of a cache by its dtype, of all others LayerCache
@@ -668,11 +674,11 @@ class KVCache:
         self.rope_tables: dict[Rope, Tensor] = {}  # for max_seq_len positions; graphs read them
 
     def make_layers(self, makers: Sequence[MakeLayer], device: Device) -> int:
-        """-> bytes. A maker may look at the layers before its own, in self.whole."""
+        """-> bytes. A maker may look at the layers before its own, in self.whole, and give one."""
         self.whole: list[LayerCache] = []
         for make, places in zip(makers, self.places(len(makers)), strict=True):
             self.whole.append(make(self, places, device))
-        return sum(layer.nbytes for layer in self.whole)
+        return sum(layer.nbytes for layer in set(self.whole))
 
     def make_layer(self, places: Places, device: Device, heads: tuple[int, int]) -> LayerCache:
         """A layer of this cache's format. heads: n_kv_head, head_dim."""
@@ -882,7 +888,7 @@ class ModelConfig:
             n_kv_head=positive(hf, "num_key_value_heads", n_head),
             head_dim=positive(hf, "head_dim", dim // n_head),
             dim=dim,
-            ffn_dim=positive(hf, "intermediate_size"),
+            ffn_dim=lambda hf: positive(hf, "intermediate_size"),
             max_seq_len=positive(hf, "max_position_embeddings", hf.get("model_max_length", 2048)),
             norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
             act=hf.get("hidden_activation") or hf.get("hidden_act") or "silu",
@@ -1113,8 +1119,10 @@ def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ..
     path = ".".join(stored_as.get(part, (part,))[0] for part in path.split("."))
     parts = stored_as.get(module, (module,))
     rows = joined_rows(module, len(x), config) if len(parts) > 1 else [len(x)]
+    if module == "qkv_proj":  # some layers have neither keys nor values
+        rows = getattr(model.get_submodule(path.removeprefix("model.")), "rows", rows)
     names = [f"{path}.{part}.{kind}".removeprefix(".") for part in parts]
-    return {part: (n, *x.shape[1:]) for part, n in zip(names, rows, strict=True)}
+    return {part: (n, *x.shape[1:]) for part, n in zip(names, rows)}
 
 
 def joined_rows(module: str, n_rows: int, config: ModelConfig) -> list[int]:

@@ -69,7 +69,9 @@ def test_equals_transformers(
     check([5, 22, 0], 18)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize("name", [
+    "llama", "mistral", "qwen3", "gemma2", "gemma3", "gemma4", "gemma4-moe", "phi3", "lfm2",
+])
 def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str) -> None:
     """A ragged batch gives each prompt what it gets alone in transformers."""
     folder, hf = checkpoint(name)

@@ -64,7 +64,8 @@ def parts_of_row(model: Transformer, row: int, length: int) -> dict[str, Tensor]
     cache = model.cache
     parts = {
         f"layers.{layer}.{i}": x
-        for layer, each in enumerate(cache.whole) for i, x in enumerate(each.live(row, length))
+        for layer, each in enumerate(dict.fromkeys(cache.whole))  # which layers may share
+        for i, x in enumerate(each.live(row, length))
     }
     written = getattr(cache, "written", None)  # of a cache with rings
     return parts if written is None else parts | {"written": written[row:row + 1]}

@@ -132,7 +132,7 @@ class DraftModel(Drafter):
 
 def copy_row(cache: KVCache, source: int, target: int, length: int) -> None:
     """Give a row what another one holds in its first `length` positions."""
-    for layer in cache.whole:
+    for layer in dict.fromkeys(cache.whole):  # which layers may share
         for new, old in zip(layer.live(target, length), layer.live(source, length)):
             new.copy_(old)
     written = getattr(cache, "written", None)  # of a cache with rings

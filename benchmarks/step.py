@@ -98,6 +98,9 @@ VARIANTS = [
     Variant("Gemma-2-2B", "bf16", "auto", "math", 1),
     Variant("Gemma-3-1B", "bf16", "auto", "flash", 1),
     Variant("Gemma-3-1B", "bf16", "int8", "flash", 1),
+    # of which those that see all have heads that no kernel takes
+    Variant("Gemma-4-31B", "bf16", "auto", "flash", 1),
+    Variant("Gemma-4-31B", "int4", "auto", "flash", 1),
     # one of the processes that share a model
     Variant("Llama-3-70B", "bf16", "auto", "flash", 1, ranks=8),
     Variant("Llama-3-70B", "int8", "auto", "flash", 1, ranks=8),

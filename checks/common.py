@@ -67,6 +67,27 @@ GEMMA3 = dict(
     query_pre_attn_scalar=20,
     rope_scaling=LINEAR_ROPE,
 )
+# of which layers 3 and 4 attend to the keys of 1 and 2
+GEMMA4 = dict(
+    num_hidden_layers=5, sliding_window=9, layer_types=[*WINDOW_FIRST, *WINDOW_FIRST[:2]],
+    num_kv_shared_layers=2, global_head_dim=32, use_double_wide_mlp=True,
+    hidden_size_per_layer_input=8, vocab_size_per_layer_input=131, final_logit_softcapping=5.0,
+)
+GEMMA3N = dict(
+    hidden_size=96, num_hidden_layers=5, sliding_window=9,
+    layer_types=[*WINDOW_FIRST[:2]] * 2 + ["full_attention"], num_kv_shared_layers=2,
+    hidden_size_per_layer_input=8, vocab_size_per_layer_input=100, laurel_rank=8,
+    activation_sparsity_pattern=[0.6, 0.6, 0.0, 0.0, 0.0], intermediate_size=[72] * 4 + [64],
+)
+# whose layers that see all have keys for values
+GEMMA4_UNIFIED = dict(
+    sliding_window=9, layer_types=[*WINDOW_FIRST[:2], "full_attention"], global_head_dim=32,
+    attention_k_eq_v=True, num_global_key_value_heads=1,
+)
+GEMMA4_MOE = GEMMA4_UNIFIED | dict(
+    hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8, top_k_experts=3,
+    moe_intermediate_size=32,
+)
 GRANITE = dict(
     embedding_multiplier=12.0,
     attention_multiplier=0.1,
@@ -106,6 +127,10 @@ CHECKPOINTS = {
     "gemma2-seven": ("Gemma2", GEMMA2 | SEVEN),
     "gemma3": ("Gemma3Text", GEMMA3),
     "gemma3-seven": ("Gemma3Text", GEMMA3 | SEVEN),
+    "gemma3n": ("Gemma3nText", GEMMA3N),
+    "gemma4": ("Gemma4Text", GEMMA4),
+    "gemma4-unified": ("Gemma4UnifiedText", GEMMA4_UNIFIED),
+    "gemma4-moe": ("Gemma4Text", GEMMA4_MOE),
     "phi3": ("Phi3", dict(PHI3, sliding_window=9)),
     "phi3-longrope": ("Phi3", PHI3 | SEVEN | dict(hidden_size=112, rope_parameters=LONGROPE)),
     "phi4": ("Phi3", dict(PHI3, rope_parameters=PARTIAL_LONGROPE, tie_word_embeddings=True)),
@@ -124,6 +149,12 @@ CHECKPOINTS = {
     "gpt-oss-mxfp4": ("GptOss", dict(
         num_local_experts=4, num_experts_per_tok=2, hidden_size=64, intermediate_size=96)),
     "gpt-oss-seven": ("GptOss", dict(num_local_experts=4, num_experts_per_tok=2, **SEVEN)),
+    "lfm2": ("Lfm2", dict(
+        hidden_size=96, layer_types=["conv", "full_attention", "conv"], block_multiple_of=8,
+        conv_L_cache=4, conv_bias=True)),
+    "lfm2-moe": ("Lfm2Moe", dict(
+        hidden_size=96, layer_types=["conv", "full_attention", "conv"], num_dense_layers=1,
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)),
     "mixtral": ("Mixtral", dict(num_local_experts=4, sliding_window=9, **SEVEN)),
     "qwen2-moe": ("Qwen2Moe", dict(
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, mlp_only_layers=[0],
@@ -188,14 +219,16 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
     make = getattr(transformers, f"{family}ForCausalLM", None)
     hf = (make or transformers.AutoModelForCausalLM.from_config)(config).eval()
     with torch.no_grad():
-        for parameter in hf.parameters():
+        for name, parameter in hf.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+            if name.endswith("q_norm.weight") and family.startswith(("Gemma3n", "Gemma4")):
+                parameter *= 0.2  # as scores are not scaled, those of trained models are small too
         for name, buffer in hf.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(std=0.3)
+            if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
+                buffer.add_(torch.randn_like(buffer) * 0.3)
     return hf
 
 

@@ -20,15 +20,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import families
+from batching.saved import load_row, save_row
 from checks.common import (
-    BASE, CHECKPOINTS, CONFIG, HERE, LINEAR_ROPE, LLAMA3_ROPE, WINDOW_FIRST, YARN_ROPE, close,
-    empty_model, hf_folder, hf_logits,
+    BASE, CHECKPOINTS, CONFIG, GEMMA4, HERE, LINEAR_ROPE, LLAMA3_ROPE, WINDOW_FIRST, YARN_ROPE,
+    close, empty_model, hf_folder, hf_logits,
 )
+from cli.stats import bytes_read
 from families.blocks import AlibiAttention, prefill_special, special_attention
 from generate import compile_model, generate
 from kernels import flash_decode_reference
 from model import (
-    ACTIVATIONS, FAMILIES, Family, ModelConfig, Transformer, load_model, math_attention,
+    ACTIVATIONS, FAMILIES, Family, KVCache, ModelConfig, Transformer, load_model, math_attention,
     prefill_attention, rope_frequencies,
 )
 from quantize import quantize_model, save_quantized
@@ -36,8 +38,8 @@ from quantize import quantize_model, save_quantized
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 # families with something of their own, in one build of each
 NAMES = [
-    "gemma", "gemma2", "gemma3", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
-    "ministral3", "hunyuan", "cohere2", "phi",
+    "gemma", "gemma2", "gemma3", "gemma4", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
+    "ministral3", "hunyuan", "cohere2", "phi", "lfm2",
 ]
 
 
@@ -57,10 +59,14 @@ def loaded(checkpoint: MakeCheckpoint, name: str) -> tuple[Transformer, PreTrain
 # --- decode, compiled ---
 
 
-def kinds_of_layers(config: ModelConfig) -> int:
-    """How many of a model's layers differ in what is compiled: a window, and whether they turn."""
+def kinds_of_layers(model: Transformer) -> int:
+    """How many of a model's layers differ in what is compiled: a window, whether they turn, and
+    sizes."""
+    config = model.config
     turns = [rope is not None for rope in config.ropes]
-    return len(set(zip(config.windows, turns)))
+    sizes = [tuple(x.shape for x in block.parameters()) for block in model.layers]
+    rooms = [layer.kv.shape for layer in model.cache.whole]
+    return len(set(zip(config.windows, turns, sizes, rooms)))
 
 
 @pytest.mark.parametrize("attention", ["flash", "math"])
@@ -77,7 +83,7 @@ def test_a_graph_for_each_kind_of_layer(
     want = hf_logits(hf, tokens)
     for i in range(20, 30):
         close(model.decode(tokens[:, i:i + 1], start(i)), want[:, i:i + 1])
-    assert counters["stats"]["unique_graphs"] == kinds_of_layers(model.config)
+    assert counters["stats"]["unique_graphs"] == kinds_of_layers(model)
 
 
 def test_compiled_text_is_the_same(checkpoint: MakeCheckpoint, dynamo: None) -> None:
@@ -90,7 +96,7 @@ def test_compiled_text_is_the_same(checkpoint: MakeCheckpoint, dynamo: None) -> 
     assert generate(model, prompts, 12, compile=True) == eager
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi4"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma4", "phi4"])
 def test_compiled_prefill_is_the_same(
     checkpoint: MakeCheckpoint, name: str, dynamo: None, no_inductor: None
 ) -> None:
@@ -172,8 +178,10 @@ def test_embeddings_are_scaled_as_in_training(
     assert torch.equal(seen[0], theirs)
 
 
-@pytest.mark.parametrize(
-    "name", ["gemma2", "phi3", "olmo2", "smollm3", "phi", "glm4", "deepseek-v3"])
+@pytest.mark.parametrize("name", [
+    "gemma2", "gemma4", "gemma4-moe", "phi3", "olmo2", "smollm3", "phi", "glm4", "deepseek-v3",
+    "lfm2",
+])
 def test_a_quantized_model_of_a_family_is_saved_and_loaded(
     checkpoint: MakeCheckpoint, name: str, tmp_path: Path
 ) -> None:
@@ -187,6 +195,96 @@ def test_a_quantized_model_of_a_family_is_saved_and_loaded(
     for each in (model, again):
         each.setup_caches(1, 64)
     close(again(tokens, start(0)), model(tokens, start(0)), 1e-5)
+
+# --- layers that differ in what they keep ---
+
+
+@pytest.mark.parametrize("name", ["gemma4", "lfm2"])
+def test_rejected_proposals_leave_nothing(checkpoint: MakeCheckpoint, name: str) -> None:
+    """To the last bit, while a ring goes round too."""
+    model, _ = loaded(checkpoint, name)
+    tokens = random_tokens(2, 60)
+    plain, proposing = model.setup_caches(2, 64), model.setup_caches(2, 64)
+    for cache in (plain, proposing):
+        model.prefill(tokens[:, :20], start(0, 0), cache)
+    for i in range(20, 60):
+        for n in (4, 15):
+            model.decode(random_tokens(2, min(n, 64 - i)), start(i, i), proposing)
+        one, other = (
+            model.decode(tokens[:, i:i + 1], start(i, i), cache) for cache in (plain, proposing))
+        assert torch.equal(one, other)
+
+
+def test_layers_that_share_keys_have_one_cache(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Gemma 4's last two: each reads it, and it has its room once, in files too."""
+    model, _ = loaded(checkpoint, "gemma4")
+    cache = model.setup_caches(2, 64, rings=False)
+    own = [layer.kv for layer in cache.whole[:3]]
+    assert [layer.kv.data_ptr() for layer in cache.whole[3:]] == [
+        own[2].data_ptr(), own[1].data_ptr()]
+    assert [kv.shape[-1] for kv in own] == [16, 32, 16]
+    assert cache.nbytes == sum(kv.nbytes for kv in own)
+    assert bytes_read(cache, 64) == sum(kv.nbytes for kv in [*own, own[2], own[1]]) / 2
+    prompt = list(range(10, 40))
+    expected = generate(model, [prompt + [5, 6]] * 2, 8)
+    generate(model, [prompt], 1)
+    save_row(model, prompt, tmp_path / "row.safetensors")
+    assert len(load_file(tmp_path / "row.safetensors")) == 3
+    model.setup_caches(2, 64, rings=False)
+    load_row(model, tmp_path / "row.safetensors")
+    assert generate(model, [[5, 6]] * 2, 8, cached=30) == expected
+
+
+def test_keys_that_no_layer_reads_are_left_out(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Files of Gemma 3n and 4 have them for the layers that share those of others."""
+    folder, hf = checkpoint("gemma4")
+    tensors = load_file(folder / "model.safetensors")
+    attention = "model.layers.4.self_attn"
+    tensors |= {f"{attention}.{part}_proj.weight": torch.ones(64, 48) for part in "kv"}
+    tensors[f"{attention}.k_norm.weight"] = torch.ones(32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = (folder / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    model = load_model(tmp_path, dtype=torch.float32)
+    model.setup_caches(1, 32)
+    tokens = random_tokens(1, 20)
+    close(model(tokens, start(0)), hf_logits(hf, tokens))
+    tensors["model.layers.2.self_attn.q_proj.surplus"] = torch.ones(1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="unexpected tensor model.layers.2.self_attn.q_proj.surp"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("device, head_dim, attention", [
+    ("cpu", 32, ["flash"] * 5), ("meta", 32, ["flash"] * 5),
+    ("meta", 512, ["flash", "math", "flash", "flash", "math"]),
+])
+def test_a_layer_that_no_kernel_takes_attends_by_math(
+    device: str, head_dim: int, attention: list[str]
+) -> None:
+    """And the others by flash."""
+    config = transformers.Gemma4TextConfig(**BASE | GEMMA4 | {"global_head_dim": head_dim})
+    model = empty_model(json.loads(config.to_json_string()) | {"architectures": None})
+    parts = [block.self_attn.make_cache for block in model.layers]
+    cache = KVCache(5, 2, 16, 1, 64, device=device, attention="flash", makers=parts)
+    assert ["flash" if layer.flash else "math" for layer in cache.whole] == attention
+
+
+@pytest.mark.parametrize("attention_k_eq_v", [False, True])
+def test_what_differs_by_layer_is_said_in_two_ways(attention_k_eq_v: bool) -> None:
+    """For all layers that see all tokens, as the first files do, and by the number of each."""
+    settings = dict(
+        attention_k_eq_v=attention_k_eq_v, global_head_dim=32, num_global_key_value_heads=1)
+    new = json.loads(transformers.Gemma4TextConfig(**BASE, **settings).to_json_string())
+    old = {key: value for key, value in new.items() if key != "per_layer_config"} | settings
+    assert "per_layer_config" in new and "global_head_dim" not in new
+    sizes = [
+        [(block.self_attn.head_dim, block.self_attn.n_kv_head) for block in empty_model(hf).layers]
+        for hf in (new, old)
+    ]
+    assert sizes[0] == sizes[1] == [(16, 2), (16, 2), (32, 1 if attention_k_eq_v else 2)]
 
 # --- Baichuan, from its formulas ---
 
@@ -435,12 +533,12 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # settings of the supported classes that do not change what a trained model computes, or are
 # written beside layer_types, which are read
 HARMLESS = set("""
-    _name_or_path _sliding_window_pattern attention_dropout bos_token_id chunk_size_feed_forward
-    dtype embd_pdrop embedding_dropout eod_token_id eos_token_id hidden_dropout
-    id2label initializer_range is_encoder_decoder label2id moe_norm_min num_nextn_predict_layers
-    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
-    problem_type qk_head_dim resid_pdrop residual_dropout return_dict router_aux_loss_coef
-    router_jitter_noise transformers_version use_cache
+    _name_or_path _sliding_window_pattern altup_coef_clip attention_dropout bos_token_id
+    chunk_size_feed_forward dtype embd_pdrop embedding_dropout eod_token_id eos_token_id
+    hidden_dropout id2label initializer_range is_encoder_decoder label2id moe_norm_min
+    num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
+    pad_token_id pretraining_tp problem_type qk_head_dim resid_pdrop residual_dropout return_dict
+    router_aux_loss_coef router_jitter_noise transformers_version use_cache
 """.split())
 
 
@@ -496,6 +594,7 @@ def comparable(config: ModelConfig) -> dict:
 
 # the decoder models of transformers that are used most, and some of every unusual kind
 MODEL_TYPES = """
+    gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm2_moe
     apertus arcee bamba bitnet blt bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3
     diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma
     gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
@@ -609,6 +708,14 @@ def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None
 
 @pytest.mark.parametrize("family, change, message", [
     ("gemma3_text", dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
+    ("gemma4_text", dict(use_bidirectional_attention="all"), "use_bidirectional_attention"),
+    ("gemma4_text", dict(num_kv_shared_layers=30), "num_kv_shared_layers = 30"),
+    ("gemma4_text", dict(num_kv_shared_layers=26), "num_kv_shared_layers = 26"),
+    ("gemma4_text", dict(per_layer_config={"5": dict(head_dim=0)}), "head_dim = 0"),
+    ("gemma4_text", dict(per_layer_config={"5": 3}), "makes no sense"),
+    ("gemma4_text", dict(enable_moe_block=True), "neither num_experts nor"),
+    ("lfm2", dict(layer_types=["sliding_attention"] * 32), "layer_types.*only full_attention and"),
+    ("lfm2", dict(conv_L_cache=0), "conv_L_cache = 0"),
     ("gemma2", dict(hidden_activation="relu2"), "hidden_act 'relu2'"),
     ("gemma2", dict(attn_logit_softcapping=-1.0), "attn_logit_softcapping = -1.0"),
     ("gemma2", dict(query_pre_attn_scalar=0), "query_pre_attn_scalar = 0"),

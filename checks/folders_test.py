@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
-from checks.common import BASE, LATENT, close, hf_logits
+from checks.common import BASE, GEMMA4, LATENT, close, hf_logits
 from checks.formats_test import MakeCheckpoint, logits_of
 from formats.checkpoint import resolve
 from model import Checkpoint, load_model
@@ -189,6 +189,7 @@ QWEN_EYES = dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, patch_size=
 MROPE = dict(type="mrope", mrope_section=[2, 3, 3])
 WRAPPED = {  # transformers' class -> settings of its text_config, and of its vision_config
     "Gemma3": (dict(sliding_window=9, rope_scaling=dict(rope_type="linear", factor=8.0)), EYES),
+    "Gemma4": (GEMMA4, EYES | dict(num_key_value_heads=2, head_dim=16)),
     "Mistral3": (dict(model_type="mistral", sliding_window=None),
                  EYES | dict(model_type="pixtral", head_dim=16)),
     "Mistral3 with Ministral3": (dict(model_type="ministral3"),

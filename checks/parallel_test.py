@@ -21,6 +21,7 @@ from checks.ranks import ENV, Run, program
 from generate import generate
 from model import ModelConfig, load_model, open_checkpoint
 from parallel.ranks import Ranks, local, piece, take_part
+from parallel.ranks import load_model as load_part
 from quantize import quantize_linear, save_quantized
 
 PROMPTS = [[5, 6, 7], [9], list(range(10, 40))]
@@ -182,6 +183,14 @@ def test_what_does_not_divide_is_refused(changes: dict[str, int], n: int, messag
     config = ModelConfig.from_hf({**SMALL, **changes})
     with pytest.raises(ValueError, match=message):
         local(config, Ranks(0, n))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "lfm2"])
+def test_layers_that_are_not_made_to_be_divided_are_refused(
+    checkpoint: Callable[[str], tuple[Path, object]], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"the layers of {name}.* do not divide over ranks"):
+        load_part(checkpoint(name)[0], Ranks(0, 2))
 
 
 # --- one file of prompts ---

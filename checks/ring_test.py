@@ -31,7 +31,8 @@ Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: rando
 
 ROOM = 96  # tokens of a row
 WINDOWS = {"mistral": 9, "qwen2-window": 7}
-MODELS = pytest.mark.parametrize("name", WINDOWS)
+# and models whose layers differ in more than a window
+MODELS = pytest.mark.parametrize("name", [*WINDOWS, "gemma4", "lfm2"])
 PATHS = pytest.mark.parametrize("attention", ["flash", "math"])
 KV = pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=["float", "int8"])
 
@@ -172,7 +173,8 @@ def test_parity_with_transformers(
     ring_cache(model, 2, kv_dtype, attention)
     tokens = random_tokens(2, ROOM)
     expected = hf_logits(hf, tokens)
-    tol = 2e-4 if kv_dtype is None else 0.05
+    rough = 0.2 if name == "gemma4" else 0.05  # it multiplies what comes of a layer
+    tol = 2e-4 if kv_dtype is None else rough
 
     def check(depths: list[int], n: int) -> None:
         chunk = torch.stack([row[at:at + n] for row, at in zip(tokens, depths)])
@@ -240,7 +242,8 @@ def test_whatever_happens_to_its_rows_a_ring_is_as_good_as_a_whole_cache(
             else:
                 both.append(model.decode(tokens, positions(*depths), cache)[:, -1])
         live = [row for row, length in enumerate(lengths) if length]
-        close(both[0][live], both[1][live], tol)
+        if live:
+            close(both[0][live], both[1][live], tol)
         for row, depth, length in zip(rows, depths, lengths):
             row.add(depth, length)
         assert ring.written.tolist() == [row.written for row in rows]
@@ -406,9 +409,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 REFILLS = requests_of((5, 70), (70, 5), (44, 30), (1, 60), (33, 33), (60, 9), (8, 1), (27, 50))
 
 
-@MODELS
-@pytest.mark.parametrize("rows, lag, k, draft", [
-    (5, 0, 0, False), (2, 2, 0, False), (2, 0, 4, False), (5, 2, 15, False), (2, 0, 4, True),
+@pytest.mark.parametrize("name, rows, lag, k, draft", [
+    *[(name, *course) for name in WINDOWS for course in [
+        (5, 0, 0, False), (2, 2, 0, False), (2, 0, 4, False), (5, 2, 15, False), (2, 0, 4, True),
+    ]], ("gemma4", 5, 2, 15, False), ("lfm2", 5, 2, 15, False),
 ])
 def test_refilled_rows_say_what_they_say_with_a_whole_cache(
     checkpoint: Checkpoint, small_chunks: None, name: str, rows: int, lag: int, k: int, draft: bool
@@ -430,7 +434,7 @@ def test_refilled_rows_say_what_they_say_with_a_whole_cache(
         assert 0 < found.accepted[0] and (draft or found.accepted[-1] < found.checked)
 
 
-@MODELS
+@pytest.mark.parametrize("name", [*WINDOWS, "lfm2"])
 @pytest.mark.parametrize("k", [0, 15])
 def test_prompts_of_any_lengths_are_read_together(
     checkpoint: Checkpoint, name: str, k: int

@@ -34,9 +34,10 @@ NO_TIME = 1e-9  # seconds that stand for none, where a clock has not moved
 
 
 def weight_bytes(model: Transformer, rows: int = 1) -> int:
-    """Bytes of weights that a decode step of so many tokens reads: all but the embedding, whose
-    rows are few, and, of experts, as many as Experts.share expects the tokens to choose."""
-    nbytes = module_bytes(model) - module_bytes(model.embed_tokens)
+    """Bytes of weights that a decode step of so many tokens reads: all but embeddings, whose rows
+    are few, and, of experts, as many as Experts.share expects the tokens to choose."""
+    tables = [each for name, each in model.named_children() if name.startswith("embed_tokens")]
+    nbytes = module_bytes(model) - sum(map(module_bytes, tables))
     for module in model.modules():
         if hasattr(module, "share"):
             nbytes -= module_bytes(module) * (1 - module.share(rows))
@@ -214,8 +215,9 @@ def bytes_of_parts(engine: Engine) -> dict[str, float]:
     for name, module in layers[0].named_modules():
         if name.endswith("_proj"):
             parts[name] = module_bytes(module)
-            if ".experts." in name:  # of which a step reads some
-                parts[name] *= layers[0].mlp.experts.share(cache.max_batch_size)
+            if "experts." in name:  # of which a step reads some
+                experts = layers[0].get_submodule(name.partition("experts.")[0] + "experts")
+                parts[name] *= experts.share(cache.max_batch_size)
     live = sum(bytes_read(cache, length) for length in engine.input_pos.tolist())
     parts["attention"] = live / len(layers)
     parts["of all layers: lm_head"] = module_bytes(engine.model.lm_head)

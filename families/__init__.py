@@ -6,7 +6,7 @@ from functools import partial
 
 import torch.nn as nn
 
-from families import gguf
+from families import gemma3n, gguf
 from families.blocks import (
     AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
     GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
@@ -15,6 +15,13 @@ from families.blocks import (
 )
 from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
+)
+from families.gemma4 import (
+    Gemma4Attention, Gemma4Block, Gemma4Transformer, by_pattern_and_last, gemma4_experts,
+    gemma4_mlp, gemma4_ropes, proportional,
+)
+from families.lfm2 import (
+    STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_experts, lfm2_ffn_dim, lfm2_ropes,
 )
 from families.mla import LATENT, FarLatentAttention, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
@@ -26,11 +33,13 @@ from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
-ROPES |= {"yarn": yarn, "longrope": longrope, "mrope": ROPES["default"]}  # as it is for texts
+ROPES |= {"yarn": yarn, "longrope": longrope, "proportional": proportional,
+          "mrope": ROPES["default"]}  # as it is for texts
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorch_tanh"])
 
 # --- what a config.json means where it leaves a setting out ---
 
+EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, num_key_value_heads=16,
              head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True)
 GEMMA2 = GEMMA | dict(
@@ -41,6 +50,40 @@ GEMMA2 = GEMMA | dict(
 GEMMA3 = GEMMA2 | dict(
     max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
     rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
+)
+GEMMA4 = GEMMA | EXPERTS | dict(
+    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, max_position_embeddings=131072,
+    sliding_window=512, sliding_window_pattern=6, layer_types=None, per_layer_config=None,
+    global_head_dim=512, num_global_key_value_heads=None, attention_k_eq_v=False,
+    num_kv_shared_layers=0, use_double_wide_mlp=False, final_logit_softcapping=None,
+    rope_parameters=dict(
+        sliding_attention=dict(rope_type="default", rope_theta=1e4),
+        full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+    ),
+    enable_moe_block=False, top_k_experts=None, moe_intermediate_size=None,
+    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144,
+    use_bidirectional_attention=None, partial_rotary_factor=None,
+)
+GEMMA4_UNIFIED = GEMMA4 | dict(
+    max_position_embeddings=262144, sliding_window=1024, hidden_size_per_layer_input=0,
+)
+GEMMA3N = GEMMA4 | dict(
+    num_key_value_heads=2, max_position_embeddings=32768, sliding_window_pattern=5,
+    per_layer_config={}, num_kv_shared_layers=15, final_logit_softcapping=30.0, rope_theta=1e6,
+    rope_local_base_freq=1e4, rope_parameters=None, intermediate_size=16384, laurel_rank=64,
+    activation_sparsity_pattern=None, altup_num_inputs=4, altup_active_idx=0,
+    altup_correct_scale=True,
+)
+LFM2 = dict(
+    num_key_value_heads=8, max_position_embeddings=128000, intermediate_size=12288,
+    block_ff_dim=None, block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0,
+    block_multiple_of=256, norm_eps=1e-5, rope_theta=1e6, tie_word_embeddings=True,
+    conv_bias=False, conv_L_cache=3, layer_types=None, full_attn_idxs=None,
+)
+LFM2_MOE = LFM2 | EXPERTS | dict(
+    block_auto_adjust_ff_dim=False, intermediate_size=7168, num_dense_layers=2, num_experts=32,
+    num_experts_per_tok=4, moe_intermediate_size=1792, norm_topk_prob=True, use_expert_bias=True,
+    routed_scaling_factor=1.0,
 )
 OLMO2 = dict(rms_norm_eps=1e-5, attention_bias=False)
 OLMO3 = OLMO2 | dict(layer_types=None, sliding_window=4096, sliding_window_pattern=4,
@@ -75,7 +118,6 @@ STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding
                   tie_word_embeddings=True)
 STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
-EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
                                    num_experts_per_tok=2)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
@@ -129,6 +171,20 @@ ERNIE_MOE = ERNIE | dict(
 
 # layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
+GEMMA4_PARTS = dict(
+    fields=dict(
+        windows=partial(windows_of, full_layers=by_pattern_and_last), ropes=gemma4_ropes,
+        moe=gemma4_experts, softmax_scale=1.0, qk_norm=True,
+    ),
+    attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=Gemma4Transformer,
+)
+LFM2_PARTS = dict(
+    fields=dict(
+        windows=convolutions, ropes=lfm2_ropes, ffn_dim=lfm2_ffn_dim, moe=lfm2_experts,
+        norm_eps=partial(positive, key="norm_eps", kind=float), qk_norm=True,
+    ),
+    attention=lfm2_attention, mlp=mlp_or_moe, block=lfm2_block, stored_as=STORED_AS,
+)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, lambda hf: hf["use_bias"])
@@ -155,6 +211,16 @@ FAMILIES |= {
         norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
+    "gemma3n_text": Family(
+        GEMMA3N,
+        LAYERWISE | {
+            "softmax_scale": 1.0, "qk_norm": True, "ffn_dim": lambda hf: gemma3n.ffn_dims(hf)[0],
+        },
+        attention=Gemma4Attention, mlp=gemma3n.SparseMLP, block=gemma3n.Gemma3nBlock,
+        model=gemma3n.Gemma3nTransformer,
+    ),
+    "gemma4_text": Family(GEMMA4, **GEMMA4_PARTS),
+    "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
         PHI3, stored_as={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
         gguf=dict(name="phi3", complete=gguf.phi3),
@@ -185,6 +251,8 @@ FAMILIES |= {
             parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
         ),
     ),
+    "lfm2": Family(LFM2, **LFM2_PARTS),
+    "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),

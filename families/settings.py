@@ -42,16 +42,17 @@ def windows_of(
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def layer_kinds(hf: dict, full_layers: Callable[[dict], list[bool]]) -> list[str]:
-    """What each layer sees: "full_attention", or "sliding_attention" as far as its window.
-    full_layers: which layers see all if a file has no layer_types."""
+def layer_kinds(
+    hf: dict, full_layers: Callable[[dict], list[bool]], other: str = "sliding_attention"
+) -> list[str]:
+    """What each layer sees: "full_attention", or "sliding_attention" as far as its window, or what
+    else there is. full_layers: which layers see all if a file has no layer_types."""
     kinds = of_layers(hf, "layer_types")
     if kinds is None:
-        return ["full_attention" if each else "sliding_attention" for each in full_layers(hf)]
-    if not {"full_attention", "sliding_attention"}.issuperset(kinds):
+        return ["full_attention" if each else other for each in full_layers(hf)]
+    if not {"full_attention", other}.issuperset(kinds):
         raise ValueError(
-            f"unsupported layer_types {kinds!r}: only full_attention and sliding_attention "
-            "are supported"
+            f"unsupported layer_types {kinds!r}: only full_attention and {other} are supported"
         )
     return kinds
 

@@ -102,11 +102,14 @@ class CheckedCheckpoint(Checkpoint):
                 say_once(f"WARNING: {said} that nothing here reads: left out")
 
     def is_harmless(self, name: str) -> bool:
-        """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, and layers behind
-        the last one, which predict a further token."""
+        """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, layers behind the
+        last one, which predict a further token, and keys of layers that share those of others."""
         layer = re.match(r"model\.layers\.(\d+)", name)
         n_layer = self.config["num_hidden_layers"]
         if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
+            return True
+        first_sharing = n_layer - (self.config.get("num_kv_shared_layers") or 0)
+        if layer and int(layer[1]) >= first_sharing and re.search(r"\.[kv]_(proj|norm)\.", name):
             return True
         module, is_bias, _ = name.rpartition(".bias")
         if is_bias and f"{module}.weight_packed" in self.tensors:
@@ -254,6 +257,7 @@ def other_names(name: str) -> Iterator[str]:
     yield name.replace(".mlp.gate.", ".mlp.router.")
     yield mixtral.replace(".gate.e_score", ".e_score")
     yield name.replace(".gate.e_score", ".moe_statics.e_score")
+    yield name.replace(".gate.e_score_correction_bias", ".expert_bias")
     expert = EXPERT.search(name)
     if expert:
         part = "down_proj" if expert["part"] == "down" else "gate_up_proj"

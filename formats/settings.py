@@ -41,7 +41,8 @@ KINDS: list[tuple[set[str], Callable[[Any], bool], str]] = [
      lambda x: isinstance(x, bool), "true or false"),
     ({"factors", "short_factor", "long_factor"},  # of rope's frequencies
      lambda x: x != [] and is_list_of(x, is_factor), "a list of finite numbers above 0"),
-    ({"max_window_layers"}, lambda x: is_number(x, int) and x >= 0, "a whole number from 0"),
+    ({"max_window_layers", "num_kv_shared_layers"},
+     lambda x: is_number(x, int) and x >= 0, "a whole number from 0"),
 ]
 
 

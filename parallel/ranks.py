@@ -158,13 +158,13 @@ def load_model(
     if adapter is not None:
         core.extension("formats.adapters").adapt(checkpoint, adapter)
     whole = checkpoint.empty_model()
+    check_layers(whole, ranks)
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
         has_bias = model.lm_head.bias is not None
         model.lm_head = Linear(whole.config.dim, rows, bias=has_bias)
-    check_norms(whole, ranks)
     share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
     take_part(checkpoint, whole, ranks)
     core.fill_model(model, checkpoint, device, dtype, quantize, group_size)
@@ -172,9 +172,12 @@ def load_model(
     return model
 
 
-def check_norms(whole: Transformer, ranks: Ranks) -> None:
-    """ValueError if a norm over all heads cannot be taken over the ranks."""
+def check_layers(whole: Transformer, ranks: Ranks) -> None:
+    """ValueError if a norm over all heads cannot be taken over the ranks, or layers are not made to
+    be divided."""
     n, family = whole.config.n_kv_head, whole.config.family
+    if not all(getattr(each.self_attn, "divides", True) for each in whole.layers):
+        raise ValueError(f"the layers of {family} do not divide over ranks: take one process")
     if n % ranks.size and any(hasattr(module, "mean_over_ranks") for module in whole.modules()):
         raise ValueError(
             f"the norm over {n} key heads, as {family} has, cannot be taken over {ranks.size} "

@@ -1,0 +1,216 @@
+"""Gemma 4: layers that see all tokens have larger heads, and fewer keys, than those with a window;
+the last ones attend to the keys of a layer before; some have experts, or inputs of their own."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from families.blocks import GemmaTransformer, SandwichBlock
+from families.experts import Experts, MoEConfig, mixture_of_experts
+from families.settings import by_pattern, layer_kinds
+from model import (
+    ACTIVATIONS, MLP, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places,
+    Positions, Rope, apply_rope, make_rope, positive, rope_settings,
+)
+from quantize import Linear
+
+# --- settings ---
+
+
+def by_pattern_and_last(hf: dict) -> list[bool]:
+    return [*by_pattern(hf)[:-1], True]
+
+
+def settings_of_layers(hf: dict) -> list[dict]:
+    """What differs by layer is said for layers that see all, or as transformers writes it."""
+    kinds, given = layer_kinds(hf, by_pattern_and_last), hf["per_layer_config"]
+    if kinds[-1] != "full_attention" or hf["use_bidirectional_attention"] not in (None, "vision"):
+        raise ValueError("unsupported use_bidirectional_attention, or a window in the last layer")
+    if given is None:
+        own = {"head_dim": hf["global_head_dim"]}
+        if hf["attention_k_eq_v"] and hf["num_global_key_value_heads"] is not None:
+            own["num_key_value_heads"] = hf["num_global_key_value_heads"]
+        given = {i: own for i, kind in enumerate(kinds) if kind == "full_attention"}
+    given = {int(i): own for i, own in given.items()}
+    return [hf | given.get(i, {}) | {"kind": kind} for i, kind in enumerate(kinds)]
+
+
+def gemma4_ropes(hf: dict) -> tuple[Rope, ...]:
+    """Each kind of layer has one. Of a proportional one all values of a head turn, most by 0."""
+    ropes, layers = {}, settings_of_layers(hf)
+    for own in layers:
+        settings = rope_settings(own, own["kind"])
+        if settings.get("rope_type") == "proportional":
+            settings["turning"] = settings.pop("partial_rotary_factor", 1.0)
+        ropes.setdefault(own["kind"], make_rope(settings))
+    return tuple(ropes[own["kind"]] for own in layers)
+
+
+def proportional(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:
+    """A kind of rope: the first pairs of a head turn, and the others do not."""
+    n_turning = int(positive(rope.hf, "turning", kind=float) * len(inv_freq))
+    inv_freq[n_turning:] = 0
+    return inv_freq / positive(rope.hf, "factor", 1.0, float), 1.0
+
+
+def gemma4_experts(hf: dict) -> MoEConfig | None:
+    if hf["enable_moe_block"]:
+        return mixture_of_experts(hf | {"num_experts_per_tok": hf["top_k_experts"]})
+
+
+def sources_of_keys(hf: dict) -> list[int]:
+    """Which layer's keys and values each one attends to: its own, or the last ones, which have
+    none, those of the last of their kind that has some."""
+    kinds = layer_kinds(hf, by_pattern_and_last)
+    first = len(kinds) - (hf["num_kv_shared_layers"] or 0)
+    last = {kind: i for i, kind in enumerate(kinds[:max(first, 0)])}
+    if not last.keys() >= set(kinds):
+        raise ValueError(f"of {len(kinds)} layers, num_kv_shared_layers = {len(kinds) - first} "
+                         "share the keys of none")
+    return [i if i < first else last[kind] for i, kind in enumerate(kinds)]
+
+# --- layers ---
+
+
+class Gemma4Attention(Attention):
+    """Values are normed, and may be the keys. A layer without any has those of its source."""
+
+    divides = False  # over ranks
+
+    def __init__(self, config: ModelConfig, layer: int):
+        own, sources = settings_of_layers(config.hf)[layer], sources_of_keys(config.hf)
+        sizes = dict(head_dim=positive(own, "head_dim"), n_kv_head=own["num_key_value_heads"])
+        config = replace(config, **sizes)
+        config.check()
+        super().__init__(config, layer)
+        self.source = sources[layer] if sources[layer] != layer else None
+        self.is_source = sources.count(layer) > 1
+        n_parts = 2 if own["kind"] == "sliding_attention" or not own["attention_k_eq_v"] else 1
+        kv = [self.n_kv_head] * (n_parts if self.source is None else 0)
+        self.heads = self.n_head, *kv
+        self.rows = tuple(n * self.head_dim for n in self.heads)  # of the product, by its parts
+        self.qkv_proj = Linear(config.dim, sum(self.rows), bias=config.qkv_bias)
+        self.k_norm = self.k_norm if kv else None
+
+    def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
+        """A source keeps all tokens: a ring has let go of some when it is the others' turn."""
+        if self.source is not None:
+            return cache.whole[self.source]
+        places = Places(cache.max_seq_len) if self.is_source else places
+        own = super().make_cache(cache, places, device)
+        own.flash &= cache.device.type == "cpu" or self.head_dim <= 256  # which the kernel takes
+        return own
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        q, *kv = qkv.split(self.heads, dim=2)  # (B, T, H, D) each
+        q = apply_rope(self.q_norm(q), positions.cos, positions.sin).transpose(1, 2)
+        k, v = None, None
+        if kv:
+            k = apply_rope(self.k_norm(kv[0]), positions.cos, positions.sin).transpose(1, 2)
+            v = F.rms_norm(kv[-1], (self.head_dim,), eps=self.q_norm.eps).transpose(1, 2)
+        y = self.attend(q, k, v, positions, cache)  # (B, Hq, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, positions: Positions,
+        cache: LayerCache,
+    ) -> Tensor:
+        if k is not None or cache.flash and not positions.prefill:
+            return super().attend(q, k, v, positions, cache)
+        end = positions.cached + q.shape[2] if positions.prefill else cache.places.S
+        keys, values = cache.read(end, q.dtype)
+        return self.attend_to(q, keys, values, positions, torch.arange(end, device=q.device)[None])
+
+
+def gemma4_mlp(config: ModelConfig, layer: int) -> MLP:
+    wide = config.hf["use_double_wide_mlp"] and sources_of_keys(config.hf)[layer] != layer
+    return MLP(config, layer, config.ffn_dim * (2 if wide else 1))
+
+
+class Gemma4Router(nn.Module):
+    """Which experts a token goes to. The weight of each has a factor of its own."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_active, self.eps = config.moe.n_active, config.norm_eps
+        self.scale = nn.Parameter(torch.empty(config.dim))
+        self.proj = nn.Linear(config.dim, config.moe.n_expert, bias=False)
+        self.per_expert_scale = nn.Parameter(torch.empty(config.moe.n_expert))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As MoE.route."""
+        x = F.rms_norm(x, x.shape[-1:], self.scale, self.eps) * x.shape[-1] ** -0.5
+        weights, ids = self.proj(x).float().softmax(-1).topk(self.n_active, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True) * self.per_expert_scale[ids]
+        return weights.to(x.dtype), ids
+
+
+class Gemma4Block(SandwichBlock):
+    """With experts beside the MLP, or an input for each token behind it, and a factor on all."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.layer_scalar = nn.Parameter(torch.empty(1))
+        self.experts, self.per_layer_input_gate = None, None
+        if config.moe is not None:
+            self.router = Gemma4Router(config)
+            self.experts = Experts(config)
+            self.pre_feedforward_layernorm_2 = nn.RMSNorm(config.dim, config.norm_eps)
+            self.post_feedforward_layernorm_1 = nn.RMSNorm(config.dim, config.norm_eps)
+            self.post_feedforward_layernorm_2 = nn.RMSNorm(config.dim, config.norm_eps)
+        size = config.hf["hidden_size_per_layer_input"]
+        if size:
+            self.act = ACTIVATIONS[config.act]
+            self.per_layer_input_gate = Linear(config.dim, size, bias=False)
+            self.per_layer_projection = Linear(size, config.dim, bias=False)
+            self.post_per_layer_input_norm = nn.RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        if self.experts is not None:
+            z = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+            y = self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(z)
+        x = x + self.post_feedforward_layernorm(y)
+        if self.per_layer_input_gate is not None:
+            y = self.act(self.per_layer_input_gate(x)) * positions.of_layer
+            x = x + self.post_per_layer_input_norm(self.per_layer_projection(y))
+        return x * self.layer_scalar
+
+
+class Gemma4Transformer(GemmaTransformer):
+    """Layers are given vectors for each token, of a table and of its embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.size = config.hf["hidden_size_per_layer_input"]
+        if self.size:
+            n = config.n_layer * self.size
+            self.n_tokens = positive(config.hf, "vocab_size_per_layer_input")
+            table = torch.empty(self.n_tokens, n)
+            self.embed_tokens_per_layer = nn.Embedding.from_pretrained(table)
+            self.per_layer_model_projection = Linear(config.dim, n, bias=False)
+            self.per_layer_projection_norm = nn.RMSNorm(self.size, config.norm_eps)
+
+    def run_layers(
+        self, block_forward: BlockForward, tokens: Tensor, positions: list[Positions],
+        layers: list[LayerCache],
+    ) -> Tensor:
+        if self.size:
+            shape = *tokens.shape, self.config.n_layer, self.size
+            y = self.per_layer_model_projection(super().embed(tokens)) * self.config.dim ** -0.5
+            y = self.per_layer_projection_norm(y.view(shape))
+            known = tokens.masked_fill(tokens >= self.n_tokens, 0)
+            table = self.embed_tokens_per_layer(known).view(shape)
+            scale = torch.tensor(math.sqrt(self.size), dtype=table.dtype)
+            inputs = ((y + table * scale) * 2 ** -0.5).movedim(2, 0).contiguous()
+            positions = [each._replace(of_layer=y) for each, y in zip(positions, inputs)]
+        return super().run_layers(block_forward, tokens, positions, layers)
