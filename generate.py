@@ -56,7 +56,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from model import KVCache, Transformer, extension, load_model, run_block, run_head
-from quantize import HARMLESS, MODES
+from quantize import BLOCK, HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
@@ -137,9 +137,11 @@ def decoder_for(
 
 def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
     """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
-    reading the weights, and there padding is free; beyond, it may be a quarter."""
+    reading the weights, and there padding is free; beyond, it may be a quarter. None has a block
+    that another lacks: its tokens would be multiplied as none of the other's are alone."""
     lengths = [len(request.prompt) for request in requests]
-    return len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
+    alike = len({n // BLOCK for n in lengths}) == 1
+    return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
 
 
 def begin_alike(requests: Sequence[Request], least: int = 32) -> list[int]:

@@ -268,6 +268,8 @@ class Engine(PrefixSharer):
             requests.append(neighbour.request)
             if not pads_little(requests, self.chunk_beside_steps() // 2):
                 break
+            if len(requests) * max(len(each.prompt) for each in requests) > self.chunk():
+                break  # read together, in smaller chunks than alone, they are summed otherwise
             rows[row] = waiting.pop()
         return self.begin(rows)
 
