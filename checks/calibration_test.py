@@ -110,7 +110,7 @@ def loss(folder: Path, calibrate: list[int] | None, held_out: list[int], **optio
 @pytest.mark.parametrize("options, share", [
     (dict(quantize="int4"), 0.4),
     (dict(quantize="int4", group_size=128), 0.4),
-    (dict(quantize="int8"), 0.8),
+    (dict(quantize="int8"), 0.95),
 ], ids=str)
 def test_a_trained_model_loses_less_on_a_text_that_was_held_out(
     trained: Path, texts: tuple[list[int], list[int]], options: dict, share: float
@@ -120,7 +120,7 @@ def test_a_trained_model_loses_less_on_a_text_that_was_held_out(
     assert loss(trained, ids[:8192], held_out, **options) < share * plain
 
 
-@pytest.mark.parametrize("mode, share", [("int4", 0.7), ("int8", 0.9)])
+@pytest.mark.parametrize("mode, share", [("int4", 0.7), ("int8", 0.95)])
 def test_weights_off_their_grid_lose_less_on_a_text_that_was_held_out(
     moved: Path, gpl: list[int], mode: str, share: float
 ) -> None:
