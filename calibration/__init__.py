@@ -21,7 +21,7 @@ from model import KVCache, Transformer
 from quantize import Int4Linear, Linear, QuantizedLinear, pack_nibbles, quantize_linear, say_once
 
 PIECE = 512  # tokens that are read at a time
-MOST_PIECES = 128  # of a longer text as many are taken, from all of it
+MOST_PIECES = 128  # what follows is left out
 LEAST_TOKENS = 128
 BATCH = 8  # pieces that go through a block together
 DAMPING = 0.03  # of the mean moment, added to all; with 0.01 and 0.1 other texts lost more
@@ -31,8 +31,8 @@ BLOCK = 64  # inputs whose errors reach all others at once
 
 
 class Calibration:
-    """Takes the layers of a model's blocks while it is loaded, and quantizes a block at a time. The
-    output layer is left to plain rounding: in int8 it has a small part of the error."""
+    """Takes the layers of a model's blocks while it is loaded, and quantizes a block at a time.
+    The output layer, which is int8 in any case, is left to plain rounding."""
 
     def __init__(self, model: Transformer, ids: Sequence[int], mode: str, group_size: int) -> None:
         """ValueError: another mode than int8 and int4, or ids that are too few or no tokens."""
@@ -44,9 +44,8 @@ class Calibration:
             raise ValueError(f"calibrating takes at least {LEAST_TOKENS} tokens of the {vocab_size}"
                              f" of the vocabulary; the text has {n}")
         T = min(PIECE, n, model.config.max_seq_len)
-        pieces = ids[:n // T * T].view(-1, T)
-        spread = torch.linspace(0, len(pieces) - 1, min(len(pieces), MOST_PIECES)).long()
-        self.hidden = pieces[spread]  # (pieces, T) tokens; from the first block on (pieces, T, dim)
+        pieces = ids[:n // T * T].view(-1, T)[:MOST_PIECES]
+        self.hidden = pieces  # (pieces, T); from the first block on (pieces, T, dim)
         self.model, self.mode, self.group_size = model, mode, group_size
         self.block: int | None = None  # the number of the one that is read now
         self.waiting: dict[str, Linear] = {}  # its layers, dense
@@ -82,8 +81,15 @@ class Calibration:
             [cache] = self.cache.layers(slice(0, len(x)))
             return model.layers[self.block](x, positions[self.block], cache)
 
-        moments = {}
-        hooks = [layer.register_forward_pre_hook(partial(add_moment, moments, name))
+        moments = {}  # of each layer's inputs: x.T @ x, [K, K] float32
+
+        def add(name: str, layer: Linear, inputs: tuple[Tensor]) -> None:
+            x = inputs[0].reshape(-1, layer.in_features).float()
+            if name not in moments:
+                moments[name] = x.new_zeros(layer.in_features, layer.in_features)
+            moments[name].addmm_(x.T, x)
+
+        hooks = [layer.register_forward_pre_hook(partial(add, name))
                  for name, layer in self.waiting.items()]
         self.run(forward)
         for hook, (name, linear) in zip(hooks, self.waiting.items()):
@@ -100,16 +106,6 @@ class Calibration:
 
     def run(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([forward(x) for x in self.hidden.split(BATCH)])
-
-
-def add_moment(
-    moments: dict[str, Tensor], name: str, layer: Linear, inputs: tuple[Tensor]
-) -> None:
-    """Add x.T @ x of a layer's inputs x to its entry, [K, K] float32."""
-    x = inputs[0].reshape(-1, layer.in_features).float()
-    if name not in moments:
-        moments[name] = x.new_zeros(layer.in_features, layer.in_features)
-    moments[name].addmm_(x.T, x)
 
 # --- rounding ---
 
