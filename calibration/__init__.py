@@ -35,9 +35,12 @@ class Calibration:
     The output layer, which is int8 in any case, is left to plain rounding."""
 
     def __init__(self, model: Transformer, ids: Sequence[int], mode: str, group_size: int) -> None:
-        """ValueError: another mode than int8 and int4, or ids that are too few or no tokens."""
+        """ValueError: another mode than int8 and int4, ids that are too few or no tokens, or layers
+        that take more than what the one before gives."""
         if mode not in ("int8", "int4"):
             raise ValueError(f"calibrating goes with quantize int8 or int4, not {mode}")
+        if type(model).run_layers is not Transformer.run_layers:
+            raise ValueError(f"calibrating is not possible for {model.config.family}")
         ids = torch.as_tensor(ids, device="cpu")
         n, vocab_size = len(ids), model.config.vocab_size
         if n < LEAST_TOKENS or ids.min() < 0 or ids.max() >= vocab_size:
@@ -69,17 +72,18 @@ class Calibration:
     def pass_block(self) -> None:
         """Quantize a block's layers by what the text brings them, and let it go through them."""
         model, config = self.model, self.model.config
-        T = self.hidden.shape[1]
         if self.block == 0:
             self.hidden = self.run(lambda tokens: model.embed(tokens.to(model.device)))
-            heads = (config.n_kv_head, config.head_dim)
-            self.cache = KVCache(1, *heads, BATCH, T, dtype=model.dtype, device=model.device)
+        block, T = model.layers[self.block], self.hidden.shape[1]
+        cache = KVCache(
+            1, config.n_kv_head, config.head_dim, BATCH, T, dtype=model.dtype, device=model.device,
+            makers=[block.self_attn.make_cache],
+        )
 
         def forward(x: Tensor) -> Tensor:
             input_pos = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-            positions = model.positions(input_pos, T, self.cache, cached=0, even=True)
-            [cache] = self.cache.layers(slice(0, len(x)))
-            return model.layers[self.block](x, positions[self.block], cache)
+            positions = model.positions(input_pos, T, cache, cached=0, even=True)
+            return block(x, positions[self.block], *cache.layers(slice(0, len(x))))
 
         moments = {}  # of each layer's inputs: x.T @ x, [K, K] float32
 
