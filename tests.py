@@ -602,7 +602,8 @@ CORE = {
     "kernels": set(),
 }
 LIBRARIES = {"torch", "triton", "sentencepiece", "safetensors", *sys.stdlib_module_names}
-PARTS = ["families", "formats", "products", "batching", "parallel", "cpu", "cli"]
+PARTS = ["families", "formats", "products", "batching", "parallel", "cpu", "cli",
+         "calibration"]
 FOLDERS = [*PARTS, "checks", "benchmarks", "examples"]
 NEEDS = {"cli": {"batching", "formats", "parallel"}}  # of other folders
 def modules(tree: ast.AST) -> set[str]:
@@ -648,6 +649,7 @@ LACKS = {
     "formats": [NO_FOLDER.format("formats")] * 2 + ["stop strings (x) need a tokenizer that "
                                                     "formats/ made"],
     "batching": [NO_FOLDER.format("batching")],
+    "calibration": [NO_FOLDER.format("calibration")],
 }
 
 
