@@ -43,6 +43,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
     calibration     rounding by a text (load_model)
     batching        more prompts than rows, and proposals (decoder_for)
+    processors      what changes logits, and log probabilities (Decoder.start)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
     if (Path(__file__).parent / folder / "__init__.py").exists():
@@ -95,12 +96,13 @@ class Transformer(nn.Module):
     def prefill(
         self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None, *,
         rows: slice | None = None, cached: int | None = None, last: Tensor | None = None,
+        hidden: bool = False,
     ) -> Tensor:
         """Any number of tokens of the given rows of the cache, by default the first ones.
 
         cached: the input_pos of all rows, if the caller knows it: reading it waits for the device.
         last [B]: which of the T is each row's last token, what follows is padding, and only its
-        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
+        logits are wanted, [B, 1, vocab_size]; -1: it has none. hidden: what the head is given."""
         Transformer.n_texts += 1
         quantization.pack_again()
         B, T = tokens.shape
@@ -116,9 +118,9 @@ class Transformer(nn.Module):
         positions = self.positions(input_pos, T, cache, cached, last, min(lengths) == cached)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.cached[rows] = [length + T for length in lengths]
-        if last is not None:
+        if last is not None and not hidden:
             x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, dim)
-        return self.head(x)
+        return x if hidden else self.head(x)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
