@@ -254,7 +254,7 @@ class Chat:
         self.system = system
         self.messages, self.begun = messages, []
         self.attempt = 0
-        say(f"{len(messages) // 2} messages and their answers from {file}")
+        say(f"{plural(len(messages) // 2, 'turn')} from {file}")
         if cache_of(file).exists():
             self.held = []
             self.held = load_row(self.engine.model, cache_of(file))
