@@ -24,7 +24,7 @@ PIECE = 512  # tokens that are read at a time
 MOST_PIECES = 128  # what follows is left out
 LEAST_TOKENS = 128
 BATCH = 8  # pieces that go through a block together
-DAMPING = 0.03  # of the mean moment, added to all; with 0.01 and 0.1 other texts lost more
+DAMPING = 0.3  # inputs are taken for as much less dependent than in the text, which is short
 SWEEPS = 2  # of coordinate descent: more change little
 CHUNK = 4096  # rows of a weight that are rounded together
 BLOCK = 64  # inputs whose errors reach all others at once
@@ -158,7 +158,7 @@ def round_by(moment: Tensor, layer: QuantizedLinear, weight: Tensor) -> None:
     mean = moment.diagonal().mean()
     if not mean.isfinite():
         raise ValueError("the text leads to numbers that are not finite: take another dtype")
-    moment.diagonal().add_(DAMPING * mean)
+    moment.diagonal().mul_(1 + DAMPING).add_(1e-3 * mean)  # which some inputs lack
     order = moment.diagonal().argsort(descending=True)
     # upper; its transpose times itself is the inverse of the moments in that order
     factor = torch.linalg.cholesky(moment[order][:, order].flip(0, 1)).flip(0, 1)

