@@ -509,7 +509,6 @@ class LayerCache:
 
     def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
         self.tensors = tensors  # what pack makes and unpack takes: [2, B, Hkv, S, ...] each
-        self.nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)  # of all rows
         self.kv = tensors[0]
         self.places = places
         self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
@@ -592,9 +591,8 @@ class Int8LayerCache(LayerCache):
     softmax does not notice. (It would under a softcap or with sinks; there it has to be zeros.)"""
 
     def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
-        super().__init__(tensors, places, flash)
-        *self.tensors, self.k_mean = tensors
-        _, self.scale = self.tensors
+        super().__init__(tensors[:2], places, flash)
+        _, self.scale, self.k_mean = tensors
 
     @classmethod
     def allocate(
@@ -678,7 +676,9 @@ class KVCache:
         self.whole: list[LayerCache] = []
         for make, places in zip(makers, self.places(len(makers)), strict=True):
             self.whole.append(make(self, places, device))
-        return sum(layer.nbytes for layer in set(self.whole))
+        values = [x for layer in self.whole for x in vars(layer).values()]
+        own = {id(x): x for x in values if isinstance(x, Tensor)}  # layers may share some
+        return sum(x.untyped_storage().nbytes() for x in own.values())
 
     def make_layer(self, places: Places, device: Device, heads: tuple[int, int]) -> LayerCache:
         """A layer of this cache's format. heads: n_kv_head, head_dim."""

@@ -138,6 +138,7 @@ def test_a_layer_may_be_made_of_one_before_it() -> None:
     first, second = cache.layers(slice(0, 1))
     first.kv.fill_(3)
     assert second.kv.eq(3).all()
+    assert cache.nbytes == first.kv.nbytes
 
 
 @pytest.mark.parametrize("rings", [True, False])
