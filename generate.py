@@ -41,7 +41,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from inspect import signature
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -56,7 +56,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from model import KVCache, Transformer, extension, load_model, run_block, run_head
-from quantize import HARMLESS, MODES
+from quantize import BLOCK, HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
@@ -71,34 +71,35 @@ def generate(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
     min_p: float | None = None, eos_ids: Iterable[int] = (), seed: int | None = None,
     stop: Sequence[str] = (), tokenizer: Tokenizer | None = None,
-    stream: Callable[[int, list[int]], None] | None = None, cached: int = 0,
+    stream: Callable[[int, list[int]], bool | None] | None = None, cached: int = 0,
     compile: bool | None = None, speculate_k: int = 0, draft: Transformer | None = None,
-    stats: Any = None, engine: Decoder | None = None,
-) -> list[list[int]]:
+    stats: Any = None, engine: Decoder | None = None, **settings: Any,
+) -> list[Tokens]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
     A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
     tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
-    tokens of each row that are in the cache already. stream(number, ids) is called as tokens come.
-    The same seed, the same text; prompt i draws with seed + i. compile: by compiled steps, which
-    compile_model makes unless it has, or plain ones; None: as the model's are. speculate_k, draft:
-    check that many proposals a step; the text is the same. stats: a batching.Stats to fill.
+    tokens of each row that are in the cache already. stream(number, ids) is called as tokens come,
+    and ends an answer by returning False. The same seed, the same text; prompt i draws with
+    seed + i. compile: by compiled steps, which compile_model makes unless it has, or plain ones;
+    None: as the model's are. speculate_k, draft: check that many proposals a step; the text is the
+    same. stats: a batching.Stats to fill. settings: more of a Request's.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
     series of calls shares its captured steps. Threads with one model or cache take turns.
     ValueError says what does not fit."""
-    RANGES["seed"].check("seed", 0 if seed is None else seed)
+    seed = seed if seed is None else RANGES["seed"].check("seed", seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be a list, each a {IDS_WANTED}, not {prompts!r:.60}")
     eos_ids = frozenset(eos_ids) if isinstance(eos_ids, Iterator) else eos_ids
     requests = [Request(
         prompt, max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         eos_ids=eos_ids, cached=cached, seed=seed if seed is None else (seed + i) % 2**63,
-        ends=ends_at(stop, tokenizer, prompt) if stop else None,
+        ends=ends_at(stop, tokenizer, prompt) if stop else None, **settings,
     ) for i, prompt in enumerate(prompts)]
     if not requests:
         raise ValueError("there is no prompt")
-    out: list[list[int]] = [[] for _ in requests]
+    out = [Tokens() for _ in requests]
     with taking_turns(model):
         if engine is None:
             fit_cache(model, requests, speculate_k, bool(compile))
@@ -109,10 +110,27 @@ def generate(
             raise ValueError("statistics are what a batching.Engine keeps, and not a Decoder")
         with taking_turns(engine.cache):  # another model may have it too
             for number, tokens in engine.run(requests):
-                out[number] += tokens
-                if stream:
-                    stream(number, tokens)
+                out[number].add(tokens)
+                if stream and stream(number, tokens) is False:
+                    engine.end(number)
+                out[number].finish_reason = engine.finish_reasons.get(number)
     return out
+
+
+class Tokens(list[int]):
+    """An answer's tokens, with what was asked for: the model's own log probabilities, before any
+    setting changes them, of each token and of the likeliest in its place, likeliest first."""
+
+    finish_reason: str | None = None  # eos, stop, length, context
+    logprobs: Sequence[float] = ()
+    top_logprobs: Sequence[dict[int, float]] = ()
+    prompt_logprobs: Sequence[float | None] = ()  # with echo; None: of the first token
+    prompt_top_logprobs: Sequence[dict[int, float] | None] = ()
+
+    def add(self, more: list[int]) -> None:
+        self += more
+        for name, known in getattr(more, "__dict__", {}).items():  # of a part that has some
+            self.__dict__.setdefault(name, []).extend(known)
 
 
 def decoder_for(
@@ -128,6 +146,7 @@ def decoder_for(
         model.decode_head = run_head
     compiled = bool(compile)
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
+    beyond = beyond or any(request.logprobs is not None for request in requests)
     if beyond or not pads_little(requests) or begin_alike(requests):
         batching = extension("batching", required=beyond)
         if batching is not None:
@@ -137,9 +156,11 @@ def decoder_for(
 
 def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
     """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
-    reading the weights, and there padding is free; beyond, it may be a quarter."""
+    reading the weights, and there padding is free; beyond, it may be a quarter. None has a block
+    that another lacks: its tokens would be multiplied as none of the other's are alone."""
     lengths = [len(request.prompt) for request in requests]
-    return len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
+    alike = len({n // BLOCK for n in lengths}) == 1
+    return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
 
 
 def begin_alike(requests: Sequence[Request], least: int = 32) -> list[int]:
@@ -213,14 +234,14 @@ class Range(NamedTuple):
 
     def check(self, name: str, value: Any) -> int | float:
         """The value, or ValueError."""
-        noun, kinds = ("whole number", int) if self.kind is int else ("number", (int, float))
+        noun, kinds = ("whole number", Integral) if self.kind is int else ("number", Real)
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise ValueError(f"{name} must be a {noun}, not {value!r:.60}")
         if not self.low <= value <= self.high or self.above and value == self.low:
             bounds = f"{'above' if self.above else 'at least'} {self.low}"
             bounds += f" and at most {self.high}" if self.high < float("inf") else ""
             raise ValueError(f"{name}: {value} is not {bounds}")
-        return value
+        return int(value) if isinstance(value, Integral) else float(value)
 
 
 RANGES = {
@@ -229,9 +250,14 @@ RANGES = {
     "top_k": Range(int, 1, 2**31 - 1),
     "top_p": Range(float, 0, 1, above=True),
     "min_p": Range(float, 0, 1),
+    "repetition_penalty": Range(float, 0, 100, above=True),
+    "presence_penalty": Range(float, -2, 2),
+    "frequency_penalty": Range(float, -2, 2),
+    "logprobs": Range(int, 0),
     "seed": Range(int, 0, 2**63 - 1),
     "cached": Range(int, 0),
 }
+EXTRAS = "repetition_penalty presence_penalty frequency_penalty processors logprobs echo".split()
 
 
 @dataclass(frozen=True)
@@ -245,6 +271,13 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    # of tokens so far, int64 [n], and logits, float32 [V] -> logits; called on the host, in order
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
+    logprobs: int | None = None  # of so many likeliest tokens, beside each one's own
+    echo: bool | None = None  # of the prompt's tokens too
     eos_ids: Collection[int] = ()
     cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
     seed: int | None = None  # the same, the same text; None: a new one when the request starts
@@ -255,12 +288,13 @@ class Request:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None or name in ("max_new_tokens", "temperature", "cached"):
-                allowed.check(name, value)
-        for name, kind in ("prompt", list), ("eos_ids", Collection):
+                object.__setattr__(self, name, allowed.check(name, value))
+        for name, kind in ("prompt", (list, tuple)), ("eos_ids", Collection):
             ids = getattr(self, name)
             kinds = {type(i) for i in ids} if isinstance(ids, kind) else {bool}
             if bool in kinds or not all(issubclass(each, Integral) for each in kinds):
                 raise ValueError(f"{name} must be a {IDS_WANTED}, not {ids!r:.60}")
+        object.__setattr__(self, "prompt", list(self.prompt))
 
     def budget(self, vocab_size: int, context: int) -> int:
         """The most new tokens that it can have. ValueError: none, or a token of its prompt is
@@ -294,6 +328,8 @@ class Drawn(NamedTuple):
 
     tokens: Tensor  # int64 [B, k + 1], of which those up to the first wrong proposal count
     agreed: Tensor | None = None  # int64 [B]: how many proposals were right, one after the other
+    logprobs: Tensor | None = None  # float32 [B, k + 1, 1 + n]: theirs, of the n likeliest
+    likeliest: Tensor | None = None  # int64 [B, k + 1, n]
 
 
 def on_its_device(method: Callable) -> Callable:
@@ -336,6 +372,8 @@ class Decoder:
         self.active = torch.zeros(B, dtype=torch.int32, device=self.device)  # 1: a step moves it on
         self.sampling = Sampling.of([Request([], 1)] * B, self.device)
         self.kind = "greedy"
+        self.extras: Any = None  # processors.Extras, once a request has one of EXTRAS
+        self.known: Sequence[Tensor] = ()  # Drawn.logprobs and Drawn.likeliest
         self.running: dict[int, Request] = {}  # by the row; whose next tokens somebody wants
         self.finish_reasons: dict[int, str] = {}  # how the requests of a run ended
         # by step_key: where prepared steps put what they draw, and their graphs
@@ -361,9 +399,9 @@ class Decoder:
         rows = slice(0, self.width())
         input_pos = self.input_pos[rows]
         logits = self.model.decode(self.token[rows], input_pos, self.cache)  # (B, 1, V)
-        tokens = self.draw(rows, logits, 1)  # (B, 1)
+        tokens = (self.extras or self).draw(rows, logits, 1)  # (B, 1)
         self.move(rows, tokens, self.active[rows])
-        return Drawn(tokens)
+        return Drawn(tokens, None, *self.known)
 
     def draw(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
         """Tokens [B, T] of rows for logits [B, T, V], `ahead` of their last ones and on."""
@@ -393,7 +431,7 @@ class Decoder:
     @property
     def step_key(self) -> Any:
         """What steps differ in: one graph is captured for each."""
-        return self.kind
+        return self.kind, self.extras and self.extras.key
 
     def prepare(self) -> float:
         """Prepare the step that is next, if it is compiled and was not -> seconds it took."""
@@ -409,7 +447,8 @@ class Decoder:
         state = self.token, self.input_pos, self.active
         before = [tensor.clone() for tensor in state]
         self.active.zero_()  # so that all trials write at the same place
-        if self.device.type == "cuda":
+        by_host = self.extras is not None and self.extras.by_host  # which no graph holds
+        if self.device.type == "cuda" and not by_host:
             self.graphs[self.step_key] = self.capture()
         else:
             self.prepared[self.step_key] = self.advance()
@@ -465,13 +504,19 @@ class Decoder:
                 yield False
         if ends.dtype == torch.float16 and ends.isnan().any():
             raise ValueError("this model's numbers leave float16: take bfloat16 or float32")
+        if self.extras is not None:
+            ends = self.extras.begin(rows, requests, ends)
         sampling = self.sampling.rows(rows)
         self.token[rows, 0] = sample(ends, sampling, kind_of(requests), self.input_pos[rows])
+        if self.extras is not None:
+            self.extras.note(rows, self.token[rows], 0)
         self.active[rows] = 1
 
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
         pos = torch.full_like(last, cached, dtype=torch.int32)
+        if self.extras is not None:
+            return self.extras.read_part(tokens, pos, rows, cached, last)
         logits = self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)
         return logits[:, 0]
 
@@ -519,6 +564,12 @@ class Decoder:
                 if self.owner is not me:
                     raise RuntimeError("another run of this decoder has begun")
 
+    def end(self, number: int) -> None:
+        """The caller wants no more of a request of this run."""
+        if self.running.pop(number, None) is not None:
+            self.finish_reasons[number] = "stop"
+            self.active[number] = 0
+
     def budget(self, request: Request) -> int:
         return request.budget(self.model.config.vocab_size, self.context)
 
@@ -536,6 +587,10 @@ class Decoder:
         # what is cached is not written over by rows without a request, nor by a trial
         self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
         self.kind = kind_of(requests)  # for all that will come: a compiled step is prepared before
+        wanted = any(getattr(each, name) not in (None, ()) for each in requests for name in EXTRAS)
+        if wanted or self.extras is not None:
+            self.extras = self.extras or extension("processors").Extras(self)
+            self.extras.start(requests)
         self.owner = object()
         return self.owner
 
@@ -613,6 +668,16 @@ def keep_min_p(probs: Tensor, p: Tensor) -> Tensor:
     return probs.masked_fill(probs < p * probs[:, :1], 0)
 
 
+def filter_probs(probs: Tensor, sampling: Sampling, n: int) -> tuple[Tensor, Tensor]:
+    """The n likeliest of probabilities [N, V], likeliest first, with zeros for what a row's FILTERS
+    drop; and their token ids: [N, n] each."""
+    probs, ids = probs.topk(n) if n < probs.shape[1] else probs.sort(descending=True)
+    for setting, each in zip(sampling.filters.unbind(1), FILTERS.values(), strict=True):
+        probs = each.keep(probs, setting[:, None])
+    return probs, ids
+
+
+FILTER_PROBS = filter_probs  # another one in its place is called by all kinds of steps
 # One after the other. The setting is a Request's of the same name, None: off. A filter whose name
 # is no setting is on for every row that samples, and is given `off`.
 FILTERS = {
@@ -656,6 +721,8 @@ def key_of(seed: int | None) -> tuple[int, int]:
 def kind_of(requests: Iterable[Request]) -> str:
     """The cheapest kind of step that draws for all of these rows: "greedy" where none samples,
     "plain" from all tokens, "top_k" from CANDIDATES, "filtered" from the sorted vocabulary."""
+    if filter_probs is not FILTER_PROBS:
+        return "filtered"  # for greedy rows too: it may drop the likeliest token
     sampled = [request for request in requests if request.temperature > 0]
     if not sampled:
         return "greedy"
@@ -683,16 +750,9 @@ def sample(logits: Tensor, sampling: Sampling, kind: str, position: Tensor) -> T
         probs, ids = filter_probs(probs, sampling, min(CANDIDATES, V) if kind == "top_k" else V)
     best = (probs / noise(sampling.key, position, ids)).argmax(-1, keepdim=True)  # (N, 1)
     drawn = ids.expand(N, -1).gather(-1, best)[:, 0]
+    if filter_probs is not FILTER_PROBS:
+        likeliest = ids.gather(-1, probs.argmax(-1, keepdim=True))[:, 0]
     return torch.where(greedy, likeliest, drawn)
-
-
-def filter_probs(probs: Tensor, sampling: Sampling, n: int) -> tuple[Tensor, Tensor]:
-    """The n likeliest of probabilities [N, V], likeliest first, with zeros for what a row's FILTERS
-    drop; and their token ids: [N, n] each."""
-    probs, ids = probs.topk(n) if n < probs.shape[1] else probs.sort(descending=True)
-    for setting, each in zip(sampling.filters.unbind(1), FILTERS.values(), strict=True):
-        probs = each.keep(probs, setting[:, None])
-    return probs, ids
 
 
 def noise(key: Tensor, position: Tensor, ids: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
     calibration     rounding by a text (load_model)
     batching        more prompts than rows, and proposals (decoder_for)
+    processors      what changes logits, and log probabilities (Decoder.start)
     cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
     folder = name.partition(".")[0]
     if (Path(__file__).parent / folder / "__init__.py").exists():
@@ -95,12 +96,13 @@ class Transformer(nn.Module):
     def prefill(
         self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None, *,
         rows: slice | None = None, cached: int | None = None, last: Tensor | None = None,
+        hidden: bool = False,
     ) -> Tensor:
         """Any number of tokens of the given rows of the cache, by default the first ones.
 
         cached: the input_pos of all rows, if the caller knows it: reading it waits for the device.
         last [B]: which of the T is each row's last token, what follows is padding, and only its
-        logits are wanted, [B, 1, vocab_size]; -1: the row has no token here."""
+        logits are wanted, [B, 1, vocab_size]; -1: it has none. hidden: what the head is given."""
         Transformer.n_texts += 1
         quantization.pack_again()
         B, T = tokens.shape
@@ -116,9 +118,9 @@ class Transformer(nn.Module):
         positions = self.positions(input_pos, T, cache, cached, last, min(lengths) == cached)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
         cache.cached[rows] = [length + T for length in lengths]
-        if last is not None:
+        if last is not None and not hidden:
             x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, dim)
-        return self.head(x)
+        return x if hidden else self.head(x)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -345,6 +347,7 @@ class MLP(nn.Module):
 
 
 QUERY_TILE = 512  # queries that attend together: their keys end with the last of them
+CPU_TILE = 16  # the same of a CPU, which sums other numbers of queries or keys in other orders
 MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 
@@ -362,10 +365,6 @@ def prefill_attention(
     if window is not None and window >= keys.shape[2]:
         window = None
     if in_order and flash_takes(q, keys, values, window):
-        if q.is_cpu:
-            causal = dict(is_causal=True, scale=scale, enable_gqa=True)
-            y = F.scaled_dot_product_attention(q, keys, values, **causal)
-            return y.transpose(1, 2).contiguous().transpose(1, 2)
         # its mask ends with the last query and key, which F.scaled_dot_product_attention hides
         inputs = [x.transpose(1, 2) for x in (q, keys, values)]  # (B, T or S, H, D) each
         y, *_ = torch.ops.aten._flash_attention_forward(
@@ -383,10 +382,16 @@ def in_tiles(
     attention: Callable[..., Tensor], q: Tensor, keys: Tensor, values: Tensor, index: Tensor,
     key_pos: Tensor, **options: Any,
 ) -> Tensor:
-    """Causal attention, as in prefill_attention, of some queries at a time."""
-    B, Hq, T, D = q.shape
-    S = keys.shape[2]
-    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * S)))
+    """Causal attention, as in prefill_attention, of some queries at a time: on a CPU always of as
+    many, of which the last see nothing, so that what one gets depends on none behind it."""
+    B, Hq, n, D = q.shape
+    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * keys.shape[2])))
+    if q.is_cpu:
+        tile = min(tile, CPU_TILE)
+        more = -n % tile
+        q, keys, values = (F.pad(x, (0, 0, 0, more)) for x in (q, keys, values))
+        index, key_pos = F.pad(index, (0, more)), F.pad(key_pos, (0, more), value=2**62)
+    T, S = q.shape[2], keys.shape[2]
     y = q.new_empty(B, T, Hq, D)
     for first in range(0, T, tile):
         last = min(first + tile, T)
@@ -396,7 +401,7 @@ def in_tiles(
             key_pos[:, :end], **options,
         )
         y[:, first:last] = part.transpose(1, 2)  # (B, tile, Hq, D)
-    return y.transpose(1, 2)
+    return y[:, :n].transpose(1, 2)
 
 
 def folded_attention(
@@ -425,9 +430,9 @@ def math_attention(
 def flash_takes(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> bool:
     """Whether causal attention to keys in order runs in a flash kernel of PyTorch: of a whole
     prompt, on NVIDIA's GPUs also behind others and in a window."""
-    whole = window is None and q.shape[2] == keys.shape[2]
     if q.is_cpu:
-        return whole and torch.backends.cuda.flash_sdp_enabled()  # the switch is the CPU's too
+        return False
+    whole = window is None and q.shape[2] == keys.shape[2]
     parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
     takes = torch.backends.cuda.can_use_flash_attention(parameters)
     return takes and (whole or torch.version.hip is None)
@@ -493,7 +498,8 @@ class Places:
         attend to, [B, Hkv, S, D] each, and at which positions these stand, [B or 1, S]; positions
         that no new token sees may be among them."""
         cache.write(k, v, positions.index)
-        if positions.prefill and positions.cached == 0:  # which needs nothing of the cache
+        # which needs nothing of a cache that holds them as they are
+        if positions.prefill and positions.cached == 0 and cache.kv.dtype == k.dtype:
             return k, v, positions.index
         # decode does not know the lengths: it reads everything
         end = positions.cached + k.shape[2] if positions.prefill else self.S

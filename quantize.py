@@ -27,6 +27,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
+BLOCK = 128  # tokens of a prompt for which a CPU dequantizes an int4 weight
 SCALES = torch.bfloat16
 BF16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -59,8 +60,9 @@ class QuantizedLinear(Packable):
     values that they stand for now; stored(), the plain tensors that are saved; and dense(dtype),
     the weight by slices of rows.
 
-    A few rows of x go to the operator of the layer's layout, in bfloat16 (rounding them is a fifth
-    of int8's own error). More rows, as in prefill, pay for dequantizing the weight once."""
+    A step's x goes to the operator of the layer's layout, in bfloat16 (rounding it is a fifth of
+    int8's own error). Many tokens, as in prefill, pay for dequantizing the weight once. Which of
+    them do is the layout's choice: of int4 on a CPU, whatever other rows there are."""
 
     group_size: int | None
     error = 0.0  # relative, of the weight that quantize_linear has quantized
@@ -72,8 +74,13 @@ class QuantizedLinear(Packable):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        T = x.shape[-2] if x.dim() > 2 else 1  # of a token alone, as those of an expert
         rows = x.reshape(-1, self.in_features)
-        if self.layout is not None and len(rows) <= self.layout.few_rows:
+        many = T if self.layout is None else self.layout.many_tokens(len(rows) // T, T)
+        if 0 < many < T:
+            parts = x[..., :many, :], x[..., many:, :]
+            return torch.cat([self.forward(part) for part in parts], -2)
+        if many == 0:
             y = self.layout.product(self, rows.bfloat16())
         else:
             dtype = many_rows_dtype(x.device)
@@ -222,7 +229,9 @@ class Layout(Protocol):
     def plain(self, layer: nn.Module, rows: slice | Tensor) -> tuple[Tensor, ...]:
         """Some rows as they were before, as Int4Linear.plain says."""
 
-    few_rows: int  # the most rows of x for which product was measured faster than dequantizing
+    def many_tokens(self, B: int, T: int) -> int:
+        """How many of the T tokens of each of B rows, the first ones, are multiplied faster by
+        dequantizing, as was measured; all others go to product."""
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [rows, in_features] times the weight -> [rows, out_features]."""
@@ -363,18 +372,19 @@ def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
 
     Keys have outlier channels that one int8 scale a token handles badly; subtracting a fixed vector
     removes them, and softmax does not notice (SageAttention, arXiv 2410.02367). The tokens are
-    spread over the cache, because keys turn with their position: with 64 of them the mean KL on
-    SmolLM2-135M is 9.6e-4 at the first positions, 6.9e-4 spread."""
-    n = min(128, cache.max_seq_len)
+    spread over the first positions of the context, because keys turn with their position, and not
+    over those of the cache: what its room is changes no text."""
+    n, spread_over = 128, min(4096, model.config.max_seq_len)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, n), generator=generator).to(model.device)
-    spread = torch.linspace(0, cache.max_seq_len - 1, n).long().to(model.device)
+    spread = torch.linspace(0, spread_over - 1, n).long().to(model.device)
     input_pos = torch.zeros(1, dtype=torch.int32, device=model.device)
-    positions = model.positions(input_pos, n, cache, cached=0, turned=spread[None])
     # not quantized, and with all n tokens of every layer
-    scratch = model.setup_caches(1, n, rings=False).layers(slice(0, 1))
-    model.run_layers(model.prefill_block, tokens, positions, scratch)
-    for layer, measured in zip(cache.whole, scratch, strict=True):
+    scratch = model.setup_caches(1, n, rings=False)
+    scratch.max_seq_len = spread_over  # of its rotary tables
+    positions = model.positions(input_pos, n, scratch, cached=0, turned=spread[None])
+    model.run_layers(model.prefill_block, tokens, positions, scratch.layers(slice(0, 1)))
+    for layer, measured in zip(cache.whole, scratch.whole, strict=True):
         if hasattr(layer, "k_mean"):  # or it has no such keys
             keys = measured.kv[0, 0].float()  # (Hkv, n, D)
             layer.k_mean.copy_(keys.mean(1, keepdim=True))

@@ -602,9 +602,10 @@ CORE = {
     "kernels": set(),
 }
 LIBRARIES = {"torch", "triton", "sentencepiece", "safetensors", *sys.stdlib_module_names}
-PARTS = ["families", "formats", "products", "batching", "parallel", "cpu", "cli"]
+PARTS = ["families", "formats", "products", "batching", "processors", "parallel", "cpu",
+         "cli", "calibration"]
 FOLDERS = [*PARTS, "checks", "benchmarks", "examples"]
-NEEDS = {"cli": {"batching", "formats", "parallel"}}  # of other folders
+NEEDS = {"cli": {"batching", "formats", "parallel", "processors"}}  # of other folders
 def modules(tree: ast.AST) -> set[str]:
     """What is imported anywhere in it, by full names; "": something relative."""
     names = set()
@@ -648,6 +649,8 @@ LACKS = {
     "formats": [NO_FOLDER.format("formats")] * 2 + ["stop strings (x) need a tokenizer that "
                                                     "formats/ made"],
     "batching": [NO_FOLDER.format("batching")],
+    "calibration": [NO_FOLDER.format("calibration")],
+    "processors": [NO_FOLDER.format("processors")],
 }
 
 

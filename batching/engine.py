@@ -80,7 +80,7 @@ class Launch:
     first ones behind prompts. Rows may have other requests by the time they are read."""
 
     drawn: Drawn  # on the host, there once `ended` is reached
-    rows: dict[int, Running]
+    rows: dict[int, Running]  # by the row of drawn
     is_step: bool
     k: int  # proposals that were checked
     began: Mark
@@ -196,6 +196,7 @@ class Engine(PrefixSharer):
         wanted = [Running(i, request, self.budget(request)) for i, request in enumerate(requests)]
         waiting = Waiting(wanted, take_number)
         me = self.start([running.request for running in wanted])
+        self.wanted = wanted
         self.refuse_lost_prefix(wanted)
         self.stats.compile_s += self.prepare_all()
         began = time.perf_counter()
@@ -268,6 +269,8 @@ class Engine(PrefixSharer):
             requests.append(neighbour.request)
             if not pads_little(requests, self.chunk_beside_steps() // 2):
                 break
+            if len(requests) * max(len(each.prompt) for each in requests) > self.chunk():
+                break  # read together, in smaller chunks than alone, they are summed otherwise
             rows[row] = waiting.pop()
         return self.begin(rows)
 
@@ -281,9 +284,9 @@ class Engine(PrefixSharer):
             self.drafter.note(self.token[rows], self.input_pos[rows], rows)
         self.running.update(reading.rows)
         for running in reading.rows.values():
-            running.drawn_at_least = 1
-            running.drawn_at_most = 1
-        return [self.send(Drawn(self.token, None), reading.rows, reading.began)]
+            running.drawn_at_least = running.drawn_at_most = 1
+        drawn = Drawn(self.token[rows], None, *self.known)
+        return [self.send(drawn, dict(enumerate(reading.rows.values())), reading.began)]
 
     @on_its_device
     def launch(self, began: Mark) -> Launch:
@@ -309,17 +312,11 @@ class Engine(PrefixSharer):
         k: int = 0,
     ) -> Launch:
         """Send what was drawn on its way to the host, and free the rows that have all."""
-        drawn = Drawn(*map(self.on_host, drawn))
+        drawn = Drawn(*map(on_host, drawn))
         for running in rows.values():
             if running.drawn_at_least >= running.budget:
                 self.free(running)
         return Launch(drawn, rows, is_step, k, began, self.mark())
-
-    def on_host(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
-        return copy.copy_(tensor, non_blocking=True)
 
     def close_gap(self) -> None:
         """Move the last row's request to a free row before it, so that steps have fewer rows."""
@@ -337,6 +334,8 @@ class Engine(PrefixSharer):
             self.held[free] = self.held.pop(last)
         for tensor in (self.token, self.input_pos, self.active, *self.sampling):
             tensor[free] = tensor[last]
+        if self.extras is not None:
+            self.extras.copy_row(last, free)
         self.active[last] = 0
         self.rest(last, request.cached)
         self.cache.cached[last] = request.cached
@@ -377,6 +376,8 @@ class Engine(PrefixSharer):
             if running.done:
                 continue
             taken = self.take(running, tokens[row][:agreed[row] + 1])
+            if self.extras is not None:
+                taken = self.extras.told(running.request, taken, launch.drawn, row)
             if not self.refills or self.running.get(running.row) is running:
                 self.cache.cached[running.row] = running.prompt_end + running.read - 1
             self.stats.new_tokens += len(taken)
@@ -410,6 +411,13 @@ class Engine(PrefixSharer):
         if launch.k or self.gauge is not None:  # a draft model works in plain steps too
             self.stats.speculation.add(launch.k, list(live.values()), seconds)
 
+    def end(self, number: int) -> None:
+        running = self.wanted[number]
+        if not running.done:
+            running.done = True
+            self.finish_reasons[number] = "stop"
+            self.free(running)
+
     def take(self, running: Running, tokens: list[int]) -> list[int]:
         """Give a request new tokens -> those up to the one that ends it, if one does."""
         for i, token in enumerate(tokens):
@@ -436,6 +444,14 @@ class Engine(PrefixSharer):
             self.step()
             marks.append(self.mark())
         return [seconds_between(began, ended) for began, ended in pairwise(marks)]
+
+
+def on_host(tensor: Tensor | None) -> Tensor | None:
+    """A copy, on its way."""
+    if tensor is None:
+        return None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def goes_round(cache: KVCache, length: int) -> bool:

@@ -28,7 +28,7 @@ class PrefixSharer(Speculator):
 
     def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
         shared = begin_alike(requests)
-        if shared:
+        if shared and not (self.extras and self.extras.echo):  # which wants to see all
             self.input_pos[rows] = 0
             done = self.take_from_other(rows.start, shared)
             others = range(rows.start + 1, rows.stop)

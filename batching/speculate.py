@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,8 +233,8 @@ class Speculator(Decoder):
         self.ends = [0] * self.cache.max_batch_size
 
     @property
-    def step_key(self) -> tuple[str, int]:
-        return self.kind, self.k_now
+    def step_key(self) -> Any:
+        return super().step_key, self.k_now
 
     def advance(self) -> Drawn:
         """Feed each row's last token and k proposals, and keep what is drawn up to the first
@@ -249,7 +250,9 @@ class Speculator(Decoder):
         proposals = self.drafter.propose(token, input_pos, rows, max(k, 1), draw)
         feed = torch.cat([token, proposals[:, :k]], 1)  # (B, k + 1)
         logits = self.model.decode(feed, input_pos, self.cache)  # (B, k + 1, V)
-        tokens = draw(logits, 1)  # (B, k + 1)
+        if self.extras is not None:
+            self.extras.proposals = proposals
+        tokens = (self.extras or self).draw(rows, logits, 1)  # (B, k + 1)
         self.drafter.note(tokens, input_pos + 1, rows)
 
         right = tokens[:, :max(k, 1)] == proposals
@@ -257,7 +260,7 @@ class Speculator(Decoder):
         accepted = agreed.clamp(max=k)
         last = tokens.gather(1, accepted[:, None])  # (B, 1)
         self.move(rows, last, self.active[rows] * (accepted + 1))
-        return Drawn(tokens, agreed)
+        return Drawn(tokens, agreed, *self.known)
 
     def prepare(self) -> float:
         """Not where the trial has no room: a row may be too near the end of the cache."""

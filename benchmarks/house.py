@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent.parent
 CORE = ("generate.py", "model.py", "kernels.py", "quantize.py", "tests.py")
-FOLDERS = ("families", "formats", "products", "batching", "parallel", "cpu", "cli")
+FOLDERS = ("families", "formats", "products", "batching", "processors", "parallel", "cpu",
+           "cli", "calibration")
 
 
 class Source(NamedTuple):

@@ -2,7 +2,8 @@
 
 It needs gguf and llama-cpp-python, which pip builds from source in some 20 minutes."""
 import ctypes
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def write_gguf(model: Transformer, path: Path) -> None:
     it is another model."""
     import gguf
     config = model.config
-    if config.family != "llama" or config.qkv_bias or config.hf.get("rope_scaling", {}).get("factor"):
+    scaled = (config.hf.get("rope_scaling") or {}).get("factor")
+    if config.family != "llama" or config.qkv_bias or config.mlp_bias or scaled:
         raise ValueError("--llama_cpp takes Llamas without biases and scaled ropes")
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, config)
@@ -80,6 +82,13 @@ def importance(model: Transformer, ids: list[int]) -> dict[str, Tensor]:
     return {name: x / len(ids) for name, x in sums.items()}
 
 
+@cache
+def silent() -> Callable[..., None]:
+    """What llama.cpp is to call instead of printing; it stays."""
+    import llama_cpp
+    return llama_cpp.llama_log_callback(lambda *_: None)
+
+
 def quantize(source: Path, kind: str, importance: dict[str, Tensor] | None = None) -> Path:
     """A GGUF file of that kind, such as Q4_K_M, beside the one in float32. ValueError: llama.cpp
     has failed."""
@@ -94,6 +103,7 @@ def quantize(source: Path, kind: str, importance: dict[str, Tensor] | None = Non
             for name, x in importance.items()
         ]
         settings.imatrix = (entry * (len(rows) + 1))(*rows)  # the last one is empty
+    llama_cpp.llama_log_set(silent(), None)
     failed = llama_cpp.llama_model_quantize(
         str(source).encode(), str(path).encode(), ctypes.byref(settings)
     )

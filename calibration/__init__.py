@@ -21,7 +21,7 @@ from model import KVCache, Transformer
 from quantize import Int4Linear, Linear, QuantizedLinear, pack_nibbles, quantize_linear, say_once
 
 PIECE = 512  # tokens that are read at a time
-MOST_PIECES = 128  # of a longer text as many are taken, from all of it
+MOST_PIECES = 128  # what follows is left out
 LEAST_TOKENS = 128
 BATCH = 8  # pieces that go through a block together
 DAMPING = 0.03  # of the mean moment, added to all; with 0.01 and 0.1 other texts lost more
@@ -31,22 +31,24 @@ BLOCK = 64  # inputs whose errors reach all others at once
 
 
 class Calibration:
-    """Takes the layers of a model's blocks while it is loaded, and quantizes a block at a time. The
-    output layer is left to plain rounding: in int8 it has a small part of the error."""
+    """Takes the layers of a model's blocks while it is loaded, and quantizes a block at a time.
+    The output layer, which is int8 in any case, is left to plain rounding."""
 
     def __init__(self, model: Transformer, ids: Sequence[int], mode: str, group_size: int) -> None:
-        """ValueError: another mode than int8 and int4, or ids that are too few or no tokens."""
+        """ValueError: another mode than int8 and int4, ids that are too few or no tokens, or layers
+        that take more than what the one before gives."""
         if mode not in ("int8", "int4"):
             raise ValueError(f"calibrating goes with quantize int8 or int4, not {mode}")
+        if type(model).run_layers is not Transformer.run_layers:
+            raise ValueError(f"calibrating is not possible for {model.config.family}")
         ids = torch.as_tensor(ids, device="cpu")
         n, vocab_size = len(ids), model.config.vocab_size
         if n < LEAST_TOKENS or ids.min() < 0 or ids.max() >= vocab_size:
             raise ValueError(f"calibrating takes at least {LEAST_TOKENS} tokens of the {vocab_size}"
                              f" of the vocabulary; the text has {n}")
         T = min(PIECE, n, model.config.max_seq_len)
-        pieces = ids[:n // T * T].view(-1, T)
-        spread = torch.linspace(0, len(pieces) - 1, min(len(pieces), MOST_PIECES)).long()
-        self.hidden = pieces[spread]  # (pieces, T) tokens; from the first block on (pieces, T, dim)
+        pieces = ids[:n // T * T].view(-1, T)[:MOST_PIECES]
+        self.hidden = pieces  # (pieces, T); from the first block on (pieces, T, dim)
         self.model, self.mode, self.group_size = model, mode, group_size
         self.block: int | None = None  # the number of the one that is read now
         self.waiting: dict[str, Linear] = {}  # its layers, dense
@@ -70,20 +72,28 @@ class Calibration:
     def pass_block(self) -> None:
         """Quantize a block's layers by what the text brings them, and let it go through them."""
         model, config = self.model, self.model.config
-        T = self.hidden.shape[1]
         if self.block == 0:
             self.hidden = self.run(lambda tokens: model.embed(tokens.to(model.device)))
-            heads = (config.n_kv_head, config.head_dim)
-            self.cache = KVCache(1, *heads, BATCH, T, dtype=model.dtype, device=model.device)
+        block, T = model.layers[self.block], self.hidden.shape[1]
+        cache = KVCache(
+            1, config.n_kv_head, config.head_dim, BATCH, T, dtype=model.dtype, device=model.device,
+            makers=[block.self_attn.make_cache],
+        )
 
         def forward(x: Tensor) -> Tensor:
             input_pos = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-            positions = model.positions(input_pos, T, self.cache, cached=0, even=True)
-            [cache] = self.cache.layers(slice(0, len(x)))
-            return model.layers[self.block](x, positions[self.block], cache)
+            positions = model.positions(input_pos, T, cache, cached=0, even=True)
+            return block(x, positions[self.block], *cache.layers(slice(0, len(x))))
 
-        moments = {}
-        hooks = [layer.register_forward_pre_hook(partial(add_moment, moments, name))
+        moments = {}  # of each layer's inputs: x.T @ x, [K, K] float32
+
+        def add(name: str, layer: Linear, inputs: tuple[Tensor]) -> None:
+            x = inputs[0].reshape(-1, layer.in_features).float()
+            if name not in moments:
+                moments[name] = x.new_zeros(layer.in_features, layer.in_features)
+            moments[name].addmm_(x.T, x)
+
+        hooks = [layer.register_forward_pre_hook(partial(add, name))
                  for name, layer in self.waiting.items()]
         self.run(forward)
         for hook, (name, linear) in zip(hooks, self.waiting.items()):
@@ -100,16 +110,6 @@ class Calibration:
 
     def run(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([forward(x) for x in self.hidden.split(BATCH)])
-
-
-def add_moment(
-    moments: dict[str, Tensor], name: str, layer: Linear, inputs: tuple[Tensor]
-) -> None:
-    """Add x.T @ x of a layer's inputs x to its entry, [K, K] float32."""
-    x = inputs[0].reshape(-1, layer.in_features).float()
-    if name not in moments:
-        moments[name] = x.new_zeros(layer.in_features, layer.in_features)
-    moments[name].addmm_(x.T, x)
 
 # --- rounding ---
 

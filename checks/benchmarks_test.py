@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks import attention, quality, render
+from benchmarks import attention, quality, quantizers, render
 from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, hf_folder
 from formats import save_tokenizer
@@ -326,10 +326,13 @@ def test_quality_prints_a_table(tmp_path: Path) -> None:
     save_tokenizer(default_model(), folder)
     text = tmp_path / "text"
     text.write_text("It was the best of times, it was the worst of times, " * 5)
+    other_text = tmp_path / "other text"
+    other_text.write_text("It was the age of wisdom, it was the age of foolishness, " * 15)
     done = python(
         "benchmarks/quality.py",
         "--checkpoint_path", folder,
         "--perplexity", text,
+        "--calibrate", other_text,
         "--dtype", "float32",
         "--device", "cpu",
     )
@@ -341,10 +344,13 @@ def test_quality_prints_a_table(tmp_path: Path) -> None:
         ["float32", "int8"],
         ["int8", "float32"],
         ["int8", "int8"],
+        ["int8+text", "float32"],
         ["int4", "float32"],
         ["int4", "int8"],
+        ["int4+text", "float32"],
     ]
-    megabytes = [float(row[7]) for row in rows]
+    assert rows[5][7] == rows[7][7] and rows[2][7] == rows[4][7]  # text costs no bytes
+    megabytes = [float(row[7]) for row in rows if row[0][-5:] != "+text"]
     assert megabytes == sorted(megabytes, reverse=True)
     # the first row is what the others are compared with: change, mean and largest KL, tokens
     assert rows[0][3:7] == ["+0.00%", "0.00e+00", "0.00e+00", "0.00%"]
@@ -366,6 +372,29 @@ def test_a_model_reads_its_own_text_and_what_changes_it_shows(tmp_path: Path) ->
     other = quality.measure(model, ids[:60], reference=reference)
     assert same[1:] == (0, 0, 0) and other.changed == 1
     assert 1 < other.kl < other.max_kl < 9
+
+
+def test_what_llama_cpp_is_given_is_the_model(tmp_path: Path) -> None:
+    model = load_model(hf_folder(tmp_path / "model"), dtype=torch.float32)
+    quantizers.write_gguf(model, tmp_path / "f32.gguf")
+    other, nbytes = quantizers.load(tmp_path / "f32.gguf", dtype=torch.float32)
+    assert nbytes == sum(x.nbytes for x in model.parameters()) - model.embed_tokens.weight.nbytes
+    ids = list(range(100))
+    logits = []
+    for each in (model, other):
+        each.setup_caches(1, 128)
+        logits.append(each(torch.tensor([ids]), torch.zeros(1, dtype=torch.int32)))
+    assert logits[0].equal(logits[1])
+
+    matrix = quantizers.importance(model, ids)
+    inputs = model.layers[0].input_layernorm(model.embed(torch.tensor(ids)))
+    for name in ("attn_q", "attn_k", "attn_v"):
+        assert torch.allclose(matrix[f"blk.0.{name}.weight"], inputs.square().mean(0), rtol=1e-4)
+    shapes = {
+        x.name: x.shape[0] for x in GGUFReader(tmp_path / "f32.gguf").tensors
+        if len(x.shape) == 2 and x.name != "token_embd.weight"
+    }
+    assert {name: len(x) for name, x in matrix.items()} == shapes
 
 
 @pytest.mark.parametrize("args, message", [

@@ -179,7 +179,8 @@ def test_embeddings_are_scaled_as_in_training(
 
 
 @pytest.mark.parametrize("name", [
-    "gemma2", "gemma4", "gemma4-moe", "phi3", "olmo2", "smollm3", "lfm2",
+    "gemma2", "gemma4", "gemma4-moe", "phi3", "olmo2", "smollm3", "phi", "glm4", "deepseek-v3",
+    "lfm2",
 ])
 def test_a_quantized_model_of_a_family_is_saved_and_loaded(
     checkpoint: MakeCheckpoint, name: str, tmp_path: Path

@@ -37,6 +37,8 @@ def answer(checkpoint: str, copy: str) -> dict[str, Any]:
         lambda: generate.load_tokenizer(copy),
         lambda: generate.generate(llama, prompts, 2, stop=["x"], tokenizer=tokenizer),
         lambda: generate.generate(llama, prompts, 2, speculate_k=2),
+        lambda: model.load_model(checkpoint, quantize="int4", calibrate=[5] * 128),
+        lambda: generate.generate(llama, prompts, 2, repetition_penalty=1.2),
     ]
     return dict(
         n_modules=n_modules,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from batching import Engine
 from batching.engine import CHUNK
+from batching.saved import load_row, save_row
 from batching.speculate import Gauge
 from checks.common import HERE, close, empty_model, hf_logits
 from cli.stats import bytes_read
@@ -113,6 +114,25 @@ def test_refilled_rows_and_proposals_say_what_each_says_alone(
     for number, tokens in Engine(model, speculate_k=k).run(requests):
         said.setdefault(number, []).extend(tokens)
     assert [said[number] for number in range(len(requests))] == alone
+
+
+def test_a_row_is_copied_and_goes_on_from_a_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = loaded(checkpoint)
+    prefix = tokens_of(40).tolist()
+    prompts = [prefix + [n, n + 1] for n in (5, 9, 7)]
+    alone = [generate(model, [prompt], 8)[0] for prompt in prompts]
+    model.setup_caches(3, 96)
+    engine = Engine(model)
+    said: dict[int, list[int]] = {}
+    for number, tokens in engine.run([Request(prompt, 8) for prompt in prompts]):
+        said.setdefault(number, []).extend(tokens)
+    assert [said[number] for number in range(3)] == alone
+    assert engine.stats.shared_tokens > 0
+    save_row(model, prefix, tmp_path / "row.safetensors")
+    assert (tmp_path / "row.safetensors").stat().st_size < 40 * 3 * (24 + 8) * 4 + 4096
+    model.setup_caches(2, 80)
+    load_row(model, tmp_path / "row.safetensors")
+    assert generate(model, [prompt[40:] for prompt in prompts[:2]], 8, cached=40) == alone[:2]
 
 
 def test_values_beyond_the_size_of_a_key_are_refused(checkpoint: Checkpoint) -> None:

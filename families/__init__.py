@@ -187,7 +187,7 @@ LFM2_PARTS = dict(
 )
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
-USE_BIAS = dict.fromkeys(BIASES, lambda hf: bool(hf["use_bias"]))
+USE_BIAS = dict.fromkeys(BIASES, lambda hf: hf["use_bias"])
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
 SHARED_EXPERTS = {"shared_expert": ("shared_experts",)}
 BIASED = dict(score="sigmoid", bias_dims=1)
@@ -258,8 +258,7 @@ FAMILIES |= {
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
     ),
     "seed_oss": Family(
-        SEED_OSS, {"o_bias": lambda hf: bool(hf["attention_out_bias"])},
-        gguf=dict(name="seed_oss"),
+        SEED_OSS, {"o_bias": lambda hf: hf["attention_out_bias"]}, gguf=dict(name="seed_oss"),
     ),
     "exaone4": Family(
         EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
@@ -279,9 +278,7 @@ FAMILIES |= {
         HUNYUAN, {"ropes": stretched_ropes}, attention=LateNormAttention,
         gguf=dict(name="hunyuan-dense"),
     ),
-    "ernie4_5": Family(
-        ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5"),
-    ),
+    "ernie4_5": Family(ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5")),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
         norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
@@ -290,8 +287,7 @@ FAMILIES |= {
     "starcoder2": Family(
         STARCODER2, USE_BIAS | {"norm_eps": partial(positive, key="norm_epsilon", kind=float)},
         norm=nn.LayerNorm, mlp=PlainMLP,
-        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)},
-        gguf=dict(name="starcoder2"),
+        stored_as={"up_proj": ("c_fc",), "down_proj": ("c_proj",)}, gguf=dict(name="starcoder2"),
     ),
     "stablelm": Family(
         STABLELM, {"qkv_bias": lambda hf: bool(hf.get("use_qkv_bias"))} | LAYER_NORM_EPS,

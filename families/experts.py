@@ -129,7 +129,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, kind: type[Experts]):
         super().__init__()
         moe = config.moe
-        self.config = moe
+        self.moe = moe
         # the router and the shared expert's gate are small: they are never quantized
         self.gate = nn.Linear(config.dim, moe.n_expert, bias=kind.bias)
         if moe.bias_dims:
@@ -148,7 +148,7 @@ class MoE(nn.Module):
         y = self.experts(x, weights, ids)
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
-            if self.config.gated_share:
+            if self.moe.gated_share:
                 shared = self.shared_expert_gate(x).sigmoid() * shared
             y = y + shared
         return y
@@ -156,26 +156,28 @@ class MoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, dim] -> the weights of each token's experts and their numbers, [B, T, n_active]
         each."""
-        config = self.config
+        moe = self.moe
         scores = self.gate(x).float()  # (B, T, n_expert)
-        scores = scores.sigmoid() if config.score == "sigmoid" else scores.softmax(-1)
+        scores = scores.sigmoid() if moe.score == "sigmoid" else scores.softmax(-1)
         choice = scores
-        if config.bias_dims:
+        if moe.bias_dims:
             choice = scores + self.gate.e_score_correction_bias
-        if config.n_group > 1:
+        if moe.n_group > 1:
             choice = self.in_best_groups(choice)
-        weights, ids = choice.topk(config.n_active, dim=-1)
+        weights, ids = choice.topk(moe.n_active, dim=-1)
         if choice is not scores:
             weights = scores.gather(-1, ids)
-        if config.normalize:
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        return (weights * config.scale).to(x.dtype), ids
+        if moe.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        if moe.scale != 1:
+            weights = weights * moe.scale
+        return weights.to(x.dtype), ids
 
     def in_best_groups(self, choice: Tensor) -> Tensor:
         """choice [B, T, n_expert], -inf in all groups but a token's best ones."""
-        groups = choice.unflatten(-1, (self.config.n_group, -1))
-        of_group = groups.topk(self.config.best_of_group)[0].sum(-1)  # (B, T, n_group)
-        best = of_group.topk(self.config.topk_group)[1]
+        groups = choice.unflatten(-1, (self.moe.n_group, -1))
+        of_group = groups.topk(self.moe.best_of_group)[0].sum(-1)  # (B, T, n_group)
+        best = of_group.topk(self.moe.topk_group)[1]
         others = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
         return groups.masked_fill(others[..., None], -torch.inf).flatten(-2)
 

@@ -6,13 +6,14 @@ the query, what makes values into the result, and heads attend to the vectors as
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from families.blocks import FarQueryAttention, in_halves
+from families.blocks import FarQueryAttention, in_halves, special_attention
 from families.settings import mscale, ropes_of_part
 from model import (
     Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, apply_rope, positive,
@@ -31,7 +32,7 @@ class LatentCache(LayerCache):
         return latent, latent
 
     def flash_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: object
+        self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, **options: Any
     ) -> Tensor:
         return self.decode_unpacked(q, k, v, input_pos, options)
 
@@ -98,14 +99,16 @@ class LatentAttention(Attention):
         self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
     ) -> Tensor:
         """In prefill to keys and values made of the vectors, of one size for PyTorch's kernels:
-        shorter values end in zeros."""
-        if positions.prefill:
-            latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
-            made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-            keys, values = made.split([self.plain, self.v_head_dim], dim=-1)
-            turned = turned[:, None].expand(-1, self.n_head, -1, -1)
-            keys = torch.cat([keys, turned], dim=-1)
-            values = F.pad(values, (0, self.head_dim - self.v_head_dim))
+        shorter values end in zeros. In decode to the vectors, which no head repeats."""
+        if not positions.prefill:
+            options = self.options()
+            return special_attention(q, keys, values, positions.index, key_pos, **options)
+        latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
+        made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        keys, values = made.split([self.plain, self.v_head_dim], dim=-1)
+        turned = turned[:, None].expand(-1, self.n_head, -1, -1)
+        keys = torch.cat([keys, turned], dim=-1)
+        values = F.pad(values, (0, self.head_dim - self.v_head_dim))
         return super().attend_to(q, keys, values, positions, key_pos)
 
 

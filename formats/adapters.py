@@ -83,15 +83,13 @@ class Adapter:
             tensors = open_tensors(file)
         except Exception as e:  # of safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
-        named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
-        self.modules: dict[str, str] = {}  # by the names of weights, as patterns know them
+        tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
         self.changes: dict[str, dict[str, Any]] = {}
-        for name, (original, x) in plain_names({k: (k, x) for k, x in named.items()}, {}).items():
+        for name, x in plain_names(tensors, {}).items():
             found = PART.search(name)
             key, part = name.replace(".base_layer.", "."), "whole"
             if found:
                 key, part = f"{name[:found.start()]}.weight", found[2] or found[3] or found[4]
-                self.modules[key] = PART.sub("", original)
             if found and found[3]:  # of an embedding, which multiplies from the other side
                 part, x = "BA"[part == "B"], read(x).t()
             self.changes.setdefault(key, {})[part] = x
@@ -104,11 +102,11 @@ class Adapter:
         for key in keys:
             raise ValueError(f"unsupported {key} {short(self.config.get(key))} of {self.folder}")
 
-    def setting(self, name: str, patterns: str, module: str) -> float:
+    def setting(self, name: str, patterns: str, key: str) -> float:
         """Of PEFT's patterns the first that matches the end of a module's name counts."""
         given = self.config.get(patterns) or {}
         self.refuse([patterns] * any(map(ENDLESS.search, given)))
-        found = [own for pattern, own in given.items() if re.match(rf"(.*\.)?({pattern})$", module)]
+        found = [own for end, own in given.items() if re.match(rf"(.*\.)?({end})\.weight$", key)]
         value = [*found, self.config.get(name)][0]
         if not is_factor(value):
             raise ValueError(f"{name} of {self.folder} is {short(value)}, no number above 0")
@@ -120,8 +118,8 @@ class Adapter:
         shapes = {"whole": tuple(weight.shape)}
         if "A" in tensors:
             with making_sense_of(self.folder / "adapter_config.json"):
-                rank = self.setting("r", "rank_pattern", self.modules[key])
-                scale = self.setting("lora_alpha", "alpha_pattern", self.modules[key])
+                rank = self.setting("r", "rank_pattern", key)
+                scale = self.setting("lora_alpha", "alpha_pattern", key)
             scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
             N, K = weight.shape
             shapes |= {"A": (rank, K), "B": (N, rank), "magnitude": (N,)}

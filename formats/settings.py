@@ -36,7 +36,8 @@ KINDS: list[tuple[set[str], Callable[[Any], bool], str]] = [
     ({"architectures", "layer_types"}, lambda x: is_list_of(x, is_text), "a list of texts"),
     ({"rope_scaling", "rope_parameters", "quantization_config"},
      lambda x: isinstance(x, dict), "an object with settings"),
-    ({"attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"},
+    ({"attention_bias", "attention_out_bias", "mlp_bias", "tie_word_embeddings", "use_bias",
+      "use_qk_norm", "use_qkv_bias", "use_sliding_window"},
      lambda x: isinstance(x, bool), "true or false"),
     ({"factors", "short_factor", "long_factor"},  # of rope's frequencies
      lambda x: x != [] and is_list_of(x, is_factor), "a list of finite numbers above 0"),
