@@ -262,7 +262,9 @@ def test_what_the_text_does_not_reach_is_rounded_as_without_it(
     assert same == [f"{experts}gate_up_proj.2", f"{experts}down_proj.2", "lm_head"]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo3", "qwen3-moe", "gpt-oss", "granite"])
+@pytest.mark.parametrize("name", [
+    "gemma3", "gemma4-moe", "olmo3", "qwen3-moe", "gpt-oss", "granite", "lfm2",
+])
 def test_other_families_pass_their_blocks_as_in_the_model(
     checkpoint: Callable, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ def test_compiled_text_is_the_same(checkpoint: MakeCheckpoint, dynamo: None) -> 
     assert generate(model, prompts, 12, compile=True) == eager
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma4", "phi4"])
+@pytest.mark.parametrize("name", ["gemma2", "phi4"])
 def test_compiled_prefill_is_the_same(
     checkpoint: MakeCheckpoint, name: str, dynamo: None, no_inductor: None
 ) -> None:

@@ -17,8 +17,8 @@ from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
 )
 from families.gemma4 import (
-    Gemma4Attention, Gemma4Block, Gemma4Transformer, by_pattern_and_last, gemma4_experts,
-    gemma4_mlp, gemma4_ropes, proportional,
+    Gemma4Attention, Gemma4Block, by_pattern_and_last, gemma4_experts, gemma4_mlp, gemma4_model,
+    gemma4_ropes, proportional,
 )
 from families.lfm2 import (
     STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_experts, lfm2_ffn_dim, lfm2_ropes,
@@ -176,7 +176,7 @@ GEMMA4_PARTS = dict(
         windows=partial(windows_of, full_layers=by_pattern_and_last), ropes=gemma4_ropes,
         moe=gemma4_experts, softmax_scale=1.0, qk_norm=True,
     ),
-    attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=Gemma4Transformer,
+    attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=gemma4_model,
 )
 LFM2_PARTS = dict(
     fields=dict(

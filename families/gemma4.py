@@ -214,3 +214,9 @@ class Gemma4Transformer(GemmaTransformer):
             inputs = ((y + table * scale) * 2 ** -0.5).movedim(2, 0).contiguous()
             positions = [each._replace(of_layer=y) for each, y in zip(positions, inputs)]
         return super().run_layers(block_forward, tokens, positions, layers)
+
+
+def gemma4_model(config: ModelConfig) -> GemmaTransformer:
+    """A plain one where layers take nothing but what the one before gives."""
+    takes_more = config.hf["hidden_size_per_layer_input"] or config.hf["num_kv_shared_layers"]
+    return (Gemma4Transformer if takes_more else GemmaTransformer)(config)
