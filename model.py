@@ -375,7 +375,7 @@ def in_tiles(
     """Causal attention, as in prefill_attention, of some queries at a time: on a CPU always of as
     many, of which the last see nothing, so that what one gets depends on none behind it."""
     B, Hq, n, D = q.shape
-    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * keys.shape[2])))
+    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * (keys.shape[2] + CPU_TILE))))
     if q.is_cpu:
         tile = min(tile, CPU_TILE)
         more = -n % tile
