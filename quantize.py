@@ -76,7 +76,7 @@ class QuantizedLinear(Packable):
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[-2] if x.dim() > 2 else 1  # of a token alone, as those of an expert
         rows = x.reshape(-1, self.in_features)
-        many = T if self.layout is None else self.layout.many_tokens(len(rows) // T, T)
+        many = T if self.layout is None else self.layout.many_tokens(len(rows), T)
         if 0 < many < T:
             parts = x[..., :many, :], x[..., many:, :]
             return torch.cat([self.forward(part) for part in parts], -2)
@@ -229,9 +229,9 @@ class Layout(Protocol):
     def plain(self, layer: nn.Module, rows: slice | Tensor) -> tuple[Tensor, ...]:
         """Some rows as they were before, as Int4Linear.plain says."""
 
-    def many_tokens(self, B: int, T: int) -> int:
-        """How many of the T tokens of each of B rows, the first ones, are multiplied faster by
-        dequantizing, as was measured; all others go to product."""
+    def many_tokens(self, n: int, T: int) -> int:
+        """How many of the first of each text's T tokens, of n in all, are multiplied faster by
+        dequantizing, as was measured; the others go to product."""
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [rows, in_features] times the weight -> [rows, out_features]."""

@@ -16,7 +16,7 @@ from model import Transformer, load_model, prefill_attention
 from quantize import LAYOUTS, Linear
 
 LENGTHS = [3, 17, 140, 40, 9, 257, 31, 7]  # some are read in blocks, and some in chunks
-OTHERS = [(3, 0), (8, 0), (1, 4), (3, 4)]  # rows and proposals
+OTHERS = [(3, 0), (8, 0), (3, 4)]  # rows and proposals
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_an_int4_product_sums_each_row_in_one_order(default_model: Transformer, 
     x = torch.randn(3, n, layer.in_features, generator=torch.Generator().manual_seed(n))
     y = layer(x)
     assert torch.equal(torch.cat([layer(row) for row in x.split(1)]), y)
-    many = LAYOUTS["int4", "cpu"].many_tokens(3, n)
+    many = LAYOUTS["int4", "cpu"].many_tokens(3 * n, n)
     assert torch.equal(layer(x[:, :many]), y[:, :many])
     assert torch.equal(layer(x[:, many:].flatten(0, 1)), y[:, many:].flatten(0, 1))
     weight = torch.cat(list(layer.dense(torch.float32)))

@@ -21,7 +21,7 @@ class Int8OnCPU:
     """Takes Int8Linear's tensors as they are. For a step of many rows, dequantizing is a third
     faster, so that what a row gets depends on whether there are more than 24."""
 
-    many_tokens = staticmethod(lambda B, T: T if B * T > 24 else 0)
+    many_tokens = staticmethod(lambda n, T: T if n > 24 else 0)
 
     def pack(self, layer: Int8Linear) -> bool:
         return layer.in_features % 16 == 0  # the operator reads 16 inputs at a time, unasked
@@ -37,11 +37,8 @@ class Int4OnCPU:
     The operator sums each row in one order, however many there are. So does oneDNN with many."""
 
     names = ("weight", "scales", "zeros")
-
     tiling: tuple[int, int] | None = None  # asked for while packing, where nothing is compiled
-
-    def many_tokens(self, B: int, T: int) -> int:
-        return T // BLOCK * BLOCK
+    many_tokens = staticmethod(lambda n, T: T // BLOCK * BLOCK)
 
     def pack(self, layer: Int4Linear) -> bool:
         self.tiling = tiling()

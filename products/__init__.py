@@ -16,7 +16,7 @@ from quantize import LAYOUTS, Int4Linear, Int8Linear
 class Int8OnGPU:
     """Takes Int8Linear's tensors as they are."""
 
-    many_tokens = staticmethod(lambda B, T: 0)  # the operator dequantizes for many
+    many_tokens = staticmethod(lambda n, T: 0)  # the operator dequantizes for many
 
     def pack(self, layer: Int8Linear) -> bool:
         return True
@@ -35,7 +35,7 @@ class Int8OnGPU:
 class Int4OnGPU:
     """weight and scales are what linear.pack_int4 returns, the zeros again with the scales."""
 
-    many_tokens = staticmethod(lambda B, T: 0)
+    many_tokens = staticmethod(lambda n, T: 0)
 
     def pack(self, layer: Int4Linear) -> bool:
         layer.weight, layer.scales = linear.pack_int4(layer.weight, layer.scales, layer.zeros)
@@ -58,7 +58,7 @@ class Int4OnGPU:
 class MXFP4OnGPU:
     """weight is what linear.pack_planes returns; the kernel is for stacks of experts."""
 
-    many_tokens = staticmethod(lambda B, T: T)
+    many_tokens = staticmethod(lambda n, T: T)
 
     def pack(self, layer: nn.Module) -> bool:
         layer.weight = linear.pack_planes(layer.weight)
