@@ -327,28 +327,25 @@ def _attend_live(
         q = q.float()
         k_cache = k_cache.float().mul_(k_scale[..., None])
         v_cache = v_cache.float().mul_(v_scale[..., None])
+    # A KV head's query heads ride along as query rows, so that no key is repeated: at least four, as
+    # with fewer the order in which MKL sums depends on where in memory a thread has them.
+    G = Hq // Hkv
+    rows = q.reshape(B, Hkv, G, T, D)
+    if G < 4:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 4 - G))
     masks = [None] * T
     if wrapped:  # the last token's column to its place
-        masks = _causal_mask(T, live, window).roll(end % S, 1).split(1)
-    # Each token alone: among others it would be summed in another order. A KV head's query heads
-    # ride along as query rows, so that no key is repeated, and are four at least: of fewer, MKL's
-    # order depends on where in memory a thread has them.
-    G = Hq // Hkv
-    outs, lses = [], []
-    for t, mask in enumerate(masks):
-        keys, values, rows = k_cache, v_cache, q[:, :, t].reshape(B, Hkv, G, D)
+        masks = _causal_mask(T, live, window).roll(end % S, 1)[:, None].expand(-1, max(G, 4), -1)
+    results = []
+    for t, mask in enumerate(masks):  # each alone: among others it would be summed otherwise
+        keys, values = k_cache, v_cache
         if T > 1 and causal and not wrapped:
             last = live - T + 1 + t
-            first = 0 if window is None else max(0, last - window)
+            first = max(0, last - (window or last))
             keys, values = (x.narrow(2, first, last - first) for x in (keys, values))
-        if G < 4:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, 4 - G))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, keys, values, attn_mask=None if mask is None else mask.expand(max(G, 4), -1),
-            scale=scale)
-        outs.append(out[:, :, :G])
-        lses.append(lse[:, :, :G])
-    out, lse = torch.stack(outs, 3), torch.stack(lses, 3)  # (B, Hkv, G, T, D), (B, Hkv, G, T)
+        results.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows[:, :, :, t], keys, values, attn_mask=mask, scale=scale))
+    out, lse = (torch.stack([x[:, :, :G] for x in each], 3) for each in zip(*results))
     return out.view(B, Hq, T, D).to(dtype), lse.flatten(2)
 
 

@@ -78,8 +78,7 @@ class QuantizedLinear(Packable):
         rows = x.reshape(-1, self.in_features)
         many = T if self.layout is None else self.layout.many_tokens(len(rows), T)
         if 0 < many < T:
-            parts = x[..., :many, :], x[..., many:, :]
-            return torch.cat([self.forward(part) for part in parts], -2)
+            return torch.cat([self.forward(part) for part in x.split([many, T - many], -2)], -2)
         if many == 0:
             y = self.layout.product(self, rows.bfloat16())
         else:
