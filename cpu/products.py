@@ -21,7 +21,7 @@ class Int8OnCPU:
     """Takes Int8Linear's tensors as they are. For a step of many rows, dequantizing is a third
     faster, so that what a row gets depends on whether there are more than 24."""
 
-    many_tokens = staticmethod(lambda n, T: T if n > 24 else 0)
+    few_rows, block = 24, 1
 
     def pack(self, layer: Int8Linear) -> bool:
         return layer.in_features % 16 == 0  # the operator reads 16 inputs at a time, unasked
@@ -35,15 +35,12 @@ class Int4OnCPU:
     scales with the zeros beside them, [K/group_size, N, 2].
 
     The operator sums each row in one order, however many there are, and oneDNN those of blocks.
-    exact = False: many short prompts are read together a third faster, and what one gets then
-    depends on which are."""
+    With few_rows = 128 and block = 1 many short prompts are read together a third faster, and what
+    one gets depends on which are."""
 
-    exact = True
+    few_rows, block = 0, BLOCK
     names = ("weight", "scales", "zeros")
     tiling: tuple[int, int] | None = None  # asked for while packing, where nothing is compiled
-
-    def many_tokens(self, n: int, T: int) -> int:
-        return T // BLOCK * BLOCK if self.exact else T * (n > BLOCK)
 
     def pack(self, layer: Int4Linear) -> bool:
         self.tiling = tiling()
