@@ -270,11 +270,21 @@ def _flash_decode_torch(
     lens = cache_seqlens.tolist()
     longest = max(lens)
     new = 0 if k is None else k.shape[2]
-    S = k_cache.shape[2]
-    *_, ring = options
+    S, T = k_cache.shape[2], q.shape[2]
+    _, causal, *_, ring = options
     if longest + new > S and not ring:
         raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into "
                          f"a cache of {S}")
+    if T > 1 and causal and min(lens) + new >= T:
+        # each token alone: among others, its weights would be summed in another order
+        parts = []
+        before = cache_seqlens if new else cache_seqlens + (1 - T)
+        for t in range(T):
+            one, k_one, v_one = (None if x is None else x[:, :, t:t + 1] for x in (q, k, v))
+            parts.append(_flash_decode_torch(
+                one, k_cache, v_cache, before + t, k_one, v_one, k_scale, v_scale, *options))
+        outs, lses = zip(*parts)
+        return torch.cat(outs, 2), torch.stack(lses, -1).flatten(2)
     tensors = (q, k_cache, v_cache, k, v, k_scale, v_scale)
     if len(set(lens)) <= 1:
         return _attend_live(*tensors[:3], longest, *tensors[3:], *options)
@@ -327,29 +337,21 @@ def _attend_live(
         q = q.float()
         k_cache = k_cache.float().mul_(k_scale[..., None])
         v_cache = v_cache.float().mul_(v_scale[..., None])
-    masks = [None] * T
-    if wrapped:  # the last token's column to its place
-        masks = _causal_mask(T, live, window).roll(end % S, 1).split(1)
-    # Each token alone: among others it would be summed in another order. A KV head's query heads
-    # ride along as query rows, so that no key is repeated, and are four at least: of fewer, MKL's
-    # order depends on where in memory a thread has them.
-    G = Hq // Hkv
-    outs, lses = [], []
-    for t, mask in enumerate(masks):
-        keys, values, rows = k_cache, v_cache, q[:, :, t].reshape(B, Hkv, G, D)
-        if T > 1 and causal and not wrapped:
-            last = live - T + 1 + t
-            first = 0 if window is None else max(0, last - window)
-            keys, values = (x.narrow(2, first, last - first) for x in (keys, values))
-        if G < 4:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, 4 - G))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, keys, values, attn_mask=None if mask is None else mask.expand(max(G, 4), -1),
-            scale=scale)
-        outs.append(out[:, :, :G])
-        lses.append(lse[:, :, :G])
-    out, lse = torch.stack(outs, 3), torch.stack(lses, 3)  # (B, Hkv, G, T, D), (B, Hkv, G, T)
-    return out.view(B, Hq, T, D).to(dtype), lse.flatten(2)
+    mask = None
+    if wrapped or T > 1 and causal:
+        mask = _causal_mask(T, live, window)
+        if wrapped:
+            mask = mask.roll(end % S, 1)  # the last token's column to its place
+        mask = mask.repeat(Hq // Hkv, 1)
+    # a KV head's query heads ride along as query rows, so that no key is repeated; four at least, as
+    # with fewer the order in which MKL sums depends on where in memory a thread has them
+    n = Hq // Hkv * T
+    rows = q.reshape(B, Hkv, n, D)
+    if n < 4 and mask is None:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 4 - n))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, k_cache, v_cache, attn_mask=mask, scale=scale)
+    return out[:, :, :n].reshape(B, Hq, T, D).contiguous().to(dtype), lse[:, :, :n]
 
 
 def _append_at(

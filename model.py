@@ -364,7 +364,7 @@ def prefill_attention(
     PyTorch's order on an H100, takes some 30 ms of the host for each new pair of lengths."""
     if window is not None and window >= keys.shape[2]:
         window = None
-    if in_order and flash_takes(q, keys, values, window):
+    if in_order and not q.is_cpu and flash_takes(q, keys, values, window):
         # its mask ends with the last query and key, which F.scaled_dot_product_attention hides
         inputs = [x.transpose(1, 2) for x in (q, keys, values)]  # (B, T or S, H, D) each
         y, *_ = torch.ops.aten._flash_attention_forward(
@@ -385,7 +385,7 @@ def in_tiles(
     """Causal attention, as in prefill_attention, of some queries at a time: on a CPU always of as
     many, of which the last see nothing, so that what one gets depends on none behind it."""
     B, Hq, n, D = q.shape
-    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * keys.shape[2])))
+    tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * (keys.shape[2] + CPU_TILE))))
     if q.is_cpu:
         tile = min(tile, CPU_TILE)
         more = -n % tile
@@ -428,10 +428,8 @@ def math_attention(
 
 
 def flash_takes(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> bool:
-    """Whether causal attention to keys in order runs in a flash kernel of PyTorch: of a whole
-    prompt, on NVIDIA's GPUs also behind others and in a window."""
-    if q.is_cpu:
-        return False
+    """Whether causal attention to keys in order runs in a flash kernel of PyTorch on a GPU: of a
+    whole prompt, on NVIDIA's also behind others and in a window."""
     whole = window is None and q.shape[2] == keys.shape[2]
     parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
     takes = torch.backends.cuda.can_use_flash_attention(parameters)

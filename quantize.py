@@ -76,10 +76,11 @@ class QuantizedLinear(Packable):
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[-2] if x.dim() > 2 else 1  # of a token alone, as those of an expert
         rows = x.reshape(-1, self.in_features)
-        many = T if self.layout is None else self.layout.many_tokens(len(rows) // T, T)
+        many = T
+        if self.layout is not None:
+            many -= T % self.layout.block if len(rows) > self.layout.few_rows else T
         if 0 < many < T:
-            parts = x[..., :many, :], x[..., many:, :]
-            return torch.cat([self.forward(part) for part in parts], -2)
+            return torch.cat([self.forward(part) for part in x.split([many, T - many], -2)], -2)
         if many == 0:
             y = self.layout.product(self, rows.bfloat16())
         else:
@@ -229,9 +230,8 @@ class Layout(Protocol):
     def plain(self, layer: nn.Module, rows: slice | Tensor) -> tuple[Tensor, ...]:
         """Some rows as they were before, as Int4Linear.plain says."""
 
-    def many_tokens(self, B: int, T: int) -> int:
-        """How many of the T tokens of each of B rows, the first ones, are multiplied faster by
-        dequantizing, as was measured; all others go to product."""
+    few_rows: int  # the most rows of x for which product was measured faster than dequantizing
+    block: int  # of more rows, whole blocks of so many tokens of a text are not for product
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [rows, in_features] times the weight -> [rows, out_features]."""

@@ -3,6 +3,8 @@
 Importing it puts a layout for each kind of layer into quantize.LAYOUTS."""
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from quantize import LAYOUTS, Int4Linear, Int8Linear
 class Int8OnGPU:
     """Takes Int8Linear's tensors as they are."""
 
-    many_tokens = staticmethod(lambda B, T: 0)  # the operator dequantizes for many
+    few_rows, block = sys.maxsize, 1  # the operator dequantizes for many
 
     def pack(self, layer: Int8Linear) -> bool:
         return True
@@ -35,7 +37,7 @@ class Int8OnGPU:
 class Int4OnGPU:
     """weight and scales are what linear.pack_int4 returns, the zeros again with the scales."""
 
-    many_tokens = staticmethod(lambda B, T: 0)
+    few_rows, block = sys.maxsize, 1
 
     def pack(self, layer: Int4Linear) -> bool:
         layer.weight, layer.scales = linear.pack_int4(layer.weight, layer.scales, layer.zeros)
@@ -58,7 +60,7 @@ class Int4OnGPU:
 class MXFP4OnGPU:
     """weight is what linear.pack_planes returns; the kernel is for stacks of experts."""
 
-    many_tokens = staticmethod(lambda B, T: T)
+    few_rows, block = 0, 1
 
     def pack(self, layer: nn.Module) -> bool:
         layer.weight = linear.pack_planes(layer.weight)
