@@ -292,3 +292,19 @@ def test_what_makes_no_sense_is_refused(
     assert len(generate(model, PROMPTS[:1], 4)[0]) == 4  # it is no worse for it
     with pytest.raises(ValueError, match="batching.Engine gives, and not a Decoder"):
         generate(model, PROMPTS, 4, logprobs=1, engine=Decoder(model, model.setup_caches(3, 96)))
+
+
+def test_rows_that_share_a_beginning_know_all_of_it(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    prompts = [[*random_prompt(45), i] for i in (7, 8, 9, 10)]
+    settings = dict(repetition_penalty=1.4, processors=[NoRepeatNgram(2)])
+    want = [generate(model, [prompt], 20, **settings)[0] for prompt in prompts]
+    echoes = [generate(model, [prompt], 1, logprobs=0, echo=True)[0] for prompt in prompts]
+    for rows in (2, 4):
+        engine = engine_of(model, rows)
+        assert generate(model, prompts, 20, engine=engine, **settings) == want
+        assert engine.stats.shared_tokens
+        got = generate(model, prompts, 1, logprobs=0, echo=True, engine=engine)
+        for one, other in zip(got, echoes, strict=True):
+            same = pytest.approx(other.prompt_logprobs[1:], abs=2e-4)
+            assert one.prompt_logprobs[1:] == same
