@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser.add_argument_group("a prompt and its answer").add_argument, number)
     add_asking(parser)
+    add_drawing(parser)
     add_running(parser)
     return parser
 
@@ -105,7 +106,7 @@ def say_what_does_nothing(args: argparse.Namespace) -> None:
 
 
 def add_asking(parser: argparse.ArgumentParser) -> None:
-    """Other prompts, how many answers, and how tokens are drawn."""
+    """Other prompts, and how many answers."""
     add = parser.add_argument_group("more to say").add_argument
     add("--prompts", metavar="FILE",
         help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
@@ -132,6 +133,10 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
         help="rows at once, 1 to 4096; default: 1")
     add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
         help="end an answer in front of this text; may be given several times; default: none")
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, and what is said of them."""
     add = parser.add_argument_group("more about drawing tokens").add_argument
     add("--top_p", metavar="P", type=number("top_p"),
         help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")

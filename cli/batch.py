@@ -96,7 +96,8 @@ def add_logprobs(
         logprobs = getattr(ids, f"{name}logprobs", ())
         tops = getattr(ids, f"{name}top_logprobs", ())
         for token, logprob, top in zip(tokens, logprobs, tops):
-            told = named(token, logprob) | {"top_logprobs": [named(*x) for x in (top or {}).items()]}
+            likeliest = [named(*each) for each in (top or {}).items()]
+            told = named(token, logprob) | {"top_logprobs": likeliest}
             record.setdefault(f"{name}logprobs", []).append(told)
 
 
