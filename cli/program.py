@@ -213,9 +213,8 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
 
     if args.prompts is not None:
         answering = json.dumps([
-            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size,
-            args.calibrate, args.kv_dtype, room, args.adapter and files_of(args.adapter),
-            asked.grammar,
+            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room,
+            args.calibrate, args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
         ])
         return read_jobs(asked.lines, encode, defaults, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
