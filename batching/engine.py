@@ -159,9 +159,7 @@ class Engine(PrefixSharer):
     # --- prompts ---
 
     def chunk(self) -> int:
-        if not self.running:
-            return PREFILL_CHUNK
-        return self.chunk_beside_steps()
+        return self.chunk_beside_steps() if self.running else PREFILL_CHUNK
 
     def chunk_beside_steps(self) -> int:
         return CHUNK["cpu" if self.device.type == "cpu" else "gpu"]
@@ -193,11 +191,10 @@ class Engine(PrefixSharer):
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
         window has passed; RuntimeError if another run of this engine has begun meanwhile."""
-        wanted = [Running(i, request, self.budget(request)) for i, request in enumerate(requests)]
-        waiting = Waiting(wanted, take_number)
-        me = self.start([running.request for running in wanted])
-        self.wanted = wanted
-        self.refuse_lost_prefix(wanted)
+        self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
+        waiting = Waiting(self.wanted, take_number)
+        me = self.start([running.request for running in self.wanted])
+        self.refuse_lost_prefix(self.wanted)
         self.stats.compile_s += self.prepare_all()
         began = time.perf_counter()
         reading: Reading | None = None
@@ -413,10 +410,9 @@ class Engine(PrefixSharer):
 
     def end(self, number: int) -> None:
         running = self.wanted[number]
-        if not running.done:
-            running.done = True
-            self.finish_reasons[number] = "stop"
-            self.free(running)
+        running.done = True
+        self.finish_reasons.setdefault(number, "stop")
+        self.free(running)
 
     def take(self, running: Running, tokens: list[int]) -> list[int]:
         """Give a request new tokens -> those up to the one that ends it, if one does."""

@@ -131,6 +131,18 @@ def test_a_capture_takes_a_stream_of_its_own_gpu(engine: Engine, gpu: FakeGPU) -
     assert stream.device == 1
 
 
+def test_functions_on_the_host_are_in_no_graph(engine: Engine, gpu: FakeGPU) -> None:
+    """Those of tensors are; a step of each is prepared once."""
+    by_host = dict(processors=[lambda ids, logits: logits])
+    for settings in (dict(repetition_penalty=1.2), dict(logprobs=2), by_host, {}):
+        engine.start([Request([1, 2, 3], 5, **settings)])
+        engine.prepare()
+        gpu.calls.clear()
+        engine.step()
+        assert (("replay", 1) in gpu.calls) == (settings is not by_host)
+        assert ("graph", 1) not in gpu.calls
+
+
 def test_all_trials_of_a_step_write_at_the_same_place(
     engine: Engine, gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Logits that are changed before tokens are drawn, and log probabilities: processors/."""
-import dataclasses
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from transformers import PreTrainedModel
 import generate as generation
 from batching import Engine
 from batching.speculate import Gauge
-from checks.common import PROMPTS
+from checks.common import PROMPTS, run_cli
 from checks.engine_test import collect, engine_of, loaded, random_prompt
-from generate import Decoder, Request, Tokens, generate
+from generate import Decoder, Request, Tokenizer, Tokens, generate, load_tokenizer
+from model import Transformer
 from processors import PROCESSORS, BadWords, LogitBias, MinNewTokens, NoRepeatNgram, Processor
+from processors.grammar import Grammar
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 N = 40  # new tokens
@@ -292,3 +295,130 @@ def test_what_makes_no_sense_is_refused(
     assert len(generate(model, PROMPTS[:1], 4)[0]) == 4  # it is no worse for it
     with pytest.raises(ValueError, match="batching.Engine gives, and not a Decoder"):
         generate(model, PROMPTS, 4, logprobs=1, engine=Decoder(model, model.setup_caches(3, 96)))
+
+
+def test_rows_that_share_a_beginning_know_all_of_it(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    prompts = [[*random_prompt(45), i] for i in (7, 8, 9, 10)]
+    settings = dict(repetition_penalty=1.4, processors=[NoRepeatNgram(2)])
+    want = [generate(model, [prompt], 20, **settings)[0] for prompt in prompts]
+    echoes = [generate(model, [prompt], 1, logprobs=0, echo=True)[0] for prompt in prompts]
+    for rows in (2, 4):
+        engine = engine_of(model, rows)
+        assert generate(model, prompts, 20, engine=engine, **settings) == want
+        assert engine.stats.shared_tokens
+        got = generate(model, prompts, 1, logprobs=0, echo=True, engine=engine)
+        for one, other in zip(got, echoes, strict=True):
+            same = pytest.approx(other.prompt_logprobs[1:], abs=2e-4)
+            assert one.prompt_logprobs[1:] == same
+
+
+# --- the command line ---
+
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["city", "n"],
+    "properties": {"city": {"type": "string", "maxLength": 12}, "n": {"type": "integer"}},
+}
+
+
+def test_lines_have_settings_of_their_own_and_log_probabilities(
+    tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"prompt": "a a a"}, {"prompt": "a a a", "repetition_penalty": 1.9, "logprobs": 2}]
+    file = tmp_path / "jobs.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, err = run_cli(
+        capfd, "--checkpoint_path", tiny, "--device", "cpu", "--prompts", file, "--json",
+        "--max_new_tokens", 6, "--logprobs", 0, "--echo",
+    )
+    assert code == 0, err
+    one, other = sorted(map(json.loads, out.splitlines()[:2]), key=lambda record: record["index"])
+    assert one["text"] != other["text"]
+    for record, k in (one, 0), (other, 2):
+        assert len(record["logprobs"]) == record["new_tokens"]
+        assert len(record["prompt_logprobs"]) == record["prompt_tokens"]
+        assert {len(each["top_logprobs"]) for each in record["logprobs"]} == {k}
+        assert "".join(each["token"] for each in record["prompt_logprobs"]) == "a a a"
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--logprobs", 1], "--logprobs goes with --json or --output"),
+    (["--json", "--echo"], "--echo goes with --logprobs"),
+    (["--repetition_penalty", 0], "0 is not above 0"),
+    (["--json_schema", "none.json"], "cannot read the grammar @none.json"),
+])
+def test_flags_that_make_no_sense_are_refused(
+    tiny: Path, capfd: pytest.CaptureFixture[str], options: list, message: str
+) -> None:
+    code, _, err = run_cli(capfd, "--checkpoint_path", tiny, "--device", "cpu", *options)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+# --- grammars ---
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_json_of_a_schema(
+    smollm: tuple[Transformer, Tokenizer], k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and sampled, with proposals and without: the same."""
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(Gauge, "pays", lambda gauge, n_rows: True)
+    model, tokenizer = smollm
+    grammar = Grammar("json_schema", json.dumps(SCHEMA), tokenizer, model.config.vocab_size)
+    prompt = tokenizer.encode("In JSON, a city and a number:")
+    options = dict(eos_ids=tokenizer.eos_ids, processors=[grammar])
+    for settings in (dict(), dict(temperature=1.5, seed=3)):
+        plain = generate(model, [prompt], 60, **options, **settings)
+        assert generate(model, [prompt], 60, speculate_k=k, **options, **settings) == plain
+        assert plain[0].finish_reason == "eos"
+        answer = json.loads(tokenizer.decode(plain[0]))
+        assert set(answer) == {"city", "n"} and isinstance(answer["n"], int)
+
+
+@pytest.mark.parametrize("kind, text, message", [
+    ("grammar", "root ::= foo", "no grammar: .*foo"),
+    ("json_schema", '{"type":', "no json_schema"),
+    ("json_schema", '{"type": "foo"}', "no json_schema: Invalid type: foo"),
+])
+def test_what_is_no_grammar_gets_a_sentence(tiny: Path, kind: str, text: str, message: str) -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(ValueError, match=message):
+        Grammar(kind, text, load_tokenizer(tiny), 600)
+
+
+def test_a_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match="pip install llguidance"):
+        Grammar("json_schema", "{}", load_tokenizer(tiny), 600)
+
+
+# --- what people write ---
+
+def test_a_word_is_banned(smollm: tuple[Transformer, Tokenizer]) -> None:
+    model, tokenizer = smollm
+    prompt = tokenizer.encode("The capital of France is")
+    banned = BadWords([tokenizer.encode(word, bos=False) for word in (" Paris", "Paris")])
+    [answer] = generate(model, [prompt], 12, processors=[banned])
+    assert "Paris" not in tokenizer.decode(answer)
+
+
+def test_a_classifier_by_two_tokens(smollm: tuple[Transformer, Tokenizer]) -> None:
+    model, tokenizer = smollm
+    labels = {tokenizer.encode(f" {name}", bos=False)[0]: name for name in ("positive", "negative")}
+    only = LogitBias(dict.fromkeys(labels, 1e3))
+    found = []
+    for review in ("I love it, great!", "I hate it, awful!"):
+        prompt = tokenizer.encode(f"Review: {review}\nSentiment (positive or negative):")
+        [answer] = generate(model, [prompt], 1, processors=[only], logprobs=0)
+        found.append(labels[answer[0]])
+        assert answer.logprobs[0] < 0
+    assert found == ["positive", "negative"]
+
+
+def test_the_best_of_eight(smollm: tuple[Transformer, Tokenizer]) -> None:
+    model, tokenizer = smollm
+    prompt = tokenizer.encode("Once upon a time")
+    answers = generate(model, [prompt] * 8, 8, temperature=1.0, seed=1, logprobs=0)
+    best = max(answers, key=lambda answer: sum(answer.logprobs) / len(answer))
+    assert len({tuple(answer) for answer in answers}) > 4
+    assert sum(best.logprobs) == max(sum(answer.logprobs) for answer in answers)

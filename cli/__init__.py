@@ -35,7 +35,7 @@ def answer(argv: list[str] | None, team: Any) -> None:
             torch.set_num_threads(args.threads)
         show_loading()
         if team is not None or not is_plain(args):
-            for folder in ("batching", "formats", "parallel"):
+            for folder in ("batching", "formats", "parallel", "processors"):
                 extension(folder)  # it says so where this copy has none
             from cli.program import run
             run(args, team)

@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser.add_argument_group("a prompt and its answer").add_argument, number)
     add_asking(parser)
+    add_drawing(parser)
     add_running(parser)
     return parser
 
@@ -105,7 +106,7 @@ def say_what_does_nothing(args: argparse.Namespace) -> None:
 
 
 def add_asking(parser: argparse.ArgumentParser) -> None:
-    """Other prompts, how many answers, and how tokens are drawn."""
+    """Other prompts, and how many answers."""
     add = parser.add_argument_group("more to say").add_argument
     add("--prompts", metavar="FILE",
         help="one prompt a line, - for stdin. JSON lines if FILE ends in .jsonl or its first line "
@@ -132,11 +133,30 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
         help="rows at once, 1 to 4096; default: 1")
     add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
         help="end an answer in front of this text; may be given several times; default: none")
+
+
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """How tokens are drawn, and what is said of them."""
     add = parser.add_argument_group("more about drawing tokens").add_argument
     add("--top_p", metavar="P", type=number("top_p"),
         help="sample from the fewest tokens that hold this probability, above 0 to 1; default: 1")
     add("--min_p", metavar="P", type=number("min_p"),
         help="sample from tokens at least P times as likely as the likeliest, 0 to 1; default: 0")
+    add("--repetition_penalty", metavar="P", type=number("repetition_penalty"),
+        help="divide what speaks for tokens that have come, in the prompt too, above 0 to 100; "
+        "default: 1")
+    add("--presence_penalty", metavar="P", type=number("presence_penalty"),
+        help="take P off the logits of tokens that have come in the answer, -2 to 2; default: 0")
+    add("--frequency_penalty", metavar="P", type=number("frequency_penalty"),
+        help="the same for each time that they have come, -2 to 2; default: 0")
+    add("--json_schema", metavar="FILE",
+        help="answer in JSON of this schema (pip install llguidance); default: in any text")
+    add("--grammar", metavar="FILE",
+        help="answer by this grammar, GBNF or Lark (pip install llguidance); default: none")
+    add("--logprobs", metavar="K", type=number("logprobs"),
+        help="with --json or --output: log probabilities of each token and of the K likeliest in "
+        "its place, from 0; default: none")
+    add("--echo", action="store_true", help="with --logprobs: those of the prompt too")
     add("--seed", metavar="N", type=number("seed"),
         help="of the first answer, the next one has the next; the same seed, the same text; "
         "default: new ones")
@@ -207,6 +227,10 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
             args.interactive and (args.json or measures or several),
         "--system goes with --interactive or --chat":
             args.system is not None and not (args.interactive or args.chat),
+        "--json_schema and --grammar exclude each other": args.json_schema and args.grammar,
+        "--logprobs goes with --json or --output, and not with --interactive":
+            args.logprobs is not None and not (args.json or args.output),
+        "--echo goes with --logprobs": args.echo and args.logprobs is None,
         "--shift goes with --interactive": args.shift and not args.interactive,
         "--group_size goes with --quantize":
             args.group_size is not None and args.quantize not in MODES,

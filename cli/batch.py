@@ -74,12 +74,31 @@ def work_off(
             record["queued_s"] = round(started - began, 6)
             record["first_token_s"] = record["total_s"]
         record["new_tokens"] += len(ids)
+        add_logprobs(record, jobs[number].prompt, ids, tokenizer)
         record["finish_reason"] = engine.finish_reasons.get(number)
         piece = ""
         if tokenizer is not None:
             piece = streams[number].push(ids, final=record["finish_reason"] is not None)
         record["text"] += piece
         yield number, len(ids), piece, record
+
+
+def add_logprobs(
+    record: Record, prompt: list[int], ids: list[int], tokenizer: Tokenizer | None
+) -> None:
+    """Put what is known of new tokens, and with the first of a prompt's, into a record."""
+
+    def named(token: int, logprob: float | None) -> dict[str, Any]:
+        text = "" if tokenizer is None else tokenizer.decode([token])
+        return {"id": token, "token": text, "logprob": logprob}
+
+    for name, tokens in {"prompt_": prompt, "": ids}.items():
+        logprobs = getattr(ids, f"{name}logprobs", ())
+        tops = getattr(ids, f"{name}top_logprobs", ())
+        for token, logprob, top in zip(tokens, logprobs, tops):
+            likeliest = [named(*each) for each in (top or {}).items()]
+            told = named(token, logprob) | {"top_logprobs": likeliest}
+            record.setdefault(f"{name}logprobs", []).append(told)
 
 
 # --- answers on the screen ---

@@ -27,6 +27,7 @@ from generate import (
 )
 from model import ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
+from processors.grammar import Grammar
 from quantize import QuantizedLinear, new_folder, write_quantized
 
 
@@ -51,7 +52,7 @@ def run(args: Any, team: Team | None) -> None:
 
 def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
     """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
-    tokenizer, jobs, engine, all_done = None, None, None, False
+    tokenizer, jobs, engine, all_done, more = None, None, None, False, {}
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
     if args.prompts is not None:  # what is answered already needs no model
@@ -64,9 +65,12 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         model = load_fitting(args, tokenizer, team.ranks)
         load_s = time.perf_counter() - began
         jobs = jobs or wanted(args, asked, tokenizer, model.config)
+        more = for_all(args, asked, tokenizer, model.config)
+        for job in jobs:
+            job.settings.update(more)
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
-    settings = {name: getattr(args, name, None) for name in SETTINGS}
+    settings = more | {name: getattr(args, name, None) for name in SETTINGS}
     if args.interactive:
         team.share_input(standard_input())
         watch_prompts(engine)
@@ -88,6 +92,17 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         say_run(args, engine)
 
 
+def for_all(
+    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
+) -> dict[str, Any]:
+    """What flags alone can set of all requests."""
+    processors = []
+    if asked.grammar is not None and tokenizer is not None:
+        kind = "json_schema" if args.json_schema else "grammar"
+        processors.append(Grammar(kind, asked.grammar, tokenizer, config.vocab_size))
+    return {"processors": processors, "echo": args.echo or None}
+
+
 def say_run(args: Any, engine: Engine) -> None:
     """What it took, also as a line of JSON."""
     measured = not args.interactive and engine.stats.new_tokens > 0
@@ -102,10 +117,12 @@ def read_asked(args: Any) -> Asked:
     if args.draft_checkpoint_path is not None:
         resolve(args.draft_checkpoint_path)
     has_text = args.prompt is not None and not args.prompt.isdecimal()
+    grammar = args.json_schema or args.grammar
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
         text=read_text(args.prompt) if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
+        grammar=grammar and read_text(f"@{grammar}", "the grammar"),
     )
 
 
@@ -196,8 +213,8 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
 
     if args.prompts is not None:
         answering = json.dumps([
-            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size,
-            args.calibrate, args.kv_dtype, room, args.adapter and files_of(args.adapter),
+            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room,
+            args.calibrate, args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
         ])
         return read_jobs(asked.lines, encode, defaults, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}

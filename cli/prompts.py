@@ -43,6 +43,7 @@ class Asked(NamedTuple):
     lines: list[Line]  # of --prompts
     text: str | None  # of --prompt; None: there is none, or it is a number of random tokens
     system: str | None  # of --system
+    grammar: str | None  # of --json_schema or --grammar
 
 
 def standard_input() -> TextIO:

@@ -73,7 +73,7 @@ class Extras:
 
     def __init__(self, decoder: Decoder):
         self.decoder = proxy(decoder)  # which has this
-        B, device = decoder.cache.max_batch_size, decoder.device
+        B, device = decoder.cache.max_batch_size, decoder.input_pos.device
         self.history = torch.full((B, decoder.cache.max_seq_len + 1), -1, device=device)
         self.begins = torch.zeros(B, dtype=torch.int32, device=device)  # these two: see Texts
         self.settings = torch.zeros(B, len(PROCESSORS), device=device)
@@ -192,8 +192,8 @@ class Extras:
 
     def places(self, rows: slice, ahead: int, n: int) -> Tensor:
         """Where n tokens of each row stand, `ahead` of its last one and on: int64 [B, n]."""
-        offsets = torch.arange(ahead, ahead + n, device=self.decoder.device)
-        return self.decoder.input_pos[rows, None] + offsets
+        input_pos = self.decoder.input_pos[rows, None]  # (B, 1)
+        return input_pos + torch.arange(ahead, ahead + n, device=input_pos.device)
 
     def logprobs_of(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [B, T, V] and tokens [B, T]: Drawn.logprobs and Drawn.likeliest."""
