@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from families import gguf
+from families import deltanet, gguf
 from families.blocks import (
     AllHeadsAttention, GemmaNorm, GemmaTransformer, GraniteTransformer, PostNormBlock,
     SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_attention,
@@ -68,12 +68,29 @@ GPT_OSS = EXPERTS | dict(
     num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0,
 )
 
+DELTA = dict(
+    layer_types=None, full_attention_interval=4, partial_rotary_factor=0.25, head_dim=256,
+    num_key_value_heads=2, max_position_embeddings=32768, attention_bias=False,
+    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+    linear_value_head_dim=128, linear_conv_kernel_dim=4,
+)
+DELTA_MOE = DELTA | QWEN_MOE | dict(
+    intermediate_size=5632, norm_topk_prob=True, moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+)
+
 # --- the table ---
 
 # layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
+
+DELTA_FIELDS = dict(windows=deltanet.windows, ropes=deltanet.ropes, qk_norm=True)
+DELTA_CLASSES = dict(
+    norm=GemmaNorm, attention=deltanet.delta_attention, block=deltanet.delta_block,
+    model=deltanet.DeltaTransformer,
+)
 
 FAMILIES |= {
     "gemma": Family(
@@ -145,5 +162,14 @@ FAMILIES |= {
         GPT_OSS, LAYERWISE | MOE_OF_FFN_DIM, attention=SinkAttention,
         mlp=partial(mlp_or_moe, kind=ClampedExperts),
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
+    ),
+    "qwen3_next": Family(
+        DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},
+        mlp=mlp_or_moe, convert=deltanet.by_part, **DELTA_CLASSES,
+    ),
+    "qwen3_5_text": Family(DELTA | dict(num_key_value_heads=4), DELTA_FIELDS, **DELTA_CLASSES),
+    "qwen3_5_moe_text": Family(
+        DELTA_MOE | dict(num_experts_per_tok=8), DELTA_FIELDS | {"moe": mixture_of_experts},
+        mlp=mlp_or_moe, **DELTA_CLASSES,
     ),
 }

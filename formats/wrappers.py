@@ -8,7 +8,10 @@ from typing import Any
 from quantize import say_once
 
 # By the model_type of a config.json that has a text_config: the one that this has, always,
-OWN = {"gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}
+OWN = {
+    "gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3",
+    "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text",
+}
 ANY = {  # or if it does not say it; the other way round
     "llama": "llava llava_next vipllava video_llava perception_lm idefics3 smolvlm voxtral",
     "mistral": "mistral3 idefics2",
@@ -24,6 +27,8 @@ SIZES_OF = {
     "qwen2": (151936, 4096, 22016, 32, 32),
     "qwen3": (151936, 4096, 22016, 32, 32),
     "gemma3_text": (262208, 2304, 9216, 26, 8),
+    "qwen3_5_text": (248320, 4096, 12288, 32, 16),
+    "qwen3_5_moe_text": (248320, 2048, 5632, 40, 16),
 }
 QWEN2_VL = dict(zip(SIZES, (152064, 8192, 29568, 80, 64)), num_key_value_heads=8, rope_theta=1e6,
                 rms_norm_eps=1e-5, max_window_layers=80)
