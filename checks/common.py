@@ -107,6 +107,14 @@ PARTIAL_LONGROPE = LONGROPE | dict(
     short_factor=LONGROPE["short_factor"][:6],
     long_factor=LONGROPE["long_factor"][:6],
 )
+DELTA = dict(
+    num_hidden_layers=4, head_dim=32, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=24,
+)
+MANY_EXPERTS = dict(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+    shared_expert_intermediate_size=40,
+)
 # name -> transformers' class, settings that differ from BASE
 CHECKPOINTS = {
     "llama": ("Llama", {}),
@@ -162,6 +170,9 @@ CHECKPOINTS = {
     "qwen3-moe": ("Qwen3Moe", dict(
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32, norm_topk_prob=True,
         decoder_sparse_step=2, **SEVEN)),
+    "qwen3.5": ("Qwen3_5Text", DELTA),
+    "qwen3.5-moe": ("Qwen3_5MoeText", DELTA | MANY_EXPERTS),
+    "qwen3-next": ("Qwen3Next", DELTA | MANY_EXPERTS | dict(linear_num_key_heads=4)),
 }
 CHECKPOINTS |= {
     "ministral": ("Ministral", dict(sliding_window=9, layer_types=WINDOW_FIRST)),

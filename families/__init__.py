@@ -6,7 +6,7 @@ from functools import partial
 
 import torch.nn as nn
 
-from families import gemma3n, gguf
+from families import deltanet, gemma3n, gguf
 from families.blocks import (
     AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
     GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
@@ -167,6 +167,17 @@ ERNIE_MOE = ERNIE | dict(
     moe_layer_interval=1,
 )
 
+DELTA = dict(
+    layer_types=None, full_attention_interval=4, partial_rotary_factor=0.25, head_dim=256,
+    num_key_value_heads=2, max_position_embeddings=32768, attention_bias=False,
+    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+    linear_value_head_dim=128, linear_conv_kernel_dim=4,
+)
+DELTA_MOE = DELTA | QWEN_MOE | dict(
+    intermediate_size=5632, norm_topk_prob=True, moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+)
+
 # --- the table ---
 
 # layers differ in both
@@ -195,6 +206,12 @@ BIASED_MOE = {"moe": partial(deepseek_moe, **BIASED)}
 DEEPSEEK = dict(attention=LatentAttention, mlp=mlp_or_moe, convert=latent_halves_first,
                 stored_as=SHARED_EXPERTS)
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
+
+DELTA_FIELDS = dict(windows=deltanet.windows, ropes=deltanet.ropes, qk_norm=True)
+DELTA_CLASSES = dict(
+    norm=GemmaNorm, attention=deltanet.delta_attention, block=deltanet.delta_block,
+    model=deltanet.DeltaTransformer,
+)
 
 FAMILIES |= {
     "gemma": Family(
@@ -352,6 +369,15 @@ FAMILIES |= {
     "ernie4_5_moe": Family(
         ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
         stored_as=SHARED_EXPERTS,
+    ),
+    "qwen3_next": Family(
+        DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},
+        mlp=mlp_or_moe, convert=deltanet.by_part, **DELTA_CLASSES,
+    ),
+    "qwen3_5_text": Family(DELTA | dict(num_key_value_heads=4), DELTA_FIELDS, **DELTA_CLASSES),
+    "qwen3_5_moe_text": Family(
+        DELTA_MOE | dict(num_experts_per_tok=8), DELTA_FIELDS | {"moe": mixture_of_experts},
+        mlp=mlp_or_moe, **DELTA_CLASSES,
     ),
 }
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]

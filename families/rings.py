@@ -109,6 +109,7 @@ class RingKVCache(KVCache):
         if not self.keeps(rows, cached):
             raise ValueError(
                 f"a row cannot go on behind its first {int(torch.as_tensor(cached).min())} tokens: "
-                "it went further since, and layers with a sliding window have let go of them; read "
-                "the text again from its beginning, or set up the cache with rings=False"
+                "it went further since, and layers with a sliding window or a state have let go "
+                "of them; read the text again from its beginning, or, where there are windows "
+                "alone, set up the cache with rings=False"
             )

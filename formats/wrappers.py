@@ -10,7 +10,8 @@ from quantize import say_once
 # By the model_type of a config.json that has a text_config: the one that this has, always,
 OWN = {"gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "gemma4": "gemma4_text",
        "gemma4_unified": "gemma4_unified_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2",
-       "qwen3_vl": "qwen3"}
+       "qwen3_vl": "qwen3",
+       "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 ANY = {  # or if it does not say it; the other way round
     "llama": "llava llava_next vipllava video_llava perception_lm idefics3 smolvlm voxtral",
     "mistral": "mistral3 idefics2",
@@ -31,6 +32,8 @@ SIZES_OF = {
     "gemma3n_text": (262400, 2048, 16384, 35, 8),
     "gemma4_text": (262144, 2304, 9216, 30, 8),
     "gemma4_unified_text": (262144, 2304, 9216, 30, 8),
+    "qwen3_5_text": (248320, 4096, 12288, 32, 16),
+    "qwen3_5_moe_text": (248320, 2048, 5632, 40, 16),
 }
 QWEN2_VL = dict(zip(SIZES, (152064, 8192, 29568, 80, 64)), num_key_value_heads=8, rope_theta=1e6,
                 rms_norm_eps=1e-5, max_window_layers=80)

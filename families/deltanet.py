@@ -1,0 +1,214 @@
+"""Qwen3-Next and Qwen3.5: most layers have a memory of fixed size (delta_rule.py), every fourth one
+attends to all tokens, through a gate."""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from families import delta_rule
+from families.delta_rule import Memory
+from families.settings import of_layers
+from model import (
+    Attention, Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope,
+    Transformer, apply_rope, make_rope, positive, rope_settings,
+)
+from quantize import Linear
+
+# --- settings ---
+
+
+def is_linear(hf: dict) -> list[bool]:
+    """Which layers have no attention."""
+    kinds = of_layers(hf, "layer_types")
+    if kinds is None:
+        interval = positive(hf, "full_attention_interval")
+        return [(i + 1) % interval > 0 for i in range(positive(hf, "num_hidden_layers"))]
+    if not {"full_attention", "linear_attention"}.issuperset(kinds):
+        raise ValueError(
+            f"unsupported layer_types {kinds!r}: only full_attention and linear_attention "
+            "are supported"
+        )
+    return [kind == "linear_attention" for kind in kinds]
+
+
+def windows(hf: dict) -> tuple[int | None, ...]:
+    """A layer with a state sees one token, and lets go of it: rows go back no further than in a
+    ring of that window."""
+    return tuple(1 if linear else None for linear in is_linear(hf))
+
+
+def ropes(hf: dict) -> tuple[Rope | None, ...]:
+    rope = make_rope(rope_settings(hf))
+    return tuple(None if linear else rope for linear in is_linear(hf))
+
+# --- layers with a state ---
+
+
+class DeltaCache(LayerCache):
+    """The Memory of one layer for some rows, in the place of keys and values."""
+
+    def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
+        super().__init__(list(tensors), places, flash)
+        self.memory = Memory(*tensors)
+        self.keys, self.updates, self.gates, self.inputs, self.folded = tensors[1:]
+
+    def rows(self, rows: slice) -> LayerCache:
+        return type(self)([tensor[rows] for tensor in self.tensors], self.places, self.flash)
+
+    def live(self, row: int, length: int) -> list[Tensor]:
+        return [tensor[row] for tensor in self.tensors]
+
+
+class GatedNorm(nn.RMSNorm):
+    """Of each head, times the SiLU of a gate."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(gate.dtype)
+        return (self.weight * y * F.silu(gate.float())).to(gate.dtype)
+
+
+class Weight(nn.Module):
+    """Of a convolution that is no layer of its own."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+
+class GatedDeltaNet(nn.Module):
+    """Qwen3.5's, its modules named as in Hugging Face's checkpoints."""
+
+    may_shift_scores = True  # it has none
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        sizes = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+                 "linear_value_head_dim", "linear_conv_kernel_dim")
+        self.n_k, self.n_v, self.k_dim, self.v_dim, K = (positive(config.hf, x) for x in sizes)
+        if self.n_v % self.n_k:
+            raise ValueError(f"{self.n_v} value heads do not divide into {self.n_k} key heads")
+        self.conv_dim = 2 * self.n_k * self.k_dim + self.n_v * self.v_dim
+        self.conv1d = Weight(self.conv_dim, 1, K)
+        self.A_log = nn.Parameter(torch.empty(self.n_v))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_v))
+        self.norm = GatedNorm(self.v_dim, config.norm_eps)
+        self.out_proj = Linear(self.n_v * self.v_dim, config.dim, bias=False)
+        self.make_inputs(config.dim)
+
+    def make_inputs(self, dim: int) -> None:
+        self.in_proj_qkv = Linear(dim, self.conv_dim, bias=False)
+        self.in_proj_z = Linear(dim, self.n_v * self.v_dim, bias=False)
+        self.in_proj_b = Linear(dim, self.n_v, bias=False)
+        self.in_proj_a = Linear(dim, self.n_v, bias=False)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of the convolution [B, T, conv_dim]; of the norm's gate; of beta, and of the gate of the
+        state, [B, T, n_v]."""
+        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+
+    def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
+        memory = Memory.allocate(
+            cache.max_batch_size, (self.n_k, self.n_v), (self.k_dim, self.v_dim),
+            (self.conv_dim, self.conv1d.weight.shape[2]), self.norm.weight.dtype, device,
+        )
+        return DeltaCache(list(memory), places, flash=True)
+
+    def forward(self, x: Tensor, positions: Positions, cache: DeltaCache) -> Tensor:
+        B, T, _ = x.shape
+        qkv, z, b, a = self.inputs(x)
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        args = qkv, g, b.float().sigmoid(), self.conv1d.weight[:, 0], positions.input_pos
+        if positions.prefill:
+            args += (positions.last,)
+        run = delta_rule.prefill if positions.prefill else delta_rule.decode
+        if torch.compiler.is_compiling():
+            ops = torch.ops.gpt_flash
+            run = ops.delta_prefill if positions.prefill else ops.delta_decode
+        y = run(*args, *cache.memory)  # (B, T, n_v, v_dim)
+        y = self.norm(y, z.view(B, T, self.n_v, self.v_dim))
+        return self.out_proj(y.flatten(2))
+
+
+class NextDeltaNet(GatedDeltaNet):
+    """Qwen3-Next's: files have its inputs as two products."""
+
+    def make_inputs(self, dim: int) -> None:
+        self.in_proj_qkvz = Linear(dim, self.conv_dim + self.n_v * self.v_dim, bias=False)
+        self.in_proj_ba = Linear(dim, 2 * self.n_v, bias=False)
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        qkv, z = self.in_proj_qkvz(x).split([self.conv_dim, self.n_v * self.v_dim], -1)
+        return qkv, z, *self.in_proj_ba(x).chunk(2, -1)
+
+
+def by_part(config: ModelConfig, name: str) -> Any:
+    """Qwen3-Next's files have the rows of all parts beside each other for each key head."""
+    hf = config.hf
+    n_k, k_dim = hf["linear_num_key_heads"], hf["linear_key_head_dim"]
+    group = hf["linear_num_value_heads"] // n_k
+    v = group * hf["linear_value_head_dim"]
+    sizes = {"in_proj_qkvz": [k_dim, k_dim, v, v], "in_proj_ba": [group] * 2}.get(
+        name.split(".")[-2]
+    )
+    if sizes is None:
+        return None
+    return lambda x: torch.cat([
+        part.flatten(0, 1) for part in x.view(n_k, -1, x.shape[-1]).split(sizes, 1)
+    ])
+
+# --- layers with attention ---
+
+
+class GatedAttention(Attention):
+    """What a head gives is multiplied with the sigmoid of a gate, which the query's product has."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        n_heads = 2 * (self.n_head + self.n_kv_head)
+        self.qkv_proj = Linear(config.dim, n_heads * self.head_dim, bias=config.qkv_bias)
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        qg, k, v = heads.split([2 * self.n_head, self.n_kv_head, self.n_kv_head], 2)
+        q, gate = qg.unflatten(2, (self.n_head, 2)).unbind(3)  # (B, T, Hq, D)
+        qk = torch.cat([self.q_norm(q), self.k_norm(k)], 2)
+        qk = apply_rope(qk, positions.cos, positions.sin).transpose(1, 2)
+        q, k = qk.split([self.n_head, self.n_kv_head], 1)
+        y = self.attend(q, k, v.transpose(1, 2), positions, cache).transpose(1, 2)
+        return self.o_proj((y * gate.sigmoid()).reshape(B, T, -1))
+
+# --- blocks and the model ---
+
+
+def delta_attention(config: ModelConfig, layer: int) -> nn.Module:
+    if config.windows[layer] is None:
+        return GatedAttention(config, layer)
+    kind = NextDeltaNet if config.family == "qwen3_next" else GatedDeltaNet
+    return kind(config, layer)
+
+
+class LinearBlock(Block):
+    """Files call what it has in the place of attention linear_attn."""
+
+    self_attn = property(lambda self: self.linear_attn)
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.linear_attn = self._modules.pop("self_attn")
+
+
+def delta_block(config: ModelConfig, layer: int) -> Block:
+    kind = Block if config.windows[layer] is None else LinearBlock
+    return kind(config, layer)
+
+
+class DeltaTransformer(Transformer):
+    """Its rows cannot keep all tokens: what rings=False asks for is not there."""
+
+    def setup_caches(self, *args: Any, **options: Any) -> KVCache:
+        return super().setup_caches(*args[:4], **options | {"rings": True})
