@@ -73,12 +73,6 @@ GEMMA4 = dict(
     num_kv_shared_layers=2, global_head_dim=32, use_double_wide_mlp=True,
     hidden_size_per_layer_input=8, vocab_size_per_layer_input=131, final_logit_softcapping=5.0,
 )
-GEMMA3N = dict(
-    hidden_size=96, num_hidden_layers=5, sliding_window=9,
-    layer_types=[*WINDOW_FIRST[:2]] * 2 + ["full_attention"], num_kv_shared_layers=2,
-    hidden_size_per_layer_input=8, vocab_size_per_layer_input=100, laurel_rank=8,
-    activation_sparsity_pattern=[0.6, 0.6, 0.0, 0.0, 0.0], intermediate_size=[72] * 4 + [64],
-)
 # whose layers that see all have keys for values
 GEMMA4_UNIFIED = dict(
     sliding_window=9, layer_types=[*WINDOW_FIRST[:2], "full_attention"], global_head_dim=32,
@@ -135,7 +129,6 @@ CHECKPOINTS = {
     "gemma2-seven": ("Gemma2", GEMMA2 | SEVEN),
     "gemma3": ("Gemma3Text", GEMMA3),
     "gemma3-seven": ("Gemma3Text", GEMMA3 | SEVEN),
-    "gemma3n": ("Gemma3nText", GEMMA3N),
     "gemma4": ("Gemma4Text", GEMMA4),
     "gemma4-unified": ("Gemma4UnifiedText", GEMMA4_UNIFIED),
     "gemma4-moe": ("Gemma4Text", GEMMA4_MOE),
@@ -235,7 +228,7 @@ def random_hf(name: str, **changes: object) -> transformers.PreTrainedModel:
                 parameter.normal_(std=0.15)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-            if name.endswith("q_norm.weight") and family.startswith(("Gemma3n", "Gemma4")):
+            if name.endswith("q_norm.weight") and family.startswith("Gemma4"):
                 parameter *= 0.2  # as scores are not scaled, those of trained models are small too
         for name, buffer in hf.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):

@@ -238,7 +238,7 @@ def test_layers_that_share_keys_have_one_cache(
 
 
 def test_keys_that_no_layer_reads_are_left_out(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """Files of Gemma 3n and 4 have them for the layers that share those of others."""
+    """Files of Gemma 4 have them for the layers that share those of others."""
     folder, hf = checkpoint("gemma4")
     tensors = load_file(folder / "model.safetensors")
     attention = "model.layers.4.self_attn"
@@ -533,7 +533,7 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # settings of the supported classes that do not change what a trained model computes, or are
 # written beside layer_types, which are read
 HARMLESS = set("""
-    _name_or_path _sliding_window_pattern altup_coef_clip attention_dropout bos_token_id
+    _name_or_path _sliding_window_pattern attention_dropout bos_token_id
     chunk_size_feed_forward dtype embd_pdrop embedding_dropout eod_token_id eos_token_id
     hidden_dropout id2label initializer_range is_encoder_decoder label2id moe_norm_min
     num_nextn_predict_layers output_attentions output_hidden_states output_router_logits

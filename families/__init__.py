@@ -6,7 +6,7 @@ from functools import partial
 
 import torch.nn as nn
 
-from families import deltanet, gemma3n, gguf
+from families import deltanet, gguf
 from families.blocks import (
     AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
     GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
@@ -66,13 +66,6 @@ GEMMA4 = GEMMA | EXPERTS | dict(
 )
 GEMMA4_UNIFIED = GEMMA4 | dict(
     max_position_embeddings=262144, sliding_window=1024, hidden_size_per_layer_input=0,
-)
-GEMMA3N = GEMMA4 | dict(
-    num_key_value_heads=2, max_position_embeddings=32768, sliding_window_pattern=5,
-    per_layer_config={}, num_kv_shared_layers=15, final_logit_softcapping=30.0, rope_theta=1e6,
-    rope_local_base_freq=1e4, rope_parameters=None, intermediate_size=16384, laurel_rank=64,
-    activation_sparsity_pattern=None, altup_num_inputs=4, altup_active_idx=0,
-    altup_correct_scale=True,
 )
 LFM2 = dict(
     num_key_value_heads=8, max_position_embeddings=128000, intermediate_size=12288,
@@ -227,14 +220,6 @@ FAMILIES |= {
         GEMMA3, LAYERWISE | {"softmax_scale": query_scale, "qk_norm": True},
         norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
-    ),
-    "gemma3n_text": Family(
-        GEMMA3N,
-        LAYERWISE | {
-            "softmax_scale": 1.0, "qk_norm": True, "ffn_dim": lambda hf: gemma3n.ffn_dims(hf)[0],
-        },
-        attention=Gemma4Attention, mlp=gemma3n.SparseMLP, block=gemma3n.Gemma3nBlock,
-        model=gemma3n.Gemma3nTransformer,
     ),
     "gemma4_text": Family(GEMMA4, **GEMMA4_PARTS),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),

@@ -8,7 +8,7 @@ from typing import Any
 from quantize import say_once
 
 # By the model_type of a config.json that has a text_config: the one that this has, always,
-OWN = {"gemma3": "gemma3_text", "gemma3n": "gemma3n_text", "gemma4": "gemma4_text",
+OWN = {"gemma3": "gemma3_text", "gemma4": "gemma4_text",
        "gemma4_unified": "gemma4_unified_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2",
        "qwen3_vl": "qwen3",
        "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
@@ -29,7 +29,6 @@ SIZES_OF = {
     "qwen2": (151936, 4096, 22016, 32, 32),
     "qwen3": (151936, 4096, 22016, 32, 32),
     "gemma3_text": (262208, 2304, 9216, 26, 8),
-    "gemma3n_text": (262400, 2048, 16384, 35, 8),
     "gemma4_text": (262144, 2304, 9216, 30, 8),
     "gemma4_unified_text": (262144, 2304, 9216, 30, 8),
     "qwen3_5_text": (248320, 4096, 12288, 32, 16),
