@@ -594,17 +594,18 @@ def comparable(config: ModelConfig) -> dict:
 
 # the decoder models of transformers that are used most, and some of every unusual kind
 MODEL_TYPES = """
-    gemma4 gemma4_text gemma4_unified gemma4_unified_text lfm2_moe
-    apertus arcee bamba bitnet blt bloom codegen cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3
-    diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma
-    gemma2 gemma3 gemma3_text gemma3n gemma3n_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode
-    gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe internvl jamba jetmoe kyutai_speech_to_text lfm2 llama llama4
-    llama4_text llava longcat_flash mamba mamba2 minimax minimax_m2 ministral ministral3 mistral
-    mistral3 mistral4 mixtral mllama moshi mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt
-    paligemma persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3
-    qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss smollm3 stablelm starcoder2 t5gemma
-    vaultgemma whisper xglm zamba2
+    apertus arcee bamba bitnet bloom blt codegen cohere cohere2 cwm dbrx deepseek_v2
+    deepseek_v3 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4 falcon falcon_h1
+    falcon_mamba flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4
+    gemma4_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt2
+    gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internvl jamba jetmoe
+    kyutai_speech_to_text lfm2 lfm2_moe llama llama4 llama4_text llava longcat_flash mamba
+    mamba2 minimax minimax_m2 ministral ministral3 mistral mistral3 mistral4 mixtral mllama
+    moshi mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt paligemma persimmon phi phi3
+    phi4_multimodal phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl recurrent_gemma rwkv seed_oss
+    smollm3 stablelm starcoder2 t5gemma vaultgemma whisper xglm zamba2
 """.split()
 
 
