@@ -17,7 +17,7 @@ from checks.common import close, hf_folder, run_cli
 from checks.fixtures import GPL
 from formats.default import default_model
 from generate import Tokenizer, load_tokenizer
-from model import FAMILIES, Family, Transformer, load_model, sources
+from model import Transformer, load_model, sources
 from quantize import (
     Int4Linear, Int8Linear, Linear, QuantizedLinear, quantize_linear, save_quantized,
 )
@@ -323,16 +323,13 @@ def test_what_cannot_calibrate_is_refused(tmp_path: Path, options: dict, message
         load_model(hf_folder(tmp_path / "m"), **options)
 
 
-def test_layers_that_take_more_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name, family", [("gemma3n", "gemma3n_text"), ("gemma4", "gemma4_text")])
+def test_layers_that_take_more_than_the_last_one_gives_are_refused(
+    checkpoint: Callable, name: str, family: str
 ) -> None:
-    class Other(Transformer):
-        def run_layers(self, *args: object) -> Tensor:
-            return super().run_layers(*args)
-
-    monkeypatch.setitem(FAMILIES, "llama", Family(model=Other))
-    with pytest.raises(ValueError, match="calibrating is not possible for llama"):
-        load_model(hf_folder(tmp_path / "m"), quantize="int4", calibrate=[1] * 200)
+    folder, _ = checkpoint(name)
+    with pytest.raises(ValueError, match=f"calibrating is not possible for {family}"):
+        load_model(folder, quantize="int4", calibrate=[1] * 200)
 
 
 @pytest.mark.parametrize("words, says", [

@@ -187,8 +187,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--group_size", type=int, choices=[32, 64, 128],
         help="inputs to a scale of --quantize int4; default: 32")
     add("--calibrate", metavar="FILE",
-        help="a text like those to come, by which --quantize int8 or int4 rounds better: some 8,000 "
-        "tokens are enough; default: none")
+        help="a text like those to come, by which --quantize int8 or int4 rounds better: a few "
+        "thousand tokens are enough; default: none")
     add("--save", metavar="FOLDER", type=Path,
         help="write what --quantize makes to this new folder and end; default: nothing written")
     add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
