@@ -275,14 +275,15 @@ def _flash_decode_torch(
     if longest + new > S and not ring:
         raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into "
                          f"a cache of {S}")
-    if T > 1 and causal and min(lens) + new >= T:
+    if T > 1 and causal:
         # each token alone: among others, its weights would be summed in another order
         parts = []
         before = cache_seqlens if new else cache_seqlens + (1 - T)
         for t in range(T):
             one, k_one, v_one = (None if x is None else x[:, :, t:t + 1] for x in (q, k, v))
             parts.append(_flash_decode_torch(
-                one, k_cache, v_cache, before + t, k_one, v_one, k_scale, v_scale, *options))
+                one, k_cache, v_cache, (before + t).clamp(min=0), k_one, v_one, k_scale, v_scale,
+                *options))
         outs, lses = zip(*parts)
         return torch.cat(outs, 2), torch.stack(lses, -1).flatten(2)
     tensors = (q, k_cache, v_cache, k, v, k_scale, v_scale)
@@ -337,21 +338,16 @@ def _attend_live(
         q = q.float()
         k_cache = k_cache.float().mul_(k_scale[..., None])
         v_cache = v_cache.float().mul_(v_scale[..., None])
-    mask = None
-    if wrapped or T > 1 and causal:
-        mask = _causal_mask(T, live, window)
-        if wrapped:
-            mask = mask.roll(end % S, 1)  # the last token's column to its place
-        mask = mask.repeat(Hq // Hkv, 1)
     # a KV head's query heads ride along as query rows, so that no key is repeated; four at least, as
     # with fewer the order in which MKL sums depends on where in memory a thread has them
-    n = Hq // Hkv * T
-    rows = q.reshape(B, Hkv, n, D)
-    if n < 4 and mask is None:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 4 - n))
+    n_rows = Hq // Hkv * T
+    rows = torch.nn.functional.pad(q.reshape(B, Hkv, n_rows, D), (0, 0, 0, max(0, 4 - n_rows)))
+    mask = None
+    if wrapped:  # the last token's column to its place
+        mask = _causal_mask(T, live, window).roll(end % S, 1).expand(rows.shape[2], -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, k_cache, v_cache, attn_mask=mask, scale=scale)
-    return out[:, :, :n].reshape(B, Hq, T, D).contiguous().to(dtype), lse[:, :, :n]
+    return out[:, :, :n_rows].reshape(B, Hq, T, D).contiguous().to(dtype), lse[:, :, :n_rows]
 
 
 def _append_at(
