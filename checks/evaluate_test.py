@@ -161,7 +161,6 @@ output_type: loglikelihood_rolling
 doc_to_target: "{{line}}"
 metric_list:
   - metric: bits_per_byte
-  - metric: byte_perplexity
 """
 ANSWER = """
 output_type: generate_until
