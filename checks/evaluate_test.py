@@ -110,8 +110,14 @@ def test_what_is_shared_is_read_once(ours: Evaluated, monkeypatch: pytest.Monkey
     questions = [examples + ids(10, 1 + i) for i in range(4)]
     pairs = [(question, [7 + n]) for question in questions for n in range(4)]
     dict(asked.scores(pairs))
-    # two batches of two questions of four choices; of a context the last token is read with these
-    assert rows_read == [(1, 64), (2, 9), (8, 1), (2, 9), (8, 1)]
+    # of a context the last token is read with choices, which are of one token here
+    assert rows_read == [(1, 64), (4, 9), (4, 1)]
+    rows_read.clear()
+    dict(asked.scores([(question, [7, 8 + n]) for question in questions for n in range(4)]))
+    assert rows_read == [(1, 64), (4, 9), (4, 2)]
+    rows_read.clear()
+    dict(asked.scores([(question, [7 + n, 8]) for question in questions for n in range(4)]))
+    assert rows_read == [(1, 64), (4, 9), (8, 2), (8, 2)]
 
 
 def test_int8_caches_are_seen_as_in_decoding(ours: Evaluated) -> None:
@@ -155,7 +161,6 @@ output_type: loglikelihood_rolling
 doc_to_target: "{{line}}"
 metric_list:
   - metric: bits_per_byte
-  - metric: byte_perplexity
 """
 ANSWER = """
 output_type: generate_until
@@ -272,11 +277,11 @@ def test_a_run_goes_on_where_it_was_killed(ours: Evaluated, tmp_path: Path) -> N
     judge = asked.score
     batches = []
 
-    def killed(rows: list[Any]) -> list[Any]:
+    def killed(rows: list[Any], *others: Any) -> list[Any]:
         batches.append(len(rows))
         if len(batches) == 4:
             raise KeyboardInterrupt
-        return judge(rows)
+        return judge(rows, *others)
 
     asked.score = killed
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@
 
 Tasks, metrics, tables and the flags beside those of --help are the harness's; tokens are scored as
 by its Hugging Face backend: in float32 the tables are the same. A context is read once for all its
-choices, which go on as rows behind copies of it, and so is what many contexts begin with."""
+choices, which are rows of a batch behind copies of it, and so is what many contexts begin with."""
 from __future__ import annotations
 
 import argparse
@@ -48,7 +48,7 @@ Score = tuple[float, bool]  # log-likelihood, and whether each token was the lik
 
 class GptFlash(TemplateLM):
     """What the harness asks. max_length: most tokens of a text. Up to batch_size rows work at a
-    time; for log-likelihoods the cache has as many again, the upper ones, which hold contexts."""
+    time; for log-likelihoods the cache has as many again, upper ones, for contexts."""
 
     eot_token_id = prefix_token_id = 0  # the second stands before what has no context
 
@@ -63,8 +63,8 @@ class GptFlash(TemplateLM):
         self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
         self.kv_dtype = kv_dtype
         for name in ("eos_token", "bos_token"):
-            token = tokenizer.special_text.get(name)
-            self.prefix_token_id = tokenizer.special.get(token, self.prefix_token_id)
+            token = tokenizer.special.get(tokenizer.special_text.get(name))
+            self.prefix_token_id = self.prefix_token_id if token is None else token
 
     @classmethod
     def create_from_arg_obj(cls, flags: dict[str, Any], others: dict[str, Any]) -> GptFlash:
@@ -79,56 +79,57 @@ class GptFlash(TemplateLM):
     def scores(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Score]]:
         """(context, continuation) each -> (a pair's number, its score), in the cheapest order. Of
         what is too long the beginning is left out. ValueError: a continuation alone is."""
-        rows = []  # what is read once, what is read behind it, what each token of that predicts
+        wanted: dict[Ids, dict[Ids, list[int]]] = {}  # pairs by context and what is read behind it
         for i, (context, expected) in enumerate(pairs):
             n = len(expected)
             if not 0 < n <= self.max_length:
                 raise ValueError(f"{n} tokens cannot be scored in a context of {self.max_length}")
             ids = (*(context or [self.prefix_token_id]), *expected)[-self.max_length - 1:-1]
-            rows.append((ids[:-n], ids[-n:], expected, i))
+            wanted.setdefault(ids[:-n], {}).setdefault(ids[-n:], []).append(i)
         n = sum(len(pair[0]) + len(pair[1]) - 1 > self.max_length for pair in pairs)
         if n:
             say(f"note: {n} texts are cut to their last {self.max_length} tokens")
-        room = max((len(row[0] + row[1]) for row in rows), default=1) + MAX_DECODE_TOKENS
+        room = max([len(c) + max(map(len, wanted[c])) for c in wanted] or [0]) + MAX_DECODE_TOKENS
         self.cache = self.model.setup_caches(2 * self.batch_size, room, self.kv_dtype, rings=False)
         self.decoder = Decoder(self.model)
         self.held: Ids = ()  # what the first of the upper rows has
-        # neighbours begin alike, or are about as long
-        begin = Counter(context[:ALIKE] for context in {row[0] for row in rows})
-        rows.sort(key=lambda row: (-len(row[0]), row[0]))
-        rows.sort(key=lambda row: row[0][:ALIKE] if begin[row[0][:ALIKE]] > 1 else ())
-        while rows:
-            n = self.batch_size
-            while 0 < n < len(rows) and rows[n - 1][0] == rows[n][0]:
-                n -= 1  # the choices of a question stay together
-            n = n or self.batch_size
-            yield from self.score(sorted(rows[:n], key=lambda row: -len(row[1])))
-            del rows[:n]
+        many = Counter(context[:ALIKE] for context in wanted)  # of them begin so
+        order = sorted(wanted, key=lambda c: (c[:ALIKE] if many[c[:ALIKE]] > 1 else (), -len(c), c))
+        for first in range(0, len(order), self.batch_size):
+            contexts = order[first:first + self.batch_size]
+            self.read(contexts)
+            rows = [(context, read) for context in contexts for read in wanted[context]]
+            rows.sort(key=lambda row: -len(row[1]))
+            for n in range(0, len(rows), self.batch_size):
+                batch = rows[n:n + self.batch_size]
+                for row, (c, _) in enumerate(batch):
+                    copy_row(self.cache, self.batch_size + contexts.index(c), row, len(c))
+                numbers = [wanted[context][read] for context, read in batch]
+                texts = [pairs[i][1] for of_row in numbers for i in of_row]
+                yield from zip(sum(numbers, []), self.score(batch, [*map(len, numbers)], texts))
 
     @torch.inference_mode()
-    def score(self, rows: list[tuple[Ids, Ids, list[int], int]]) -> list[tuple[int, Score]]:
-        """The scores of a batch, the longest continuations first."""
-        before, read, expected, numbers = zip(*rows)
-        contexts = list(dict.fromkeys(before))
-        self.read(contexts)
-        for row, context in enumerate(before):
-            copy_row(self.cache, self.batch_size + contexts.index(context), row, len(context))
-        tokens = pad_sequence([*map(torch.tensor, read)], True).to(self.model.device)  # (B, T)
-        expected = pad_sequence([*map(torch.tensor, expected)], True, -1).to(tokens.device)
-        input_pos = torch.tensor([*map(len, before)], dtype=torch.int32, device=tokens.device)
-        sums = torch.zeros(len(rows), device=tokens.device)
-        likeliest = torch.ones(len(rows), dtype=torch.bool, device=tokens.device)
+    def score(self, rows: list[tuple[Ids, Ids]], n_texts: list[int], texts: list) -> list[Score]:
+        """Read what is behind the rows' contexts, the longest first -> scores of the texts that are
+        expected, so many in each row."""
+        tokens = pad_sequence([torch.tensor(read) for _, read in rows], True).to(self.model.device)
+        texts = pad_sequence([*map(torch.tensor, texts)], True, -1).to(tokens.device)  # (N, T)
+        row = torch.arange(len(rows)).repeat_interleave(torch.tensor(n_texts)).to(tokens.device)
+        input_pos = torch.tensor([len(c) for c, _ in rows], dtype=torch.int32).to(tokens.device)
+        sums = torch.zeros(len(texts), device=tokens.device)
+        likeliest = torch.ones(len(texts), dtype=torch.bool, device=tokens.device)
         # few at a time, as in decoding: attention sees those before as the cache keeps them
         for start in range(0, tokens.shape[1], MAX_DECODE_TOKENS):
-            n = sum(len(each) > start for each in read)  # rows that go on, the first ones
+            n = sum(len(read) > start for _, read in rows)  # those that go on, the first ones
             piece = slice(start, start + MAX_DECODE_TOKENS)
             logits = self.model(tokens[:n, piece], input_pos[:n] + start)
             logp = logits.float().log_softmax(-1)  # (n, t, V)
-            ids = expected[:n, piece]
-            found = logp.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
-            sums[:n] += found.masked_fill(ids < 0, 0).sum(1)
-            likeliest[:n] &= ((logp.argmax(-1) == ids) | (ids < 0)).all(1)
-        return list(zip(numbers, zip(sums.tolist(), likeliest.tolist())))
+            of = row[row < n]
+            ids = texts[:len(of), piece]
+            found = logp[of[:, None], torch.arange(ids.shape[1]), ids.clamp(min=0)]  # (N', t)
+            sums[:len(of)] += found.masked_fill(ids < 0, 0).sum(1)
+            likeliest[:len(of)] &= ((logp.argmax(-1)[of] == ids) | (ids < 0)).all(1)
+        return list(zip(sums.tolist(), likeliest.tolist()))
 
     def read(self, contexts: list[Ids]) -> None:
         """Put contexts into the upper rows; what all begin with, in the first, and copied."""
@@ -159,7 +160,6 @@ class GptFlash(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of max_length."""
         windows, owners, sums = [], [], [0.0] * len(requests)
         for i, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
