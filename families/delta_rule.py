@@ -28,6 +28,7 @@ except ImportError:
         return fn
 
 BLOCK = 16  # tokens that go into the state together, and that a row may go back
+TILE = 32  # values of a head that a program of the kernel has
 PLACES = 3 * BLOCK  # of tokens that are not in the state: position p at place p % PLACES
 CHUNK = 64  # tokens of a prompt that are multiplied together
 SEGMENT = 16 * CHUNK  # whose products are in memory together
@@ -41,7 +42,9 @@ class Memory(NamedTuple):
     updates: Tensor  # [B, Hv, PLACES, Dv] float32: u
     gates: Tensor  # [B, Hv, PLACES] float32: g
     inputs: Tensor  # [B, BLOCK + K, C]: the last inputs of the convolution, p at p % (BLOCK + K)
-    folded: Tensor  # [B] int32: a multiple of BLOCK
+    # [B, programs] int32, a multiple of BLOCK: the same for each of the kernel's programs of a row,
+    # as one may end before another begins
+    folded: Tensor
 
     @classmethod
     def allocate(
@@ -56,7 +59,7 @@ class Memory(NamedTuple):
             torch.zeros(n_rows, Hv, PLACES, Dv, device=device),
             torch.zeros(n_rows, Hv, PLACES, device=device),
             torch.zeros(n_rows, BLOCK + K, C, dtype=dtype, device=device),
-            torch.zeros(n_rows, dtype=torch.int32, device=device),
+            torch.zeros(n_rows, Hv * -(-Dv // TILE), dtype=torch.int32, device=device),
         )
 
 
@@ -149,7 +152,7 @@ def decode_row(
 
 def fold(p: int, T: int, memory: Memory) -> int:
     """Put into a row's state what is to be there at position p -> how many tokens are."""
-    folded, target = int(memory.folded), max(0, foldable(p))
+    folded, target = int(memory.folded[0]), max(0, foldable(p))
     if p == 0:
         memory.state.zero_()
     elif folded < target and p - folded < PLACES:
@@ -191,6 +194,122 @@ def behind(x: Tensor, folded: int, p: int) -> Tensor:
         return x.narrow(1, start, n)
     return torch.cat([x[:, start:], x[:, :start + n - PLACES]], 1)
 
+# --- decode, in Triton: one launch ---
+
+
+@jit
+def _convolved(
+    x_ptr, inputs_ptr, weight_ptr, channel, mask, t, p, C, T: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Some channels of a row's token t, which stands at p + t, in float32, and what is new of it,
+    for the memory."""
+    y = tl.zeros_like(channel).to(tl.float32)
+    for i in tl.static_range(K):
+        at = t + i - (K - 1)
+        old = tl.load(inputs_ptr + (p + at + R) % R * C + channel,
+                      mask=mask & (at < 0) & (p + at >= 0), other=0).to(tl.float32)
+        new = tl.load(x_ptr + at * C + channel, mask=mask & (at >= 0), other=0).to(tl.float32)
+        y += (old + new) * tl.load(weight_ptr + channel * K + i, mask=mask, other=0).to(tl.float32)
+    x = tl.load(x_ptr + t * C + channel, mask=mask, other=0)
+    tl.store(inputs_ptr + (p + t) % R * C + channel, x, mask=mask)
+    return y * tl.sigmoid(y)
+
+
+@jit
+def _decode_kernel(
+    x_ptr, g_ptr, beta_ptr, weight_ptr, pos_ptr, state_ptr, keys_ptr, updates_ptr, gates_ptr,
+    inputs_ptr, folded_ptr, out_ptr, C, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """A program has TILE values of a head of a row. It alone reads and writes its part of state,
+    updates and folded; keys, gates and inputs it writes as its neighbours do."""
+    b, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tile * TILE + tl.arange(0, TILE)
+    in_k, in_v = dk < DK, dv < DV
+    in_state = in_k[:, None] & in_v[None]
+    p = tl.load(pos_ptr + b)
+    folded_ptr += (b * HV + h) * tl.cdiv(DV, TILE) + tile
+    folded = tl.load(folded_ptr)
+    state_ptr += (b * HV + h).to(tl.int64) * DK * DV + dk[:, None] * DV + dv[None]
+    keys_ptr += (b * HK + h // (HV // HK)).to(tl.int64) * PLACES * DK
+    updates_ptr += (b * HV + h).to(tl.int64) * PLACES * DV
+    gates_ptr += (b * HV + h) * PLACES
+    x_ptr += b.to(tl.int64) * T * C
+    inputs_ptr += b.to(tl.int64) * R * C
+
+    # a block of tokens goes into the state
+    state = tl.load(state_ptr, mask=in_state & (p > 0), other=0)
+    target = tl.maximum(p // BLOCK * BLOCK - BLOCK, 0)
+    if (folded < target) & (p - folded < PLACES):
+        for i in range(BLOCK):
+            place = (folded + i) % PLACES
+            k = tl.load(keys_ptr + place * DK + dk, mask=in_k, other=0)
+            u = tl.load(updates_ptr + place * DV + dv, mask=in_v, other=0)
+            state = state * tl.exp(tl.load(gates_ptr + place)) + k[:, None] * u[None]
+        folded += BLOCK
+        tl.store(state_ptr, state, mask=in_state)
+    if p == 0:
+        tl.store(state_ptr, state, mask=in_state)
+    if (p == 0) | (p < folded) | (p + T > folded + PLACES):
+        folded = target
+    tl.store(folded_ptr, folded)
+
+    # what is behind it, in order
+    n = p - folded
+    i = tl.arange(0, WINDOW)
+    place = (folded + i) % PLACES
+    there = i < n
+    keys = tl.load(keys_ptr + place[:, None] * DK + dk[None], other=0,
+                   mask=there[:, None] & in_k[None])
+    updates = tl.load(updates_ptr + place[:, None] * DV + dv[None], other=0,
+                      mask=there[:, None] & in_v[None])
+    gates = tl.load(gates_ptr + place, mask=there, other=0)
+    key_channel = h // (HV // HK) * DK + dk
+    for t in range(T):
+        q = _convolved(x_ptr, inputs_ptr, weight_ptr, key_channel, in_k, t, p, C, T, K, R)
+        k = _convolved(x_ptr, inputs_ptr, weight_ptr, HK * DK + key_channel, in_k, t, p, C, T, K,
+                       R)
+        v = _convolved(x_ptr, inputs_ptr, weight_ptr, 2 * HK * DK + h * DV + dv, in_v, t, p, C, T,
+                       K, R)
+        q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * DK ** -0.5
+        k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+        at = (b * T + t) * HV + h
+        g, beta = tl.load(g_ptr + at), tl.load(beta_ptr + at)
+        mine = i == n + t
+        gates = tl.where(mine, g, gates)
+        decay = tl.exp(tl.sum(gates, 0) - tl.cumsum(gates, 0))
+        kept = tl.exp(tl.sum(gates, 0))
+        weights = tl.sum(keys * k[None], 1) * decay  # 0 where there is no token yet
+        read = tl.sum(state * k[:, None], 0) * kept + tl.sum(updates * weights[:, None], 0)
+        u = beta * (v - read)
+        keys = tl.where(mine[:, None], k[None], keys)
+        updates = tl.where(mine[:, None], u[None], updates)
+        weights = tl.sum(keys * q[None], 1) * decay
+        out = tl.sum(state * q[:, None], 0) * kept + tl.sum(updates * weights[:, None], 0)
+        to = (p + t) % PLACES
+        tl.store(keys_ptr + to * DK + dk, k, mask=in_k)
+        tl.store(updates_ptr + to * DV + dv, u, mask=in_v)
+        tl.store(gates_ptr + to, g)
+        tl.store(out_ptr + at.to(tl.int64) * DV + dv, out, mask=in_v)
+
+
+def decode_triton(
+    x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, memory: Memory
+) -> Tensor:
+    (B, T, C), K = x.shape, weight.shape[1]
+    (_, Hk, _, Dk), (_, Hv, _, Dv) = memory.keys.shape, memory.updates.shape
+    out = torch.empty(B, T, Hv, Dv, device=x.device)
+    inputs = [each.contiguous() for each in (x, g, beta, weight, input_pos)]
+    _decode_kernel[(B, Hv, triton.cdiv(Dv, TILE))](
+        *inputs, *memory, out, C, T=T, K=K, R=BLOCK + K, HK=Hk, HV=Hv, DK=Dk, DV=Dv,
+        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES, WINDOW=64,
+    )
+    return out
+
 # --- prefill ---
 
 
@@ -214,7 +333,7 @@ def prefill(
     g, beta = ((y * is_token).transpose(1, 2) for y in (g, beta))  # (B, Hv, T)
 
     # from what the memory has: the state before the new tokens, and the one that is to be kept
-    held = memory.folded.long()[:, None].masked_fill(start == 0, 0)
+    held = memory.folded[:, :1].long().masked_fill(start == 0, 0)
     kept = torch.maximum(foldable(end), held)
     whole = resumed(memory, start, held, start)
     folded = resumed(memory, start, held, torch.minimum(start, kept))
@@ -227,7 +346,7 @@ def prefill(
 
     has_some = end > start  # (B, 1)
     memory.state.copy_(torch.where(has_some[..., None, None], folded, memory.state))
-    memory.folded.copy_(torch.where(has_some, kept, memory.folded[:, None])[:, 0])
+    memory.folded.copy_(torch.where(has_some, kept, memory.folded))
     for tensor, new in zip(memory[1:4], (k, updates, g)):
         keep_last(tensor, new, start, end)
     keep_last(memory.inputs[:, None], x[:, None], start, end)
