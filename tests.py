@@ -441,6 +441,7 @@ def test_decoder_and_engine_say_the_same_tokens(
     """Whatever the requests are, and however many rows the Engine has to refill."""
     model = loaded(checkpoint, name)
     prefix = random_tokens(20).tolist()[:cached]
+    model.setup_caches(len(PROMPTS), 90, kv_dtype)
     free = generate(model, [prefix + prompt for prompt in PROMPTS], 12)
     requests = ragged_requests(cached, free)
     answers = []
