@@ -147,7 +147,7 @@ def test_going_back_too_far_is_refused(checkpoint: Checkpoint, name: str) -> Non
     model.setup_caches(1, 64, rings=False)
     generate(model, [list(range(3, 43))], 4)
     assert generate(model, [[9]], 4, cached=40) != []
-    with pytest.raises(ValueError, match="a window or a state have let go"):
+    with pytest.raises(ValueError, match="window or a state have let go"):
         generate(model, [[9]], 4, cached=20)
 
 
