@@ -153,6 +153,8 @@ def load_model(
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
         model.lm_head = Linear(whole.config.dim, rows, bias=False)
+    if any(hasattr(block, "linear_attn") for block in whole.layers):
+        raise ValueError(f"{whole.config.family} has layers with a state, which no ranks share yet")
     check_norms(whole, ranks)
     share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
     take_part(checkpoint, whole, ranks)
