@@ -65,8 +65,9 @@ def test_equals_transformers(
         check([depth, depth, depth], 1)
     check([25, 25, 25], 5)
     check([20, 20, 20], 20)  # a chunk of a prompt behind a cached prefix
-    check([3, 39, 17], 1)
-    check([5, 22, 0], 18)
+    if model.cache.windows is None:  # or rows have a state, and cannot go back so far
+        check([3, 39, 17], 1)
+        check([5, 22, 0], 18)
 
 
 @pytest.mark.parametrize("name", [

@@ -144,10 +144,12 @@ def decode_row(
     before = memory.inputs[[(p - i) % R for i in range(K - 1, 0, -1)]]  # (K - 1, C)
     before[:max(0, K - 1 - p)] = 0
     memory.inputs[[(p + t) % R for t in range(T)]] = x
-    q, k, v = convolved(torch.cat([before, x]), weight, memory)
-    return torch.stack([
-        decode_token(q[t], k[t], v[t], g[t], beta[t], p + t, folded, memory) for t in range(T)
-    ])
+    window = torch.cat([before, x])  # (K - 1 + T, C)
+    out = []
+    for t in range(T):
+        qkv = [part[0] for part in convolved(window[t:t + K], weight, memory)]
+        out.append(decode_token(*qkv, g[t], beta[t], p + t, folded, memory))
+    return torch.stack(out)
 
 
 def fold(p: int, T: int, memory: Memory) -> int:

@@ -83,6 +83,7 @@ class GatedDeltaNet(nn.Module):
     """Qwen3.5's, its modules named as in Hugging Face's checkpoints."""
 
     may_shift_scores = True  # it has none
+    divides = False  # over ranks
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
