@@ -219,31 +219,12 @@ def _convolved(
 
 
 @jit
-def _decode_kernel(
-    x_ptr, g_ptr, beta_ptr, weight_ptr, pos_ptr, state_ptr, keys_ptr, updates_ptr, gates_ptr,
-    inputs_ptr, folded_ptr, out_ptr, C, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
-    WINDOW: tl.constexpr,
+def _fold(
+    state_ptr, keys_ptr, updates_ptr, gates_ptr, folded, p, dk, dv, in_k, in_v, T: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):
-    """A program has TILE values of a head of a row. It alone reads and writes its part of state,
-    updates and folded; keys, gates and inputs it writes as its neighbours do."""
-    b, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    dk = tl.arange(0, BLOCK_K)
-    dv = tile * TILE + tl.arange(0, TILE)
-    in_k, in_v = dk < DK, dv < DV
+    """A part of the state at position p, and how many tokens it has: a block of them goes in."""
     in_state = in_k[:, None] & in_v[None]
-    p = tl.load(pos_ptr + b)
-    folded_ptr += (b * HV + h) * tl.cdiv(DV, TILE) + tile
-    folded = tl.load(folded_ptr)
-    state_ptr += (b * HV + h).to(tl.int64) * DK * DV + dk[:, None] * DV + dv[None]
-    keys_ptr += (b * HK + h // (HV // HK)).to(tl.int64) * PLACES * DK
-    updates_ptr += (b * HV + h).to(tl.int64) * PLACES * DV
-    gates_ptr += (b * HV + h) * PLACES
-    x_ptr += b.to(tl.int64) * T * C
-    inputs_ptr += b.to(tl.int64) * R * C
-
-    # a block of tokens goes into the state
     state = tl.load(state_ptr, mask=in_state & (p > 0), other=0)
     target = tl.maximum(p // BLOCK * BLOCK - BLOCK, 0)
     if (folded < target) & (p - folded < PLACES):
@@ -258,6 +239,35 @@ def _decode_kernel(
         tl.store(state_ptr, state, mask=in_state)
     if (p == 0) | (p < folded) | (p + T > folded + PLACES):
         folded = target
+    return state, folded
+
+
+@jit
+def _decode_kernel(
+    x_ptr, g_ptr, beta_ptr, weight_ptr, pos_ptr, state_ptr, keys_ptr, updates_ptr, gates_ptr,
+    inputs_ptr, folded_ptr, out_ptr, C, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """A program has TILE values of a head of a row. It alone reads and writes its part of state,
+    updates and folded; keys, gates and inputs it writes as its neighbours do."""
+    b, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tile * TILE + tl.arange(0, TILE)
+    in_k, in_v = dk < DK, dv < DV
+    p = tl.load(pos_ptr + b)
+    folded_ptr += (b * HV + h) * tl.cdiv(DV, TILE) + tile
+    folded = tl.load(folded_ptr)
+    state_ptr += (b * HV + h).to(tl.int64) * DK * DV + dk[:, None] * DV + dv[None]
+    keys_ptr += (b * HK + h // (HV // HK)).to(tl.int64) * PLACES * DK
+    updates_ptr += (b * HV + h).to(tl.int64) * PLACES * DV
+    gates_ptr += (b * HV + h) * PLACES
+    x_ptr += b.to(tl.int64) * T * C
+    inputs_ptr += b.to(tl.int64) * R * C
+
+    state, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, folded, p, dk, dv, in_k,
+                          in_v, T, DK, DV, BLOCK, PLACES)
     tl.store(folded_ptr, folded)
 
     # what is behind it, in order
@@ -283,8 +293,8 @@ def _decode_kernel(
         g, beta = tl.load(g_ptr + at), tl.load(beta_ptr + at)
         mine = i == n + t
         gates = tl.where(mine, g, gates)
-        decay = tl.exp(tl.sum(gates, 0) - tl.cumsum(gates, 0))
-        kept = tl.exp(tl.sum(gates, 0))
+        total = tl.sum(gates, 0)
+        decay, kept = tl.exp(total - tl.cumsum(gates, 0)), tl.exp(total)
         weights = tl.sum(keys * k[None], 1) * decay  # 0 where there is no token yet
         read = tl.sum(state * k[:, None], 0) * kept + tl.sum(updates * weights[:, None], 0)
         u = beta * (v - read)
