@@ -401,7 +401,7 @@ def in_tiles(
             key_pos[:, :end], **options,
         )
         y[:, first:last] = part.transpose(1, 2)  # (B, tile, Hq, D)
-    return y[:, :n].transpose(1, 2)
+    return y[:, :n].contiguous().transpose(1, 2)
 
 
 def folded_attention(
