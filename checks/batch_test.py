@@ -129,7 +129,7 @@ def test_a_line_has_settings_of_its_own(tmp_path: Path) -> None:
         max_new_tokens=3, temperature=1, top_k=5, top_p=0.5, min_p=0, seed=2**63 - 1, stop=["a"])
     text = json.dumps({"prompt": "x", **own}) + '\n{"prompt": "y"}\n'
     first, second = jobs_of(text, tmp_path, temperature=0.5, stop=["b"], seed=40)
-    assert first.settings == own
+    assert first.settings == dict.fromkeys(SETTINGS) | own
     assert second.settings == {**DEFAULTS, "temperature": 0.5, "stop": ["b"], "seed": 41}
 
 
@@ -158,7 +158,7 @@ BAD_LINES = [
     ('{"prompt": ["x"]}', 'prompt must be a text, not ["x"]'),
     ('{"prompt": "\\ud800"}', "prompt has half a character, '\\ud800'"),
     ('{"prompt": "' + 100 * "x" + '"}', "too long"),
-    ('{"promt": "x"}', 'unknown key "promt"; known are max_new_tokens, messages, min_p, prompt'),
+    ('{"promt": "x"}', 'unknown key "promt"; known are frequency_penalty, logprobs, max_new_tok'),
     ('{"prompt": "x", "prompt": "y"}', 'key "prompt" comes more than once'),
     ('{"prompt": "x", "seed": 1, "seed": 1}', 'key "seed" comes more than once'),
     ('{"messages": "hi"}', 'messages must be a list with messages, not "hi"'),

@@ -276,7 +276,7 @@ WINDOW = dict(model_type="qwen2", use_sliding_window=True, sliding_window=8)
     (dict(layer_types="x"), 'layer_types = "x": it must be a list of texts'),
     (dict(WINDOW, layer_types=["foo", "bar"]), "'bar'.*: only full_attention and sliding_attent"),
     (dict(WINDOW, layer_types=["full_attention"]), "layer_types = .*, not an entry for each of 2"),
-    (dict(model_type="qwen3_next", layer_types=["linear_attention", "full_attention"]),
+    (dict(model_type="jamba", layer_types=["linear_attention", "full_attention"]),
      "unsupported architecture"),
     (dict(num_experts=2**12), "num_experts = 4096: it must be at most 2048"),
     (dict(moe_intermediate_size=2**25), "moe_intermediate_size = 33554432: it must be at most"),

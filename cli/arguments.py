@@ -253,7 +253,10 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
+    """Says what is wrong in one line, without the usage, and if help finds a full disk too."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse would let go of an OSError
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message:.600}\n")
