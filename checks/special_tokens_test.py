@@ -379,7 +379,8 @@ def test_the_conversation_has_the_final_channel_alone(
     harmony: ChatTokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Which the template writes back; no thought, and no name of a channel."""
-    chat = Chat(SimpleNamespace(context=10_000), harmony, {"stop": [], "seed": None})
+    settings = {"stop": [], "seed": None, "max_new_tokens": 99}
+    chat = Chat(SimpleNamespace(context=10_000), harmony, settings)
 
     def reply(ids: list[int], cached: int, show: Callable[[int, list[int]], None]) -> str:
         for i in ids_of(harmony, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
