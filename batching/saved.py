@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Transformer, first_line
+from model import Transformer, first_line, rope_frequencies
 
 
 def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> None:
@@ -72,8 +72,11 @@ def parts_of_row(model: Transformer, row: int, length: int) -> dict[str, Tensor]
 
 
 def fingerprint(model: Transformer) -> str:
-    """What tells a model from another: its settings, and some values of each of its tensors."""
-    digest = sha256(json.dumps(model.config.hf, sort_keys=True, default=str).encode())
+    """What tells a model from another: its settings, how keys turn where its cache has that room,
+    and some values of each of its tensors."""
+    ropes = filter(None, dict.fromkeys(model.config.ropes))
+    turns = [rope_frequencies(rope, model.cache.max_seq_len)[0].tolist() for rope in ropes]
+    digest = sha256(json.dumps([model.config.hf, turns], sort_keys=True, default=str).encode())
     for name, x in model.state_dict().items():
         values = x.detach().flatten()
         some = values[::max(1, len(values) // 64)].cpu().contiguous()

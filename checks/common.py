@@ -89,7 +89,8 @@ GRANITE = dict(
     logits_scaling=3.0,
 )
 PHI3 = dict(pad_token_id=0, hidden_size=96)  # of which its heads are six parts
-# a head's eight, or six, frequencies: for texts of at most 24 tokens, and for longer ones
+# a head's eight, or six, frequencies: for texts of at most 24 tokens, and for longer ones; recent
+# transformers ask for that length beside them
 LONGROPE = dict(
     rope_type="longrope",
     original_max_position_embeddings=24,
@@ -133,8 +134,11 @@ CHECKPOINTS = {
     "gemma4-unified": ("Gemma4UnifiedText", GEMMA4_UNIFIED),
     "gemma4-moe": ("Gemma4Text", GEMMA4_MOE),
     "phi3": ("Phi3", dict(PHI3, sliding_window=9)),
-    "phi3-longrope": ("Phi3", PHI3 | SEVEN | dict(hidden_size=112, rope_parameters=LONGROPE)),
-    "phi4": ("Phi3", dict(PHI3, rope_parameters=PARTIAL_LONGROPE, tie_word_embeddings=True)),
+    "phi3-longrope": ("Phi3", PHI3 | SEVEN | dict(
+        hidden_size=112, rope_parameters=LONGROPE, original_max_position_embeddings=24)),
+    "phi4": ("Phi3", dict(
+        PHI3, rope_parameters=PARTIAL_LONGROPE, tie_word_embeddings=True,
+        original_max_position_embeddings=24)),
     "olmo2": ("Olmo2", {}),
     "olmo2-seven": ("Olmo2", SEVEN),
     "olmo3": ("Olmo3", dict(sliding_window=9, layer_types=WINDOW_FIRST, rope_scaling=YARN_ROPE)),

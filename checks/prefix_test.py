@@ -140,6 +140,21 @@ def test_a_row_of_another_model_or_cache_is_refused(
         load_row(model, file)
 
 
+def test_a_row_of_a_room_where_keys_turn_otherwise_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """As with longrope, below the original context and above it."""
+    model = load_model(checkpoint("phi3-longrope")[0], dtype=torch.float32)
+    model.setup_caches(1, 20)
+    generate(model, [PREFIX[:10]], 1)
+    save_row(model, PREFIX[:10], tmp_path / "row")
+    model.setup_caches(1, 24)
+    assert load_row(model, tmp_path / "row") == PREFIX[:10]
+    model.setup_caches(1, 96)
+    with pytest.raises(ValueError, match="another model, or with other settings"):
+        load_row(model, tmp_path / "row")
+
+
 def test_a_conversation_is_not_read_again(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

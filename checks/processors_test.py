@@ -236,6 +236,13 @@ def test_prompts_log_probabilities_do_not_depend_on_chunks(
             assert answer.prompt_logprobs[1:] == same
 
 
+def test_a_prompt_is_echoed_for_those_who_ask(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    requests = [Request(PROMPTS[0], 2, logprobs=0, echo=echo) for echo in (True, None, False)]
+    told = [vars(ids) for _, ids in engine_of(model, 3, 0).run(requests)]
+    assert ["prompt_logprobs" in known for known in told] == [True] + [False] * 5
+
+
 def test_a_stream_has_log_probabilities_and_ends_answers(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     plain = generate(model, PROMPTS, 12)

@@ -88,6 +88,19 @@ def test_only_layers_without_a_window_have_room_for_all(
             tensor += 1  # no layer shares memory with another
 
 
+@KV
+@MODELS
+def test_a_prompt_may_come_in_parts(
+    checkpoint: Checkpoint, name: str, kv_dtype: torch.dtype | None
+) -> None:
+    model = loaded(checkpoint, name)
+    ring_cache(model, 1, kv_dtype)
+    tokens = random_tokens(1, 60)
+    whole = model.prefill(tokens, positions(0))
+    parts = [model.prefill(tokens[:, i:i + 30], positions(i)) for i in (0, 30)]
+    close(torch.cat(parts, 1), whole)
+
+
 @pytest.mark.parametrize("room, is_ring", [(25, False), (26, True)])
 def test_a_ring_is_made_where_it_is_smaller(
     checkpoint: Checkpoint, room: int, is_ring: bool

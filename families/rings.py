@@ -32,10 +32,11 @@ class Ring(Places):
             return keys, values, self.held(index[:, -1:])
 
         keys, values, key_pos = k, v, index
-        if positions.cached > 0:  # the ring as it is, and then the new tokens as it will have them
+        if cache.kv.dtype != k.dtype:  # as the ring will have them, however much is read at once
+            keys, values = cache.unpack(cache.pack(k, v), k.dtype)
+        if positions.cached > 0:  # behind the ring as it is
             before = cache.read(self.S, k.dtype)
-            new = cache.unpack(cache.pack(k, v), k.dtype)
-            keys, values = (torch.cat(both, 2) for both in zip(before, new))
+            keys, values = (torch.cat(both, 2) for both in zip(before, (keys, values)))
             key_pos = torch.cat([self.held(index[:, :1] - 1), index], 1)  # (B, S + T)
         last = index[:, -1] if positions.last is None else positions.last
         self.write_last(cache, k, v, index[:, :1], last[:, None])

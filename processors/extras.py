@@ -145,7 +145,9 @@ class Extras:
             self.functions[row] = [begin(request) for begin in functions]
         none = [torch.zeros(len(requests), 0, 1)] * 2  # of prompts of one token
         found = [torch.cat(each, 1).cpu() for each in zip(*self.parts)] or none
-        for i, request in enumerate(requests if self.echo else ()):
+        for i, request in enumerate(requests):
+            if not request.echo:
+                continue
             n = len(request.prompt) - 1
             known = known_of(*(each[i, :n] for each in found), request)
             self.echoes[id(request)] = {f"prompt_{k}": [None, *v] for k, v in known.items()}
