@@ -80,12 +80,11 @@ def generate(
     A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
     tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
     tokens of each row that are in the cache already. stream(number, ids) is called as tokens come,
-    and ends an answer by returning False. The same seed, the same text; prompt i draws with
-    seed + i. On a CPU it is so in any company, bit by bit, for int4 and the integers of GGUF files;
-    elsewhere a tie may go the other way where sums are of other numbers of rows. compile: by
-    compiled steps, which compile_model makes unless it has, or plain ones; None: as the model's
-    are. speculate_k, draft: check that many proposals a step; the text is the same. stats: a
-    batching.Stats to fill. settings: more of a Request's.
+    and ends an answer by returning False. The same seed, the same text: prompt i draws with
+    seed + i. So it is in any company on a CPU, for int4 and the integers of GGUF files; elsewhere a
+    tie may go the other way where sums are of other numbers of rows. compile: by compiled steps or
+    plain ones; None: as the model's are. speculate_k, draft: check that many proposals a step, for
+    the same text. stats: a batching.Stats to fill. settings: more of a Request's.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
     series of calls shares its captured steps. Threads with one model or cache take turns.
