@@ -59,6 +59,7 @@ from model import KVCache, Transformer, extension, load_model, run_block, run_he
 from quantize import BLOCK, HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
+LEAST_SHARED = 32  # tokens that prompts begin with; fewer are read again in hardly more time
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
 
@@ -145,14 +146,13 @@ def decoder_for(
     elif compile is False:
         model.decode_block = model.prefill_block = run_block
         model.decode_head = run_head
-    compiled = bool(compile)
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
     beyond = beyond or any(request.logprobs is not None for request in requests)
     if beyond or not pads_little(requests) or begin_alike(requests):
         batching = extension("batching", required=beyond)
         if batching is not None:
-            return batching.Engine(model, compiled=compiled, speculate_k=k, draft=draft)
-    return Decoder(model, compiled=compiled)
+            return batching.Engine(model, compiled=bool(compile), speculate_k=k, draft=draft)
+    return Decoder(model, compiled=bool(compile))
 
 
 def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
@@ -164,13 +164,13 @@ def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
     return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
 
 
-def begin_alike(requests: Sequence[Request], least: int = 32) -> list[int]:
+def begin_alike(requests: Sequence[Request]) -> list[int]:
     """The tokens with which several prompts begin, none if these are few or not the first that are
     cached. One that is left of each prompt is fed for its logits."""
     prompts = [request.prompt for request in requests]
     shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
     first = not any(request.cached for request in requests)
-    return shared if first and len(shared) >= least else []
+    return shared if first and len(shared) >= LEAST_SHARED else []
 
 
 LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
@@ -472,9 +472,7 @@ class Decoder:
         torch.cuda.synchronize()
         return graph
 
-    def prefill(
-        self, rows: slice, requests: Sequence[Request], done: int = 0
-    ) -> Iterator[bool]:
+    def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
         """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
         their first tokens. done: tokens of each prompt that are there. Steps of other rows write in
         these too: where the next chunk will."""
@@ -510,16 +508,17 @@ class Decoder:
         sampling = self.sampling.rows(rows)
         self.token[rows, 0] = sample(ends, sampling, kind_of(requests), self.input_pos[rows])
         if self.extras is not None:
-            self.extras.note(rows, self.token[rows], 0)
+            self.extras.note(self.token[rows])
         self.active[rows] = 1
 
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
         pos = torch.full_like(last, cached, dtype=torch.int32)
-        if self.extras is not None:
-            return self.extras.read_part(tokens, pos, rows, cached, last)
-        logits = self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)
-        return logits[:, 0]
+        where = dict(rows=rows, cached=cached, last=last)
+        if self.extras is not None and self.extras.echo:
+            x = self.model.prefill(tokens, pos, self.cache, hidden=True, **where)  # (n, T, dim)
+            return self.extras.note_prompts(tokens, x, last)
+        return self.model.prefill(tokens, pos, self.cache, **where)[:, 0]
 
     @on_its_device
     def read_on(self, prefill: Iterator[bool]) -> bool:
@@ -699,10 +698,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> Sampling:
-        filters = []
-        for request in requests:
-            given = {name: getattr(request, name, None) for name in FILTERS}
-            filters.append([FILTERS[k].off if v is None else v for k, v in given.items()])
+        filters = [settings_of(request, FILTERS) for request in requests]
         return cls(
             torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device),
             torch.tensor(filters, dtype=torch.float32, device=device),
@@ -711,6 +707,12 @@ class Sampling(NamedTuple):
 
     def rows(self, rows: slice) -> Sampling:
         return Sampling(*(setting[rows] for setting in self))
+
+
+def settings_of(request: Request, table: dict[str, Any]) -> list[float]:
+    """What a request sets of a table as FILTERS; what changes nothing where it sets none."""
+    given = [getattr(request, name, None) for name in table]
+    return [each.off if value is None else value for each, value in zip(table.values(), given)]
 
 
 def key_of(seed: int | None) -> tuple[int, int]:

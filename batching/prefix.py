@@ -8,10 +8,7 @@ from typing import Any
 import torch
 
 from batching.speculate import Speculator
-from generate import Request, begin_alike
-from model import KVCache
-
-LEAST_TAKEN = 32  # tokens; fewer are read again in hardly more time than one
+from generate import LEAST_SHARED, Request, begin_alike
 
 
 class PrefixSharer(Speculator):
@@ -52,7 +49,11 @@ class PrefixSharer(Speculator):
             found[source] = len(os.path.commonprefix([shared, prompt]))
         source = max(found, key=found.get, default=None)
         n = found.get(source, 0)
-        if n < LEAST_TAKEN or not keeps(self.cache, source, n):
+        if n < LEAST_SHARED:
+            return 0
+        try:
+            self.cache.refuse_lost(slice(source, source + 1), n)
+        except ValueError:  # a ring has let go of some
             return 0
         if source != row:
             self.copy_row(source, row, n)
@@ -75,12 +76,3 @@ class PrefixSharer(Speculator):
         """A step writes into the others, at places that they held."""
         if len(self.held) > len(rows):
             self.held = {row: prompt for row, prompt in self.held.items() if row in rows}
-
-
-def keeps(cache: KVCache, row: int, n: int) -> bool:
-    """Whether a row still has all that tokens behind its first n see."""
-    try:
-        cache.refuse_lost(slice(row, row + 1), n)
-    except ValueError:
-        return False
-    return True
