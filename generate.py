@@ -56,10 +56,9 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from model import KVCache, Transformer, extension, load_model, run_block, run_head
-from quantize import BLOCK, HARMLESS, MODES
+from quantize import HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
-LEAST_SHARED = 32  # tokens that prompts begin with; fewer are read again in hardly more time
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
 LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
 
@@ -148,29 +147,10 @@ def decoder_for(
         model.decode_head = run_head
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
     beyond = beyond or any(request.logprobs is not None for request in requests)
-    if beyond or not pads_little(requests) or begin_alike(requests):
-        batching = extension("batching", required=beyond)
-        if batching is not None:
-            return batching.Engine(model, compiled=bool(compile), speculate_k=k, draft=draft)
+    batching = extension("batching", required=beyond)
+    if batching is not None and (beyond or batching.reads_better(requests)):
+        return batching.Engine(model, compiled=bool(compile), speculate_k=k, draft=draft)
     return Decoder(model, compiled=bool(compile))
-
-
-def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
-    """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
-    reading the weights, and there padding is free; beyond, it may be a quarter. None has a block
-    that another lacks: its tokens would be multiplied as none of the other's are alone."""
-    lengths = [len(request.prompt) for request in requests]
-    alike = len({n // BLOCK for n in lengths}) == 1
-    return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
-
-
-def begin_alike(requests: Sequence[Request]) -> list[int]:
-    """The tokens with which several prompts begin, none if these are few or not the first that are
-    cached. One that is left of each prompt is fed for its logits."""
-    prompts = [request.prompt for request in requests]
-    shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
-    first = not any(request.cached for request in requests)
-    return shared if first and len(shared) >= LEAST_SHARED else []
 
 
 LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
@@ -557,17 +537,15 @@ class Decoder:
                 self.cache.cached[row] = request.cached + len(request.prompt) + n - 1
                 reason = request.ends_with(tokens[row], n, budgets[row])
                 if reason is not None:
-                    self.finish_reasons[row] = reason
-                    del self.running[row]
-                    self.active[row] = 0
+                    self.end(row, reason)
                 yield row, [tokens[row]]
                 if self.owner is not me:
                     raise RuntimeError("another run of this decoder has begun")
 
-    def end(self, number: int) -> None:
-        """The caller wants no more of a request of this run."""
+    def end(self, number: int, reason: str = "stop") -> None:
+        """A request of this run goes no further, as its caller may want."""
         if self.running.pop(number, None) is not None:
-            self.finish_reasons[number] = "stop"
+            self.finish_reasons[number] = reason
             self.active[number] = 0
 
     def budget(self, request: Request) -> int:

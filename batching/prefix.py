@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what they share is read once."""
+"""Prompts that are read together, and those that begin alike: what they share is read once."""
 from __future__ import annotations
 
 import os
@@ -8,7 +8,34 @@ from typing import Any
 import torch
 
 from batching.speculate import Speculator
-from generate import LEAST_SHARED, Request, begin_alike
+from generate import Request
+from quantize import BLOCK
+
+LEAST_SHARED = 32  # tokens that prompts begin with; fewer are read again in hardly more time
+
+
+def reads_better(requests: Sequence[Request]) -> bool:
+    """Whether an Engine takes less time than a Decoder, which reads all prompts together."""
+    several = len(requests) > 1
+    return several and (not pads_little(requests) or len(begin_alike(requests)) > 0)
+
+
+def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
+    """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
+    reading the weights, and there padding is free; beyond, it may be a quarter. None has a block
+    that another lacks: its tokens would be multiplied as none of the other's are alone."""
+    lengths = [len(request.prompt) for request in requests]
+    alike = len({n // BLOCK for n in lengths}) == 1
+    return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
+
+
+def begin_alike(requests: Sequence[Request]) -> list[int]:
+    """The tokens with which several prompts begin, none if these are few or not the first that are
+    cached. One that is left of each prompt is fed for its logits."""
+    prompts = [request.prompt for request in requests]
+    shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+    first = not any(request.cached for request in requests)
+    return shared if first and len(shared) >= LEAST_SHARED else []
 
 
 class PrefixSharer(Speculator):
