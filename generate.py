@@ -56,7 +56,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from model import KVCache, Transformer, extension, load_model, run_block, run_head
-from quantize import BLOCK, HARMLESS, MODES
+from quantize import HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
@@ -80,12 +80,11 @@ def generate(
     A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
     tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
     tokens of each row that are in the cache already. stream(number, ids) is called as tokens come,
-    and ends an answer by returning False. The same seed, the same text; prompt i draws with
-    seed + i. On a CPU it is so in any company, bit by bit, for int4 and the integers of GGUF files;
-    elsewhere a tie may go the other way where sums are of other numbers of rows. compile: by
-    compiled steps, which compile_model makes unless it has, or plain ones; None: as the model's
-    are. speculate_k, draft: check that many proposals a step; the text is the same. stats: a
-    batching.Stats to fill. settings: more of a Request's.
+    and ends an answer by returning False. The same seed, the same text: prompt i draws with
+    seed + i. So it is in any company on a CPU, for int4 and the integers of GGUF files; elsewhere a
+    tie may go the other way where sums are of other numbers of rows. compile: by compiled steps or
+    plain ones; None: as the model's are. speculate_k, draft: check that many proposals a step, for
+    the same text. stats: a batching.Stats to fill. settings: more of a Request's.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
     series of calls shares its captured steps. Threads with one model or cache take turns.
@@ -146,32 +145,12 @@ def decoder_for(
     elif compile is False:
         model.decode_block = model.prefill_block = run_block
         model.decode_head = run_head
-    compiled = bool(compile)
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
     beyond = beyond or any(request.logprobs is not None for request in requests)
-    if beyond or not pads_little(requests) or begin_alike(requests):
-        batching = extension("batching", required=beyond)
-        if batching is not None:
-            return batching.Engine(model, compiled=compiled, speculate_k=k, draft=draft)
-    return Decoder(model, compiled=compiled)
-
-
-def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
-    """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
-    reading the weights, and there padding is free; beyond, it may be a quarter. None has a block
-    that another lacks: its tokens would be multiplied as none of the other's are alone."""
-    lengths = [len(request.prompt) for request in requests]
-    alike = len({n // BLOCK for n in lengths}) == 1
-    return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
-
-
-def begin_alike(requests: Sequence[Request], least: int = 32) -> list[int]:
-    """The tokens with which several prompts begin, none if these are few or not the first that are
-    cached. One that is left of each prompt is fed for its logits."""
-    prompts = [request.prompt for request in requests]
-    shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
-    first = not any(request.cached for request in requests)
-    return shared if first and len(shared) >= least else []
+    batching = extension("batching", required=beyond)
+    if batching is not None and (beyond or batching.reads_better(requests)):
+        return batching.Engine(model, compiled=bool(compile), speculate_k=k, draft=draft)
+    return Decoder(model, compiled=bool(compile))
 
 
 LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
@@ -473,9 +452,7 @@ class Decoder:
         torch.cuda.synchronize()
         return graph
 
-    def prefill(
-        self, rows: slice, requests: Sequence[Request], done: int = 0
-    ) -> Iterator[bool]:
+    def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
         """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
         their first tokens. done: tokens of each prompt that are there. Steps of other rows write in
         these too: where the next chunk will."""
@@ -511,16 +488,17 @@ class Decoder:
         sampling = self.sampling.rows(rows)
         self.token[rows, 0] = sample(ends, sampling, kind_of(requests), self.input_pos[rows])
         if self.extras is not None:
-            self.extras.note(rows, self.token[rows], 0)
+            self.extras.note(self.token[rows])
         self.active[rows] = 1
 
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
         pos = torch.full_like(last, cached, dtype=torch.int32)
-        if self.extras is not None:
-            return self.extras.read_part(tokens, pos, rows, cached, last)
-        logits = self.model.prefill(tokens, pos, self.cache, rows=rows, cached=cached, last=last)
-        return logits[:, 0]
+        where = dict(rows=rows, cached=cached, last=last)
+        if self.extras is not None and self.extras.echo:
+            x = self.model.prefill(tokens, pos, self.cache, hidden=True, **where)  # (n, T, dim)
+            return self.extras.note_prompts(tokens, x, last)
+        return self.model.prefill(tokens, pos, self.cache, **where)[:, 0]
 
     @on_its_device
     def read_on(self, prefill: Iterator[bool]) -> bool:
@@ -559,17 +537,15 @@ class Decoder:
                 self.cache.cached[row] = request.cached + len(request.prompt) + n - 1
                 reason = request.ends_with(tokens[row], n, budgets[row])
                 if reason is not None:
-                    self.finish_reasons[row] = reason
-                    del self.running[row]
-                    self.active[row] = 0
+                    self.end(row, reason)
                 yield row, [tokens[row]]
                 if self.owner is not me:
                     raise RuntimeError("another run of this decoder has begun")
 
-    def end(self, number: int) -> None:
-        """The caller wants no more of a request of this run."""
+    def end(self, number: int, reason: str = "stop") -> None:
+        """A request of this run goes no further, as its caller may want."""
         if self.running.pop(number, None) is not None:
-            self.finish_reasons[number] = "stop"
+            self.finish_reasons[number] = reason
             self.active[number] = 0
 
     def budget(self, request: Request) -> int:
@@ -700,10 +676,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> Sampling:
-        filters = []
-        for request in requests:
-            given = {name: getattr(request, name, None) for name in FILTERS}
-            filters.append([FILTERS[k].off if v is None else v for k, v in given.items()])
+        filters = [settings_of(request, FILTERS) for request in requests]
         return cls(
             torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device),
             torch.tensor(filters, dtype=torch.float32, device=device),
@@ -712,6 +685,12 @@ class Sampling(NamedTuple):
 
     def rows(self, rows: slice) -> Sampling:
         return Sampling(*(setting[rows] for setting in self))
+
+
+def settings_of(request: Request, table: dict[str, Any]) -> list[float]:
+    """What a request sets of a table as FILTERS; what changes nothing where it sets none."""
+    given = [getattr(request, name, None) for name in table]
+    return [each.off if value is None else value for each, value in zip(table.values(), given)]
 
 
 def key_of(seed: int | None) -> tuple[int, int]:

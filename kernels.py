@@ -304,7 +304,7 @@ def _attend_live(
     window: int | None, softcap: float | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     ring: bool,
 ) -> tuple[Tensor, Tensor]:
-    """flash_decode of rows that all have n tokens cached."""
+    """flash_decode of rows that all have n tokens cached. T is 1, unless it is not causal."""
     B, Hq, T, D = q.shape
     Hkv, S = k_cache.shape[1:3]
     end = n if k is None else n + T
@@ -313,7 +313,7 @@ def _attend_live(
     live = S  # all of a ring that went round
     if not wrapped:
         if window is not None:
-            start = max(0, end - T - window + 1)  # what no query sees is not read
+            start = max(0, end - window)  # what the query does not see is not read
         live = end - start
     k_cache = k_cache.narrow(2, start, live)
     v_cache = v_cache.narrow(2, start, live)
@@ -321,10 +321,9 @@ def _attend_live(
         k_scale = k_scale.narrow(2, start, live)
         v_scale = v_scale.narrow(2, start, live)
 
-    # the fused operator knows only a CPU and none of the options; it gives NaN to a query before
-    # the first position
+    # the fused operator knows only a CPU and none of the options; it gives NaN where nothing is
     plain = softcap is None and alibi_slopes is None and sinks is None
-    if not q.is_cpu or not plain or live < T:
+    if not q.is_cpu or not plain or live == 0:
         out, lse = flash_decode_reference(
             q, k_cache, v_cache, torch.full((B,), n - start, device=q.device), k, v,
             k_scale=k_scale, v_scale=v_scale, scale=scale, causal=causal, window=window,
@@ -338,13 +337,14 @@ def _attend_live(
         q = q.float()
         k_cache = k_cache.float().mul_(k_scale[..., None])
         v_cache = v_cache.float().mul_(v_scale[..., None])
-    # a KV head's query heads ride along as query rows, so that no key is repeated; four at least, as
-    # with fewer the order in which MKL sums depends on where in memory a thread has them
+    # a KV head's query heads ride along as query rows, so that no key is repeated; at least 4, as
+    # the order in which MKL sums with fewer depends on where in memory a thread has them
     n_rows = Hq // Hkv * T
     rows = torch.nn.functional.pad(q.reshape(B, Hkv, n_rows, D), (0, 0, 0, max(0, 4 - n_rows)))
     mask = None
-    if wrapped:  # the last token's column to its place
-        mask = _causal_mask(T, live, window).roll(end % S, 1).expand(rows.shape[2], -1)
+    if wrapped:  # the oldest tokens, from the place behind the last one's on, are in no window
+        hidden = (torch.arange(S) - end) % S < S - window
+        mask = torch.zeros(S).masked_fill_(hidden, -math.inf).expand(rows.shape[2], -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, k_cache, v_cache, attn_mask=mask, scale=scale)
     return out[:, :, :n_rows].reshape(B, Hq, T, D).contiguous().to(dtype), lse[:, :, :n_rows]
@@ -354,29 +354,13 @@ def _append_at(
     first: int, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor,
     k_scale: Tensor | None, v_scale: Tensor | None,
 ) -> None:
-    """Write new keys and values [B, Hkv, T, D] into the caches from place `first` on, and from
-    their beginning on where they end."""
+    """Write new keys and values [B, Hkv, T, D] into the caches from place `first` on."""
     caches = [(k_cache, k), (v_cache, v)]
     if k_scale is not None:
         kv, scales = quantize_kv(torch.stack((k, v)))
         caches = [(k_cache, kv[0]), (v_cache, kv[1]), (k_scale, scales[0]), (v_scale, scales[1])]
-    S = k_cache.shape[2]
-    T = k.shape[2]
-    until_end = min(T, S - first)
-    rest = T - until_end
     for cache, new in caches:
-        if rest:
-            cache.narrow(2, 0, rest).copy_(new.narrow(2, until_end, rest))
-            new = new.narrow(2, 0, until_end)
-        cache.narrow(2, first, until_end).copy_(new)
-
-
-def _causal_mask(T: int, live: int, window: int | None) -> Tensor:
-    """-inf where one of the last T of live tokens must not look, 0 elsewhere: [T, live]."""
-    mask = torch.full((T, live), -math.inf).triu_(live - T + 1)  # keys after the query
-    if window is not None:
-        mask += torch.full((T, live), -math.inf).tril_(live - T - window)
-    return mask
+        cache.narrow(2, first, k.shape[2]).copy_(new)
 
 # --- in Triton ---
 #

@@ -518,9 +518,7 @@ class LayerCache:
         self.flash = flash  # how decode attends: flash_decode, or SDPA over the whole cache
 
     @classmethod
-    def allocate(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> list[Tensor]:
+    def allocate(cls, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> list[Tensor]:
         """The tensors of a layer whose kv has this shape, each with a storage of its own."""
         return [torch.zeros(shape, dtype=dtype, device=device)]
 
@@ -599,9 +597,7 @@ class Int8LayerCache(LayerCache):
         _, self.scale, self.k_mean = tensors
 
     @classmethod
-    def allocate(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-    ) -> list[Tensor]:
+    def allocate(cls, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> list[Tensor]:
         *heads, S, D = shape
         # torch.compile copies an input that does not start at 16 bytes, to and back, each step
         aligned = 4 * math.ceil(S / 4)
@@ -650,7 +646,7 @@ class KVCache:
 
     def __init__(
         self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
-        dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16, device: Device = "cpu",
         attention: str = "auto", makers: Sequence[MakeLayer] | None = None,
     ):
         if min(max_batch_size, max_seq_len) < 1:
@@ -730,7 +726,7 @@ def choose_attention(attention: str, device: torch.device, max_seq_len: int, hea
     return "math" if math_pays and not on_cpu else "flash"
 
 
-def require_memory(nbytes: float, device: torch.device | str, what: str, advice: str) -> None:
+def require_memory(nbytes: float, device: Device, what: str, advice: str) -> None:
     """ValueError if a device has not this many bytes free, as far as that is known."""
     free = nbytes
     meminfo = Path("/proc/meminfo")
@@ -1020,7 +1016,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def load_model(
-    path: str | Path | None = None, *, device: torch.device | str = "cpu",
+    path: str | Path | None = None, *, device: Device = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
     adapter: str | Path | None = None, calibrate: Sequence[int] | None = None,
 ) -> Transformer:
@@ -1044,9 +1040,7 @@ def load_model(
     return fill_model(model, checkpoint, device, dtype, quantize, group_size, by_text)
 
 
-def check_target(
-    device: torch.device | str, dtype: torch.dtype | None, quantize: str | None
-) -> None:
+def check_target(device: Device, dtype: torch.dtype | None, quantize: str | None) -> None:
     """ValueError for what no model can be."""
     try:
         torch.empty(1, device=device).tolist()
@@ -1067,7 +1061,7 @@ def use_products(device: torch.device) -> None:
 
 
 def fill_model(
-    model: Transformer, checkpoint: Checkpoint, device: torch.device | str,
+    model: Transformer, checkpoint: Checkpoint, device: Device,
     dtype: torch.dtype | None, quantize: str | None, group_size: int, by_text: Any = None,
 ) -> Transformer:
     """Read a model on meta onto a device, layer by layer, and quantize what is to be. by_text: a
@@ -1175,7 +1169,7 @@ class Checkpoint:
         return torch.bfloat16
 
     def put_layers(
-        self, model: Transformer, quantize: str | None, device: torch.device | str
+        self, model: Transformer, quantize: str | None, device: Device
     ) -> Callable[[], None]:
         """Put empty layers where the file has integers -> what fills those that lack them yet."""
         if quantized_layout(model, self.config, self.put_layer) and quantize in MODES:
@@ -1192,7 +1186,7 @@ class Checkpoint:
         return all(part in self.tensors for part in self.parts(model, name, x))
 
     def parameter(
-        self, model: Transformer, name: str, x: Tensor, device: torch.device | str = "cpu"
+        self, model: Transformer, name: str, x: Tensor, device: Device = "cpu"
     ) -> Tensor:
         """What our parameter x is, in its dtype, on a device, in memory of its own."""
         tensors = [self.read(*part) for part in self.parts(model, name, x).items()]
@@ -1222,7 +1216,7 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
+def open_checkpoint(path: str | Path | None, device: Device = "cpu") -> Checkpoint:
     """A checkpoint of any form. ValueError says what is missing or cannot be read."""
     folder = Path(path or "")
     plain = os.path.exists(folder / "config.json") and any(folder.glob("model*.safetensors"))

@@ -76,9 +76,9 @@ class QuantizedLinear(Packable):
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[-2] if x.dim() > 2 else 1  # of a token alone, as those of an expert
         rows = x.reshape(-1, self.in_features)
-        many = T
+        many = T  # of them, which are not for the layout's product
         if self.layout is not None:
-            many -= T % self.layout.block if len(rows) > self.layout.few_rows else T
+            many = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
         if 0 < many < T:
             return torch.cat([self.forward(part) for part in x.split([many, T - many], -2)], -2)
         if many == 0:
@@ -283,10 +283,8 @@ def quantize_linear(
     The output layer gets int8 in int4 mode too: in int4 it costs SmolLM2-135M a mean KL of 0.053,
     in int8 0.002, and llama.cpp does not go below 6 bits for it either."""
     if mode not in MODES or group_size not in (32, 64, 128):
-        raise ValueError(
-            f"no quantization {mode!r} in groups of {group_size}; "
-            "there are int8, int4 and 32, 64, 128"
-        )
+        what = f"{mode!r} in groups of {group_size}"
+        raise ValueError(f"no quantization {what}; there are int8, int4 and 32, 64, 128")
     if name == "lm_head":
         mode = "int8"
     try:

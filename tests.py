@@ -28,10 +28,8 @@ from transformers import PreTrainedModel
 from batching import Engine
 from checks.common import CHECKPOINTS, CPU_ENV, DEVICES, HERE, PROMPTS
 from checks.common import close, hf_folder, hf_logits
-from generate import (
-    FILTERS, Decoder, Filter, Request, Sampling, Tokenizer, compile_model, generate, kind_of,
-    sample,
-)
+from generate import FILTERS, Decoder, Filter, Request, Sampling, Tokenizer
+from generate import compile_model, generate, kind_of, sample
 from kernels import flash_decode_reference
 from model import FAMILIES, Block, KVCache, LayerCache, Transformer, load_model
 
@@ -302,8 +300,7 @@ def draws(settings: dict, n: int = 4000) -> Tensor:
     (dict(temperature=1.0, top_k=3, top_p=0.9, min_p=0.5), [0.625, 0.375, 0, 0]),
 ], ids=str)
 def test_sampling_distribution(settings: dict, want: list[float]) -> None:
-    got = draws(settings)
-    expected = torch.tensor(want)
+    got, expected = draws(settings), torch.tensor(want)
     assert (got - expected).abs().max() < 0.03
     assert torch.equal(got > 0, expected > 0)
 
@@ -420,15 +417,14 @@ def is_last(last: int, tokens: list[int]) -> bool:
 def ragged_requests(cached: int, free: list[list[int]]) -> list[Request]:
     """Greedy and sampled ones of all lengths, of which some end early. free: what the greedy ones
     say if nothing ends them."""
-    every = dict(cached=cached)
     return [
-        request(PROMPTS[0], 9, **every),
-        request(PROMPTS[2], 14, temperature=1.5, top_p=0.9, seed=3, **every),
-        request(PROMPTS[1], 12, eos_ids=frozenset({free[1][5]}), **every),
-        request([40, 41], 1, **every),
-        request(list(range(60, 77)), 99, temperature=0.7, top_k=9, seed=1, **every),
-        request(PROMPTS[2], 12, ends=partial(is_last, free[2][4]), **every),
-        request([7] * 5, 20, temperature=1.0, min_p=0.05, seed=2, **every),
+        request(PROMPTS[0], 9, cached=cached),
+        request(PROMPTS[2], 14, temperature=1.5, top_p=0.9, seed=3, cached=cached),
+        request(PROMPTS[1], 12, eos_ids=frozenset({free[1][5]}), cached=cached),
+        request([40, 41], 1, cached=cached),
+        request(list(range(60, 77)), 99, temperature=0.7, top_k=9, seed=1, cached=cached),
+        request(PROMPTS[2], 12, ends=partial(is_last, free[2][4]), cached=cached),
+        request([7] * 5, 20, temperature=1.0, min_p=0.05, seed=2, cached=cached),
     ]
 
 
@@ -608,6 +604,8 @@ PARTS = ["families", "formats", "products", "batching", "processors", "parallel"
          "cli", "calibration"]
 FOLDERS = [*PARTS, "checks", "benchmarks", "examples"]
 NEEDS = {"cli": {"batching", "formats", "parallel", "processors"}}  # of other folders
+
+
 def modules(tree: ast.AST) -> set[str]:
     """What is imported anywhere in it, by full names; "": something relative."""
     names = set()
@@ -650,9 +648,7 @@ LACKS = {
     "families": [NO_FOLDER.format("families")] * 3,
     "formats": [NO_FOLDER.format("formats")] * 2 + ["stop strings (x) need a tokenizer that "
                                                     "formats/ made"],
-    "batching": [NO_FOLDER.format("batching")],
-    "calibration": [NO_FOLDER.format("calibration")],
-    "processors": [NO_FOLDER.format("processors")],
+    **{name: [NO_FOLDER.format(name)] for name in ("batching", "calibration", "processors")},
 }
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from batching.engine import Engine, Stats
+from batching.prefix import reads_better
 from batching.saved import load_row, read_row, save_row
 
-__all__ = ["Engine", "Stats", "load_row", "read_row", "save_row"]
+__all__ = ["Engine", "Stats", "load_row", "read_row", "reads_better", "save_row"]

@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from batching.prefix import PrefixSharer
-from generate import PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device, pads_little
+from batching.prefix import PrefixSharer, pads_little
+from generate import PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device
 from model import KVCache, Transformer
 
 # most prompt tokens in one pass while rows decode: these wait for one pass at a time, which is to

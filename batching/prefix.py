@@ -1,4 +1,4 @@
-"""Prompts that begin alike: what they share is read once."""
+"""Prompts that are read together, and those that begin alike: what they share is read once."""
 from __future__ import annotations
 
 import os
@@ -8,10 +8,34 @@ from typing import Any
 import torch
 
 from batching.speculate import Speculator
-from generate import Request, begin_alike
-from model import KVCache
+from generate import Request
+from quantize import BLOCK
 
-LEAST_TAKEN = 32  # tokens; fewer are read again in hardly more time than one
+LEAST_SHARED = 32  # tokens that prompts begin with; fewer are read again in hardly more time
+
+
+def reads_better(requests: Sequence[Request]) -> bool:
+    """Whether an Engine takes less time than a Decoder, which reads all prompts together."""
+    several = len(requests) > 1
+    return several and (not pads_little(requests) or len(begin_alike(requests)) > 0)
+
+
+def pads_little(requests: Sequence[Request], free: int = 256) -> bool:
+    """Whether prompts cost little more together than alone. A pass of few tokens takes as long as
+    reading the weights, and there padding is free; beyond, it may be a quarter. None has a block
+    that another lacks: its tokens would be multiplied as none of the other's are alone."""
+    lengths = [len(request.prompt) for request in requests]
+    alike = len({n // BLOCK for n in lengths}) == 1
+    return alike and len(lengths) * max(lengths) <= max(free, 1.25 * sum(lengths))
+
+
+def begin_alike(requests: Sequence[Request]) -> list[int]:
+    """The tokens with which several prompts begin, none if these are few or not the first that are
+    cached. One that is left of each prompt is fed for its logits."""
+    prompts = [request.prompt for request in requests]
+    shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+    first = not any(request.cached for request in requests)
+    return shared if first and len(shared) >= LEAST_SHARED else []
 
 
 class PrefixSharer(Speculator):
@@ -52,7 +76,11 @@ class PrefixSharer(Speculator):
             found[source] = len(os.path.commonprefix([shared, prompt]))
         source = max(found, key=found.get, default=None)
         n = found.get(source, 0)
-        if n < LEAST_TAKEN or not keeps(self.cache, source, n):
+        if n < LEAST_SHARED:
+            return 0
+        try:
+            self.cache.refuse_lost(slice(source, source + 1), n)
+        except ValueError:  # a ring has let go of some
             return 0
         if source != row:
             self.copy_row(source, row, n)
@@ -75,12 +103,3 @@ class PrefixSharer(Speculator):
         """A step writes into the others, at places that they held."""
         if len(self.held) > len(rows):
             self.held = {row: prompt for row, prompt in self.held.items() if row in rows}
-
-
-def keeps(cache: KVCache, row: int, n: int) -> bool:
-    """Whether a row still has all that tokens behind its first n see."""
-    try:
-        cache.refuse_lost(slice(row, row + 1), n)
-    except ValueError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""What a row has read, in a file: a long text is read once for many runs."""
+"""What a row has read, for another row, or in a file: a long text is read once for many runs."""
 from __future__ import annotations
 
 import json
@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import Transformer, first_line, rope_frequencies
+from model import KVCache, Transformer, first_line, rope_frequencies
 
 
 def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> None:
@@ -20,7 +20,7 @@ def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> No
     if cache.cached[row] < len(ids):
         raise ValueError(f"{len(ids)} tokens are not cached: the row has {cache.cached[row]}")
     cache.refuse_lost(slice(row, row + 1), len(ids))
-    tensors = {name: x.contiguous() for name, x in parts_of_row(model, row, len(ids)).items()}
+    tensors = {name: x.contiguous() for name, x in parts_of_row(cache, row, len(ids)).items()}
     said = {"ids": json.dumps(ids), "model": fingerprint(model)}
     save_file(tensors, file, said)
 
@@ -35,13 +35,11 @@ def load_row(model: Transformer, file: Path) -> list[int]:
         raise ValueError(f"{file} was written with another model, or with other settings of it")
     cache.refuse_overflow(len(ids), 1)
     for row in range(cache.max_batch_size):
-        here = parts_of_row(model, row, len(ids))
+        here = parts_of_row(cache, row, len(ids))
         kinds = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (here, tensors)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{file} is of another kind of cache: set one up as it was then")
-        for name, x in here.items():
-            x.copy_(tensors[name])
-        cache.cached[row] = len(ids)
+        fill_row(cache, row, len(ids), tensors)
     return ids
 
 
@@ -59,16 +57,26 @@ def read_row(
         raise ValueError(f"cannot read what a row holds from {file}: {first_line(e)}") from None
 
 
-def parts_of_row(model: Transformer, row: int, length: int) -> dict[str, Tensor]:
-    """Views of what a row of that many tokens has in the cache."""
-    cache = model.cache
-    parts = {
-        f"layers.{layer}.{i}": x
-        for layer, each in enumerate(dict.fromkeys(cache.whole))  # which layers may share
-        for i, x in enumerate(each.live(row, length))
-    }
-    written = getattr(cache, "written", None)  # of a cache with rings
-    return parts if written is None else parts | {"written": written[row:row + 1]}
+def copy_row(cache: KVCache, source: int, target: int, length: int) -> None:
+    """Give a row what another one holds in its first `length` positions."""
+    fill_row(cache, target, length, parts_of_row(cache, source, length))
+
+
+def fill_row(cache: KVCache, row: int, length: int, parts: dict[str, Tensor]) -> None:
+    for name, x in parts_of_row(cache, row, length).items():
+        x.copy_(parts[name])
+    cache.cached[row] = length
+
+
+def parts_of_row(cache: KVCache, row: int, length: int) -> dict[str, Tensor]:
+    """Views of what a row of that many tokens has in a cache."""
+    parts = {}
+    for i, layer in enumerate(dict.fromkeys(cache.whole)):  # which layers may share
+        for j, x in enumerate(layer.live(row, length)):
+            parts[f"layers.{i}.{j}"] = x
+    if hasattr(cache, "written"):  # of one with rings
+        parts["written"] = cache.written[row:row + 1]
+    return parts
 
 
 def fingerprint(model: Transformer) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batching.saved import copy_row
 from generate import Decoder, Drawn
 from model import MAX_DECODE_TOKENS, KVCache, Transformer
 
@@ -129,17 +130,6 @@ class DraftModel(Drafter):
     def copy_row(self, source: int, target: int, length: int) -> None:
         super().copy_row(source, target, length)
         copy_row(self.cache, source, target, length)
-
-
-def copy_row(cache: KVCache, source: int, target: int, length: int) -> None:
-    """Give a row what another one holds in its first `length` positions."""
-    for layer in dict.fromkeys(cache.whole):  # which layers may share
-        for new, old in zip(layer.live(target, length), layer.live(source, length)):
-            new.copy_(old)
-    written = getattr(cache, "written", None)  # of a cache with rings
-    if written is not None:
-        written[target] = written[source]
-    cache.cached[target] = length
 
 
 def make_drafter(

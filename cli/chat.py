@@ -281,7 +281,7 @@ COMMANDS = {
         Chat.set_system, "TEXT|@FILE|-", "say how to answer, - for nothing; alone: show it"
     ),
     "/save": (
-        Chat.save, "FILE [+cache]", "write the conversation to FILE, as JSON; what was read of it too"
+        Chat.save, "FILE [+cache]", "write the conversation to FILE, as JSON; also what was read"
     ),
     "/load": (Chat.load, "FILE", "go on with the conversation in FILE"),
     "/stats": (Chat.stats, "", "say how full the context is, and what the last answer took"),

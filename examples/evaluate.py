@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from batching import Engine
-from batching.speculate import copy_row
+from batching.saved import copy_row
 from cli.arguments import Parser, number
 from cli.program import files_of
 from generate import Decoder, Request, Tokenizer, ends_at, load_tokenizer, prepare_steps, say

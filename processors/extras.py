@@ -8,13 +8,13 @@ place, those that a step only proposes too."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import proxy
 
 import torch
 from torch import Tensor
 
-from generate import Decoder, Drawn, Request, Tokens
+from generate import Decoder, Drawn, Request, Tokens, settings_of
 
 HEAD_TOKENS = 512  # most positions whose logits are held at once for a prompt's log probabilities
 Function = Callable[[Tensor, Tensor], Tensor]  # one of Request.processors
@@ -81,12 +81,12 @@ class Extras:
 
     def start(self, requests: Sequence[Request]) -> None:
         """A run begins: what its requests ask for. ValueError: they cannot have it."""
+        self.on: set[str] = set()  # the names of PROCESSORS that change something
         for request in requests:
             self.refuse(request)
-        given = {name: [getattr(r, name, "on") for r in requests] for name in PROCESSORS}
-        self.on = tuple(name for name, them in given.items() if them.count(None) < len(them))
+            self.on |= {name for name in PROCESSORS if getattr(request, name, "on") is not None}
         self.by_host = any(request.processors for request in requests)
-        n_likeliest = [r.logprobs for r in requests if r.logprobs is not None]
+        n_likeliest = [each.logprobs for each in requests if each.logprobs is not None]
         self.n_likeliest = max(n_likeliest, default=None)
         self.echo = any(request.echo for request in requests)
         self.proposals: Tensor | None = None  # [B, T - 1 or T] that a step checks
@@ -98,8 +98,8 @@ class Extras:
 
     def refuse(self, request: Request) -> None:
         given = request.processors
-        listed = given if isinstance(given, (list, tuple)) else [None]
-        if not all(callable(getattr(each, "begin", each)) for each in listed):
+        listed = isinstance(given, (list, tuple))
+        if not listed or not all(callable(getattr(each, "begin", each)) for each in given):
             raise ValueError(f"processors must be a list of functions, not {given!r:.60}")
         if request.echo and request.logprobs is None:
             raise ValueError("echo goes with logprobs: it gives those of the prompt")
@@ -109,28 +109,24 @@ class Extras:
     @property
     def key(self) -> tuple:
         """What steps differ in."""
-        return self.on, self.by_host, self.n_likeliest
+        return frozenset(self.on), self.by_host, self.n_likeliest
 
     # --- prompts ---
 
-    def read_part(
-        self, tokens: Tensor, pos: Tensor, rows: slice, cached: int, last: Tensor
-    ) -> Tensor:
-        """As the Decoder's, with log probabilities of tokens [n, T] where one echoes."""
-        model = self.decoder.model
-        n, T = tokens.shape
-        x = model.prefill(
-            tokens, pos, self.decoder.cache, rows=rows, cached=cached, last=last, hidden=True
-        )  # (n, T, dim)
-        if self.echo:
-            before = x[:, :-1] if self.last is None else torch.cat([self.last, x[:, :-1]], 1)
-            wanted = tokens[:, T - before.shape[1]:]
-            step = max(1, HEAD_TOKENS // n)
-            for i in range(0, wanted.shape[1], step):
-                logits = model.head(before[:, i:i + step])
-                self.parts.append(self.logprobs_of(logits, wanted[:, i:i + step]))
-            self.last = x[:, -1:]
-        return model.head(x[torch.arange(n, device=x.device), last][:, None])[:, 0]
+    def note_prompts(self, tokens: Tensor, x: Tensor, last: Tensor) -> Tensor:
+        """Log probabilities of a chunk of prompts, tokens [n, T] of which the model's head is given
+        x [n, T, dim] -> the logits [n, V] of the `last` ones, [n]."""
+        head = self.decoder.model.head
+        # each token's are of what stands before it, the very first one's of nothing
+        before, wanted = x[:, :-1], tokens[:, 1:]
+        if self.last is not None:
+            before, wanted = torch.cat([self.last, before], 1), tokens
+        step = max(1, HEAD_TOKENS // len(x))
+        for i in range(0, wanted.shape[1], step):
+            logits = head(before[:, i:i + step])
+            self.parts.append(self.logprobs_of(logits, wanted[:, i:i + step]))
+        self.last = x[:, -1:]
+        return head(x[torch.arange(len(x), device=x.device), last][:, None])[:, 0]
 
     def begin(self, rows: slice, requests: Sequence[Request], logits: Tensor) -> Tensor:
         """The prompts of requests were read into rows; logits [n, V] of their ends, changed."""
@@ -138,64 +134,74 @@ class Extras:
         for row, request in enumerate(requests, rows.start):
             prompt = torch.tensor(request.prompt, device=self.history.device)
             self.history[row, request.cached:request.cached + len(prompt)] = prompt
-            given = {name: getattr(request, name, None) for name in PROCESSORS}
-            settings = [PROCESSORS[k].off if v is None else v for k, v in given.items()]
-            self.settings[row] = self.settings.new_tensor(settings)
-            functions = [getattr(f, "begin", lambda _, f=f: f) for f in request.processors]
-            self.functions[row] = [begin(request) for begin in functions]
+            self.settings[row] = self.settings.new_tensor(settings_of(request, PROCESSORS))
+            self.functions[row] = [begun(function, request) for function in request.processors]
+        if self.echo:
+            self.keep_echoes(requests)
+        return self.change(rows, logits[:, None], 0)[:, 0]
+
+    def keep_echoes(self, requests: Sequence[Request]) -> None:
+        """What was noted of the requests' prompts is theirs, until they are told."""
         none = [torch.zeros(len(requests), 0, 1)] * 2  # of prompts of one token
-        found = [torch.cat(each, 1).cpu() for each in zip(*self.parts)] or none
+        logprobs, ids = [torch.cat(each, 1).cpu() for each in zip(*self.parts)] or none
         for i, request in enumerate(requests):
             if not request.echo:
                 continue
             n = len(request.prompt) - 1
-            known = known_of(*(each[i, :n] for each in found), request)
-            self.echoes[id(request)] = {f"prompt_{k}": [None, *v] for k, v in known.items()}
+            known = known_of(logprobs[i, :n], ids[i, :n], request)
+            self.echoes[id(request)] = {f"prompt_{name}": [None, *x] for name, x in known.items()}
         self.parts, self.last = [], None
-        return self.change(rows, logits[:, None], 0)[:, 0]
 
     # --- steps ---
 
     def draw(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
         """As the Decoder's."""
         tokens = self.decoder.draw(rows, self.change(rows, logits, ahead), ahead)
-        self.note(rows, tokens, ahead)
+        self.note(tokens)
         return tokens
 
     def change(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
         """Logits [B, T, V], `ahead` of the rows' last tokens and on, as the rows' requests want
         them, in float32."""
-        self.raw = logits
+        B, T, V = logits.shape
+        input_pos = self.decoder.input_pos[rows, None]  # (B, 1)
+        places = input_pos + torch.arange(ahead, ahead + T, device=input_pos.device)  # (B, T)
+        self.raw, self.history_here, self.places = logits, self.history[rows], places
         if not (self.on or self.by_host):
             return logits
-        B, T, V = logits.shape
-        places = self.places(rows, ahead, T)  # (B, T)
         if T > 1:  # what stands in front of all but the first
-            self.history[rows].scatter_(1, places[:, :-1], self.proposals[:, :T - 1])
-        held = self.history[rows], self.begins[rows], self.settings[rows]
-        history, begins, settings = (x.repeat_interleave(T, 0) for x in held)
-        texts = Texts(history, begins, places.flatten())
+            self.history_here.scatter_(1, places[:, :-1], self.proposals[:, :T - 1])
+        history = self.history_here.repeat_interleave(T, 0)
+        texts = Texts(history, self.begins[rows].repeat_interleave(T), places.flatten())
+        settings = self.settings[rows].repeat_interleave(T, 0)
         logits = logits.to(torch.float32, copy=True).view(B * T, V)
-        for (name, each), setting in zip(PROCESSORS.items(), settings.unbind(1), strict=True):
+        for i, (name, processor) in enumerate(PROCESSORS.items()):
             if name in self.on:
-                logits = each.change(logits, texts, setting[:, None])
+                logits = processor.change(logits, texts, settings[:, i:i + 1])
         if self.by_host:
-            active = self.decoder.active[rows].tolist() if ahead else [1] * B
-            functions = [self.functions[i] if on else () for i, on in enumerate(active, rows.start)]
-            logits = call([functions[i // T] for i in range(B * T)], texts, logits)
+            logits = self.call(rows, texts, logits, ahead)
         return logits.view(B, T, V)
 
-    def note(self, rows: slice, tokens: Tensor, ahead: int) -> None:
-        """Tokens [B, T] were drawn for what change was given."""
-        self.history[rows].scatter_(1, self.places(rows, ahead, tokens.shape[1]), tokens)
+    def call(self, rows: slice, texts: Texts, logits: Tensor, ahead: int) -> Tensor:
+        """Logits [N, V] as the functions of each row change them, one after the other. A row that
+        does not run has none; its prompt may just have been read."""
+        runs = self.decoder.active[rows].tolist()
+        T = len(logits) // len(runs)
+        changed = list(logits)
+        for i, n in enumerate(texts.n.tolist()):
+            ids = texts.tokens[i, :n]
+            if runs[i // T] or ahead == 0:
+                for function in self.functions[rows.start + i // T]:
+                    changed[i] = function(ids[ids >= 0], changed[i])
+        return torch.stack(changed)
+
+    def note(self, tokens: Tensor) -> None:
+        """Tokens [B, T] or [B] were drawn for what change was given."""
+        tokens = tokens.view_as(self.places)
+        self.history_here.scatter_(1, self.places, tokens)
         if self.n_likeliest is not None:
             self.decoder.known = self.logprobs_of(self.raw, tokens)
         self.raw = None
-
-    def places(self, rows: slice, ahead: int, n: int) -> Tensor:
-        """Where n tokens of each row stand, `ahead` of its last one and on: int64 [B, n]."""
-        input_pos = self.decoder.input_pos[rows, None]  # (B, 1)
-        return input_pos + torch.arange(ahead, ahead + n, device=input_pos.device)
 
     def logprobs_of(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [B, T, V] and tokens [B, T]: Drawn.logprobs and Drawn.likeliest."""
@@ -222,14 +228,9 @@ class Extras:
         self.functions[target] = self.functions[source]
 
 
-def call(functions: Sequence[Sequence[Function]], texts: Texts, logits: Tensor) -> Tensor:
-    """Logits [N, V] as the functions of each row change them, one after the other."""
-    rows = list(logits)
-    for i, n in enumerate(texts.n.tolist()):
-        ids = texts.tokens[i, :n]
-        for function in functions[i]:
-            rows[i] = function(ids[ids >= 0], rows[i])
-    return torch.stack(rows)
+def begun(function: Any, request: Request) -> Function:
+    """One of a request's processors, for its answer: what `begin` makes of those that have it."""
+    return function.begin(request) if hasattr(function, "begin") else function
 
 
 def known_of(logprobs: Tensor, likeliest: Tensor, request: Request) -> dict[str, list]:
