@@ -6,34 +6,29 @@ from functools import partial
 
 import torch.nn as nn
 
-from families import deltanet, gguf
+from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
-    AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm, GemmaTransformer,
-    GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock, SandwichBlock,
-    ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention, baichuan_attention,
-    baichuan_ropes, halves_first, normalize_head,
+    AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
+    GemmaTransformer, GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock,
+    SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_ropes, by_rope,
+    halves_first, normalize_head,
 )
 from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
 )
-from families.gemma4 import (
-    Gemma4Attention, Gemma4Block, by_pattern_and_last, gemma4_experts, gemma4_mlp, gemma4_model,
-    gemma4_ropes, proportional,
-)
-from families.lfm2 import (
-    STORED_AS, convolutions, lfm2_attention, lfm2_block, lfm2_experts, lfm2_ffn_dim, lfm2_ropes,
-)
-from families.mla import LATENT, FarLatentAttention, LatentAttention, latent_halves_first
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, exaone_ropes, gelu_tanh, layer_ropes, longrope,
-    query_scale, ropes_in_windows, ropes_of_part, stretched_ropes, windows_of, yarn,
+    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
+    ropes_in_windows, ropes_of_part, stretched_ropes, windows_of, yarn,
 )
-from model import ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Family, positive
+from model import (
+    ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Attention, Block, Family,
+    positive,
+)
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 
-ROPES |= {"yarn": yarn, "longrope": longrope, "proportional": proportional,
+ROPES |= {"yarn": yarn, "longrope": longrope, "proportional": gemma4.proportional,
           "mrope": ROPES["default"]}  # as it is for texts
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorch_tanh"])
 
@@ -53,30 +48,23 @@ GEMMA3 = GEMMA2 | dict(
 )
 GEMMA4 = GEMMA | EXPERTS | dict(
     hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, max_position_embeddings=131072,
-    sliding_window=512, sliding_window_pattern=6, layer_types=None, per_layer_config=None,
-    global_head_dim=512, num_global_key_value_heads=None, attention_k_eq_v=False,
-    num_kv_shared_layers=0, use_double_wide_mlp=False, final_logit_softcapping=None,
+    sliding_window=512, sliding_window_pattern=6, layer_types=None, global_head_dim=512,
+    hidden_size_per_layer_input=256, final_logit_softcapping=None,
+    use_bidirectional_attention=None, partial_rotary_factor=None,
     rope_parameters=dict(
         sliding_attention=dict(rope_type="default", rope_theta=1e4),
         full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
     ),
-    enable_moe_block=False, top_k_experts=None, moe_intermediate_size=None,
-    hidden_size_per_layer_input=256, vocab_size_per_layer_input=262144,
-    use_bidirectional_attention=None, partial_rotary_factor=None,
 )
-GEMMA4_UNIFIED = GEMMA4 | dict(
-    max_position_embeddings=262144, sliding_window=1024, hidden_size_per_layer_input=0,
-)
+GEMMA4_UNIFIED = GEMMA4 | dict(max_position_embeddings=262144, sliding_window=1024,
+                               hidden_size_per_layer_input=0)
 LFM2 = dict(
-    num_key_value_heads=8, max_position_embeddings=128000, intermediate_size=12288,
-    block_ff_dim=None, block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0,
-    block_multiple_of=256, norm_eps=1e-5, rope_theta=1e6, tie_word_embeddings=True,
-    conv_bias=False, conv_L_cache=3, layer_types=None, full_attn_idxs=None,
+    num_key_value_heads=8, max_position_embeddings=128000, rope_theta=1e6, layer_types=None,
+    block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0, tie_word_embeddings=True,
 )
 LFM2_MOE = LFM2 | EXPERTS | dict(
-    block_auto_adjust_ff_dim=False, intermediate_size=7168, num_dense_layers=2, num_experts=32,
-    num_experts_per_tok=4, moe_intermediate_size=1792, norm_topk_prob=True, use_expert_bias=True,
-    routed_scaling_factor=1.0,
+    block_auto_adjust_ff_dim=False, num_dense_layers=2, num_experts=32, norm_topk_prob=True,
+    use_expert_bias=True,
 )
 OLMO2 = dict(rms_norm_eps=1e-5, attention_bias=False)
 OLMO3 = OLMO2 | dict(layer_types=None, sliding_window=4096, sliding_window_pattern=4,
@@ -86,8 +74,7 @@ SMOLLM3 = LLAMA | dict(
     max_position_embeddings=32768, rope_theta=2e6, no_rope_layer_interval=4, no_rope_layers=None,
     tie_word_embeddings=True,
 )
-PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, partial_rotary_factor=1.0,
-            original_max_position_embeddings=4096, sliding_window=None)
+PHI3 = dict(rms_norm_eps=1e-5, partial_rotary_factor=1.0, sliding_window=None)
 MINISTRAL3 = dict(
     head_dim=128, num_key_value_heads=8, max_position_embeddings=262144, rms_norm_eps=1e-5,
     sliding_window=None, rope_parameters=dict(
@@ -97,52 +84,39 @@ MINISTRAL3 = dict(
 )
 SEED_OSS = dict(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288,
                 attention_bias=True, attention_out_bias=False, mlp_bias=False)
-EXAONE4 = dict(num_key_value_heads=32, rms_norm_eps=1e-5, layer_types=None, sliding_window=4096,
-               sliding_window_pattern=4)
+EXAONE4 = dict(rms_norm_eps=1e-5, layer_types=None, sliding_window=4096, sliding_window_pattern=4)
 GLM = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072,
            rms_norm_eps=1.5625e-7, attention_bias=True, partial_rotary_factor=0.5)
 HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
 ERNIE = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072, use_bias=False,
              rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True)
 COHERE2 = dict(attention_bias=False, max_position_embeddings=8192, tie_word_embeddings=True,
-               layer_types=None, sliding_window=4096, sliding_window_pattern=4)
+               layer_types=None, sliding_window=4096, sliding_window_pattern=4, logit_scale=0.0625)
 STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
-                  max_position_embeddings=4096, use_bias=True, norm_epsilon=1e-5,
-                  tie_word_embeddings=True)
+                  max_position_embeddings=4096, use_bias=True, tie_word_embeddings=True)
 STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
-MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None,
-                                   num_experts_per_tok=2)
+MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
-QWEN2_MOE = QWEN2 | QWEN_MOE | dict(
-    num_key_value_heads=16, num_experts_per_tok=4, moe_intermediate_size=1408,
-    shared_expert_intermediate_size=5632,
-)
-QWEN3_MOE = QWEN_MOE | dict(
-    attention_bias=False, use_sliding_window=False, num_key_value_heads=4, sliding_window=4096,
-    max_position_embeddings=32768, num_experts_per_tok=8, moe_intermediate_size=768,
-)
+QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, shared_expert_intermediate_size=5632)
+QWEN3_MOE = QWEN_MOE | dict(attention_bias=False, num_key_value_heads=4, use_sliding_window=False,
+                            sliding_window=4096, max_position_embeddings=32768)
 GPT_OSS = EXPERTS | dict(
-    head_dim=64, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5,
-    rope_theta=150000.0,
-    rope_parameters=dict(
-        rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
-        original_max_position_embeddings=4096,
+    head_dim=64, num_key_value_heads=8, rms_norm_eps=1e-5, attention_bias=True, layer_types=None,
+    sliding_window=128, sliding_window_pattern=2, swiglu_alpha=1.702, swiglu_limit=7.0,
+    rope_theta=150000.0, rope_parameters=dict(
+        rope_type="yarn", factor=32.0, truncate=False, original_max_position_embeddings=4096,
     ),
-    attention_bias=True, layer_types=None, sliding_window=128, sliding_window_pattern=2,
-    num_experts_per_tok=4, swiglu_alpha=1.702, swiglu_limit=7.0,
 )
-DEEPSEEK_V2 = dict(attention_bias=False, q_lora_rank=1536, n_shared_experts=2,
-                   topk_method="greedy", first_k_dense_replace=0)
-DEEPSEEK_V3 = dict(
-    attention_bias=False, q_lora_rank=1536, max_position_embeddings=4096, n_shared_experts=1,
-    first_k_dense_replace=3, norm_topk_prob=True,
-)
-GLM4_LITE = DEEPSEEK_V3 | dict(max_position_embeddings=202752, q_lora_rank=768,
-                               first_k_dense_replace=1, rms_norm_eps=1e-5)
+DEEPSEEK_V2 = dict(attention_bias=False, n_shared_experts=2, topk_method="greedy",
+                   first_k_dense_replace=0)
+DEEPSEEK_V3 = dict(attention_bias=False, max_position_embeddings=4096, n_shared_experts=1,
+                   first_k_dense_replace=3, norm_topk_prob=True)
+GLM4_LITE = DEEPSEEK_V3 | dict(max_position_embeddings=202752, first_k_dense_replace=1,
+                               rms_norm_eps=1e-5)
 MISTRAL4 = DEEPSEEK_V3 | dict(
-    max_position_embeddings=2**20, q_lora_rank=1024, first_k_dense_replace=0,
-    partial_rotary_factor=None, rope_parameters=MINISTRAL3["rope_parameters"] | dict(
+    q_lora_rank=1024, first_k_dense_replace=0, partial_rotary_factor=None,
+    rope_parameters=MINISTRAL3["rope_parameters"] | dict(
         rope_theta=1e4, factor=128.0, original_max_position_embeddings=8192),
 )
 GLM4_MOE = dict(
@@ -152,14 +126,12 @@ GLM4_MOE = dict(
 )
 MINIMAX = EXPERTS | dict(
     head_dim=128, num_key_value_heads=8, max_position_embeddings=196608, rope_theta=5e6,
-    partial_rotary_factor=None, num_local_experts=256, num_experts_per_tok=8,
+    partial_rotary_factor=None, num_local_experts=256,
 )
 ERNIE_MOE = ERNIE | dict(
-    head_dim=None, num_key_value_heads=4, moe_intermediate_size=1536, moe_k=6, moe_num_experts=64,
-    moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_end_index=-1,
-    moe_layer_interval=1,
+    head_dim=None, num_key_value_heads=4, moe_num_experts=64, moe_k=6, moe_num_shared_experts=2,
+    moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1,
 )
-
 DELTA = dict(
     layer_types=None, full_attention_interval=4, partial_rotary_factor=0.25, head_dim=256,
     num_key_value_heads=2, max_position_embeddings=32768, attention_bias=False,
@@ -176,18 +148,17 @@ DELTA_MOE = DELTA | QWEN_MOE | dict(
 # layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
 GEMMA4_PARTS = dict(
-    fields=dict(
-        windows=partial(windows_of, full_layers=by_pattern_and_last), ropes=gemma4_ropes,
-        moe=gemma4_experts, softmax_scale=1.0, qk_norm=True,
-    ),
-    attention=Gemma4Attention, mlp=gemma4_mlp, block=Gemma4Block, model=gemma4_model,
+    fields=dict(windows=gemma4.windows, ropes=gemma4.ropes, moe=gemma4.experts, softmax_scale=1.0,
+                qk_norm=True),
+    attention=gemma4.Gemma4Attention, mlp=gemma4.mlp, block=gemma4.Gemma4Block, model=gemma4.model,
 )
 LFM2_PARTS = dict(
     fields=dict(
-        windows=convolutions, ropes=lfm2_ropes, ffn_dim=lfm2_ffn_dim, moe=lfm2_experts,
+        windows=lfm2.windows, ropes=lfm2.ropes, ffn_dim=lfm2.ffn_dim, moe=lfm2.experts,
         norm_eps=partial(positive, key="norm_eps", kind=float), qk_norm=True,
     ),
-    attention=lfm2_attention, mlp=mlp_or_moe, block=lfm2_block, stored_as=STORED_AS,
+    attention=by_rope(Attention, lfm2.ShortConvolution), mlp=mlp_or_moe,
+    block=by_rope(Block, lfm2.ConvolutionBlock), stored_as=lfm2.STORED_AS,
 )
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
@@ -196,8 +167,8 @@ LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1
 SHARED_EXPERTS = {"shared_expert": ("shared_experts",)}
 BIASED = dict(score="sigmoid", bias_dims=1)
 BIASED_MOE = {"moe": partial(deepseek_moe, **BIASED)}
-DEEPSEEK = dict(attention=LatentAttention, mlp=mlp_or_moe, convert=latent_halves_first,
-                stored_as=SHARED_EXPERTS)
+DEEPSEEK = dict(attention=mla.LatentAttention, mlp=mlp_or_moe,
+                convert=mla.latent_halves_first, stored_as=SHARED_EXPERTS)
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
 DELTA_FIELDS = dict(windows=deltanet.windows, ropes=deltanet.ropes, qk_norm=True)
@@ -245,7 +216,7 @@ FAMILIES |= {
         gguf=dict(name="granite", interleaved=True, complete=gguf.granite),
     ),
     "baichuan": Family(
-        fields={"ropes": baichuan_ropes}, attention=baichuan_attention,
+        fields={"ropes": baichuan_ropes}, attention=by_rope(Attention, AlibiAttention),
         stored_as={"qkv_proj": ("W_pack",)}, convert=normalize_head,
         gguf=dict(
             name="baichuan", interleaved=True, complete=gguf.baichuan,
@@ -263,7 +234,7 @@ FAMILIES |= {
         SEED_OSS, {"o_bias": lambda hf: hf["attention_out_bias"]}, gguf=dict(name="seed_oss"),
     ),
     "exaone4": Family(
-        EXAONE4, LAYERWISE | {"ropes": exaone_ropes, "qk_norm": True}, block=PostNormBlock,
+        EXAONE4, LAYERWISE | {"ropes": ropes_in_windows, "qk_norm": True}, block=PostNormBlock,
         gguf=dict(name="exaone4", means=NO_WINDOW, complete=gguf.windows),
     ),
     "glm4": Family(
@@ -283,7 +254,7 @@ FAMILIES |= {
     "ernie4_5": Family(ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5")),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
-        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
+        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=GraniteTransformer,
         convert=halves_first, gguf=dict(name="cohere2", means={"sliding_window_pattern": 4}),
     ),
     "starcoder2": Family(
@@ -331,13 +302,14 @@ FAMILIES |= {
         gguf=dict(name="gpt-oss", complete=gguf.gpt_oss),
     ),
     "deepseek_v2": Family(
-        DEEPSEEK_V2, LATENT | {"moe": partial(deepseek_moe, best_of_group=1, normalize=False)},
+        DEEPSEEK_V2, mla.LATENT | {"moe": partial(deepseek_moe, best_of_group=1, normalize=False)},
         **DEEPSEEK,
     ),
-    "deepseek_v3": Family(DEEPSEEK_V3, LATENT | BIASED_MOE, **DEEPSEEK),
-    "glm4_moe_lite": Family(GLM4_LITE, LATENT | BIASED_MOE, **DEEPSEEK),
+    "deepseek_v3": Family(DEEPSEEK_V3, mla.LATENT | BIASED_MOE, **DEEPSEEK),
+    "glm4_moe_lite": Family(GLM4_LITE, mla.LATENT | BIASED_MOE, **DEEPSEEK),
     "mistral4": Family(
-        MISTRAL4, LATENT | {"moe": deepseek_moe}, **DEEPSEEK | {"attention": FarLatentAttention},
+        MISTRAL4, mla.LATENT | {"moe": deepseek_moe},
+        **DEEPSEEK | {"attention": mla.FarLatentAttention},
     ),
     "glm4_moe": Family(
         GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": lambda hf: bool(hf.get("use_qk_norm"))},

@@ -10,10 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from families.settings import maybe_positive
+from families.settings import maybe_positive, ropes_of
 from model import (
     ACTIVATIONS, FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
-    fake_prefill_attention, in_tiles, make_rope, positive, rope_settings, visible,
+    fake_prefill_attention, in_tiles, positive, rope_settings, visible,
 )
 from quantize import Linear
 
@@ -203,19 +203,10 @@ class AlibiAttention(SpecialAttention):
         return super().options() | {"alibi_slopes": self.slope_bits.view(torch.float32)}
 
 
-def is_alibi(hf: dict) -> bool:
-    """Told apart as others do: Baichuan's 13B models name no max_position_embeddings."""
-    return "max_position_embeddings" not in hf
-
-
 def baichuan_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    rope = None if is_alibi(hf) else make_rope(rope_settings(hf))
-    return (rope,) * positive(hf, "num_hidden_layers")
-
-
-def baichuan_attention(config: ModelConfig, layer: int) -> Attention:
-    kind = AlibiAttention if is_alibi(config.hf) else Attention
-    return kind(config, layer)
+    """Told apart as others do: Baichuan's 13B models name no max_position_embeddings."""
+    has_ropes = "max_position_embeddings" in hf
+    return ropes_of(rope_settings(hf), [has_ropes] * positive(hf, "num_hidden_layers"))
 
 
 def normalize_head(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -225,6 +216,13 @@ def normalize_head(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor]
     return lambda tensor: F.normalize(tensor.float(), dim=-1)
 
 # --- blocks ---
+
+
+def by_rope(
+    kind: Callable[..., nn.Module], other: Callable[..., nn.Module]
+) -> Callable[[ModelConfig, int], nn.Module]:
+    """A module of the first kind in layers with a rotary embedding, of the other in the rest."""
+    return lambda config, layer: (other if config.ropes[layer] is None else kind)(config, layer)
 
 
 class SandwichBlock(Block):
@@ -323,21 +321,14 @@ class BiasedHeadTransformer(Transformer):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=True)
 
 
-class ScaledHeadTransformer(Transformer):
-    """Cohere's: logits are multiplied by a number."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        self.logits_scale = positive(config.hf, "logit_scale", 0.0625, float)
-
-    def head(self, x: Tensor) -> Tensor:
-        return super().head(x) * self.logits_scale
-
-
-class GraniteTransformer(ScaledTransformer, ScaledHeadTransformer):
-    """Embedding and logits are scaled."""
+class GraniteTransformer(ScaledTransformer):
+    """Granite's and Cohere's: logits are multiplied by a number, too."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embedding_scale = positive(config.hf, "embedding_multiplier", 1.0, float)
-        self.logits_scale = 1 / positive(config.hf, "logits_scaling", 1.0, float)
+        divisor = positive(config.hf, "logits_scaling", 1.0, float)
+        self.logits_scale = positive(config.hf, "logit_scale", 1.0, float) / divisor
+
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x) * self.logits_scale

@@ -156,30 +156,34 @@ class MoE(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, dim] -> the weights of each token's experts and their numbers, [B, T, n_active]
         each."""
-        moe = self.moe
-        scores = self.gate(x).float()  # (B, T, n_expert)
-        scores = scores.sigmoid() if moe.score == "sigmoid" else scores.softmax(-1)
-        choice = scores
-        if moe.bias_dims:
-            choice = scores + self.gate.e_score_correction_bias
-        if moe.n_group > 1:
-            choice = self.in_best_groups(choice)
-        weights, ids = choice.topk(moe.n_active, dim=-1)
-        if choice is not scores:
-            weights = scores.gather(-1, ids)
-        if moe.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        if moe.scale != 1:
-            weights = weights * moe.scale
+        bias = self.gate.e_score_correction_bias if self.moe.bias_dims else None
+        weights, ids = choose(self.gate(x), self.moe, bias)
         return weights.to(x.dtype), ids
 
-    def in_best_groups(self, choice: Tensor) -> Tensor:
-        """choice [B, T, n_expert], -inf in all groups but a token's best ones."""
-        groups = choice.unflatten(-1, (self.moe.n_group, -1))
-        of_group = groups.topk(self.moe.best_of_group)[0].sum(-1)  # (B, T, n_group)
-        best = of_group.topk(self.moe.topk_group)[1]
-        others = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
-        return groups.masked_fill(others[..., None], -torch.inf).flatten(-2)
+
+def choose(scores: Tensor, moe: MoEConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """scores [B, T, n_expert] of a router -> weights, in float32, and numbers of each token's
+    experts. bias: what is added to scores to choose by."""
+    scores = scores.float()
+    scores = scores.sigmoid() if moe.score == "sigmoid" else scores.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if moe.n_group > 1:
+        choice = in_best_groups(choice, moe)
+    weights, ids = choice.topk(moe.n_active, dim=-1)
+    if choice is not scores:
+        weights = scores.gather(-1, ids)
+    if moe.normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return (weights if moe.scale == 1 else weights * moe.scale), ids
+
+
+def in_best_groups(choice: Tensor, moe: MoEConfig) -> Tensor:
+    """choice [B, T, n_expert], -inf in all groups but a token's best ones."""
+    groups = choice.unflatten(-1, (moe.n_group, -1))
+    of_group = groups.topk(moe.best_of_group)[0].sum(-1)  # (B, T, n_group)
+    best = of_group.topk(moe.topk_group)[1]
+    others = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
+    return groups.masked_fill(others[..., None], -torch.inf).flatten(-2)
 
 
 class Experts(nn.Module):

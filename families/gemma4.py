@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families.blocks import GemmaTransformer, SandwichBlock
-from families.experts import Experts, MoEConfig, mixture_of_experts
-from families.settings import by_pattern, layer_kinds
+from families.experts import Experts, MoEConfig, choose, mixture_of_experts
+from families.settings import by_pattern, layer_kinds, windows_of
 from model import (
     ACTIVATIONS, MLP, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places,
     Positions, Rope, apply_rope, make_rope, positive, rope_settings,
@@ -22,56 +22,62 @@ from quantize import Linear
 # --- settings ---
 
 
-def by_pattern_and_last(hf: dict) -> list[bool]:
+def full_layers(hf: dict) -> list[bool]:
+    """The last of every few, and the last of all."""
     return [*by_pattern(hf)[:-1], True]
+
+
+def windows(hf: dict) -> tuple[int | None, ...]:
+    return windows_of(hf, full_layers)
 
 
 def settings_of_layers(hf: dict) -> list[dict]:
     """What differs by layer is said for layers that see all, or as transformers writes it."""
-    kinds, given = layer_kinds(hf, by_pattern_and_last), hf["per_layer_config"]
+    kinds = layer_kinds(hf, full_layers)
     if kinds[-1] != "full_attention" or hf["use_bidirectional_attention"] not in (None, "vision"):
         raise ValueError("unsupported use_bidirectional_attention, or a window in the last layer")
+    given = hf.get("per_layer_config")
     if given is None:
         own = {"head_dim": hf["global_head_dim"]}
-        if hf["attention_k_eq_v"] and hf["num_global_key_value_heads"] is not None:
+        if hf.get("attention_k_eq_v") and hf.get("num_global_key_value_heads") is not None:
             own["num_key_value_heads"] = hf["num_global_key_value_heads"]
         given = {i: own for i, kind in enumerate(kinds) if kind == "full_attention"}
     given = {int(i): own for i, own in given.items()}
     return [hf | given.get(i, {}) | {"kind": kind} for i, kind in enumerate(kinds)]
 
 
-def gemma4_ropes(hf: dict) -> tuple[Rope, ...]:
-    """Each kind of layer has one. Of a proportional one all values of a head turn, most by 0."""
-    ropes, layers = {}, settings_of_layers(hf)
-    for own in layers:
-        settings = rope_settings(own, own["kind"])
-        if settings.get("rope_type") == "proportional":
-            settings["turning"] = settings.pop("partial_rotary_factor", 1.0)
-        ropes.setdefault(own["kind"], make_rope(settings))
-    return tuple(ropes[own["kind"]] for own in layers)
+def ropes(hf: dict) -> tuple[Rope, ...]:
+    """Each kind of layer has one."""
+    layers = settings_of_layers(hf)
+    settings = {own["kind"]: own for own in layers}
+    of_kind = {kind: make_rope(rope_settings(own, kind)) for kind, own in settings.items()}
+    return tuple(of_kind[own["kind"]] for own in layers)
 
 
 def proportional(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:
-    """A kind of rope: the first pairs of a head turn, and the others do not."""
-    n_turning = int(positive(rope.hf, "turning", kind=float) * len(inv_freq))
-    inv_freq[n_turning:] = 0
+    """A kind of rope: pairs and frequencies are those of a whole head, of which the first turn."""
+    half = positive(rope.hf, "head_dim") // 2
+    inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    inv_freq[rope.dim // 2:] = 0
     return inv_freq / positive(rope.hf, "factor", 1.0, float), 1.0
 
 
-def gemma4_experts(hf: dict) -> MoEConfig | None:
-    if hf["enable_moe_block"]:
-        return mixture_of_experts(hf | {"num_experts_per_tok": hf["top_k_experts"]})
+def experts(hf: dict) -> MoEConfig | None:
+    if not hf.get("enable_moe_block"):
+        return None
+    return mixture_of_experts(hf | {"num_experts_per_tok": hf["top_k_experts"]})
 
 
 def sources_of_keys(hf: dict) -> list[int]:
     """Which layer's keys and values each one attends to: its own, or the last ones, which have
     none, those of the last of their kind that has some."""
-    kinds = layer_kinds(hf, by_pattern_and_last)
-    first = len(kinds) - (hf["num_kv_shared_layers"] or 0)
+    kinds = layer_kinds(hf, full_layers)
+    n_sharing = hf.get("num_kv_shared_layers") or 0
+    first = len(kinds) - n_sharing
     last = {kind: i for i, kind in enumerate(kinds[:max(first, 0)])}
     if not last.keys() >= set(kinds):
-        raise ValueError(f"of {len(kinds)} layers, num_kv_shared_layers = {len(kinds) - first} "
-                         "share the keys of none")
+        raise ValueError(f"of {len(kinds)} layers, num_kv_shared_layers = {n_sharing} share the "
+                         "keys of none")
     return [i if i < first else last[kind] for i, kind in enumerate(kinds)]
 
 # --- layers ---
@@ -83,19 +89,21 @@ class Gemma4Attention(Attention):
     divides = False  # over ranks
 
     def __init__(self, config: ModelConfig, layer: int):
-        own, sources = settings_of_layers(config.hf)[layer], sources_of_keys(config.hf)
+        own = settings_of_layers(config.hf)[layer]
+        sources = sources_of_keys(config.hf)
         sizes = dict(head_dim=positive(own, "head_dim"), n_kv_head=own["num_key_value_heads"])
         config = replace(config, **sizes)
         config.check()
         super().__init__(config, layer)
         self.source = sources[layer] if sources[layer] != layer else None
         self.is_source = sources.count(layer) > 1
-        n_parts = 2 if own["kind"] == "sliding_attention" or not own["attention_k_eq_v"] else 1
-        kv = [self.n_kv_head] * (n_parts if self.source is None else 0)
-        self.heads = self.n_head, *kv
-        self.rows = tuple(n * self.head_dim for n in self.heads)  # of the product, by its parts
+        keys_are_values = own["kind"] == "full_attention" and own.get("attention_k_eq_v")
+        kv = [self.n_kv_head] if keys_are_values else [self.n_kv_head] * 2
+        if self.source is not None:
+            kv, self.k_norm = [], None
+        self.heads = [self.n_head, *kv]
+        self.rows = [n * self.head_dim for n in self.heads]  # of the product, by its parts
         self.qkv_proj = Linear(config.dim, sum(self.rows), bias=config.qkv_bias)
-        self.k_norm = self.k_norm if kv else None
 
     def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
         """A source keeps all tokens: a ring has let go of some when it is the others' turn."""
@@ -129,9 +137,9 @@ class Gemma4Attention(Attention):
         return self.attend_to(q, keys, values, positions, torch.arange(end, device=q.device)[None])
 
 
-def gemma4_mlp(config: ModelConfig, layer: int) -> MLP:
-    wide = config.hf["use_double_wide_mlp"] and sources_of_keys(config.hf)[layer] != layer
-    return MLP(config, layer, config.ffn_dim * (2 if wide else 1))
+def mlp(config: ModelConfig, layer: int) -> MLP:
+    is_wide = config.hf.get("use_double_wide_mlp") and sources_of_keys(config.hf)[layer] != layer
+    return MLP(config, layer, config.ffn_dim * (2 if is_wide else 1))
 
 
 class Gemma4Router(nn.Module):
@@ -139,7 +147,7 @@ class Gemma4Router(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_active, self.eps = config.moe.n_active, config.norm_eps
+        self.moe, self.eps = config.moe, config.norm_eps
         self.scale = nn.Parameter(torch.empty(config.dim))
         self.proj = nn.Linear(config.dim, config.moe.n_expert, bias=False)
         self.per_expert_scale = nn.Parameter(torch.empty(config.moe.n_expert))
@@ -147,9 +155,8 @@ class Gemma4Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """As MoE.route."""
         x = F.rms_norm(x, x.shape[-1:], self.scale, self.eps) * x.shape[-1] ** -0.5
-        weights, ids = self.proj(x).float().softmax(-1).topk(self.n_active, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True) * self.per_expert_scale[ids]
-        return weights.to(x.dtype), ids
+        weights, ids = choose(self.proj(x), self.moe)
+        return (weights * self.per_expert_scale[ids]).to(x.dtype), ids
 
 
 class Gemma4Block(SandwichBlock):
@@ -205,18 +212,22 @@ class Gemma4Transformer(GemmaTransformer):
         layers: list[LayerCache],
     ) -> Tensor:
         if self.size:
-            shape = *tokens.shape, self.config.n_layer, self.size
-            y = self.per_layer_model_projection(super().embed(tokens)) * self.config.dim ** -0.5
-            y = self.per_layer_projection_norm(y.view(shape))
-            known = tokens.masked_fill(tokens >= self.n_tokens, 0)
-            table = self.embed_tokens_per_layer(known).view(shape)
-            scale = torch.tensor(math.sqrt(self.size), dtype=table.dtype)
-            inputs = ((y + table * scale) * 2 ** -0.5).movedim(2, 0).contiguous()
+            inputs = self.inputs_of_layers(tokens)
             positions = [each._replace(of_layer=y) for each, y in zip(positions, inputs)]
         return super().run_layers(block_forward, tokens, positions, layers)
 
+    def inputs_of_layers(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] -> [n_layer, B, T, size]."""
+        shape = *tokens.shape, self.config.n_layer, self.size
+        y = self.per_layer_model_projection(self.embed(tokens)) * self.config.dim ** -0.5
+        y = self.per_layer_projection_norm(y.view(shape))
+        known = tokens.masked_fill(tokens >= self.n_tokens, 0)
+        table = self.embed_tokens_per_layer(known).view(shape)
+        scale = torch.tensor(math.sqrt(self.size), dtype=table.dtype)
+        return ((y + table * scale) * 2 ** -0.5).movedim(2, 0).contiguous()
 
-def gemma4_model(config: ModelConfig) -> GemmaTransformer:
+
+def model(config: ModelConfig) -> GemmaTransformer:
     """A plain one where layers take nothing but what the one before gives."""
-    takes_more = config.hf["hidden_size_per_layer_input"] or config.hf["num_kv_shared_layers"]
+    takes_more = config.hf["hidden_size_per_layer_input"] or config.hf.get("num_kv_shared_layers")
     return (Gemma4Transformer if takes_more else GemmaTransformer)(config)

@@ -4,17 +4,15 @@ The last inputs of a convolution lie in its cache where others have keys and val
 goes back over proposals as in a layer with a window."""
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from families.experts import MoEConfig, mixture_of_experts
-from families.settings import layer_kinds
+from families.settings import layer_kinds, ropes_of
 from model import (
-    Attention, Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope,
-    make_rope, positive, rope_settings, row_numbers,
+    Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, positive,
+    rope_settings, row_numbers,
 )
 from quantize import Linear
 
@@ -25,20 +23,19 @@ STORED_AS = {
 }
 
 
-def convolutions(hf: dict) -> tuple[int | None, ...]:
+def windows(hf: dict) -> tuple[int | None, ...]:
     """How many tokens the convolution of each layer sees; None: it has attention."""
-    n_seen, given = positive(hf, "conv_L_cache"), hf["full_attn_idxs"]
+    n_seen, given = positive(hf, "conv_L_cache"), hf.get("full_attn_idxs")
     attends = [given is None or i in given for i in range(positive(hf, "num_hidden_layers"))]
     kinds = layer_kinds(hf, lambda hf: attends, "conv")
     return tuple(n_seen if kind == "conv" else None for kind in kinds)
 
 
-def lfm2_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    rope = make_rope(rope_settings(hf))
-    return tuple(rope if n_seen is None else None for n_seen in convolutions(hf))
+def ropes(hf: dict) -> tuple[Rope | None, ...]:
+    return ropes_of(rope_settings(hf), (n_seen is None for n_seen in windows(hf)))
 
 
-def lfm2_ffn_dim(hf: dict) -> int:
+def ffn_dim(hf: dict) -> int:
     """Files have the size of a network without a gate, to which one with a gate is adjusted."""
     size = positive(hf, "block_ff_dim", positive(hf, "intermediate_size"))
     if hf["block_auto_adjust_ff_dim"]:
@@ -50,7 +47,7 @@ def lfm2_ffn_dim(hf: dict) -> int:
     return size
 
 
-def lfm2_experts(hf: dict) -> MoEConfig | None:
+def experts(hf: dict) -> MoEConfig | None:
     """All but the first layers have some, in the models that have any."""
     if "num_experts" not in hf:
         return None
@@ -68,7 +65,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        dim, bias = config.dim, bool(config.hf["conv_bias"])
+        dim, bias = config.dim, bool(config.hf.get("conv_bias"))
         self.n_seen = config.windows[layer]
         self.in_proj = Linear(dim, 3 * dim, bias=bias)
         self.conv = nn.Conv1d(dim, dim, self.n_seen, groups=dim, bias=bias)
@@ -112,13 +109,3 @@ class ConvolutionBlock(Block):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
         self.conv = self._modules.pop("self_attn")
-
-
-def either(plain: type, of_convolution: type) -> Callable[[ModelConfig, int], nn.Module]:
-    """The first kind of module in layers with attention, in others the second."""
-    return lambda config, layer: (
-        plain if config.windows[layer] is None else of_convolution)(config, layer)
-
-
-lfm2_attention = either(Attention, ShortConvolution)
-lfm2_block = either(Block, ConvolutionBlock)

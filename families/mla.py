@@ -54,7 +54,7 @@ class LatentAttention(Attention):
         if self.v_head_dim > self.head_dim:
             raise ValueError(f"unsupported v_head_dim {self.v_head_dim} above {self.head_dim}")
         self.q_a_proj, q_inputs, q_name = None, config.dim, "q_proj"
-        if hf["q_lora_rank"] is not None:
+        if hf.get("q_lora_rank") is not None:
             q_inputs, q_name = positive(hf, "q_lora_rank"), "q_b_proj"
             self.q_a_proj = Linear(config.dim, q_inputs, bias=bias)
             self.q_a_layernorm = nn.RMSNorm(q_inputs, 1e-6)  # whatever other norms have

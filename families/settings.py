@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -121,15 +121,23 @@ def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
     turned = layers_with_rope(hf)
     return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, turned))
 
+
+def ropes_of(settings: dict, layers: Iterable[Any] | None = None) -> tuple[Rope | None, ...]:
+    """One rotary embedding, of settings that were unfolded, for all layers or some of them."""
+    rope = make_rope(settings)
+    layers = [True] * positive(settings, "num_hidden_layers") if layers is None else layers
+    return tuple(rope if turns else None for turns in layers)
+
+
 def ropes_in_windows(hf: dict) -> tuple[Rope | None, ...]:
-    """Only layers with a window know positions."""
-    rope = make_rope(rope_settings(hf))
-    return tuple(window and rope for window in windows_of(hf, by_pattern))
+    """Only layers with a window know positions. Where there is no window at all, all do."""
+    return ropes_of(rope_settings(hf), windows_of(hf, by_pattern) if hf["sliding_window"] else None)
 
 
-def exaone_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """Where there is no window at all, all layers do."""
-    return ropes_in_windows(hf) if hf["sliding_window"] else layer_ropes(hf)
+def ropes_of_part(hf: dict, key: str) -> tuple[Rope | None, ...]:
+    """A setting says how many values of a head turn."""
+    own = {"head_dim": positive(hf, key), "partial_rotary_factor": None}
+    return ropes_of(rope_settings(hf) | own)
 
 
 def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
@@ -139,12 +147,7 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
         rope = make_rope(settings | {"rope_type": "default"})
         larger = positive(settings, "alpha", kind=float) ** (rope.dim / (rope.dim - 2))
         settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
-    return (make_rope(settings),) * positive(hf, "num_hidden_layers")
-
-def ropes_of_part(hf: dict, key: str) -> tuple[Rope | None, ...]:
-    """A setting says how many values of a head turn."""
-    own = {"head_dim": positive(hf, key), "partial_rotary_factor": None}
-    return (make_rope(rope_settings(hf) | own),) * positive(hf, "num_hidden_layers")
+    return ropes_of(settings)
 
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
