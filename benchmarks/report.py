@@ -27,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kernels
+from families import delta_rule
 from kernels import triton
 from products import linear
 
@@ -191,6 +192,8 @@ def cases(arch: str) -> Iterator[Case]:
             yield experts_linear(form, rows)
     for form in ("int4", "mxfp4"):
         yield dense_weight(form)
+    for tokens in (1, 4):
+        yield delta_rule_decode(tokens)
 
 
 def tensor(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -306,6 +309,21 @@ def dense_weight(form: str) -> Case:
     w, scales = experts(form, 128, 2880)
     kernel, _, arguments = linear._dense_arguments(w, scales, 2880, torch.bfloat16, 1)
     return f"dense_weight {form}", kernel, arguments, 0
+
+
+def delta_rule_decode(tokens: int) -> Case:
+    """Of Qwen3.6-35B-A3B. Without a loop over its state: its loads are not told."""
+    heads = 16, 32
+    sizes = 128, 128
+    C = 8192
+    kernel = C, 4
+    memory = delta_rule.Memory.allocate(4, heads, sizes, kernel, torch.bfloat16, "meta")
+    x = tensor(torch.bfloat16, 4, tokens, C)
+    g = tensor(torch.float32, 4, tokens, 32)
+    weight = tensor(torch.bfloat16, *kernel)
+    position = tensor(torch.int32, 4)
+    arguments = delta_rule.kernel_arguments(x, g, g, weight, position, memory)
+    return f"delta_rule T={tokens}", delta_rule._decode_kernel, arguments, 0
 
 # --- what becomes of it ---
 

@@ -77,6 +77,14 @@ def test_prompts_and_steps_are_what_the_definition_says(
         assert near(text.run(kind, kept, first, last), text.out[:, first:last])
 
 
+def test_a_long_prompt_is_read_in_segments(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_rule, "SEGMENT", delta_rule.CHUNK)
+    kept = memory()
+    assert near(text.run("prefill", kept, 0, 140), text.out[:, :140])
+    assert near(text.run("torch", kept, 140, 141), text.out[:, 140:141])
+    assert kept.folded.unique().tolist() == [112]
+
+
 @pytest.mark.parametrize("kind", RUNS)
 def test_token_by_token_far_on(text: Text, kind: str) -> None:
     kept = memory()

@@ -29,7 +29,9 @@ except ImportError:
 
 BLOCK = 16  # tokens that go into the state together, and that a row may go back
 TILE = 32  # values of a head that a program of the kernel has
-PLACES = 3 * BLOCK  # of tokens that are not in the state: position p at place p % PLACES
+# of tokens that are not in the state, position p at place p % PLACES: up to 47, and room for 16 new
+# ones, so that a program of the kernel writes over none that another has yet to fold
+PLACES = 4 * BLOCK
 CHUNK = 64  # tokens of a prompt that are multiplied together
 SEGMENT = 16 * CHUNK  # whose products are in memory together
 
@@ -40,7 +42,7 @@ class Memory(NamedTuple):
     state: Tensor  # [B, Hv, Dk, Dv] float32: of the first `folded` tokens
     keys: Tensor  # [B, Hk, PLACES, Dk] float32: k of those behind them
     updates: Tensor  # [B, Hv, PLACES, Dv] float32: u
-    gates: Tensor  # [B, Hv, PLACES] float32: g
+    gates: Tensor  # [B, Hv, PLACES, 1] float32: g
     inputs: Tensor  # [B, BLOCK + K, C]: the last inputs of the convolution, p at p % (BLOCK + K)
     # [B, programs] int32, a multiple of BLOCK: the same for each of the kernel's programs of a row,
     # as one may end before another begins
@@ -57,7 +59,7 @@ class Memory(NamedTuple):
             torch.zeros(n_rows, Hv, Dk, Dv, device=device),
             torch.zeros(n_rows, Hk, PLACES, Dk, device=device),
             torch.zeros(n_rows, Hv, PLACES, Dv, device=device),
-            torch.zeros(n_rows, Hv, PLACES, device=device),
+            torch.zeros(n_rows, Hv, PLACES, 1, device=device),
             torch.zeros(n_rows, BLOCK + K, C, dtype=dtype, device=device),
             torch.zeros(n_rows, Hv * -(-Dv // TILE), dtype=torch.int32, device=device),
         )
@@ -105,15 +107,15 @@ def unit(x: Tensor) -> Tensor:
 
 def absorb(state: Tensor, k: Tensor, u: Tensor, g: Tensor) -> Tensor:
     """The state [..., Hv, Dk, Dv] after n tokens more: k [..., Hk, n, Dk], u [..., Hv, n, Dv] and
-    g [..., Hv, n], where g and k are 0 for a token that is none."""
-    total = g.cumsum(-1)
-    left = (total[..., -1:] - total).exp()[..., None]  # (..., Hv, n, 1)
-    return state * total[..., -1:, None].exp() + (for_values(k, g) * left).mT @ u
+    g [..., Hv, n, 1], where g and k are 0 for a token that is none."""
+    later = g.flip(-2).cumsum(-2).flip(-2) - g  # the sum of those behind each
+    left = for_values(k, g) * later.exp()
+    return state * g.sum(-2, keepdim=True).exp() + left.mT @ u
 
 
 def for_values(x: Tensor, like: Tensor) -> Tensor:
-    """x [..., Hk, n, D] of each key head, for its value heads: [..., Hv, n, D]."""
-    return x.repeat_interleave(like.shape[-2] // x.shape[-3], -3)
+    """x [..., Hk, n, D] of each key head, for the value heads that like [..., Hv, n, D] has."""
+    return x.repeat_interleave(like.shape[-3] // x.shape[-3], -3)
 
 # --- decode ---
 
@@ -123,8 +125,7 @@ def decode(
 ) -> Tensor:
     """T new tokens, 1 to BLOCK, of each row behind its first input_pos [B]: x [B, T, C] are the
     inputs of the convolution, g, beta [B, T, Hv] float32, weight [C, K] -> [B, T, Hv, Dv] float32.
-    memory: the tensors of a Memory, which then has the tokens. A row at 0 begins anew; at a
-    position that its memory has let go of, what it gets is nobody's."""
+    Where a row goes on at what its memory has let go of, what it gets is nobody's."""
     if triton and x.is_cuda:
         return decode_triton(x, g, beta, weight, input_pos, Memory(*memory))
     rows = [
@@ -138,9 +139,8 @@ def decode_row(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, p: int, memory: Memory
 ) -> Tensor:
     """decode of one row at p, token by token: each is what it would be alone, to the bit."""
-    T, K = len(x), weight.shape[1]
+    T, K, R = len(x), weight.shape[1], len(memory.inputs)
     folded = fold(p, T, memory)
-    R = len(memory.inputs)
     before = memory.inputs[[(p - i) % R for i in range(K - 1, 0, -1)]]  # (K - 1, C)
     before[:max(0, K - 1 - p)] = 0
     memory.inputs[[(p + t) % R for t in range(T)]] = x
@@ -148,7 +148,7 @@ def decode_row(
     out = []
     for t in range(T):
         qkv = [part[0] for part in convolved(window[t:t + K], weight, memory)]
-        out.append(decode_token(*qkv, g[t], beta[t], p + t, folded, memory))
+        out.append(decode_token(*qkv, g[t, :, None], beta[t, :, None], p + t, folded, memory))
     return torch.stack(out)
 
 
@@ -158,11 +158,10 @@ def fold(p: int, T: int, memory: Memory) -> int:
     if p == 0:
         memory.state.zero_()
     elif folded < target and p - folded < PLACES:
-        place = slice(folded % PLACES, folded % PLACES + BLOCK)
-        block = (part[:, place] for part in memory[1:4])
+        block = (behind(part, folded, folded + BLOCK) for part in memory[1:4])
         memory.state.copy_(absorb(memory.state, *block))
         folded += BLOCK
-    if not folded <= p < folded + PLACES - T + 1 or p == 0:  # it is nobody's
+    if not 0 <= p - folded <= PLACES - T:  # begun anew, or nobody's
         folded = target
     memory.folded.fill_(folded)
     return folded
@@ -171,27 +170,22 @@ def fold(p: int, T: int, memory: Memory) -> int:
 def decode_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, p: int, folded: int, memory: Memory
 ) -> Tensor:
-    """q, k [Hk, Dk], v [Hv, Dv], g, beta [Hv] of the token at p -> its output [Hv, Dv]."""
+    """q, k [Hk, Dk], v [Hv, Dv], g, beta [Hv, 1] of the token at p -> its output [Hv, Dv]."""
+    keys, updates, gates = (behind(part, folded, p) for part in memory[1:4])
+    total = g[..., None] + gates.sum(1, keepdim=True)  # (Hv, 1, 1)
     kq = torch.stack((k, q), 1)  # (Hk, 2, Dk)
-    total = g[:, None]  # (Hv, 1)
-    gates = behind(memory.gates, folded, p).cumsum(-1)  # (Hv, n)
-    if p > folded:
-        total = total + gates[:, -1:]
-    read = for_values(kq, v) @ memory.state * total[..., None].exp()  # (Hv, 2, Dv)
-    if p > folded:
-        scores = kq @ behind(memory.keys, folded, p).mT  # (Hk, 2, n)
-        scores = for_values(scores, v) * (total - gates).exp()[:, None]
-        read = read + scores @ behind(memory.updates, folded, p)
-    u = beta[:, None] * (v - read[:, 0])
+    scores = for_values(kq @ keys.mT, gates) * (total - gates.cumsum(1)).exp().mT  # (Hv, 2, n)
+    read = for_values(kq, gates) @ memory.state * total.exp() + scores @ updates  # (Hv, 2, Dv)
+    u = beta * (v - read[:, 0])
     place = p % PLACES
     memory.keys[:, place], memory.updates[:, place], memory.gates[:, place] = k, u, g
-    own = (q * k).sum(-1).repeat_interleave(len(v) // len(k))[:, None]  # (Hv, 1)
+    own = (q * k).sum(-1, keepdim=True).repeat_interleave(len(v) // len(k), 0)  # (Hv, 1)
     return read[:, 1] + own * u
 
 
-def behind(x: Tensor, folded: int, p: int) -> Tensor:
-    """What x [H, PLACES, ...] has of the tokens from `folded` to before p: [H, p - folded, ...]."""
-    start, n = folded % PLACES, p - folded
+def behind(x: Tensor, first: int, last: int) -> Tensor:
+    """What x [H, PLACES, D] has of the tokens from first to before last: [H, last - first, D]."""
+    start, n = first % PLACES, last - first
     if start + n <= PLACES:
         return x.narrow(1, start, n)
     return torch.cat([x[:, start:], x[:, :start + n - PLACES]], 1)
@@ -219,6 +213,11 @@ def _convolved(
 
 
 @jit
+def _unit(x):
+    return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@jit
 def _fold(
     state_ptr, keys_ptr, updates_ptr, gates_ptr, folded, p, dk, dv, in_k, in_v, T: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
@@ -227,19 +226,34 @@ def _fold(
     in_state = in_k[:, None] & in_v[None]
     state = tl.load(state_ptr, mask=in_state & (p > 0), other=0)
     target = tl.maximum(p // BLOCK * BLOCK - BLOCK, 0)
-    if (folded < target) & (p - folded < PLACES):
+    more = (folded < target) & (p - folded < PLACES)
+    if more:
         for i in range(BLOCK):
             place = (folded + i) % PLACES
             k = tl.load(keys_ptr + place * DK + dk, mask=in_k, other=0)
             u = tl.load(updates_ptr + place * DV + dv, mask=in_v, other=0)
             state = state * tl.exp(tl.load(gates_ptr + place)) + k[:, None] * u[None]
         folded += BLOCK
+    if more | (p == 0):
         tl.store(state_ptr, state, mask=in_state)
-    if p == 0:
-        tl.store(state_ptr, state, mask=in_state)
-    if (p == 0) | (p < folded) | (p + T > folded + PLACES):
+    if (p < folded) | (p + T > folded + PLACES):
         folded = target
     return state, folded
+
+
+@jit
+def _behind(ptr, folded, n, d, inside, D: tl.constexpr, PLACES: tl.constexpr):
+    """Of the first n tokens behind the state, in order: [PLACES, d]; 0 where there is none."""
+    i = tl.arange(0, PLACES)
+    place = (folded + i) % PLACES
+    return tl.load(ptr + place[:, None] * D + d[None], mask=(i < n)[:, None] & inside[None],
+                   other=0)
+
+
+@jit
+def _read(x, state, keys, updates, decay, kept):
+    weights = tl.sum(keys * x[None], 1) * decay
+    return tl.sum(state * x[:, None], 0) * kept + tl.sum(updates * weights[:, None], 0)
 
 
 @jit
@@ -248,179 +262,169 @@ def _decode_kernel(
     inputs_ptr, folded_ptr, out_ptr, C, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
     HK: tl.constexpr, HV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
-    WINDOW: tl.constexpr,
 ):
     """A program has TILE values of a head of a row. It alone reads and writes its part of state,
     updates and folded; keys, gates and inputs it writes as its neighbours do."""
-    b, h, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    dk = tl.arange(0, BLOCK_K)
-    dv = tile * TILE + tl.arange(0, TILE)
+    b, h, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    dk, dv = tl.arange(0, BLOCK_K), tile * TILE + tl.arange(0, TILE)
     in_k, in_v = dk < DK, dv < DV
-    p = tl.load(pos_ptr + b)
-    folded_ptr += (b * HV + h) * tl.cdiv(DV, TILE) + tile
-    folded = tl.load(folded_ptr)
-    state_ptr += (b * HV + h).to(tl.int64) * DK * DV + dk[:, None] * DV + dv[None]
-    keys_ptr += (b * HK + h // (HV // HK)).to(tl.int64) * PLACES * DK
-    updates_ptr += (b * HV + h).to(tl.int64) * PLACES * DV
+    key_head = h // (HV // HK)
+    keys_ptr += (b * HK + key_head) * PLACES * DK
+    updates_ptr += (b * HV + h) * PLACES * DV
     gates_ptr += (b * HV + h) * PLACES
-    x_ptr += b.to(tl.int64) * T * C
-    inputs_ptr += b.to(tl.int64) * R * C
+    state_ptr += (b * HV + h) * DK * DV + dk[:, None] * DV + dv[None]
+    folded_ptr += (b * HV + h) * tl.cdiv(DV, TILE) + tile
+    x_ptr += b * T * C
+    inputs_ptr += b * R * C
 
-    state, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, folded, p, dk, dv, in_k,
-                          in_v, T, DK, DV, BLOCK, PLACES)
+    p = tl.load(pos_ptr + b)
+    state, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, tl.load(folded_ptr), p, dk,
+                          dv, in_k, in_v, T, DK, DV, BLOCK, PLACES)
     tl.store(folded_ptr, folded)
-
-    # what is behind it, in order
     n = p - folded
-    i = tl.arange(0, WINDOW)
-    place = (folded + i) % PLACES
-    there = i < n
-    keys = tl.load(keys_ptr + place[:, None] * DK + dk[None], other=0,
-                   mask=there[:, None] & in_k[None])
-    updates = tl.load(updates_ptr + place[:, None] * DV + dv[None], other=0,
-                      mask=there[:, None] & in_v[None])
-    gates = tl.load(gates_ptr + place, mask=there, other=0)
-    key_channel = h // (HV // HK) * DK + dk
+    keys = _behind(keys_ptr, folded, n, dk, in_k, DK, PLACES)
+    updates = _behind(updates_ptr, folded, n, dv, in_v, DV, PLACES)
+    i = tl.arange(0, PLACES)
+    gates = tl.load(gates_ptr + (folded + i) % PLACES, mask=i < n, other=0)
+    channel = key_head * DK + dk
     for t in range(T):
-        q = _convolved(x_ptr, inputs_ptr, weight_ptr, key_channel, in_k, t, p, C, T, K, R)
-        k = _convolved(x_ptr, inputs_ptr, weight_ptr, HK * DK + key_channel, in_k, t, p, C, T, K,
-                       R)
+        q = _convolved(x_ptr, inputs_ptr, weight_ptr, channel, in_k, t, p, C, T, K, R)
+        k = _convolved(x_ptr, inputs_ptr, weight_ptr, HK * DK + channel, in_k, t, p, C, T, K, R)
         v = _convolved(x_ptr, inputs_ptr, weight_ptr, 2 * HK * DK + h * DV + dv, in_v, t, p, C, T,
                        K, R)
-        q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * DK ** -0.5
-        k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
         at = (b * T + t) * HV + h
-        g, beta = tl.load(g_ptr + at), tl.load(beta_ptr + at)
+        g, k = tl.load(g_ptr + at), _unit(k)
         mine = i == n + t
         gates = tl.where(mine, g, gates)
         total = tl.sum(gates, 0)
         decay, kept = tl.exp(total - tl.cumsum(gates, 0)), tl.exp(total)
-        weights = tl.sum(keys * k[None], 1) * decay  # 0 where there is no token yet
-        read = tl.sum(state * k[:, None], 0) * kept + tl.sum(updates * weights[:, None], 0)
-        u = beta * (v - read)
+        # updates are 0 where there is no token yet
+        u = tl.load(beta_ptr + at) * (v - _read(k, state, keys, updates, decay, kept))
         keys = tl.where(mine[:, None], k[None], keys)
         updates = tl.where(mine[:, None], u[None], updates)
-        weights = tl.sum(keys * q[None], 1) * decay
-        out = tl.sum(state * q[:, None], 0) * kept + tl.sum(updates * weights[:, None], 0)
-        to = (p + t) % PLACES
-        tl.store(keys_ptr + to * DK + dk, k, mask=in_k)
-        tl.store(updates_ptr + to * DV + dv, u, mask=in_v)
-        tl.store(gates_ptr + to, g)
-        tl.store(out_ptr + at.to(tl.int64) * DV + dv, out, mask=in_v)
+        out = _read(_unit(q) * DK ** -0.5, state, keys, updates, decay, kept)
+        tl.store(out_ptr + at * DV + dv, out, mask=in_v)
+        place = (p + t) % PLACES
+        tl.store(keys_ptr + place * DK + dk, k, mask=in_k)
+        tl.store(updates_ptr + place * DV + dv, u, mask=in_v)
+        tl.store(gates_ptr + place, g)
 
 
-def decode_triton(
+def kernel_arguments(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, memory: Memory
-) -> Tensor:
+) -> dict[str, Any]:
     (B, T, C), K = x.shape, weight.shape[1]
     (_, Hk, _, Dk), (_, Hv, _, Dv) = memory.keys.shape, memory.updates.shape
-    out = torch.empty(B, T, Hv, Dv, device=x.device)
-    inputs = [each.contiguous() for each in (x, g, beta, weight, input_pos)]
-    _decode_kernel[(B, Hv, triton.cdiv(Dv, TILE))](
-        *inputs, *memory, out, C, T=T, K=K, R=BLOCK + K, HK=Hk, HV=Hv, DK=Dk, DV=Dv,
-        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES, WINDOW=64,
+    inputs = (each.contiguous() for each in (x, g, beta, weight, input_pos))
+    tensors = *inputs, *memory, torch.empty(B, T, Hv, Dv, device=x.device)
+    return dict(
+        zip(_decode_kernel.arg_names, tensors), C=C, T=T, K=K, R=memory.inputs.shape[1],
+        HK=Hk, HV=Hv, DK=Dk, DV=Dv, BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK,
+        PLACES=PLACES,
     )
-    return out
+
+
+def decode_triton(*inputs: Any) -> Tensor:
+    arguments = kernel_arguments(*inputs)
+    B, _, Hv, Dv = arguments["out_ptr"].shape
+    _decode_kernel[(B, Hv, triton.cdiv(Dv, TILE))](**arguments)
+    return arguments["out_ptr"]
 
 # --- prefill ---
 
 
 def prefill(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, last: Tensor | None,
-    *parts: Tensor,
+    *memory: Tensor,
 ) -> Tensor:
     """decode of any number of tokens. last [B]: the position of each row's last token, what is
     behind it is padding; below input_pos: the row has none. None: all T are tokens."""
-    memory = Memory(*parts)
-    B, T, C = x.shape
-    K, R = weight.shape[1], memory.inputs.shape[1]
-    start = input_pos.long()[:, None]  # (B, 1)
+    T = x.shape[1]
+    start = input_pos.long()[:, None]
     end = start + T if last is None else last.long()[:, None] + 1
-    index = start + torch.arange(T, device=x.device)  # (B, T)
-    where = start + torch.arange(1 - K, 0, device=x.device)  # (B, K - 1)
-    before = memory.inputs.gather(1, (where % R)[..., None].expand(-1, -1, C))
-    before = before.masked_fill(where[..., None] < 0, 0)
+    x, g, beta = (F.pad(each, (0, 0, 0, -T % CHUNK)) for each in (x, g, beta))
+    out = []
+    for first in range(0, T, SEGMENT):
+        new = (each[:, first:first + SEGMENT] for each in (x, g, beta))
+        until = end.minimum(start + first + SEGMENT)
+        out.append(prefill_segment(*new, weight, start + first, until, Memory(*memory)))
+    return torch.cat(out, 1)[:, :T]
+
+
+def prefill_segment(
+    x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, start: Tensor, end: Tensor, memory: Memory
+) -> Tensor:
+    """prefill of some whole chunks from start [B, 1] on; tokens from end [B, 1] on are none."""
+    K, R = weight.shape[1], memory.inputs.shape[1]
+    place = start + torch.arange(1 - K, 0, device=x.device)  # (B, K - 1)
+    before = shown(taken(memory.inputs[:, None], place % R), place >= 0)[:, 0]
     q, k, v = (y.transpose(1, 2) for y in convolved(torch.cat([before, x], 1), weight, memory))
-    is_token = (index < end)[..., None]  # (B, T, 1)
-    g, beta = ((y * is_token).transpose(1, 2) for y in (g, beta))  # (B, Hv, T)
+    index = start + torch.arange(x.shape[1], device=x.device)  # (B, T)
+    g, beta = (shown(y.transpose(1, 2)[..., None], index < end) for y in (g, beta))
 
     # from what the memory has: the state before the new tokens, and the one that is to be kept
     held = memory.folded[:, :1].long().masked_fill(start == 0, 0)
     kept = torch.maximum(foldable(end), held)
-    whole = resumed(memory, start, held, start)
-    folded = resumed(memory, start, held, torch.minimum(start, kept))
-    inside = (index < kept)[:, None]  # (B, 1, T)
-    out, updates = torch.empty_like(v), torch.empty_like(v)
-    for first in range(0, T, SEGMENT):
-        part = slice(first, min(first + SEGMENT, T))
-        inputs = (each[:, :, part] for each in (q, k, v, g, beta, inside))
-        out[:, :, part], updates[:, :, part], whole, folded = chunks(*inputs, whole, folded)
+    place = held + torch.arange(PLACES, device=x.device)  # (B, PLACES)
+    behind = [taken(part, place % PLACES) for part in memory[1:4]]
+    state = memory.state.masked_fill((start == 0)[..., None, None], 0)
+    whole = absorb(state, *(shown(part, place < start) for part in behind))
+    folded = absorb(state, *(shown(part, place < start.minimum(kept)) for part in behind))
+    out, u, folded = chunks(q, k, v, g, beta, index < kept, whole, folded)
 
     has_some = end > start  # (B, 1)
     memory.state.copy_(torch.where(has_some[..., None, None], folded, memory.state))
     memory.folded.copy_(torch.where(has_some, kept, memory.folded))
-    for tensor, new in zip(memory[1:4], (k, updates, g)):
+    for tensor, new in zip((*memory[1:4], memory.inputs[:, None]), (k, u, g, x[:, None])):
         keep_last(tensor, new, start, end)
-    keep_last(memory.inputs[:, None], x[:, None], start, end)
     return out.transpose(1, 2)
 
 
-def resumed(memory: Memory, start: Tensor, held: Tensor, upto: Tensor) -> Tensor:
-    """The states after each row's first `upto` tokens: those of its first `held` ones, and what
-    is kept behind; all [B, 1]. Nothing where a row begins anew."""
-    index = held + torch.arange(PLACES, device=held.device)  # (B, PLACES)
-    parts = []
-    for part in memory[1:4]:
-        shape = index.shape[0], 1, PLACES, *[1] * (part.dim() - 3)
-        behind = part.gather(2, (index % PLACES).view(shape).expand_as(part))
-        parts.append(behind.masked_fill((index >= upto).view(shape), 0))
-    return absorb(memory.state.masked_fill((start == 0)[..., None, None], 0), *parts)
+def taken(x: Tensor, place: Tensor) -> Tensor:
+    """x [B, H, S, D] at places [B, n] of its rows: [B, H, n, D]."""
+    return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def shown(x: Tensor, which: Tensor) -> Tensor:
+    """x [B, H, n, D], and 0 for those tokens that which [B, n] is not true of."""
+    return x.masked_fill(~which[:, None, :, None], 0)
 
 
 def chunks(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, inside: Tensor, whole: Tensor,
     folded: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens behind the state `whole`, CHUNK of them at a time: all of what they do to each other
-    is a triangular system (Yang et al., arXiv 2406.06484). inside [B, 1, T]: which of them are to
-    be in the state `folded` -> outputs and u [B, Hv, T, Dv], and the two states."""
-    T, Dv = v.shape[2:]
-    n = -(-T // CHUNK)
-    q, k, v = (F.pad(x, (0, 0, 0, n * CHUNK - T)).unflatten(2, (n, CHUNK)) for x in (q, k, v))
-    g, beta, inside = (
-        F.pad(x, (0, n * CHUNK - T)).unflatten(2, (n, CHUNK)) for x in (g, beta, inside)
-    )
+    is a triangular system (Yang et al., arXiv 2406.06484). inside [B, T]: which of them are to be
+    in the state `folded` -> outputs and u [B, Hv, T, Dv], and that state."""
+    kept = [shown(x, inside) for x in (k, g)]
+    q, k, v, g, beta, *kept = (x.unflatten(2, (-1, CHUNK)) for x in (q, k, v, g, beta, *kept))
     group = v.shape[1] // k.shape[1]
     keys, q = k.repeat_interleave(group, 1), q.repeat_interleave(group, 1)
-    total = g.cumsum(-1)  # (B, Hv, n, CHUNK)
-    decay = (total[..., None] - total[..., None, :]).tril().exp().tril()
-    system = (keys * beta[..., None]) @ keys.mT * decay  # below the diagonal, which counts as 1
-    right = torch.cat([v, keys * total.exp()[..., None]], -1) * beta[..., None]
+    total = g.cumsum(-2)  # (B, Hv, n, CHUNK, 1)
+    decay = (total - total.mT).tril().exp().tril()
+    system = (keys * beta) @ keys.mT * decay  # below the diagonal, which counts as 1
+    right = torch.cat([v, keys * total.exp()], -1) * beta
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    alone, seen = solved[..., :Dv], solved[..., Dv:]
+    alone, seen = solved.split([v.shape[-1], k.shape[-1]], -1)
     scores = q @ keys.mT * decay
-    q = q * total.exp()[..., None]
+    q = q * total.exp()
     out, updates = torch.empty_like(v), torch.empty_like(v)
-    for i in range(n):
-        u = alone[:, :, i] - seen[:, :, i] @ whole
+    for i in range(v.shape[2]):
+        u = updates[:, :, i] = alone[:, :, i] - seen[:, :, i] @ whole
         out[:, :, i] = q[:, :, i] @ whole + scores[:, :, i] @ u
-        updates[:, :, i] = u
         whole = absorb(whole, k[:, :, i], u, g[:, :, i])
-        counts = inside[:, :, i]
-        folded = absorb(folded, k[:, :, i] * counts[..., None], u, g[:, :, i] * counts)
-    out, updates = (x.flatten(2, 3)[:, :, :T] for x in (out, updates))
-    return out, updates, whole, folded
+        folded = absorb(folded, kept[0][:, :, i], u, kept[1][:, :, i])
+    return out.flatten(2, 3), updates.flatten(2, 3), folded
 
 
 def keep_last(tensor: Tensor, new: Tensor, start: Tensor, end: Tensor) -> None:
-    """Put what counts of new [B, H, T, ...], the tokens start to end [B, 1], to their places in
-    tensor [B, H, S, ...]: each takes the last token that falls on it, or keeps its own."""
-    S = tensor.shape[2]
-    last = end - 1
+    """Put what counts of new [B, H, T, D], the tokens start to end [B, 1], to their places in
+    tensor [B, H, S, D]: each takes the last token that falls on it, or keeps its own."""
+    S, last = tensor.shape[2], end - 1
     token = last - (last - torch.arange(S, device=last.device)) % S - start  # (B, S)
-    token = token.view(len(token), 1, S, *[1] * (tensor.dim() - 3))
-    taken = new.gather(2, token.clamp(min=0).expand_as(tensor))
-    tensor.copy_(torch.where(token >= 0, taken, tensor))
+    is_new = (token >= 0)[:, None, :, None]
+    tensor.copy_(torch.where(is_new, taken(new, token.clamp(min=0)), tensor))
 
 
 def prefill_fake(x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, *rest: Any) -> Tensor:
