@@ -63,6 +63,7 @@ def copy_row(cache: KVCache, source: int, target: int, length: int) -> None:
 
 
 def fill_row(cache: KVCache, row: int, length: int, parts: dict[str, Tensor]) -> None:
+    """Give a row the parts of one of that length."""
     for name, x in parts_of_row(cache, row, length).items():
         x.copy_(parts[name])
     cache.cached[row] = length
