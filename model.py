@@ -347,7 +347,7 @@ class MLP(nn.Module):
 
 
 QUERY_TILE = 512  # queries that attend together: their keys end with the last of them
-CPU_TILE = 16  # the same of a CPU, which sums other numbers of queries or keys in other orders
+CPU_TILE = 32  # the same of a CPU, which sums other numbers of queries or keys in other orders
 MAX_SCORES = 2**27  # that they may have: 537 MB in float32
 
 
