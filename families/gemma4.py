@@ -201,7 +201,7 @@ class Gemma4Transformer(GemmaTransformer):
         self.size = config.hf["hidden_size_per_layer_input"]
         if self.size:
             n = config.n_layer * self.size
-            self.n_tokens = positive(config.hf, "vocab_size_per_layer_input")
+            self.n_tokens = positive(config.hf, "vocab_size_per_layer_input", 262144)
             table = torch.empty(self.n_tokens, n)
             self.embed_tokens_per_layer = nn.Embedding.from_pretrained(table)
             self.per_layer_model_projection = Linear(config.dim, n, bias=False)
