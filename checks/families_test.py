@@ -433,6 +433,12 @@ def test_gemma_means_the_tanh_form(act: str, meant: str) -> None:
     hf = {**CONFIG, "model_type": "gemma", "hidden_act": act}
     assert ModelConfig.from_hf(hf).act == meant
 
+
+def test_the_first_files_of_lfm2_have_another_name_for_a_size() -> None:
+    hf = class_settings("lfm2") | {"block_ff_dim": 12288}
+    del hf["intermediate_size"]
+    assert ModelConfig.from_hf(hf).ffn_dim == 8192
+
 # --- rotary embeddings ---
 
 

@@ -94,7 +94,8 @@ STABLELM = dict(partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
-QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, shared_expert_intermediate_size=5632)
+QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, moe_intermediate_size=1408,
+                                    shared_expert_intermediate_size=5632)
 QWEN3_MOE = QWEN_MOE | dict(attention_bias=False, num_key_value_heads=4, use_sliding_window=False,
                             sliding_window=4096)
 GPT_OSS = EXPERTS | dict(

@@ -130,6 +130,7 @@ class Gemma4Attention(Attention):
         self, q: Tensor, k: Tensor | None, v: Tensor | None, positions: Positions,
         cache: LayerCache,
     ) -> Tensor:
+        """k and v are None where the source has put them into the cache."""
         if k is not None or cache.flash and not positions.prefill:
             return super().attend(q, k, v, positions, cache)
         end = positions.cached + q.shape[2] if positions.prefill else cache.places.S
