@@ -10,8 +10,8 @@ from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
     GemmaTransformer, GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock,
-    SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_ropes, by_rope,
-    halves_first, normalize_head,
+    SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention,
+    baichuan_ropes, by_rope, halves_first, normalize_head,
 )
 from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
@@ -87,7 +87,7 @@ HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
 ERNIE = dict(head_dim=128, num_key_value_heads=2, use_bias=False, rms_norm_eps=1e-5, rope_theta=5e5,
              tie_word_embeddings=True)
 COHERE2 = dict(attention_bias=False, tie_word_embeddings=True, layer_types=None,
-               sliding_window=4096, sliding_window_pattern=4, logit_scale=0.0625)
+               sliding_window=4096, sliding_window_pattern=4)
 STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
                   use_bias=True, tie_word_embeddings=True)
 STABLELM = dict(partial_rotary_factor=0.25)
@@ -97,7 +97,7 @@ QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk
 QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, moe_intermediate_size=1408,
                                     shared_expert_intermediate_size=5632)
 QWEN3_MOE = QWEN_MOE | dict(attention_bias=False, num_key_value_heads=4, use_sliding_window=False,
-                            sliding_window=4096)
+                            sliding_window=4096, moe_intermediate_size=768)
 GPT_OSS = EXPERTS | dict(
     head_dim=64, num_key_value_heads=8, rms_norm_eps=1e-5, attention_bias=True, layer_types=None,
     sliding_window=128, sliding_window_pattern=2, swiglu_alpha=1.702, swiglu_limit=7.0,
@@ -244,7 +244,7 @@ FAMILIES |= {
     "ernie4_5": Family(ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5")),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
-        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=GraniteTransformer,
+        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
         convert=halves_first, gguf=dict(name="cohere2", means={"sliding_window_pattern": 4}),
     ),
     "starcoder2": Family(
