@@ -889,7 +889,7 @@ class ModelConfig:
             head_dim=positive(hf, "head_dim", dim // n_head),
             dim=dim,
             ffn_dim=lambda hf: positive(hf, "intermediate_size"),
-            max_seq_len=positive(hf, "max_position_embeddings", hf.get("model_max_length", 2048)),
+            max_seq_len=positive(hf, "max_position_embeddings", hf.get("model_max_length")),
             norm_eps=positive(hf, "rms_norm_eps", 1e-6, float),
             act=hf.get("hidden_activation") or hf.get("hidden_act") or "silu",
             hf=hf,
@@ -975,7 +975,7 @@ OPTIONAL = {
     "attn_logit_softcapping", "final_logit_softcapping", "norm_topk_prob", "decoder_sparse_step",
     "mlp_only_layers", "shared_expert_intermediate_size", "max_window_layers",
 }
-LLAMA = dict(attention_bias=False, mlp_bias=False)
+LLAMA = dict(attention_bias=False, mlp_bias=False, max_position_embeddings=2048)
 MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768, use_sliding_window=False,
              sliding_window=4096, max_window_layers=28, layer_types=None)

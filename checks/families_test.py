@@ -419,7 +419,7 @@ def test_baichuan_is_its_formulas(tmp_path: Path, change: dict, attention: str) 
 def test_a_setting_of_another_family_means_nothing(model_type: str, other: dict) -> None:
     """Files keep such; the classes of transformers do not read them."""
     hf = {**CONFIG, "model_type": model_type, "sliding_window": 9}
-    hf |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    hf |= dict(num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     without, both = [
         dataclasses.replace(ModelConfig.from_hf(each), hf={}, ropes=()) for each in (hf, hf | other)
     ]
@@ -432,6 +432,12 @@ def test_gemma_means_the_tanh_form(act: str, meant: str) -> None:
     """Its first files say gelu."""
     hf = {**CONFIG, "model_type": "gemma", "hidden_act": act}
     assert ModelConfig.from_hf(hf).act == meant
+
+
+def test_the_first_files_of_lfm2_have_another_name_for_a_size() -> None:
+    hf = class_settings("lfm2") | {"block_ff_dim": 12288}
+    del hf["intermediate_size"]
+    assert ModelConfig.from_hf(hf).ffn_dim == 8192
 
 # --- rotary embeddings ---
 

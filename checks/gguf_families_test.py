@@ -287,7 +287,7 @@ def metadata(arch: str, settings: dict[str, int]) -> dict[str, int | str]:
     """What a file says of a small model, and these settings."""
     sizes = {
         "embedding_length": 64, "feed_forward_length": 96, "attention.head_count": 4,
-        "attention.head_count_kv": 2,
+        "attention.head_count_kv": 2, "context_length": 96,
     }
     own = {f"{arch}.{name}": value for name, value in (sizes | settings).items()}
     return {"general.architecture": arch, **own}
@@ -302,7 +302,7 @@ def config_of(meta: dict[str, int | str]) -> ModelConfig:
 @pytest.mark.parametrize("arch, experts", [
     ("qwen2", {}),
     ("qwen3", {}),
-    ("qwen2moe", {"expert_count": 4}),
+    ("qwen2moe", {"expert_count": 4, "expert_used_count": 2}),
     ("qwen3moe", {"expert_count": 4, "expert_used_count": 2}),
 ])
 def test_a_qwen_has_a_window_only_if_its_file_says_so(arch: str, experts: dict[str, int]) -> None:

@@ -10,8 +10,8 @@ from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
     GemmaTransformer, GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock,
-    SandwichBlock, ScaledBlock, SinkAttention, SoftcapAttention, baichuan_ropes, by_rope,
-    halves_first, normalize_head,
+    SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention,
+    baichuan_ropes, by_rope, halves_first, normalize_head,
 )
 from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
@@ -35,8 +35,8 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorc
 # --- what a config.json means where it leaves a setting out ---
 
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
-GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, num_key_value_heads=16,
-             head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True)
+GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, head_dim=256,
+             tie_word_embeddings=True)
 GEMMA2 = GEMMA | dict(
     hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, sliding_window=4096,
     sliding_window_pattern=2, layer_types=None, query_pre_attn_scalar=256,
@@ -58,14 +58,10 @@ GEMMA4 = GEMMA | EXPERTS | dict(
 )
 GEMMA4_UNIFIED = GEMMA4 | dict(max_position_embeddings=262144, sliding_window=1024,
                                hidden_size_per_layer_input=0)
-LFM2 = dict(
-    num_key_value_heads=8, max_position_embeddings=128000, rope_theta=1e6, layer_types=None,
-    block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0, tie_word_embeddings=True,
-)
-LFM2_MOE = LFM2 | EXPERTS | dict(
-    block_auto_adjust_ff_dim=False, num_dense_layers=2, num_experts=32, norm_topk_prob=True,
-    use_expert_bias=True,
-)
+LFM2 = dict(num_key_value_heads=8, rope_theta=1e6, layer_types=None, tie_word_embeddings=True,
+            block_auto_adjust_ff_dim=True, block_ffn_dim_multiplier=1.0)
+LFM2_MOE = LFM2 | EXPERTS | dict(block_auto_adjust_ff_dim=False, num_dense_layers=2, num_experts=32,
+                                 norm_topk_prob=True, use_expert_bias=True)
 OLMO2 = dict(rms_norm_eps=1e-5, attention_bias=False)
 OLMO3 = OLMO2 | dict(layer_types=None, sliding_window=4096, sliding_window_pattern=4,
                      rope_theta=5e5, rope_local_base_freq=5e5)
@@ -82,25 +78,26 @@ MINISTRAL3 = dict(
         mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1,
     ),
 )
-SEED_OSS = dict(head_dim=128, num_key_value_heads=8, max_position_embeddings=524288,
-                attention_bias=True, attention_out_bias=False, mlp_bias=False)
+SEED_OSS = dict(head_dim=128, num_key_value_heads=8, attention_bias=True, attention_out_bias=False,
+                mlp_bias=False)
 EXAONE4 = dict(rms_norm_eps=1e-5, layer_types=None, sliding_window=4096, sliding_window_pattern=4)
-GLM = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072,
-           rms_norm_eps=1.5625e-7, attention_bias=True, partial_rotary_factor=0.5)
+GLM = dict(num_key_value_heads=2, rms_norm_eps=1.5625e-7, attention_bias=True,
+           partial_rotary_factor=0.5)
 HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
-ERNIE = dict(head_dim=128, num_key_value_heads=2, max_position_embeddings=131072, use_bias=False,
-             rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=True)
-COHERE2 = dict(attention_bias=False, max_position_embeddings=8192, tie_word_embeddings=True,
-               layer_types=None, sliding_window=4096, sliding_window_pattern=4, logit_scale=0.0625)
+ERNIE = dict(head_dim=128, num_key_value_heads=2, use_bias=False, rms_norm_eps=1e-5, rope_theta=5e5,
+             tie_word_embeddings=True)
+COHERE2 = dict(attention_bias=False, tie_word_embeddings=True, layer_types=None,
+               sliding_window=4096, sliding_window_pattern=4)
 STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding_window=None,
-                  max_position_embeddings=4096, use_bias=True, tie_word_embeddings=True)
-STABLELM = dict(num_key_value_heads=32, max_position_embeddings=4096, partial_rotary_factor=0.25)
+                  use_bias=True, tie_word_embeddings=True)
+STABLELM = dict(partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
-QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, shared_expert_intermediate_size=5632)
+QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, moe_intermediate_size=1408,
+                                    shared_expert_intermediate_size=5632)
 QWEN3_MOE = QWEN_MOE | dict(attention_bias=False, num_key_value_heads=4, use_sliding_window=False,
-                            sliding_window=4096, max_position_embeddings=32768)
+                            sliding_window=4096, moe_intermediate_size=768)
 GPT_OSS = EXPERTS | dict(
     head_dim=64, num_key_value_heads=8, rms_norm_eps=1e-5, attention_bias=True, layer_types=None,
     sliding_window=128, sliding_window_pattern=2, swiglu_alpha=1.702, swiglu_limit=7.0,
@@ -110,24 +107,17 @@ GPT_OSS = EXPERTS | dict(
 )
 DEEPSEEK_V2 = dict(attention_bias=False, n_shared_experts=2, topk_method="greedy",
                    first_k_dense_replace=0)
-DEEPSEEK_V3 = dict(attention_bias=False, max_position_embeddings=4096, n_shared_experts=1,
-                   first_k_dense_replace=3, norm_topk_prob=True)
-GLM4_LITE = DEEPSEEK_V3 | dict(max_position_embeddings=202752, first_k_dense_replace=1,
-                               rms_norm_eps=1e-5)
+DEEPSEEK_V3 = dict(attention_bias=False, n_shared_experts=1, first_k_dense_replace=3,
+                   norm_topk_prob=True)
+GLM4_LITE = DEEPSEEK_V3 | dict(first_k_dense_replace=1, rms_norm_eps=1e-5)
+GLM4_MOE = GLM4_LITE | dict(num_key_value_heads=8, partial_rotary_factor=0.5)
 MISTRAL4 = DEEPSEEK_V3 | dict(
-    q_lora_rank=1024, first_k_dense_replace=0, partial_rotary_factor=None,
-    rope_parameters=MINISTRAL3["rope_parameters"] | dict(
+    q_lora_rank=1024, first_k_dense_replace=0, max_position_embeddings=2**20,
+    partial_rotary_factor=None, rope_parameters=MINISTRAL3["rope_parameters"] | dict(
         rope_theta=1e4, factor=128.0, original_max_position_embeddings=8192),
 )
-GLM4_MOE = dict(
-    attention_bias=False, num_key_value_heads=8, max_position_embeddings=131072,
-    rms_norm_eps=1e-5, partial_rotary_factor=0.5, n_shared_experts=1, first_k_dense_replace=1,
-    norm_topk_prob=True,
-)
-MINIMAX = EXPERTS | dict(
-    head_dim=128, num_key_value_heads=8, max_position_embeddings=196608, rope_theta=5e6,
-    partial_rotary_factor=None, num_local_experts=256,
-)
+MINIMAX = EXPERTS | dict(head_dim=128, num_key_value_heads=8, num_local_experts=256,
+                         rope_theta=5e6, partial_rotary_factor=None)
 ERNIE_MOE = ERNIE | dict(
     head_dim=None, num_key_value_heads=4, moe_num_experts=64, moe_k=6, moe_num_shared_experts=2,
     moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1,
@@ -254,7 +244,7 @@ FAMILIES |= {
     "ernie4_5": Family(ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5")),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
-        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=GraniteTransformer,
+        norm=partial(nn.LayerNorm, bias=False), block=OneNormBlock, model=ScaledHeadTransformer,
         convert=halves_first, gguf=dict(name="cohere2", means={"sliding_window_pattern": 4}),
     ),
     "starcoder2": Family(

@@ -321,14 +321,21 @@ class BiasedHeadTransformer(Transformer):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=True)
 
 
-class GraniteTransformer(ScaledTransformer):
-    """Granite's and Cohere's: logits are multiplied by a number, too."""
+class ScaledHeadTransformer(Transformer):
+    """Cohere's: logits are multiplied by a number."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.logits_scale = positive(config.hf, "logit_scale", 0.0625, float)
+
+    def head(self, x: Tensor) -> Tensor:
+        return super().head(x) * self.logits_scale
+
+
+class GraniteTransformer(ScaledTransformer, ScaledHeadTransformer):
+    """Embedding and logits are scaled."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embedding_scale = positive(config.hf, "embedding_multiplier", 1.0, float)
-        divisor = positive(config.hf, "logits_scaling", 1.0, float)
-        self.logits_scale = positive(config.hf, "logit_scale", 1.0, float) / divisor
-
-    def head(self, x: Tensor) -> Tensor:
-        return super().head(x) * self.logits_scale
+        self.logits_scale = 1 / positive(config.hf, "logits_scaling", 1.0, float)

@@ -84,18 +84,17 @@ def mixture_of_experts(
 
 def deepseek_moe(hf: dict, **fields: Any) -> MoEConfig | None:
     """The first layers have none; a token's experts are of some groups."""
-    kinds = of_layers(hf, "mlp_layer_types") or [
-        "dense" if layer < hf["first_k_dense_replace"] else "sparse"
-        for layer in range(positive(hf, "num_hidden_layers"))
-    ]
+    dense = list(range(hf["first_k_dense_replace"]))
+    kinds = of_layers(hf, "mlp_layer_types")
+    if kinds is not None:
+        dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
     shared = hf["n_shared_experts"] * positive(hf, "moe_intermediate_size")
     if hf.get("topk_method") != "greedy":
         fields |= dict(n_group=positive(hf, "n_group"), topk_group=positive(hf, "topk_group"))
     fields["scale"] = positive(hf, "routed_scaling_factor", kind=float)
     return mixture_of_experts(hf | dict(
         num_experts=positive(hf, "n_routed_experts"), num_local_experts=None,
-        mlp_only_layers=[layer for layer, kind in enumerate(kinds) if kind == "dense"],
-        shared_expert_intermediate_size=shared,
+        mlp_only_layers=dense, shared_expert_intermediate_size=shared,
     ), gated_share=False, **fields)
 
 

@@ -130,6 +130,7 @@ class Gemma4Attention(Attention):
         self, q: Tensor, k: Tensor | None, v: Tensor | None, positions: Positions,
         cache: LayerCache,
     ) -> Tensor:
+        """k and v are None where the source has put them into the cache."""
         if k is not None or cache.flash and not positions.prefill:
             return super().attend(q, k, v, positions, cache)
         end = positions.cached + q.shape[2] if positions.prefill else cache.places.S
@@ -201,7 +202,7 @@ class Gemma4Transformer(GemmaTransformer):
         self.size = config.hf["hidden_size_per_layer_input"]
         if self.size:
             n = config.n_layer * self.size
-            self.n_tokens = positive(config.hf, "vocab_size_per_layer_input")
+            self.n_tokens = positive(config.hf, "vocab_size_per_layer_input", 262144)
             table = torch.empty(self.n_tokens, n)
             self.embed_tokens_per_layer = nn.Embedding.from_pretrained(table)
             self.per_layer_model_projection = Linear(config.dim, n, bias=False)

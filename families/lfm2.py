@@ -37,7 +37,7 @@ def ropes(hf: dict) -> tuple[Rope | None, ...]:
 
 def ffn_dim(hf: dict) -> int:
     """Files have the size of a network without a gate, to which one with a gate is adjusted."""
-    size = positive(hf, "block_ff_dim", positive(hf, "intermediate_size"))
+    size = positive(hf, "intermediate_size" if hf.get("block_ff_dim") is None else "block_ff_dim")
     if hf["block_auto_adjust_ff_dim"]:
         size = int(2 * size / 3)
         if hf["block_ffn_dim_multiplier"] is not None:

@@ -8,9 +8,8 @@ from typing import Any
 from quantize import say_once
 
 # By the model_type of a config.json that has a text_config: the one that this has, always,
-OWN = {"gemma3": "gemma3_text", "gemma4": "gemma4_text",
-       "gemma4_unified": "gemma4_unified_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2",
-       "qwen3_vl": "qwen3",
+OWN = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text",
+       "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3",
        "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 ANY = {  # or if it does not say it; the other way round
     "llama": "llava llava_next vipllava video_llava perception_lm idefics3 smolvlm voxtral",
