@@ -364,7 +364,10 @@ def prefill_attention(
     PyTorch's order on an H100, takes some 30 ms of the host for each new pair of lengths."""
     if window is not None and window >= keys.shape[2]:
         window = None
-    if in_order and not q.is_cpu and flash_takes(q, keys, values, window):
+    whole = window is None and q.shape[2] == keys.shape[2]  # all that AMD's takes
+    suits = in_order and not q.is_cpu and (whole or torch.version.hip is None)
+    parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
+    if suits and torch.backends.cuda.can_use_flash_attention(parameters):
         # its mask ends with the last query and key, which F.scaled_dot_product_attention hides
         inputs = [x.transpose(1, 2) for x in (q, keys, values)]  # (B, T or S, H, D) each
         y, *_ = torch.ops.aten._flash_attention_forward(
@@ -425,15 +428,6 @@ def math_attention(
     seen = visible(index, key_pos, window)  # (B, 1, T, S)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, keys, values, seen, scale=scale, enable_gqa=True)
-
-
-def flash_takes(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> bool:
-    """Whether causal attention to keys in order runs in a flash kernel of PyTorch on a GPU: of a
-    whole prompt, on NVIDIA's also behind others and in a window."""
-    whole = window is None and q.shape[2] == keys.shape[2]
-    parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
-    takes = torch.backends.cuda.can_use_flash_attention(parameters)
-    return takes and (whole or torch.version.hip is None)
 
 
 def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:

@@ -543,12 +543,8 @@ def test_compile_model_anew_takes_later_hooks(
     expected = decode_logits(with_blocks(checkpoint, Halved), compiled=False)
     model = loaded(checkpoint)
     decode_logits(model, compiled=True)
-
-    def halve(block: Block, args: tuple, output: Tensor) -> Tensor:
-        return (args[0] + output) / 2
-
     for block in model.layers:
-        block.register_forward_hook(halve)
+        block.register_forward_hook(lambda block, args, output: (args[0] + output) / 2)
     close(decode_logits(model, compiled=True), expected, 1e-5)
 
 

@@ -18,7 +18,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import KVCache, Transformer
-from quantize import Int4Linear, Linear, QuantizedLinear, pack_nibbles, quantize_linear, say_once
+from quantize import MODES, Int4Linear, Linear, QuantizedLinear
+from quantize import pack_nibbles, quantize_linear, say_once
 
 PIECE = 512  # tokens that are read at a time
 MOST_PIECES = 128  # what follows is left out
@@ -37,7 +38,7 @@ class Calibration:
     def __init__(self, model: Transformer, ids: Sequence[int], mode: str, group_size: int) -> None:
         """ValueError: another mode than int8 and int4, ids that are too few or no tokens, or layers
         that take more than what the one before gives."""
-        if mode not in ("int8", "int4"):
+        if mode not in MODES:
             raise ValueError(f"calibrating goes with quantize int8 or int4, not {mode}")
         if type(model).run_layers is not Transformer.run_layers:
             raise ValueError(f"calibrating is not possible for {model.config.family}")
@@ -119,14 +120,16 @@ class Grid:
 
     def __init__(self, layer: QuantizedLinear, rows: slice) -> None:
         self.layer, self.rows = layer, rows
-        self.low, self.high = -127, 127
-        q, scale, zero = layer.weight[rows].float(), layer.scales[rows].float()[:, None], None
-        if isinstance(layer, Int4Linear):
+        self.has_zeros = isinstance(layer, Int4Linear)
+        if self.has_zeros:
             self.low, self.high = -8, 7
             q, scale, zero = [x.float() for x in layer.plain(rows)]
             q -= 8
-        self.scale = scale.T.contiguous()  # (groups, rows)
-        self.zero = torch.zeros_like(self.scale) if zero is None else zero.T.contiguous()
+        else:
+            self.low, self.high = -127, 127
+            q, scale = layer.weight[rows].float(), layer.scales[rows].float()[:, None]
+            zero = torch.zeros_like(scale)
+        self.scale, self.zero = scale.T.contiguous(), zero.T.contiguous()  # (groups, rows)
         self.q = q.T.contiguous().view(len(self.scale), -1, len(q))  # (groups, group_size, rows)
 
     def nearest(self, k: int, x: Tensor) -> Tensor:
@@ -144,7 +147,7 @@ class Grid:
     def put(self) -> None:
         """Bring it all into the layer."""
         q = self.q.flatten(0, 1).T  # (rows, K)
-        if isinstance(self.layer, Int4Linear):
+        if self.has_zeros:
             self.layer.weight[self.rows] = pack_nibbles((q + 8).to(torch.uint8))
             self.layer.scales[self.rows] = self.scale.T
             self.layer.zeros[self.rows] = self.zero.T
@@ -197,7 +200,7 @@ def descend(w: Tensor, grid: Grid, moment: Tensor) -> None:
     """Coordinate descent: each input takes the integers that are best beside all others', and each
     group of int4 then its best line."""
     values = grid.values()
-    size = grid.q.shape[1] if grid.high == 7 else BLOCK
+    size = grid.q.shape[1] if grid.has_zeros else BLOCK
     for start in range(0, len(w), size):
         block = slice(start, start + size)
         within = moment[block, block]
@@ -206,7 +209,7 @@ def descend(w: Tensor, grid: Grid, moment: Tensor) -> None:
             new = grid.nearest(start + j, value + slope[j] / within[j, j])
             slope.addr_(within[j], new - value, alpha=-1)
             value.copy_(new)
-        if grid.high == 7:
+        if grid.has_zeros:
             fit_line(grid, start // size, values[block], slope, within)
 
 
