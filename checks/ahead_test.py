@@ -306,7 +306,7 @@ FACTOR = 2
 def test_what_no_library_can_run(
     checkpoint: MakeCheckpoint, tmp_path: Path, name: str
 ) -> None:
-    """A softcap, sinks, experts, windows and states go through operators of ours, or through Python."""
+    """A softcap, sinks, experts, windows, states go through operators of ours, or Python."""
     folder, _ = checkpoint(name)
     model = load_model(folder, dtype=torch.float32)
     model.setup_caches(1, 200)
