@@ -57,9 +57,6 @@ from parallel import ALONE, Ranks
 from parallel.ranks import join, local
 from quantize import MODES, Linear, QuantizedLinear
 
-N_LAYER = 3  # as many as show whether layers are alike
-
-
 class Variant(NamedTuple):
     """One way to decode."""
 
@@ -70,6 +67,7 @@ class Variant(NamedTuple):
     batch: int
     room: int = 2048  # tokens that the cache holds
     ranks: int = 1  # that share the model
+    n_layer: int = 3  # as many as show whether layers are alike
 
     def __str__(self) -> str:
         name = (
@@ -90,6 +88,9 @@ VARIANTS = [
     Variant("gpt-oss-20b", "bf16", "auto", "flash", 1),
     # a compressed cache, to which no kernel attends
     Variant("GLM-4.7-Flash", "bf16", "auto", "math", 1),
+    # three layers with a state, and one that attends
+    Variant("Qwen3.6-35B-A3B", "bf16", "auto", "flash", 1, n_layer=4),
+    Variant("Qwen3.6-35B-A3B", "int4", "auto", "flash", 1, n_layer=4),
     # what lies in memory at odd places
     Variant("SmolLM2-135M", "bf16", "int8", "flash", 1, room=2047),
     Variant("SmolLM2-135M", "bf16", "int8", "math", 1, room=2047),
@@ -196,7 +197,7 @@ def run_step(model: Transformer, advance: Callable[[], None]) -> Step:
 def build(variant: Variant) -> Transformer:
     """A model of fake tensors, with its cache."""
     hf = json.loads((ROOT / f"benchmarks/configs/{variant.config}.json").read_text())
-    config = ModelConfig.from_hf(hf | {"num_hidden_layers": N_LAYER})
+    config = ModelConfig.from_hf(hf | {"num_hidden_layers": variant.n_layer})
     ranks = pretend_ranks(variant.ranks)
     with torch.device("meta"):
         model = FAMILIES[config.family].model(local(config, ranks))
@@ -253,7 +254,7 @@ def describe(variant: Variant) -> str:
     n_kernels = len(layers[-1]) - operators.total()
     called = "".join(f" + {n} {name}" for name, n in operators.items())
     in_layers = max(largest(events) for events in second.layers)
-    cache = model.cache.nbytes / N_LAYER / 1e6
+    cache = model.cache.nbytes / variant.n_layer / 1e6
     line = (
         f"{variant}: layer {len(layers[-1])} = {n_kernels} kernels{called}; "
         f"head {len(launches(second.head))}, rest {len(launches(second.rest))}; "

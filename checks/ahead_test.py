@@ -302,21 +302,22 @@ FACTOR = 2
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma2-seven", "gpt-oss-seven", "qwen3-moe", "mistral", "deepseek-v3"])
+    "name", ["gemma2-seven", "gpt-oss-seven", "qwen3-moe", "mistral", "deepseek-v3", "qwen3.5"])
 def test_what_no_library_can_run(
     checkpoint: MakeCheckpoint, tmp_path: Path, name: str
 ) -> None:
-    """A softcap, sinks, experts and windows go through operators of ours, or through Python."""
+    """A softcap, sinks, experts, windows, states go through operators of ours, or Python."""
     folder, _ = checkpoint(name)
     model = load_model(folder, dtype=torch.float32)
     model.setup_caches(1, 200)
-    for block, found in zip(model.layers, names(model)):
-        plain = block.self_attn.window is None and name == "qwen3-moe"
+    for block, window, found in zip(model.layers, model.config.windows, names(model)):
+        plain = window is None and name in ("qwen3-moe", "qwen3.5")
         has_experts = hasattr(block.mlp, "experts")
         assert (found is not None) == (plain and not has_experts)
     model.decode_block = AheadOfTime(run_block, folder=tmp_path)
     decoded(model, 1)
-    assert model.decode_block.missing == (name == "qwen3-moe")  # of its layers without experts
+    # of layers without experts, and of those that attend
+    assert model.decode_block.missing == (name in ("qwen3-moe", "qwen3.5"))
 
 # --- what is changed is obeyed ---
 

@@ -264,6 +264,7 @@ def test_what_the_text_does_not_reach_is_rounded_as_without_it(
 
 @pytest.mark.parametrize("name", [
     "gemma3", "gemma4-moe", "olmo3", "qwen3-moe", "gpt-oss", "granite", "lfm2",
+    "qwen3.5",
 ])
 def test_other_families_pass_their_blocks_as_in_the_model(
     checkpoint: Callable, name: str, monkeypatch: pytest.MonkeyPatch

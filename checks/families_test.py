@@ -180,7 +180,7 @@ def test_embeddings_are_scaled_as_in_training(
 
 @pytest.mark.parametrize("name", [
     "gemma2", "gemma4", "gemma4-moe", "phi3", "olmo2", "smollm3", "phi", "glm4", "deepseek-v3",
-    "lfm2",
+    "lfm2", "qwen3.5", "qwen3-next",
 ])
 def test_a_quantized_model_of_a_family_is_saved_and_loaded(
     checkpoint: MakeCheckpoint, name: str, tmp_path: Path
@@ -199,7 +199,7 @@ def test_a_quantized_model_of_a_family_is_saved_and_loaded(
 # --- layers that differ in what they keep ---
 
 
-@pytest.mark.parametrize("name", ["gemma4", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma4", "lfm2", "qwen3.5"])
 def test_rejected_proposals_leave_nothing(checkpoint: MakeCheckpoint, name: str) -> None:
     """To the last bit, while a ring goes round too."""
     model, _ = loaded(checkpoint, name)

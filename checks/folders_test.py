@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
-from checks.common import BASE, GEMMA4, LATENT, close, hf_logits
+from checks.common import BASE, DELTA, GEMMA4, LATENT, MANY_EXPERTS, close, hf_logits
 from checks.formats_test import MakeCheckpoint, logits_of
 from formats.checkpoint import resolve
 from model import Checkpoint, load_model
@@ -154,6 +154,20 @@ def test_surplus_heads_get_one_warning(
     assert err.count("WARNING") == err.count("v_head.a (and 2 more)") == 1
 
 
+def test_layers_that_guess_further_tokens_are_left_out(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen3-Next's files have one, whose names look like those of a model."""
+    folder = shutil.copytree(checkpoint("qwen3-next")[0], tmp_path / "m")
+    before = logits_of(folder)
+    names = "fc", "layers.0.self_attn.q_proj", "layers.0.mlp.experts.0.up_proj"
+    more = {f"mtp.{name}.weight": torch.ones(8, 8) for name in names}
+    save(load_file(folder / NAME) | more, folder / NAME)
+    say_once.cache_clear()
+    assert torch.equal(logits_of(folder), before)
+    assert capsys.readouterr().err.count("mtp.fc.weight (and 2 more)") == 1
+
+
 def test_an_output_layer_of_its_own_counts_though_it_is_tied(
     llama: tuple[Path, transformers.PreTrainedModel]
 ) -> None:
@@ -203,6 +217,8 @@ WRAPPED = {  # transformers' class -> settings of its text_config, and of its vi
     "Qwen2VL": (dict(rope_scaling=MROPE), QWEN_EYES),
     "Qwen3VL": (dict(tie_word_embeddings=True, rope_scaling=MROPE),
                 QWEN_EYES | dict(deepstack_visual_indexes=[0])),
+    "Qwen3_5": (DELTA, QWEN_EYES),
+    "Qwen3_5Moe": (DELTA | MANY_EXPERTS, QWEN_EYES),
 }
 
 

@@ -23,7 +23,7 @@ from products.linear import mxfp4_values
 from quantize import Linear, quantize_linear, quantize_model, save_quantized
 
 Checkpoint = Callable[[str], tuple[Path, transformers.PreTrainedModel]]
-FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3"]
+FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek-v3", "qwen3.5-moe"]
 
 
 def tokens_of(*shape: int) -> Tensor:

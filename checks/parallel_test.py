@@ -185,7 +185,7 @@ def test_what_does_not_divide_is_refused(changes: dict[str, int], n: int, messag
         local(config, Ranks(0, n))
 
 
-@pytest.mark.parametrize("name", ["gemma4", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma4", "lfm2", "qwen3.5"])
 def test_layers_that_are_not_made_to_be_divided_are_refused(
     checkpoint: Callable[[str], tuple[Path, object]], name: str
 ) -> None:

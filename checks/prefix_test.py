@@ -35,9 +35,9 @@ def answers(engine: Engine, prompts: list[list[int]], **options: object) -> list
     return out
 
 
-@pytest.fixture(params=["llama", "mistral", "gemma3"])
+@pytest.fixture(params=["llama", "mistral", "gemma3", "qwen3.5"])
 def model(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> Transformer:
-    """Without windows, and with some that keep little."""
+    """Without windows, with some that keep little, and with states."""
     return load_model(checkpoint(request.param)[0], dtype=torch.float32)
 
 

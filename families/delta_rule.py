@@ -219,13 +219,13 @@ def _unit(x):
 
 @jit
 def _fold(
-    state_ptr, keys_ptr, updates_ptr, gates_ptr, folded, p, dk, dv, in_k, in_v, T: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
+    state_ptr, keys_ptr, updates_ptr, gates_ptr, folded_ptr, p, dk, dv, in_k, in_v,
+    T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):
     """A part of the state at position p, and how many tokens it has: a block of them goes in."""
     in_state = in_k[:, None] & in_v[None]
     state = tl.load(state_ptr, mask=in_state & (p > 0), other=0)
-    target = tl.maximum(p // BLOCK * BLOCK - BLOCK, 0)
+    folded, target = tl.load(folded_ptr), tl.maximum(p // BLOCK * BLOCK - BLOCK, 0)
     more = (folded < target) & (p - folded < PLACES)
     if more:
         for i in range(BLOCK):
@@ -238,6 +238,7 @@ def _fold(
         tl.store(state_ptr, state, mask=in_state)
     if (p < folded) | (p + T > folded + PLACES):
         folded = target
+    tl.store(folded_ptr, folded)
     return state, folded
 
 
@@ -278,9 +279,8 @@ def _decode_kernel(
     inputs_ptr += b * R * C
 
     p = tl.load(pos_ptr + b)
-    state, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, tl.load(folded_ptr), p, dk,
-                          dv, in_k, in_v, T, DK, DV, BLOCK, PLACES)
-    tl.store(folded_ptr, folded)
+    state, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, folded_ptr, p, dk, dv, in_k,
+                          in_v, T, DK, DV, BLOCK, PLACES)
     n = p - folded
     keys = _behind(keys_ptr, folded, n, dk, in_k, DK, PLACES)
     updates = _behind(updates_ptr, folded, n, dv, in_v, DV, PLACES)
