@@ -34,8 +34,15 @@ def begin_alike(requests: Sequence[Request]) -> list[int]:
     cached. One that is left of each prompt is fed for its logits."""
     prompts = [request.prompt for request in requests]
     shared = os.path.commonprefix(prompts)[:min(map(len, prompts)) - 1]
+    shared = shared[:in_blocks(len(shared), prompts)]
     first = not any(request.cached for request in requests)
     return shared if first and len(shared) >= LEAST_SHARED else []
+
+
+def in_blocks(n: int, prompts: Sequence[list[int]]) -> int:
+    """How many of n tokens are multiplied in the same way whichever of the prompts they begin: all
+    if none has as many as quantize.BLOCK, otherwise those of whole blocks."""
+    return n if max(map(len, prompts)) < BLOCK else n // BLOCK * BLOCK
 
 
 class PrefixSharer(Speculator):
@@ -54,7 +61,7 @@ class PrefixSharer(Speculator):
         shared = begin_alike(requests)
         if shared and not (self.extras and self.extras.echo):  # which wants to see all
             self.input_pos[rows] = 0
-            done = self.take_from_other(rows.start, shared)
+            done = self.take_from_other(rows.start, shared, requests[0].prompt)
             others = range(rows.start + 1, rows.stop)
             if others:
                 yield from self.read_alone(rows.start, shared, done)
@@ -69,11 +76,13 @@ class PrefixSharer(Speculator):
             if not request.cached:
                 self.held[row] = request.prompt
 
-    def take_from_other(self, row: int, shared: list[int]) -> int:
-        """Give a row what another has of these tokens -> how many of the first ones."""
+    def take_from_other(self, row: int, shared: list[int], prompt: list[int]) -> int:
+        """Give a row, that is to have a prompt, what another has of its first tokens, the shared
+        ones -> how many."""
         found = {}
-        for source, prompt in self.held.items():
-            found[source] = len(os.path.commonprefix([shared, prompt]))
+        for source, held in self.held.items():
+            n = len(os.path.commonprefix([shared, held]))
+            found[source] = in_blocks(n, [held, prompt])
         source = max(found, key=found.get, default=None)
         n = found.get(source, 0)
         if n < LEAST_SHARED:

@@ -39,8 +39,9 @@ def texts(model: Transformer, rows: int, k: int, kv_dtype: torch.dtype | None) -
     if k:
         engine.gauge = None  # check proposals at every step
     generator = torch.Generator().manual_seed(0)
-    out: list[list[int]] = [[] for _ in LENGTHS]
     prompts = [torch.randint(3, 40000, (n,), generator=generator).tolist() for n in LENGTHS]
+    prompts += [prompts[5][:200] + prompts[1], prompts[3][:36] + prompts[0]]  # which share
+    out: list[list[int]] = [[] for _ in prompts]
     requests = [Request(prompt, 5 + i % 4, 1.0) for i, prompt in enumerate(prompts)]
     for number, tokens in engine.run(requests):
         out[number] += tokens
@@ -51,7 +52,8 @@ def texts(model: Transformer, rows: int, k: int, kv_dtype: torch.dtype | None) -
 def test_logits_are_the_same_bits_in_any_company(
     default_model: Transformer, monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype | None
 ) -> None:
-    """For any number of rows, refilled or not, any room, chunks of prompts, and proposals."""
+    """For any number of rows, refilled or not, any room, chunks of prompts, what these share, and
+    proposals."""
     monkeypatch.setattr("generate.sample", fingerprint)
     alone = texts(default_model, 1, 0, kv_dtype)
     for rows, k in OTHERS:

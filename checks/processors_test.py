@@ -50,7 +50,7 @@ def text_of(hf: PreTrainedModel, prompt: list[int], **options: object) -> list[i
         dict(repetition_penalty=1.2, no_repeat_ngram_size=2, bad_words_ids=WORDS),
         dict(repetition_penalty=1.2, processors=[NoRepeatNgram(2), BadWords(WORDS)]),
     ),
-], ids=str)
+], ids=lambda given: "-".join(given))
 def test_equal_to_transformers(checkpoint: Checkpoint, theirs: dict, ours: dict) -> None:
     _, hf = checkpoint("llama")
     model = loaded(checkpoint)
