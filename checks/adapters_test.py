@@ -148,7 +148,8 @@ def wider(tensors: dict, config: dict) -> None:
 
 
 def of_a_norm(tensors: dict, config: dict) -> None:
-    tensors.update({f"base_model.model.model.norm.lora_{part}.weight": torch.ones(4, 4) for part in "AB"})
+    for part in "AB":
+        tensors[f"base_model.model.model.norm.lora_{part}.weight"] = torch.ones(4, 4)
 
 
 def of_three_dimensions(tensors: dict, config: dict) -> None:
