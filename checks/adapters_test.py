@@ -147,7 +147,20 @@ def wider(tensors: dict, config: dict) -> None:
     tensors[f"base_model.model.{Q}.lora_A.weight"] = torch.ones(4, 49)
 
 
+def of_a_norm(tensors: dict, config: dict) -> None:
+    for part in "AB":
+        tensors[f"base_model.model.model.norm.lora_{part}.weight"] = torch.ones(4, 4)
+
+
+def of_three_dimensions(tensors: dict, config: dict) -> None:
+    part = "base_model.model.model.embed_tokens.lora_embedding_"
+    tensors.update({f"{part}A": torch.ones(4, 131, 1), f"{part}B": torch.ones(48, 4)})
+
+
 @pytest.mark.parametrize("change, message", [
+    (lambda tensors, config: tensors.clear(), "has no tensor: it changes nothing"),
+    (of_a_norm, "has A and B of model.norm.weight, which is no matrix"),
+    (of_three_dimensions, r"of model.embed_tokens.weight .* has shape \(131, 1, 4\)"),
     (spoil(peft_type="LOHA"), 'unsupported peft_type "LOHA"'),
     (spoil(init_lora_weights="pissa"), 'unsupported init_lora_weights "pissa"'),
     (spoil(lora_bias=True), "unsupported lora_bias true"),

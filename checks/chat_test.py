@@ -365,6 +365,16 @@ def test_an_answer_that_was_cut_goes_on(
     assert err.count("no answer was cut") == 2
 
 
+def test_an_answer_by_a_grammar_does_not_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would begin anew."""
+    talk = chat(Letters(), FakeReply([asked("Hel")]), 1000)
+    talk.settings["processors"] = [abs]
+    for line in ("one", "/continue"):
+        talk.take(line)
+    assert talk.messages[-1]["content"] == "Hel"
+    assert "by a grammar no answer goes on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", ["/clear", "/drop"])
 def test_an_answer_that_was_forgotten_does_not_go_on(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -159,11 +159,12 @@ def test_a_conversation_is_not_read_again(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where it was saved with its cache, and the model is the same."""
-    file = tmp_path / "talk.json"
+    file, penalty = tmp_path / "talk.json", "/set repetition_penalty 1.5"
 
     def new_chat(model: Transformer) -> Chat:
         model.setup_caches(1, 96)
-        settings = dict(stop=(), max_new_tokens=4, temperature=0.0, seed=None)
+        settings = dict(stop=(), max_new_tokens=4, temperature=0.0, repetition_penalty=None)
+        settings["seed"] = None
         return Chat(Engine(model), Letters(), settings)
 
     model = load_model(checkpoint("llama")[0], dtype=torch.float32)
@@ -176,6 +177,12 @@ def test_a_conversation_is_not_read_again(
     again.take("and now?")
     assert again.messages == chat.messages
     assert again.took.split(";")[1] == chat.took.split(";")[1] != " 0 of 31 prompt tokens were cached"
+    # but for a penalty of all that was said, whoever read it
+    for lines in (f"/load {file}", penalty), (penalty, f"/load {file}"), ("hello", penalty):
+        talk = new_chat(model)
+        for line in (*lines, "and now?"):
+            talk.take(line)
+        assert "; 0 of" in talk.took
     other = new_chat(load_model(checkpoint("mistral")[0], dtype=torch.float32))
     other.take(f"/load {file}")
     assert "talk.json.cache was written with another model" in capsys.readouterr().err

@@ -353,6 +353,7 @@ def test_lines_have_settings_of_their_own_and_log_probabilities(
     (["--json", "--echo"], "--echo goes with --logprobs"),
     (["--repetition_penalty", 0], "0 is not above 0"),
     (["--json_schema", "none.json"], "cannot read the grammar @none.json"),
+    (["--json_schema", ""], "cannot read the grammar @"),
 ])
 def test_flags_that_make_no_sense_are_refused(
     tiny: Path, capfd: pytest.CaptureFixture[str], options: list, message: str
@@ -386,6 +387,7 @@ def test_json_of_a_schema(
     ("grammar", "root ::= foo", "no grammar: .*foo"),
     ("json_schema", '{"type":', "no json_schema"),
     ("json_schema", '{"type": "foo"}', "no json_schema: Invalid type: foo"),
+    ("json_schema", '{"$ref": "#"}', "no json_schema: no text is one of it"),
 ])
 def test_what_is_no_grammar_gets_a_sentence(tiny: Path, kind: str, text: str, message: str) -> None:
     pytest.importorskip("llguidance")

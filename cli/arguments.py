@@ -227,7 +227,8 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
             args.interactive and (args.json or measures or several),
         "--system goes with --interactive or --chat":
             args.system is not None and not (args.interactive or args.chat),
-        "--json_schema and --grammar exclude each other": args.json_schema and args.grammar,
+        "--json_schema and --grammar exclude each other":
+            None not in (args.json_schema, args.grammar),
         "--logprobs goes with --json or --output, and not with --interactive":
             args.logprobs is not None and not (args.json or args.output),
         "--echo goes with --logprobs": args.echo and args.logprobs is None,

@@ -212,6 +212,8 @@ class Chat:
     def continue_(self, argument: str) -> None:
         if not (self.messages and self.begun):
             raise ValueError("no answer was cut")
+        if self.settings.get("processors"):  # a grammar, of which each answer is a whole one
+            raise ValueError("by a grammar no answer goes on: /set max_new_tokens, and /regen")
         self.complete(self.messages[:-1], self.begun)
 
     def set(self, argument: str) -> None:
@@ -224,6 +226,8 @@ class Chat:
         if value != "-" or getattr(Request, name, 0) is not None:  # without which some do nothing
             RANGES[name].check(name, value)
         self.settings = self.settings | {name: None if value == "-" else value}
+        if name == "repetition_penalty":  # of tokens that are read from now on: of all again
+            self.held = []
 
     def drop(self, argument: str) -> None:
         n_turns = len(self.messages) // 2
@@ -255,8 +259,8 @@ class Chat:
         self.messages, self.begun = messages, []
         self.attempt = 0
         say(f"{plural(len(messages) // 2, 'turn')} from {file}")
-        if cache_of(file).exists():
-            self.held = []
+        self.held = []
+        if cache_of(file).exists() and self.settings.get("repetition_penalty") is None:
             self.held = load_row(self.engine.model, cache_of(file))
 
     def stats(self, argument: str) -> None:

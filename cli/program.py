@@ -52,9 +52,10 @@ def run(args: Any, team: Team | None) -> None:
 
 def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
     """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
-    tokenizer, jobs, engine, all_done, more = None, None, None, False, {}
+    tokenizer, jobs, engine, all_done = None, None, None, False
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
+    more = for_all(args, asked, tokenizer)
     if args.prompts is not None:  # what is answered already needs no model
         config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
         jobs = wanted(args, asked, tokenizer, config)
@@ -65,7 +66,6 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         model = load_fitting(args, tokenizer, team.ranks)
         load_s = time.perf_counter() - began
         jobs = jobs or wanted(args, asked, tokenizer, model.config)
-        more = for_all(args, asked, tokenizer, model.config)
         for job in jobs:
             job.settings.update(more)
         engine = make_engine(args, model, tokenizer, jobs, team)
@@ -92,13 +92,12 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         say_run(args, engine)
 
 
-def for_all(
-    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
-) -> dict[str, Any]:
+def for_all(args: Any, asked: Asked, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What flags alone can set of all requests."""
     processors = []
     if asked.grammar is not None and tokenizer is not None:
-        kind = "json_schema" if args.json_schema else "grammar"
+        kind = "grammar" if args.json_schema is None else "json_schema"
+        config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
         processors.append(Grammar(kind, asked.grammar, tokenizer, config.vocab_size))
     return {"processors": processors, "echo": args.echo or None}
 
@@ -117,12 +116,12 @@ def read_asked(args: Any) -> Asked:
     if args.draft_checkpoint_path is not None:
         resolve(args.draft_checkpoint_path)
     has_text = args.prompt is not None and not args.prompt.isdecimal()
-    grammar = args.json_schema or args.grammar
+    grammar = args.grammar if args.json_schema is None else args.json_schema
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
         text=read_text(args.prompt) if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
-        grammar=grammar and read_text(f"@{grammar}", "the grammar"),
+        grammar=None if grammar is None else read_text(f"@{grammar}", "the grammar"),
     )
 
 

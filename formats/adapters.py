@@ -83,6 +83,8 @@ class Adapter:
             tensors = open_tensors(file)
         except Exception as e:  # of safetensors and the file system
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+        if not tensors:
+            raise ValueError(f"{file} has no tensor: it changes nothing")
         tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
         self.changes: dict[str, dict[str, Any]] = {}
         for name, x in plain_names(tensors, {}).items():
@@ -91,7 +93,7 @@ class Adapter:
             if found:
                 key, part = f"{name[:found.start()]}.weight", found[2] or found[3] or found[4]
             if found and found[3]:  # of an embedding, which multiplies from the other side
-                part, x = "BA"[part == "B"], read(x).t()
+                part, x = "BA"[part == "B"], read(x).movedim(0, -1)
             self.changes.setdefault(key, {})[part] = x
         for key, found in self.changes.items():
             if found.keys() - {"whole"} not in (set(), parts):
@@ -121,6 +123,8 @@ class Adapter:
                 rank = self.setting("r", "rank_pattern", key)
                 scale = self.setting("lora_alpha", "alpha_pattern", key)
             scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
+            if weight.dim() != 2:
+                raise ValueError(f"{self.folder} has A and B of {key}, which is no matrix")
             N, K = weight.shape
             shapes |= {"A": (rank, K), "B": (N, rank), "magnitude": (N,)}
         for part, x in tensors.items():

@@ -39,7 +39,11 @@ class Grammar:
             wrong = self.matcher.validate_grammar(self.grammar, self.tokens)
         except ValueError as e:
             wrong = str(e)
-        if wrong and not wrong.startswith("WARNING"):
+        if not wrong or wrong.startswith("WARNING"):
+            first = self.matcher(self.tokens, self.grammar)
+            first.compute_logit_bias()
+            wrong = first.is_error() and "no text is one of it"
+        if wrong:
             raise ValueError(f"no {kind}: {' '.join(wrong.split())}")
 
     def begin(self, request: Request) -> Callable[[Tensor, Tensor], Tensor]:
