@@ -5,7 +5,7 @@ are fake, a device guard does nothing, and torch.cuda answers from a table. The 
 is compiled; Inductor writes its Triton kernels, which are logged instead of launched, and the code
 that launches them runs on the fake tensors. A line for each variant says
 
-    layer        launches in a layer: Inductor's kernels, and operators called between them
+    layer        launches in the last layer: Inductor's kernels, and operators called between them
     head, rest   launches of the output head, and of what is not compiled (embedding, sampling)
     weights      of a layer and of the head, in MB
     buffers      the largest allocation in a layer and in the head, in MB, beside a layer's cache
@@ -246,17 +246,21 @@ def measure(variant: Variant) -> tuple[Transformer, Step, Step]:
     return model, first, second
 
 
+def say(layer: list[tuple[str, str]]) -> str:
+    """The launches of a layer, by their kinds."""
+    operators = collections.Counter(name for kind, name in layer if kind != "kernel")
+    called = "".join(f" + {n} {name}" for name, n in operators.items())
+    return f"{len(layer)} = {len(layer) - operators.total()} kernels{called}"
+
+
 def describe(variant: Variant) -> str:
     """The line of a variant."""
     model, first, second = measure(variant)
     layers = [launches(events) for events in second.layers]
-    operators = collections.Counter(name for kind, name in layers[-1] if kind != "kernel")
-    n_kernels = len(layers[-1]) - operators.total()
-    called = "".join(f" + {n} {name}" for name, n in operators.items())
     in_layers = max(largest(events) for events in second.layers)
     cache = model.cache.nbytes / variant.n_layer / 1e6
     line = (
-        f"{variant}: layer {len(layers[-1])} = {n_kernels} kernels{called}; "
+        f"{variant}: layer {say(layers[-1])}; "
         f"head {len(launches(second.head))}, rest {len(launches(second.rest))}; "
         f"weights {module_bytes(model.layers[0]) / 1e6:.1f} MB and "
         f"{module_bytes(model.lm_head) / 1e6:.1f} MB, "
@@ -264,7 +268,7 @@ def describe(variant: Variant) -> str:
         f"graphs {first.graphs} + {second.graphs}"
     )
     if any(layer != layers[0] for layer in layers):
-        line += "; LAYERS DIFFER"
+        line += f"; LAYERS DIFFER, the first has {say(layers[0])}"
     return line
 
 # --- the GPU that is not there, and the others ---

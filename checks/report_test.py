@@ -191,6 +191,16 @@ def test_what_a_step_launches() -> None:
         assert line.endswith("graphs 2 + 0")  # a block and the head, and none in a second step
 
 
+def test_a_layer_with_a_state_launches_one_kernel_for_it() -> None:
+    """And convolution, norms of queries and keys, and what its rows keep are in it."""
+    [line] = step_report("Qwen3.6", "bf16").values()
+    first = re.search(r"the first has (\d+) = .*", line)
+    assert int(first[1]) <= 18, line
+    assert "+ 1 gpt_flash::delta_decode" in first[0]
+    assert "clone" not in line
+    assert "; graphs 3 + 0;" in line
+
+
 def test_no_layer_of_an_int8_cache_is_copied() -> None:
     """Nor where B * Hkv * S is odd, so that scales without padding would start at any 4 bytes."""
     lines = step_report("SmolLM2", "kv=int8", "S=2047")

@@ -2,6 +2,7 @@
 attends to all tokens, through a gate."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from families import delta_rule
 from families.delta_rule import Memory
-from families.settings import of_layers
+from families.settings import last_ones, layer_kinds
 from model import (
     Attention, Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope,
     Transformer, apply_rope, make_rope, positive, rope_settings,
@@ -21,29 +22,17 @@ from quantize import Linear
 # --- settings ---
 
 
-def is_linear(hf: dict) -> list[bool]:
-    """Which layers have no attention."""
-    kinds = of_layers(hf, "layer_types")
-    if kinds is None:
-        interval = positive(hf, "full_attention_interval")
-        return [(i + 1) % interval > 0 for i in range(positive(hf, "num_hidden_layers"))]
-    if not {"full_attention", "linear_attention"}.issuperset(kinds):
-        raise ValueError(
-            f"unsupported layer_types {kinds!r}: only full_attention and linear_attention "
-            "are supported"
-        )
-    return [kind == "linear_attention" for kind in kinds]
-
-
 def windows(hf: dict) -> tuple[int | None, ...]:
     """A layer with a state sees one token, and lets go of it: rows go back no further than in a
     ring of that window."""
-    return tuple(1 if linear else None for linear in is_linear(hf))
+    attends = partial(last_ones, key="full_attention_interval")
+    kinds = layer_kinds(hf, attends, "linear_attention")
+    return tuple(None if kind == "full_attention" else 1 for kind in kinds)
 
 
 def ropes(hf: dict) -> tuple[Rope | None, ...]:
     rope = make_rope(rope_settings(hf))
-    return tuple(None if linear else rope for linear in is_linear(hf))
+    return tuple(None if window else rope for window in windows(hf))
 
 # --- layers with a state ---
 
@@ -52,9 +41,8 @@ class DeltaCache(LayerCache):
     """The Memory of one layer for some rows, in the place of keys and values."""
 
     def __init__(self, tensors: list[Tensor], places: Places, flash: bool):
-        super().__init__(list(tensors), places, flash)
+        super().__init__(tensors, places, flash)
         self.memory = Memory(*tensors)
-        self.keys, self.updates, self.gates, self.inputs, self.folded = tensors[1:]
 
     def rows(self, rows: slice) -> LayerCache:
         return type(self)([tensor[rows] for tensor in self.tensors], self.places, self.flash)
@@ -71,14 +59,6 @@ class GatedNorm(nn.RMSNorm):
         return (self.weight * y * F.silu(gate.float())).to(gate.dtype)
 
 
-class Weight(nn.Module):
-    """Of a convolution that is no layer of its own."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-
-
 class GatedDeltaNet(nn.Module):
     """Qwen3.5's, its modules named as in Hugging Face's checkpoints."""
 
@@ -93,7 +73,7 @@ class GatedDeltaNet(nn.Module):
         if self.n_v % self.n_k:
             raise ValueError(f"{self.n_v} value heads do not divide into {self.n_k} key heads")
         self.conv_dim = 2 * self.n_k * self.k_dim + self.n_v * self.v_dim
-        self.conv1d = Weight(self.conv_dim, 1, K)
+        self.conv1d = nn.Conv1d(self.conv_dim, self.conv_dim, K, groups=self.conv_dim, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.n_v))
         self.dt_bias = nn.Parameter(torch.empty(self.n_v))
         self.norm = GatedNorm(self.v_dim, config.norm_eps)
