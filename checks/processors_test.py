@@ -289,6 +289,8 @@ def test_numbers_of_numpy_and_tuples_are_numbers_and_lists(checkpoint: Checkpoin
     (dict(processors=LogitBias({})), "processors must be a list of functions"),
     (dict(processors=[3]), r"processors must be a list of functions, not \[3\]"),
     (dict(echo=True), "echo goes with logprobs"),
+    (dict(processors=[lambda ids, logits: None]), "a processor gives logits .*, not None"),
+    (dict(processors=[lambda ids, logits: logits[1:]]), "a processor gives logits of all tokens"),
     (dict(logprobs=-1), "logprobs: -1 is not at least 0"),
     (dict(repetition_penalty=0), "repetition_penalty: 0 is not above 0"),
     (dict(presence_penalty="1"), "presence_penalty must be a number"),

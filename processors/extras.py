@@ -184,7 +184,7 @@ class Extras:
 
     def call(self, rows: slice, texts: Texts, logits: Tensor, ahead: int) -> Tensor:
         """Logits [N, V] as the functions of each row change them, one after the other. A row that
-        does not run has none; its prompt may just have been read."""
+        does not run has none; its prompt may just have been read. ValueError: one gives none."""
         runs = self.decoder.active[rows].tolist()
         T = len(logits) // len(runs)
         changed = list(logits)
@@ -192,7 +192,10 @@ class Extras:
             ids = texts.tokens[i, :n]
             if runs[i // T] or ahead == 0:
                 for function in self.functions[rows.start + i // T]:
-                    changed[i] = function(ids[ids >= 0], changed[i])
+                    new = function(ids[ids >= 0], changed[i])
+                    if not isinstance(new, Tensor) or new.shape != changed[i].shape:
+                        raise ValueError(f"a processor gives logits of all tokens, not {new!r:.60}")
+                    changed[i] = new
         return torch.stack(changed)
 
     def note(self, tokens: Tensor) -> None:
