@@ -555,8 +555,8 @@ def test_half_an_answer_stays_until_the_run_goes_on(tmp_path: Path, jobs: list[J
     answer_into(file, jobs)
     half = file.read_bytes()[:-9]
     file.write_bytes(half)
-    with Records(str(file)):
-        pass
+    with Records(str(file)) as records:
+        records.answers_to(jobs)
     with pytest.raises(ValueError, match="answers another prompt"):
         answer_into(file, plain_jobs("other"))
     assert file.read_bytes() == half

@@ -324,8 +324,7 @@ class Records:
         return done
 
     def answers_to(self, jobs: list[Job]) -> set[tuple[int, int]]:
-        """The (index, sample) of those that are there; what one lacks of its line's end is cut off.
-        ValueError: one is no answer to a job."""
+        """The (index, sample) of those that are there. ValueError: one is no answer to a job."""
         asked = {(job.index, job.sample): job.digest for job in jobs}
         wrong = self.done.items() - asked.items()
         if wrong:
@@ -334,14 +333,15 @@ class Records:
                 f"--output {self.path} answers another prompt {index}, or with other settings: "
                 "give the prompts and flags that it was begun with, or choose another file"
             )
-        os.ftruncate(self.file, self.size)
         return set(self.done)
 
     def append(self, record: Record) -> None:
-        """Write a record and wait until it is on the disk."""
+        """Write a record, behind the last whole one, and wait until it is on the disk."""
         self.check_place()
         line = as_line(record).encode(errors="replace") + b"\n"
         try:
+            os.ftruncate(self.file, self.size)
+            self.size += len(line)
             while line:
                 line = line[os.write(self.file, line):]
             os.fsync(self.file)
