@@ -163,8 +163,11 @@ MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size"
 
 DELTA_FIELDS = dict(windows=deltanet.windows, ropes=deltanet.ropes, qk_norm=True)
 DELTA_CLASSES = dict(
-    norm=GemmaNorm, attention=deltanet.delta_attention, block=deltanet.delta_block,
-    model=deltanet.DeltaTransformer,
+    norm=GemmaNorm, attention=by_rope(deltanet.GatedAttention, deltanet.GatedDeltaNet),
+    block=by_rope(Block, deltanet.LinearBlock), model=deltanet.DeltaTransformer,
+)
+NEXT_CLASSES = DELTA_CLASSES | dict(
+    attention=by_rope(deltanet.GatedAttention, deltanet.NextDeltaNet), convert=deltanet.by_part,
 )
 
 FAMILIES |= {
@@ -319,7 +322,7 @@ FAMILIES |= {
     ),
     "qwen3_next": Family(
         DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},
-        mlp=mlp_or_moe, convert=deltanet.by_part, **DELTA_CLASSES,
+        mlp=mlp_or_moe, **NEXT_CLASSES,
     ),
     "qwen3_5_text": Family(DELTA | dict(num_key_value_heads=4), DELTA_FIELDS, **DELTA_CLASSES),
     "qwen3_5_moe_text": Family(

@@ -225,6 +225,17 @@ def by_rope(
     return lambda config, layer: (other if config.ropes[layer] is None else kind)(config, layer)
 
 
+class RenamedBlock(Block):
+    """Its checkpoints have another name for what is in the place of attention."""
+
+    name: str
+    self_attn = property(lambda block: getattr(block, block.name))
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        setattr(self, self.name, self._modules.pop("self_attn"))
+
+
 class SandwichBlock(Block):
     """Gemma 2's: norms before and after attention and MLP."""
 

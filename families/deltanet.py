@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families import delta_rule
+from families.blocks import RenamedBlock
 from families.delta_rule import Memory
-from families.settings import last_ones, layer_kinds
+from families.settings import last_ones, layer_kinds, ropes_of
 from model import (
-    Attention, Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope,
-    Transformer, apply_rope, make_rope, positive, rope_settings,
+    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, Transformer,
+    apply_rope, positive, rope_settings,
 )
 from quantize import Linear
 
@@ -31,8 +32,7 @@ def windows(hf: dict) -> tuple[int | None, ...]:
 
 
 def ropes(hf: dict) -> tuple[Rope | None, ...]:
-    rope = make_rope(rope_settings(hf))
-    return tuple(None if window else rope for window in windows(hf))
+    return ropes_of(rope_settings(hf), (window is None for window in windows(hf)))
 
 # --- layers with a state ---
 
@@ -166,26 +166,8 @@ class GatedAttention(Attention):
 # --- blocks and the model ---
 
 
-def delta_attention(config: ModelConfig, layer: int) -> nn.Module:
-    if config.windows[layer] is None:
-        return GatedAttention(config, layer)
-    kind = NextDeltaNet if config.family == "qwen3_next" else GatedDeltaNet
-    return kind(config, layer)
-
-
-class LinearBlock(Block):
-    """Files call what it has in the place of attention linear_attn."""
-
-    self_attn = property(lambda self: self.linear_attn)
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.linear_attn = self._modules.pop("self_attn")
-
-
-def delta_block(config: ModelConfig, layer: int) -> Block:
-    kind = Block if config.windows[layer] is None else LinearBlock
-    return kind(config, layer)
+class LinearBlock(RenamedBlock):
+    name = "linear_attn"
 
 
 class DeltaTransformer(Transformer):

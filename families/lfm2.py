@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from families.blocks import RenamedBlock
 from families.experts import MoEConfig, mixture_of_experts
 from families.settings import layer_kinds, ropes_of
 from model import (
-    Block, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, positive,
-    rope_settings, row_numbers,
+    Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, positive, rope_settings,
+    row_numbers,
 )
 from quantize import Linear
 
@@ -101,11 +102,5 @@ class ShortConvolution(nn.Module):
         return torch.cat(inputs.unbind(0), -1).masked_fill((index < 0)[..., None], 0)
 
 
-class ConvolutionBlock(Block):
-    """Its checkpoints have another name for what is in the place of attention."""
-
-    self_attn = property(lambda block: block.conv)
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.conv = self._modules.pop("self_attn")
+class ConvolutionBlock(RenamedBlock):
+    name = "conv"
