@@ -147,7 +147,7 @@ def decoder_for(
         model.decode_head = run_head
     beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
     beyond = beyond or any(request.logprobs is not None for request in requests)
-    batching = extension("batching", required=beyond)
+    batching = extension("batching", required=beyond) if beyond or len(requests) > 1 else None
     if batching is not None and (beyond or batching.reads_better(requests)):
         return batching.Engine(model, compiled=bool(compile), speculate_k=k, draft=draft)
     return Decoder(model, compiled=bool(compile))
