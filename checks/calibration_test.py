@@ -100,7 +100,9 @@ def move_off_grid(folder: Path, n_layer: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def loss(folder: Path, calibrate: list[int] | None, held_out: list[int], **options: object) -> float:
+def loss(
+    folder: Path, calibrate: list[int] | None, held_out: list[int], **options: object
+) -> float:
     """Mean KL divergence on a text of a quantized model from the unquantized one."""
     reference = load_model(folder, dtype=torch.float32, quantize="none")
     model = load_model(folder, dtype=torch.float32, calibrate=calibrate, **options)
@@ -246,7 +248,8 @@ def test_what_the_text_does_not_reach_is_rounded_as_without_it(
     tensors = hf.state_dict()
     tensors[bias] = tensors[bias].index_fill(0, torch.tensor(2), -1e4)
     shutil.copytree(folder, tmp_path / "m")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, tmp_path / "m/model.safetensors")
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    save_file(tensors, tmp_path / "m/model.safetensors")
     ids = torch.randint(hf.config.vocab_size, (300,)).tolist()
     plain, calibrated = [
         load_model(tmp_path / "m", quantize="int8", calibrate=each) for each in (None, ids)
@@ -314,7 +317,8 @@ def test_it_is_saved_and_loaded_like_any_quantized_model(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("options, message", [
     (dict(quantize="auto"), "goes with quantize int8 or int4, not auto"),
-    (dict(calibrate=[1] * 127), "at least 128 tokens of the 320 of the vocabulary; the text has 127"),
+    (dict(calibrate=[1] * 127),
+     "at least 128 tokens of the 320 of the vocabulary; the text has 127"),
     (dict(calibrate=[1] * 200 + [320]), "tokens of the 320"),
     (dict(calibrate=torch.full((200,), -1)), "tokens of the 320"),
 ], ids=str)

@@ -35,7 +35,9 @@ class Text:
         start = torch.zeros(B, HV, DK, DV)
         self.out, self.state = reference(q, k, v, self.g, self.beta, start)
 
-    def run(self, kind: str, memory: Memory, first: int, last: int, at: int | None = None) -> Tensor:
+    def run(
+        self, kind: str, memory: Memory, first: int, last: int, at: int | None = None
+    ) -> Tensor:
         """Tokens first to last behind the first `at`, by default where they stand."""
         part = slice(first, last)
         position = torch.full((B,), first if at is None else at, dtype=torch.int32)
