@@ -5,28 +5,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 if __name__ == "__main__":
-    if sys.flags.safe_path:  # of python -P and -I, which leave the script's own folder out
-        sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # or the next open would be taken for it
-
-    def refuse(kind: type, error: BaseException, traceback: Any) -> None:
-        """In one sentence, where memory or a package is missing, as while libraries are loaded."""
-        if not issubclass(kind, (ImportError, MemoryError, OSError)):
-            return sys.__excepthook__(kind, error, traceback)
-        *_, said = ["there is not enough memory", *str(error).splitlines()]
-        print(f"generate.py: error: {said}", file=sys.stderr)
-        sys.exit(2)
-
-    sys.excepthook = refuse
-    if not os.stat(".").st_nlink:
-        raise OSError("the current folder has been deleted: MKL does not load in it")
-    sys.modules["generate"] = sys.modules["__main__"]  # what the folders import is this module
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the long imports without a word
+    here = os.path.dirname(os.path.abspath(__file__))
+    if sys.flags.safe_path:  # python -P and -I leave out the folder that a script is in
+        sys.path.insert(0, here)
+    sys.modules["generate"] = sys.modules["__main__"]  # for folders, which import this module
+    if os.path.exists(os.path.join(here, "cli")):
+        from cli import begin
+        begin()  # before the imports below, which take seconds
 
 import argparse
 import hashlib

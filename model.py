@@ -314,10 +314,8 @@ class Attention(nn.Module):
         positions key_pos [B or 1, S]."""
         attention, options = math_attention, self.options()
         if positions.prefill:
-            attention = prefill_attention
+            attention = prefill_operator if torch.compiler.is_compiling() else prefill_attention
             options["in_order"] = positions.even and keys.shape[2] == positions.cached + q.shape[2]
-            if torch.compiler.is_compiling():  # how many tiles there are depends on the prompt
-                attention = torch.ops.gpt_flash.prefill_attention
         return attention(q, keys, values, positions.index, key_pos, **options)
 
     def options(self) -> dict[str, Any]:
@@ -441,16 +439,13 @@ def visible(index: Tensor, key_pos: Tensor, window: int | None) -> Tensor:
     return seen
 
 
-# one operator in a compiled prefill; its result lies in memory as [B, T, Hq, D]
-torch.library.define(
-    "gpt_flash::prefill_attention",
-    "(Tensor q, Tensor keys, Tensor values, Tensor index, Tensor key_pos, *, float? scale, "
-    "int? window, bool in_order) -> Tensor",
+# prefill_attention in a compiled prefill: how many tiles there are depends on the prompt
+prefill_operator = torch.library.custom_op(
+    "gpt_flash::prefill_attention", prefill_attention, mutates_args=()
 )
-torch.library.impl("gpt_flash::prefill_attention", "default", prefill_attention)
 
 
-@torch.library.register_fake("gpt_flash::prefill_attention")
+@prefill_operator.register_fake
 def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
     return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
 

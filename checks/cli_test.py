@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch.autograd import DeviceType
 
+import cli.answer
 import cli.stats
 import generate
 from batching import Stats
@@ -44,7 +45,7 @@ def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatc
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "become_a_program", interrupt)
+    monkeypatch.setattr(cli.answer, "become_a_program", interrupt)
     with pytest.raises(SystemExit) as end:
         cli.main(None)
     assert end.value.code == 130

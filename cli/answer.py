@@ -1,4 +1,4 @@
-"""What a terminal wants: more flags, a conversation, files of prompts, what a run took."""
+"""The program: what one prompt and plain flags ask is generate.run's, the rest cli/program.py's."""
 import os
 import sys
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from model import extension
 
 
 def main(argv: list[str] | None) -> None:
-    """generate.main with all flags: what generate.run does not know is for cli/program.py."""
+    """generate.main with all flags."""
     with sentences():
         if argv is None:
             become_a_program()
