@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -13,8 +14,7 @@ if __name__ == "__main__":
         sys.path.insert(0, here)
     sys.modules["generate"] = sys.modules["__main__"]  # for folders, which import this module
     if os.path.exists(os.path.join(here, "cli")):
-        from cli import begin
-        begin()  # before the imports below, which take seconds
+        importlib.import_module("cli").begin()  # before the imports below, which take seconds
 
 import argparse
 import hashlib
@@ -25,17 +25,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
-# How many turns a thread of a CPU spins before it sleeps, which libgomp reads while it loads. Its
-# own 300,000 take the cores from threads that are waited for; a few thousand cost nothing.
+# How often an idle OpenMP thread spins before it sleeps, which libgomp reads while it loads. Its
+# own 300,000 take cores from the threads that have work; a few thousand cost nothing.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "4000"
 
@@ -48,7 +48,7 @@ from quantize import HARMLESS, MODES
 
 PREFILL_CHUNK = 8192  # most prompt tokens in one pass; bounds the activations' memory
 IDS_WANTED = "list of token ids (as tokenizer.encode(text) or tensor.tolist() gives)"
-LAG = 2  # steps that the host reads behind a GPU, so that looking at tokens never stalls it
+LAG = 2  # how many steps after a GPU the host reads its tokens, so that reading never stalls it
 
 # --- generate ---
 
@@ -65,18 +65,19 @@ def generate(
 ) -> list[Tokens]:
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
-    A text ends with the first of eos_ids (included), where it has one of the stop strings (of this
-    tokenizer), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
-    tokens of each row that are in the cache already. stream(number, ids) is called as tokens come,
-    and ends an answer by returning False. The same seed, the same text: prompt i draws with
-    seed + i. So it is in any company on a CPU, for int4 and the integers of GGUF files; elsewhere a
-    tie may go the other way where sums are of other numbers of rows. compile: by compiled steps or
-    plain ones; None: as the model's are. speculate_k, draft: check that many proposals a step, for
-    the same text. stats: a batching.Stats to fill. settings: more of a Request's.
+    An answer ends with the first of eos_ids (included), with a stop string (which the tokenizer
+    finds), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached: how
+    many tokens each row of the cache has before its prompt. stream(number, ids) is called as tokens
+    come, and ends an answer by returning False. Equal seeds give equal answers; prompt i draws with
+    seed + i. On a CPU, with int4 or GGUF integers, other prompts change nothing; elsewhere sums
+    over other numbers of rows round differently, which may decide a tie. compile: True compiles the
+    model, False undoes that, None leaves it as it is. speculate_k, draft: how many proposals a step
+    checks, and who makes them; the answer stays. stats: a batching.Stats to fill. settings: further
+    fields of Request.
 
     A cache that was set up before is used, otherwise one is made that fits. With an engine, a
-    series of calls shares its captured steps. Threads with one model or cache take turns.
-    ValueError says what does not fit."""
+    series of calls shares its captured steps, and compile, speculate_k and draft are the engine's.
+    Threads with one model or cache take turns. ValueError says what does not fit."""
     seed = seed if seed is None else RANGES["seed"].check("seed", seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be a list, each a {IDS_WANTED}, not {prompts!r:.60}")
@@ -89,15 +90,18 @@ def generate(
     if not requests:
         raise ValueError("there is no prompt")
     out = [Tokens() for _ in requests]
-    with taking_turns(model):
+    with turn_at(model):
         if engine is None:
-            fit_cache(model, requests, speculate_k, bool(compile))
-            engine = decoder_for(model, requests, compile, speculate_k, draft, stats is not None)
+            set_compiled(model, compile)
+            fit_cache(model, requests, speculate_k)
+            engine = decoder_for(model, requests, speculate_k, draft, stats is not None)
+        elif engine.model is not model:
+            raise ValueError("the engine decodes with another model")
         if hasattr(engine, "stats"):
             engine.stats = stats or type(engine.stats)()
         elif stats is not None:
             raise ValueError("statistics are what a batching.Engine keeps, and not a Decoder")
-        with taking_turns(engine.cache):  # another model may have it too
+        with turn_at(engine.cache):  # another model may have it too
             for number, tokens in engine.run(requests):
                 out[number].add(tokens)
                 if stream and stream(number, tokens) is False:
@@ -107,60 +111,59 @@ def generate(
 
 
 class Tokens(list[int]):
-    """An answer's tokens, with what was asked for: the model's own log probabilities, before any
-    setting changes them, of each token and of the likeliest in its place, likeliest first."""
+    """An answer's tokens, why it ended, and if asked for the log probabilities that the model gave,
+    before any setting changed them, to each token and to the likeliest ones at its place."""
 
     finish_reason: str | None = None  # eos, stop, length, context
     logprobs: Sequence[float] = ()
-    top_logprobs: Sequence[dict[int, float]] = ()
-    prompt_logprobs: Sequence[float | None] = ()  # with echo; None: of the first token
+    top_logprobs: Sequence[dict[int, float]] = ()  # likeliest first
+    prompt_logprobs: Sequence[float | None] = ()  # with echo; the first token's is None
     prompt_top_logprobs: Sequence[dict[int, float] | None] = ()
 
     def add(self, more: list[int]) -> None:
         self += more
-        for name, known in getattr(more, "__dict__", {}).items():  # of a part that has some
-            self.__dict__.setdefault(name, []).extend(known)
+        for name, values in getattr(more, "__dict__", {}).items():  # log probabilities
+            self.__dict__.setdefault(name, []).extend(values)
+
+
+def set_compiled(model: Transformer, wanted: bool | None) -> None:
+    """Compile a model's steps, or no longer use compiled ones; None: leave it as it is."""
+    if wanted and model.decode_block is run_block:
+        compile_model(model)
+    elif wanted is False:
+        model.decode_block = model.prefill_block = run_block
+        model.decode_head = run_head
+    model.compiled = model.compiled if wanted is None else wanted
 
 
 def decoder_for(
-    model: Transformer, requests: list[Request], compile: bool | None, k: int,
-    draft: Transformer | None, measured: bool,
+    model: Transformer, requests: list[Request], k: int, draft: Transformer | None, measured: bool
 ) -> Decoder:
-    """What decodes in model.cache. batching/'s Engine is for more requests than rows, proposals and
-    statistics, and better for prompts that are not read together well or begin alike."""
-    if compile and model.decode_block is run_block:
-        compile_model(model)
-    elif compile is False:
-        model.decode_block = model.prefill_block = run_block
-        model.decode_head = run_head
-    beyond = len(requests) > model.cache.max_batch_size or k > 0 or draft is not None or measured
-    beyond = beyond or any(request.logprobs is not None for request in requests)
-    batching = extension("batching", required=beyond) if beyond or len(requests) > 1 else None
-    if batching is not None and (beyond or batching.reads_better(requests)):
-        return batching.Engine(model, compiled=bool(compile), speculate_k=k, draft=draft)
-    return Decoder(model, compiled=bool(compile))
+    """What decodes in model.cache. batching/'s Engine is for proposals, statistics and log
+    probabilities, and better for prompts that are not read together well or begin alike."""
+    known = any(request.logprobs is not None for request in requests)
+    needed = k > 0 or draft is not None or measured or known
+    batching = extension("batching", required=needed) if needed or len(requests) > 1 else None
+    if batching is not None and (needed or batching.reads_better(requests)):
+        return batching.Engine(model, compiled=model.compiled, speculate_k=k, draft=draft)
+    return Decoder(model, compiled=model.compiled)
 
 
 LOCKS: WeakKeyDictionary[Transformer | KVCache, threading.RLock] = WeakKeyDictionary()
-BUSY: WeakSet[Transformer | KVCache] = WeakSet()
 
 
-@contextmanager
-def taking_turns(what: Transformer | KVCache) -> Iterator[None]:
-    """One thread after the other. ValueError where this one is at it already, in a stream."""
-    with LOCKS.setdefault(what, threading.RLock()):
-        if what in BUSY:
-            raise ValueError("generate is at work with this model or cache; wait until it returns")
-        BUSY.add(what)
-        try:
-            yield
-        finally:
-            BUSY.discard(what)
+def turn_at(shared: Transformer | KVCache) -> threading.RLock:
+    """What a thread holds while it generates with a model or cache; others wait. ValueError where
+    it holds it already: a stream has called generate."""
+    lock = LOCKS.setdefault(shared, threading.RLock())
+    if lock._is_owned():
+        raise ValueError("generate is at work with this model or cache; wait until it returns")
+    return lock
 
 
-def fit_cache(model: Transformer, requests: Sequence[Request], k: int, compiled: bool) -> None:
-    """Make a cache, or a larger one where the model's has not the rows, or was made here and has
-    not the length. k: places behind a text. compiled: by few_sizes."""
+def fit_cache(model: Transformer, requests: Sequence[Request], k: int) -> None:
+    """Give a model a cache with room for all requests. One that has too few rows is replaced, and
+    one that was made here also where it is too short. k: further places, for proposals."""
     cached = requests[0].cached
     known = model.config.vocab_size, model.config.max_seq_len
     needed = cached + max(len(each.prompt) + each.budget(*known) for each in requests) + k
@@ -174,19 +177,23 @@ def fit_cache(model: Transformer, requests: Sequence[Request], k: int, compiled:
         kind = cache.dtype, cache.attention, cache.windows is not None
         del cache  # the old one goes before the new one comes
     if cached:
-        raise ValueError(f"no cache with {cached} tokens has {n_rows} rows with room for {needed}")
-    room = few_sizes(needed) if compiled and grows else needed
+        raise ValueError(
+            f"behind {cached} cached tokens these prompts need a cache of {n_rows} x {needed} "
+            "tokens: call setup_caches before the first"
+        )
+    room = few_sizes(needed) if model.compiled and grows else needed
     model.setup_caches(n_rows, room, *kind).grows = grows
 
 
 def few_sizes(n: int) -> int:
-    """Room for n tokens or some more. A size is compiled anew, which takes seconds: hence few."""
+    """n or some more: every size that comes is compiled for, which takes seconds; so few come."""
     return 2 ** (n - 1).bit_length() if n <= 1024 else -(-n // 1024) * 1024
 
 
 def ends_at(stop: Sequence[str], tokenizer: Any, prompt: list[int]) -> Callable[..., bool]:
     """Request.ends for stop strings. ValueError if they are none, or have no tokenizer."""
-    if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+    listed = isinstance(stop, (list, tuple))
+    if not listed or not all(isinstance(text, str) and text for text in stop):
         raise ValueError(f"stop must be a list of texts, none of them empty, not {stop!r}")
     if not hasattr(tokenizer, "ends"):
         raise ValueError(f"stop strings ({', '.join(stop)}) need a tokenizer that formats/ made")
@@ -194,7 +201,7 @@ def ends_at(stop: Sequence[str], tokenizer: Any, prompt: list[int]) -> Callable[
 
 
 class Range(NamedTuple):
-    """What a setting may be: a number of that kind from low (above: just over it) to high."""
+    """The numbers that a setting may be: of a kind, from low to high; above: low itself is none."""
 
     kind: type
     low: float
@@ -243,14 +250,14 @@ class Request:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    # of tokens so far, int64 [n], and logits, float32 [V] -> logits; called on the host, in order
+    # f(tokens so far [n] int64, logits [V] float32) -> logits; called on the host, in this order
     processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
-    logprobs: int | None = None  # of so many likeliest tokens, beside each one's own
-    echo: bool | None = None  # of the prompt's tokens too
+    logprobs: int | None = None  # for so many of the likeliest tokens, beside the drawn one
+    echo: bool | None = None  # log probabilities of the prompt's tokens too
     eos_ids: Collection[int] = ()
     cached: int = 0  # tokens of the row that are in the cache already, in front of the prompt
-    seed: int | None = None  # the same, the same text; None: a new one when the request starts
-    # called on the host with each new token, in a list of its own; True: it was the last
+    seed: int | None = None  # equal seeds, equal answers; None: a new one when the prompt is read
+    # f([token]) is called on the host for each new token; True: it was the last
     ends: Callable[[list[int]], bool] | None = None
 
     def __post_init__(self) -> None:
@@ -266,8 +273,8 @@ class Request:
         object.__setattr__(self, "prompt", list(self.prompt))
 
     def budget(self, vocab_size: int, context: int) -> int:
-        """The most new tokens that it can have. ValueError: none, or a token of its prompt is
-        unknown."""
+        """How many new tokens fit. ValueError: none, or the prompt is empty or has an unknown
+        token."""
         if not self.prompt:
             raise ValueError("a prompt is empty: it has no token to start from")
         for i in (min(self.prompt), max(self.prompt)):
@@ -275,8 +282,8 @@ class Request:
                 raise ValueError(f"a prompt has token {i}, outside the vocabulary of {vocab_size}")
         n, room = len(self.prompt), context - self.cached
         if n >= room:
-            why = f"leaves no room for a new one in the context of {room}"
-            raise ValueError(f"a prompt of {n} tokens {why}")
+            room = f"{room} places that are left" if self.cached else f"context of {room}"
+            raise ValueError(f"a prompt of {n} tokens leaves no room for a new one in the {room}")
         return min(self.max_new_tokens, room - n)
 
     def ends_with(self, token: int, n: int, budget: int) -> str | None:
@@ -296,14 +303,14 @@ class Drawn(NamedTuple):
     """The tokens of a step: one a row, or k + 1 where it checks k proposals."""
 
     tokens: Tensor  # int64 [B, k + 1], of which those up to the first wrong proposal count
-    agreed: Tensor | None = None  # int64 [B]: how many proposals were right, one after the other
-    logprobs: Tensor | None = None  # float32 [B, k + 1, 1 + n]: theirs, of the n likeliest
-    likeliest: Tensor | None = None  # int64 [B, k + 1, n]
+    agreed: Tensor | None = None  # int64 [B]: how many proposals come before the first wrong one
+    logprobs: Tensor | None = None  # float32 [B, k + 1, 1 + n]: the token's, the n likeliest ones'
+    likeliest: Tensor | None = None  # int64 [B, k + 1, n]: which tokens are the likeliest
 
 
 def on_its_device(method: Callable) -> Callable:
-    """A method of Decoder with its GPU as the current one. An eager one on a CPU runs in inference
-    mode, which takes a tenth off a step."""
+    """Run a Decoder's method with its GPU as the current one. An eager Decoder on a CPU runs in
+    inference mode, which takes a tenth off a step."""
 
     @wraps(method)
     def guarded(decoder: Decoder, *args: Any, **options: Any) -> Any:
@@ -342,8 +349,8 @@ class Decoder:
         self.sampling = Sampling.of([Request([], 1)] * B, self.device)
         self.kind = "greedy"
         self.extras: Any = None  # processors.Extras, once a request has one of EXTRAS
-        self.known: Sequence[Tensor] = ()  # Drawn.logprobs and Drawn.likeliest
-        self.running: dict[int, Request] = {}  # by the row; whose next tokens somebody wants
+        self.known: Sequence[Tensor] = ()  # Drawn.logprobs and Drawn.likeliest of a step
+        self.running: dict[int, Request] = {}  # by the row: requests that want further tokens
         self.finish_reasons: dict[int, str] = {}  # how the requests of a run ended
         # by step_key: where prepared steps put what they draw, and their graphs
         self.prepared: dict[Any, Drawn] = {}
@@ -356,7 +363,7 @@ class Decoder:
 
     @on_its_device
     def step(self) -> Drawn:
-        """Launch one step of all rows: forward, sample, advance."""
+        """Launch one step of all rows: decode, draw, move on."""
         if self.compiled and self.device.type == "cuda":
             self.prepare()
             if self.step_key in self.graphs:
@@ -373,21 +380,20 @@ class Decoder:
         return Drawn(tokens, None, *self.known)
 
     def draw(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
-        """Tokens [B, T] of rows for logits [B, T, V], `ahead` of their last ones and on."""
+        """Draw tokens [B, T] for logits [B, T, V]; the first stand `ahead` places after the rows'
+        last tokens."""
         if self.kind == "greedy":
             return logits.argmax(-1)
         B, T, V = logits.shape
         offsets = torch.arange(ahead, ahead + T, dtype=torch.int32, device=logits.device)
         position = self.input_pos[rows, None] + offsets  # (B, T)
-        sampling = self.sampling.rows(rows)
-        if T > 1:
-            sampling = Sampling(*(setting.repeat_interleave(T, 0) for setting in sampling))
+        sampling = self.sampling.rows(rows, T)
         tokens = self.sample(logits.view(B * T, V), sampling, self.kind, position.flatten())
         return tokens.view(B, T)
 
     def move(self, rows: slice, last: Tensor, n: Tensor) -> None:
-        """The rows' last tokens are these now, n positions on. n is 0 for rows without a request:
-        they stay where they are, and what a step writes there is nobody's."""
+        """Make `last` the rows' last tokens, n places further. n is 0 for rows without a request:
+        they stay where they are, and what a step writes there is never read."""
         self.token[rows] = last
         self.input_pos[rows].add_(n).clamp_(max=self.cache.max_seq_len - 1)
 
@@ -399,11 +405,11 @@ class Decoder:
 
     @property
     def step_key(self) -> Any:
-        """What steps differ in: one graph is captured for each."""
+        """What tells kinds of steps apart: each has a graph of its own."""
         return self.kind, self.extras and self.extras.key
 
     def prepare(self) -> float:
-        """Prepare the step that is next, if it is compiled and was not -> seconds it took."""
+        """Compile and capture the next kind of step, unless that was done -> seconds it took."""
         if not self.compiled or self.step_key in self.prepared:
             return 0.0
         return self.try_step()
@@ -411,7 +417,7 @@ class Decoder:
     @on_its_device
     def try_step(self) -> float:
         """Compile a step by running it, and capture it on CUDA -> seconds it took. Rows keep their
-        state: a trial writes into the cache where the next step does."""
+        state: a trial writes into the cache only where the next step will write anyway."""
         began = time.perf_counter()
         state = self.token, self.input_pos, self.active
         before = [tensor.clone() for tensor in state]
@@ -441,15 +447,15 @@ class Decoder:
         return graph
 
     def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
-        """Put the prompts of neighbouring rows into the cache, a chunk before each yield, and draw
-        their first tokens. done: tokens of each prompt that are there. Steps of other rows write in
-        these too: where the next chunk will."""
+        """Read the prompts of neighbouring rows into the cache, yielding after each chunk but the
+        last, and draw their first tokens. done: tokens of each prompt that are there. Steps of
+        other rows in between write into these rows too: where the next chunk will."""
         cached = requests[0].cached
         if cached:
             self.cache.refuse_lost(rows, cached)
         cpu = torch.device("cpu")  # whatever the default is
         new = Sampling.of(requests, cpu)
-        if any(request.seed is None for request in requests):  # keys are drawn, by each rank others
+        if any(request.seed is None for request in requests):  # all ranks take one rank's keys
             new = new._replace(key=new.key.new_tensor(self.model.broadcast(new.key.tolist())))
         prompts = [torch.tensor(each.prompt, dtype=torch.int64, device=cpu) for each in requests]
         tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)  # (n, width)
@@ -463,7 +469,7 @@ class Decoder:
             part = tokens[:, done:done + max(1, self.chunk() // len(requests))]  # (n, T)
             last = (lengths - 1 - done).clamp(-1, part.shape[1] - 1)
             logits = self.read_part(part, rows, cached + done, last)  # (n, V)
-            # what counts is the chunk in which a prompt ends
+            # a prompt's logits come from the chunk in which it ends
             ends = logits if ends is None else torch.where((lengths > done)[:, None], logits, ends)
             done += part.shape[1]
             self.input_pos[rows] = cached + lengths.clamp(max=done).int()
@@ -483,7 +489,7 @@ class Decoder:
         """Put tokens [n, T] behind the first `cached` ones of rows -> logits [n, V] of the last."""
         pos = torch.full_like(last, cached, dtype=torch.int32)
         where = dict(rows=rows, cached=cached, last=last)
-        if self.extras is not None and self.extras.echo:
+        if self.extras is not None and self.extras.echo:  # which wants logits of all tokens
             x = self.model.prefill(tokens, pos, self.cache, hidden=True, **where)  # (n, T, dim)
             return self.extras.note_prompts(tokens, x, last)
         return self.model.prefill(tokens, pos, self.cache, **where)[:, 0]
@@ -497,13 +503,13 @@ class Decoder:
         return PREFILL_CHUNK
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, list[int]]]:
-        """Requests, each in the row of its number -> (that number, new tokens of it), as they come;
-        finish_reasons has then how each ended. ValueError if one has no room for a token, or its
-        cached ones are lost; RuntimeError if another run has begun meanwhile."""
+        """Decode requests, number i in row i -> (i, its new tokens), as they come; finish_reasons
+        has then how each ended. ValueError if one has no room for a token, or the cache has lost
+        its cached tokens; RuntimeError if another run has begun meanwhile."""
         requests = list(requests)
         budgets = [self.budget(request) for request in requests]
         self.model.check_cache(len(requests), self.cache)  # a row for each
-        if len({request.cached for request in requests}) > 1:
+        if len({request.cached for request in requests}) != 1:
             raise ValueError("a Decoder's requests have the same number of tokens cached")
         me = self.start(requests)
         self.prepare()
@@ -522,6 +528,8 @@ class Decoder:
             tokens = pending.popleft()()
             n = n_launched - len(pending)  # of each request's tokens this is the n-th
             for row, request in list(self.running.items()):
+                if row not in self.running:  # its caller has ended it meanwhile
+                    continue
                 self.cache.cached[row] = request.cached + len(request.prompt) + n - 1
                 reason = request.ends_with(tokens[row], n, budgets[row])
                 if reason is not None:
@@ -531,7 +539,7 @@ class Decoder:
                     raise RuntimeError("another run of this decoder has begun")
 
     def end(self, number: int, reason: str = "stop") -> None:
-        """A request of this run goes no further, as its caller may want."""
+        """Stop a request of this run; a caller may do that at any time."""
         if self.running.pop(number, None) is not None:
             self.finish_reasons[number] = reason
             self.active[number] = 0
@@ -540,7 +548,7 @@ class Decoder:
         return request.budget(self.model.config.vocab_size, self.context)
 
     def start(self, requests: Sequence[Request]) -> object:
-        """Give up what the rows did, for these requests -> whose run that is now."""
+        """Take the rows for these requests, whatever they did -> what stands for this run."""
         cached = self.cache.cached
         if len(requests) > len(cached):  # a request's row may be any
             cached = [min(cached)] * len(requests)
@@ -550,10 +558,11 @@ class Decoder:
         self.running.clear()
         self.finish_reasons.clear()
         self.active.zero_()
-        # what is cached is not written over by rows without a request, nor by a trial
+        # rows without a request, and trials, write after what is cached
         self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
-        self.kind = kind_of(requests)  # for all that will come: a compiled step is prepared before
-        wanted = any(getattr(each, name) not in (None, ()) for each in requests for name in EXTRAS)
+        self.kind = kind_of(requests)  # of all of them: a step is compiled before the first begins
+        given = [getattr(request, name) for request in requests for name in EXTRAS]
+        wanted = any(value not in (None, (), []) for value in given)
         if wanted or self.extras is not None:
             self.extras = self.extras or extension("processors").Extras(self)
             self.extras.start(requests)
@@ -561,7 +570,8 @@ class Decoder:
         return self.owner
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
-        """Tensors of 4-byte numbers behind those of 8, in one copy that a GPU's host outruns."""
+        """Copy tensors in one transfer, which a GPU's host need not wait for. Those of 8-byte
+        numbers come first, so that all are aligned."""
         flat = torch.cat([x.flatten().view(torch.int32) for x in tensors])
         flat = flat.pin_memory() if self.device.type == "cuda" else flat
         parts = flat.to(self.device, non_blocking=True).split([x.nbytes // 4 for x in tensors])
@@ -569,7 +579,7 @@ class Decoder:
 
     @on_its_device
     def to_host(self, tensor: Tensor) -> Callable[[], list[int]]:
-        """Send tokens [B, 1] on their way -> what waits for them."""
+        """Start copying tokens [B, 1] to the host -> a function that waits for them."""
         if self.device.type != "cuda":
             tokens = tensor[:, 0].tolist()
             return lambda: tokens
@@ -585,20 +595,21 @@ def compile_model(model: Transformer, prefill: bool = False) -> None:
     Hooks are compiled in: after adding one, call this again, and make decoders anew."""
     options = {}
     if model.device.type == "cuda":
-        # the last two make q, k and v of their product in one launch and not up to three
+        # the last two: one launch, and not up to three, cuts q, k and v out of their product
         wanted = "coordinate_descent_tuning", "combo_kernels", "combo_kernels_pointwise_only"
         options = dict.fromkeys(wanted, True) | model.compile_options
         model.decode_head = compiled_whole(run_head, options=options)
     else:
-        torch._dynamo.config.capture_scalar_outputs = True  # lengths as symbols
+        torch._dynamo.config.capture_scalar_outputs = True  # a length's item() is a symbol
+    model.compiled = True
     model.decode_block = compiled_whole(run_block, options=options)
     if prefill:
         model.prefill_block = compiled_whole(run_block, dynamic=True, options=options)
 
 
 def compiled_whole(function: Callable, **settings: Any) -> Callable:
-    """In one graph, but for every window and every shape of cache that it meets, of any model:
-    hence a limit and a cache of its own, as before torch 2.13 each code object has one."""
+    """torch.compile in one graph, but anew for each window and each shape of a cache: hence a limit
+    and compiled code of its own. Before torch 2.13 a code object has these, so it is copied."""
     settings = dict(dynamic=False, fullgraph=True) | settings
     if "isolate_recompiles" in signature(torch.compile).parameters:
         return torch.compile(function, isolate_recompiles=True, recompile_limit=64, **settings)
@@ -611,7 +622,7 @@ def compiled_whole(function: Callable, **settings: Any) -> Callable:
 
 class Filter(NamedTuple):
     """Which tokens may be drawn: a function of probabilities [N, n], likeliest first in each row,
-    and the rows' setting [N, 1], that gives them with zeros for what is dropped."""
+    and the rows' setting [N, 1], which returns them with zeros for the tokens that it drops."""
 
     keep: Callable[[Tensor, Tensor], Tensor]
     off: float  # the setting with which nothing is dropped
@@ -623,7 +634,7 @@ def keep_top_k(probs: Tensor, k: Tensor) -> Tensor:
 
 
 def keep_top_p(probs: Tensor, p: Tensor) -> Tensor:
-    """The fewest tokens that reach p of what is left, to a millionth: sums are no more exact."""
+    """The fewest tokens with a share p of what is left, to a millionth: sums are rounded."""
     likelier = probs.cumsum(-1) - probs  # the mass of likelier tokens
     enough = p * (1 - 1e-6) * probs.sum(-1, keepdim=True)
     return probs.masked_fill((likelier >= enough) & (p < 1), 0)
@@ -644,15 +655,15 @@ def filter_probs(probs: Tensor, sampling: Sampling, n: int) -> tuple[Tensor, Ten
 
 
 FILTER_PROBS = filter_probs  # another one in its place is called by all kinds of steps
-# One after the other. The setting is a Request's of the same name, None: off. A filter whose name
-# is no setting is on for every row that samples, and is given `off`.
+# Applied in this order. The setting is the Request's field of that name, None: off. A filter
+# without such a field is on for every row that samples, and called with its `off`.
 FILTERS = {
     "top_k": Filter(keep_top_k, float("inf")),
     "top_p": Filter(keep_top_p, 1.0),
     "min_p": Filter(keep_min_p, 0.0),
 }
-LEAST_TEMPERATURE = 1e-5  # what is below is greedy: logits over it would leave float32
-CANDIDATES = 256  # tokens that are left for sampling when every row has a top_k up to that
+LEAST_TEMPERATURE = 1e-5  # below it rows are greedy: logits divided by less may overflow
+CANDIDATES = 256  # where each row has a top_k up to this, only that many tokens are sorted
 
 
 class Sampling(NamedTuple):
@@ -660,7 +671,7 @@ class Sampling(NamedTuple):
 
     temperature: Tensor  # float32; 0: greedy
     filters: Tensor  # float32 [B, number of FILTERS]: their settings
-    key: Tensor  # int32 [B, 2], made from the seed: which random numbers are the request's
+    key: Tensor  # int32 [B, 2], from the seed: it selects the request's random numbers
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> Sampling:
@@ -671,18 +682,20 @@ class Sampling(NamedTuple):
             torch.tensor([key_of(r.seed) for r in requests], dtype=torch.int32, device=device),
         )
 
-    def rows(self, rows: slice) -> Sampling:
-        return Sampling(*(setting[rows] for setting in self))
+    def rows(self, rows: slice, T: int = 1) -> Sampling:
+        """Of some rows, each T times: views where T is 1."""
+        each = (x[rows].unsqueeze(1).expand(-1, T, *x.shape[1:]) for x in self)
+        return Sampling(*(x.flatten(0, 1) for x in each))
 
 
 def settings_of(request: Request, table: dict[str, Any]) -> list[float]:
-    """What a request sets of a table as FILTERS; what changes nothing where it sets none."""
+    """A request's settings for a table such as FILTERS; `off` where it has none."""
     given = [getattr(request, name, None) for name in table]
     return [each.off if value is None else value for each, value in zip(table.values(), given)]
 
 
 def key_of(seed: int | None) -> tuple[int, int]:
-    """Two int32 numbers from a seed, None: a new one, so that neighbouring seeds share nothing."""
+    """Two int32 numbers from a seed, None: a new one. Those of neighbouring seeds are unrelated."""
     seed = random.getrandbits(64) if seed is None else seed
     return struct.unpack("<ii", hashlib.blake2b(str(seed).encode(), digest_size=8).digest())
 
@@ -692,7 +705,7 @@ def kind_of(requests: Iterable[Request]) -> str:
     "plain" from all tokens, "top_k" from CANDIDATES, "filtered" from the sorted vocabulary."""
     if filter_probs is not FILTER_PROBS:
         return "filtered"  # for greedy rows too: it may drop the likeliest token
-    sampled = [request for request in requests if request.temperature > 0]
+    sampled = [request for request in requests if request.temperature >= LEAST_TEMPERATURE]
     if not sampled:
         return "greedy"
     if all(request.top_k is not None and request.top_k <= CANDIDATES for request in sampled):
@@ -730,11 +743,11 @@ def noise(key: Tensor, position: Tensor, ids: Tensor) -> Tensor:
     Each is a hash of its key, position and token alone (counter-based random numbers: Salmon et
     al., Random123, SC 2011), so that a request draws the same in any row, batch or order of steps.
     Each half of the key has a round of its own: with one, keys that differ in a few bits would give
-    the same numbers to such tokens."""
+    equal numbers to tokens that differ in the same bits."""
     stream = scramble(key + position[:, None])  # (N, 2)
     bits = scramble(ids.int() ^ stream[:, :1])  # (N, n)
     bits = scramble(bits + stream[:, 1:])
-    # the middles of 2^31 steps from 0 to 1; float32 is finest near 0, where winners come from
+    # the middles of 2^31 steps from 0 to 1; small ones win, and float32 is finest near 0
     uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
     uniform.clamp_(max=1 - 2.0**-24)  # the largest float32 below 1, to which others round
     return uniform.neg_().log1p_().neg_()
@@ -759,18 +772,10 @@ class Tokenizer:
 
     backend: Any
     vocab_size: int
-    special: dict[str, int]  # the control tokens
+    special: dict[str, int]  # control tokens, by their text
     bos_id: int | None  # put before a text by encode(bos=True), None where the model takes none
     eos_ids: set[int]
     chat_template: str | None = None
-
-    @classmethod
-    def from_model(cls, file: Path) -> Tokenizer:
-        backend = SentencePieceProcessor(model_file=str(file))
-        size = backend.get_piece_size()
-        special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
-        bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
-        return cls(backend, size, special, bos_id, set())
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """The ids of a text. Special tokens written in it are plain text."""
@@ -778,17 +783,17 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens left out, and those of a model that has more tokens than
-        its tokenizer."""
+        """The text of ids, without control tokens and those that a model has beyond its
+        tokenizer."""
         control = set(self.special.values())
         return self.backend.decode([i for i in ids if i not in control and i < self.vocab_size])
 
-    def check_fit(self, known: int) -> None:
-        """ValueError if a text may have tokens beyond the `known` ones of a model. Control tokens
-        are none of those, such as [PAD] or one for images: no text gives them."""
-        n = self.vocab_size - sum(i >= known for i in set(self.special.values()))
-        if n > known:
-            raise ValueError(f"the tokenizer has {n} tokens but the model only {known}")
+    def check_fit(self, n_tokens: int) -> None:
+        """ValueError if encode may give ids that a model of n_tokens lacks. Control tokens may lie
+        beyond, such as [PAD] or one for images: no text gives them."""
+        n = self.vocab_size - sum(i >= n_tokens for i in set(self.special.values()))
+        if n > n_tokens:
+            raise ValueError(f"the tokenizer has {n} tokens but the model only {n_tokens}")
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
@@ -799,19 +804,21 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     formats = extension("formats", required=path is None or not os.path.exists(file))
     if formats is not None:
         return formats.load_tokenizer(path)
-    tokenizer = Tokenizer.from_model(file)
+    backend = SentencePieceProcessor(model_file=str(file))
+    size, bos_id, eos_ids = backend.get_piece_size(), backend.bos_id(), set()
+    special = {backend.id_to_piece(i): i for i in range(size) if backend.is_control(i)}
     for settings in folder.glob("*config.json"):
         ends = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-        tokenizer.eos_ids |= set(ends if isinstance(ends, list) else [ends]) - {None}
-    return tokenizer
+        eos_ids |= set(ends if isinstance(ends, list) else [ends]) - {None}
+    return Tokenizer(backend, size, special, bos_id if bos_id >= 0 else None, eos_ids)
 
 
 class Printer:
-    """Prints the text of tokens as they come behind a prompt, whole characters only."""
+    """Prints an answer's text as its tokens come, whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
         self.tokenizer = tokenizer
-        self.times: list[float] = []  # when they came
+        self.times: list[float] = []  # when it was called
         self.ids = prompt[-8:]  # so that a leading space is right
         self.shown = tokenizer.decode(self.ids)
 
@@ -847,8 +854,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = None) -> None:
-    """The flags of a run; cli/ has more. add: argparse's add_argument. number: what makes a setting
-    of RANGES of a flag's text."""
+    """The flags of a run; cli/ has more. add: argparse's add_argument. number(name) -> argparse's
+    type of a setting of RANGES."""
     number = number or (lambda name: RANGES[name].kind)
     add("--checkpoint_path", metavar="PATH",
         help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
@@ -884,7 +891,7 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
     else:
         ids = tokenizer.encode(QUESTION if args.prompt is None else args.prompt)
     compiled = prepare_steps(model, args.compile)
-    fit_cache(model, [Request(ids, args.max_new_tokens)], 0, compiled)
+    fit_cache(model, [Request(ids, args.max_new_tokens)], 0)
     decoder = Decoder(model, compiled=compiled)
     ready(decoder)
     compile_s = decoder.prepare()
@@ -911,8 +918,8 @@ def run(args: argparse.Namespace, ready: Callable[[Decoder], None] = lambda _: N
 def prepare_steps(
     model: Transformer, wanted: bool | None, n_rows: int = 1, prefill: bool = False
 ) -> bool:
-    """Compile a model as --compile wants, None: on CUDA -> whether it is. On a CPU, steps of one
-    row come from libraries that are kept for later runs, which take them unless wanted is False."""
+    """Compile a model if wanted (None: on CUDA) -> whether it is compiled. On a CPU, steps of one
+    row are compiled into libraries that are kept, and used by later runs unless wanted is False."""
     compiled = model.device.type == "cuda" if wanted is None else wanted
     if compiled:
         compile_model(model, prefill)
@@ -924,7 +931,7 @@ def prepare_steps(
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print on stderr: stdout is for what the model says. Nobody has to listen."""
+    """Print on stderr: stdout is for what the model says. A closed stderr is no error."""
     with suppress(OSError):
         print(text.translate(HARMLESS), end=end, file=sys.stderr, flush=True)
 

@@ -160,7 +160,7 @@ def flash_decode_unchecked(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_decode for a caller who has checked: the model's own cache. What flash_decode would
     refuse is not noticed here."""
-    # on a CPU the dispatcher costs as much as a quarter of a short call; torch.compile needs it
+    # torch.compile needs the dispatcher, which costs a quarter of a short call on a CPU
     run = torch.ops.gpt_flash.flash_decode
     if not isinstance(cache_seqlens, Tensor):  # the length of all rows, in a graph a symbol
         run = _attend_live
@@ -394,7 +394,7 @@ CHANGING = ["B", "S", "n_split", "n_fill", "min_tiles", *STRIDES]
 
 @jit
 def _of_row(x, mine):
-    """What a vector over all rows has for the row that is mine, or for those together."""
+    """The sum of a vector over those rows where `mine` is true."""
     return tl.sum(tl.where(mine, x, 0))
 
 
@@ -423,8 +423,8 @@ def _cut_rows(seqlens_ptr, B, S, n_split, n_fill, min_tiles, NEW: tl.constexpr, 
 
 @jit
 def _my_chunk(lens, first, tiles, chunks, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which row, pair and chunk this program has of what _cut_rows says, how many chunks there are,
-    the row's live length, and the tokens where the chunk starts and ends."""
+    """This program's row, pair and chunk, as _cut_rows cuts them; the row's number of chunks and
+    live length; and the tokens at which the chunk starts and ends."""
     pid = tl.program_id(0)
     # programs are handed out row by row, pair by pair, chunk by chunk
     ends = tl.cumsum(chunks * PAIRS)
@@ -849,7 +849,7 @@ MIN_CHUNK = 256  # tokens: starting a program and summing what it leaves must be
 
 def _split(n_pairs: int, n_programs: int, BLOCK_N: int) -> dict[str, int]:
     """How the tokens of so many pairs of a row and a KV head are cut, in tiles of BLOCK_N tokens:
-    into n_split chunks, none below min_tiles unless that leaves SMs idle, n_fill of them."""
+    into n_split chunks, none below min_tiles unless there were fewer than n_fill, and SMs idle."""
     n_split = n_programs - n_pairs  # as many chunks as run at once
     min_chunk = MIN_CHUNK
     if n_pairs > n_programs // 2:
@@ -887,9 +887,9 @@ def _launch(kernel: Any, grid: int, arguments: dict[str, Any], **changes: Tensor
     return kernel, grid, arguments
 
 
-_unused: dict[torch.device, Tensor] = {}  # zeros that nobody counts in yet
-_slabs: list[Tensor] = []  # all such that were ever made, for a graph keeps nothing alive
-_of_streams: dict[tuple, Tensor] = {}  # those that a stream's launches count in
+_unused: dict[torch.device, Tensor] = {}  # counters, all zero, that no stream or graph has yet
+_slabs: list[Tensor] = []  # all tensors of counters: a graph would not keep its own alive
+_of_streams: dict[tuple, Tensor] = {}  # the counters of each stream
 SLAB = 2 ** 18  # 1 MB: for 256 captures of 32 layers with up to 32 pairs each
 
 

@@ -34,17 +34,18 @@ MAX_DECODE_TOKENS = 16  # queries per row that one decode attention call takes
 
 
 def extension(name: str, required: bool = True) -> ModuleType | None:
-    """A folder that the core runs without, or a module of one; None, or ValueError where it is
-    required, if this copy of gpt-flash has none. All calls:
+    """Import a folder that the core runs without, or a module of one. A copy of gpt-flash that does
+    not have it gets None, or ValueError if it is required. All calls:
 
-    families        a model_type or kind of rope that has no row here (entry); windows (windows_of)
+    families        a model_type or kind of rope without a row here (entry), windows (windows_of,
+                    setup_caches)
     formats         other files (open_checkpoint), load_tokenizer, adapters (load_model)
     cpu, products   what a device multiplies faster with (use_products)
     cpu.ahead       steps of a CPU that were compiled before (generate.prepare_steps)
     calibration     rounding by a text (load_model)
-    batching        more prompts than rows, and proposals (decoder_for)
+    batching        several prompts, proposals, statistics, log probabilities (decoder_for)
     processors      what changes logits, and log probabilities (Decoder.start)
-    cli             what a terminal wants beyond gpt-fast's flags (generate.main)"""
+    cli             what a terminal wants beyond gpt-fast's flags (where generate begins, main)"""
     folder = name.partition(".")[0]
     if (Path(__file__).parent / folder / "__init__.py").exists():
         return importlib.import_module(name)
@@ -58,7 +59,7 @@ def extension(name: str, required: bool = True) -> ModuleType | None:
 class Transformer(nn.Module):
     """A decoder. Prefill and decode are two methods; forward picks one by the number of tokens."""
 
-    n_texts = 0  # that prefill and forward have begun, of all models: cpu/ahead.py asks
+    n_texts = 0  # calls of prefill and forward, over all models: cpu/ahead.py looks if it grew
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -70,12 +71,13 @@ class Transformer(nn.Module):
         self.norm = family.norm(config.dim, config.norm_eps)
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.cache: KVCache | None = None
-        # compile_model puts compiled ones here
+        # what follows is changed by compile_model
+        self.compiled = False
         self.decode_block: BlockForward = run_block
         self.prefill_block: BlockForward = run_block
         self.decode_head: Callable[[Transformer, Tensor], Tensor] = run_head
-        self.compiled_lengths = {1}  # tokens a row of the decode steps that take these
-        self.compile_options: dict[str, Any] = {}  # of Inductor, beside compile_model's
+        self.compiled_lengths = {1}  # with how many tokens a row decode takes these
+        self.compile_options: dict[str, Any] = {}  # for Inductor, beside compile_model's
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, input_pos: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -100,9 +102,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Any number of tokens of the given rows of the cache, by default the first ones.
 
-        cached: the input_pos of all rows, if the caller knows it: reading it waits for the device.
-        last [B]: which of the T is each row's last token, what follows is padding, and only its
-        logits are wanted, [B, 1, vocab_size]; -1: it has none. hidden: what the head is given."""
+        cached: what every row's input_pos is, if the caller knows: reading it waits for the device.
+        last [B]: the index of each row's last token, after which comes padding (-1: all is), and
+        whose logits alone are returned, [B, 1, vocab_size]. hidden: return the head's input."""
         Transformer.n_texts += 1
         quantization.pack_again()
         B, T = tokens.shape
@@ -113,11 +115,11 @@ class Transformer(nn.Module):
             lengths = input_pos.tolist()
             cached = max(lengths)
             cache.refuse_lost(rows, input_pos)
-        cache.refuse_overflow(cached, T)
+        cache.refuse_overflow(lengths, T)
         cache.note_written(rows, input_pos, T if last is None else last + 1)
         positions = self.positions(input_pos, T, cache, cached, last, min(lengths) == cached)
         x = self.run_layers(self.prefill_block, tokens, positions, cache.layers(rows))
-        cache.cached[rows] = [length + T for length in lengths]
+        cache.cached[rows] = [n + T if last is None else n for n in lengths]  # or the caller knows
         if last is not None and not hidden:
             x = x[torch.arange(B, device=x.device), last][:, None]  # (B, 1, dim)
         return x if hidden else self.head(x)
@@ -131,13 +133,13 @@ class Transformer(nn.Module):
         sliding window has passed, as far as the host can see."""
         if tokens.shape[1] > MAX_DECODE_TOKENS:
             return self.prefill(tokens, input_pos, cache)
-        Transformer.n_texts += 1  # or it is a step of one, which costs a look
+        Transformer.n_texts += 1  # whether a text begins with these tokens is not known
         quantization.pack_again()
         B, T = tokens.shape
         cache = self.check_cache(B, cache)
-        cached = [cache.max_seq_len] * B  # a GPU does not say, so that the caller is believed
+        cached = [cache.max_seq_len] * B  # reading a GPU would wait: any length is believed then
         if tokens.device.type == "cpu":
-            cache.refuse_overflow(int(input_pos.max()), T)
+            cache.refuse_overflow(input_pos.tolist(), T)
             cache.refuse_lost(slice(0, B), input_pos)
             cached = (input_pos + T).tolist()
         logits = self.decode(tokens, input_pos, cache)
@@ -165,8 +167,9 @@ class Transformer(nn.Module):
         self, input_pos: Tensor, T: int, cache: KVCache, cached: int | None = None,
         last: Tensor | None = None, even: bool = False, turned: Tensor | None = None,
     ) -> list[Positions]:
-        """For each layer, where T tokens stand behind input_pos; cached: None for decode. last: see
-        prefill; even: see Positions. turned [B, T]: other positions, for the rotary embedding."""
+        """Each layer's Positions of T tokens behind input_pos. cached: the largest input_pos, None
+        for decode. last: see prefill; even: see Positions. turned [B, T]: other positions, for the
+        rotary embedding alone."""
         index = input_pos.long()[:, None]  # (B, 1)
         if T > 1:
             index = index + torch.arange(T, device=index.device)  # (B, T)
@@ -183,7 +186,7 @@ class Transformer(nn.Module):
         return [of_rope[rope] for rope in self.config.ropes]
 
     def broadcast(self, value: Any) -> Any:
-        """What the first of several processes says that have a part of the model each."""
+        """The value; where ranks share a model, parallel/ has the first rank's in its place."""
         return value
 
     @property
@@ -209,10 +212,10 @@ class Transformer(nn.Module):
         self, max_batch_size: int, max_seq_len: int, kv_dtype: torch.dtype | None = None,
         attention: str = "auto", rings: bool = True,
     ) -> KVCache:
-        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own, or one that
-        FORMATS has, such as torch.int8. attention: "flash", "math" or "auto", decode's path.
-        rings: layers with a sliding window keep it and MAX_DECODE_TOKENS more, over which a row can
-        go back; False: all tokens."""
+        """Allocate a cache, kept as model.cache. kv_dtype: None for the model's own, a
+        floating-point one, or one that FORMATS has, such as torch.int8. attention: "flash", "math"
+        or "auto", decode's path. rings: layers with a sliding window keep as many tokens and
+        MAX_DECODE_TOKENS more, by which a row can go back; False: they keep all."""
         self.cache = None  # the old one goes before the new one comes
         config = self.config
         make_cache = KVCache
@@ -262,7 +265,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the cache; query, key and value projections are one product."""
 
-    may_shift_scores = True  # softmax does not notice where all scores of a query shift alike
+    may_shift_scores = True  # a number added to all scores of a query would change nothing
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -310,8 +313,8 @@ class Attention(nn.Module):
     def attend_to(
         self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions, key_pos: Tensor
     ) -> Tensor:
-        """attend in PyTorch, where flash_decode does not: keys and values [B, Hkv, S, D] stand at
-        positions key_pos [B or 1, S]."""
+        """attend in PyTorch, for prefill or attention="math": keys and values [B, Hkv, S, D] stand
+        at positions key_pos [B or 1, S]."""
         attention, options = math_attention, self.options()
         if positions.prefill:
             attention = prefill_operator if torch.compiler.is_compiling() else prefill_attention
@@ -319,7 +322,7 @@ class Attention(nn.Module):
         return attention(q, keys, values, positions.index, key_pos, **options)
 
     def options(self) -> dict[str, Any]:
-        """How scores become weights: what flash_decode takes by name."""
+        """How scores become weights: arguments of flash_decode by name."""
         return {"scale": self.softmax_scale, "window": self.window}
 
 
@@ -344,9 +347,9 @@ class MLP(nn.Module):
 # --- attention in PyTorch ---
 
 
-QUERY_TILE = 512  # queries that attend together: their keys end with the last of them
-CPU_TILE = 32  # the same of a CPU, which sums other numbers of queries or keys in other orders
-MAX_SCORES = 2**27  # that they may have: 537 MB in float32
+QUERY_TILE = 512  # queries of a tile at most; its keys end with its last query
+CPU_TILE = 32  # queries of every tile on a CPU, which sums other numbers in other orders
+MAX_SCORES = 2**27  # scores of a tile at most: 537 MB in float32
 
 
 def prefill_attention(
@@ -354,15 +357,16 @@ def prefill_attention(
     scale: float | None = None, window: int | None = None, in_order: bool = False,
 ) -> Tensor:
     """Causal attention of q [B, Hq, T, D], at positions index [B, T], to keys and values
-    [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. No query sees beyond the key
-    as far from the last one as it is from the last query; in_order: all see so far, by window.
+    [B, Hkv, S, D] at positions key_pos [B or 1, S] -> [B, Hq, T, D]. Query t of T sees no key after
+    the one at S - T + t; in_order: it sees all up to that one, within the window.
 
-    PyTorch's flash kernels take that. Elsewhere a mask is needed, with which a GPU wants as many
-    key as query heads (ATen's sdp_utils.cpp): so it is folded, and in tiles. cuDNN, first in
-    PyTorch's order on an H100, takes some 30 ms of the host for each new pair of lengths."""
+    PyTorch's flash kernels take what is in order. Elsewhere a mask is needed, with which a GPU
+    wants as many key as query heads (ATen's sdp_utils.cpp): so query heads are folded into queries,
+    and in tiles. cuDNN, first in PyTorch's order on an H100, takes some 30 ms of the host for each
+    new pair of lengths."""
     if window is not None and window >= keys.shape[2]:
         window = None
-    whole = window is None and q.shape[2] == keys.shape[2]  # all that AMD's takes
+    whole = window is None and q.shape[2] == keys.shape[2]  # all that AMD's kernel takes
     suits = in_order and not q.is_cpu and (whole or torch.version.hip is None)
     parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
     if suits and torch.backends.cuda.can_use_flash_attention(parameters):
@@ -383,8 +387,8 @@ def in_tiles(
     attention: Callable[..., Tensor], q: Tensor, keys: Tensor, values: Tensor, index: Tensor,
     key_pos: Tensor, **options: Any,
 ) -> Tensor:
-    """Causal attention, as in prefill_attention, of some queries at a time: on a CPU always of as
-    many, of which the last see nothing, so that what one gets depends on none behind it."""
+    """Causal attention, as in prefill_attention, a tile of queries at a time. On a CPU all tiles
+    have one size, padded with queries that see nothing: what one gets depends on none behind it."""
     B, Hq, n, D = q.shape
     tile = min(QUERY_TILE, max(1, MAX_SCORES // (B * Hq * (keys.shape[2] + CPU_TILE))))
     if q.is_cpu:
@@ -422,7 +426,7 @@ def math_attention(
     q: Tensor, keys: Tensor, values: Tensor, index: Tensor, key_pos: Tensor, *,
     scale: float | None, window: int | None,
 ) -> Tensor:
-    """prefill_attention in plain operators, which make all scores, for keys in any order."""
+    """prefill_attention in plain operators: all scores at once, for keys in any order."""
     seen = visible(index, key_pos, window)  # (B, 1, T, S)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, keys, values, seen, scale=scale, enable_gqa=True)
@@ -453,21 +457,21 @@ def fake_prefill_attention(q: Tensor, *_: Any, **options: Any) -> Tensor:
 
 
 class Positions(NamedTuple):
-    """Where the new tokens of each row stand, and whether a prompt is read or a step is made."""
+    """Where the new tokens of each row stand, and whether this is prefill or decode."""
 
     input_pos: Tensor  # [B] int32: tokens of each row that are cached already
     index: Tensor  # [B, T] int64: the position of each new token
-    prefill: bool  # decode has no length on the host
+    prefill: bool  # False: decode, where the host knows no lengths
     cached: int  # prefill: the largest input_pos
-    even: bool = False  # prefill: that is every row's
+    even: bool = False  # prefill: whether that is every row's
     cos: Tensor | None = None  # [B, T, 1, D] float32, or None in a layer without rope
     sin: Tensor | None = None  # the same of its sine
-    last: Tensor | None = None  # [B] int64: of each row's last token; None: no row has padding
-    of_layer: Tensor | None = None  # [B, T, ...]: what else a layer is given of each token
+    last: Tensor | None = None  # [B] int64: each row's last token; None: no row has padding
+    of_layer: Tensor | None = None  # [B, T, ...]: further inputs of a layer, of Gemma 4's
 
 
 class Places:
-    """Where the tokens of a row lie that has S places: position p at place p."""
+    """At which of a row's S places which position lies: here position p at place p."""
 
     ring = False
 
@@ -485,7 +489,7 @@ class Places:
         attend to, [B, Hkv, S, D] each, and at which positions these stand, [B or 1, S]; positions
         that no new token sees may be among them."""
         cache.write(k, v, positions.index)
-        # which needs nothing of a cache that holds them as they are
+        # nothing is cached before, and the cache would give back the same numbers
         if positions.prefill and positions.cached == 0 and cache.kv.dtype == k.dtype:
             return k, v, positions.index
         # decode does not know the lengths: it reads everything
@@ -495,7 +499,7 @@ class Places:
 
 
 class LayerCache:
-    """The keys and values of one layer for some rows, in floating point as they come.
+    """The keys and values of one layer for some rows, in a floating-point dtype.
 
     kv [2, B, Hkv, S, D] is one tensor, since torch.compile would copy two inputs that share memory.
     Another format is a subclass in FORMATS: pack and unpack are enough, flash_decode is faster."""
@@ -516,7 +520,7 @@ class LayerCache:
         return type(self)([tensor[:, rows] for tensor in self.tensors], self.places, self.flash)
 
     def live(self, row: int, length: int) -> list[Tensor]:
-        """What a row of that many tokens has and a step reads: parts of the tensors."""
+        """Views of what a step reads of a row with that many tokens."""
         return [tensor[:, row, :, :length] for tensor in self.tensors]
 
     def pack(self, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -529,7 +533,7 @@ class LayerCache:
 
     def write(self, k: Tensor, v: Tensor, place: Tensor) -> None:
         """Put k, v [B, Hkv, T, D] to the places [B, T] of their rows."""
-        row = row_numbers(place)
+        row = torch.arange(len(place), device=place.device)[:, None]  # (B, 1)
         for tensor, new in zip(self.tensors, self.pack(k, v)):
             tensor[:, row, :, place] = new.movedim((1, 3), (0, 1))  # (B, T, 2, Hkv, ...)
 
@@ -540,18 +544,18 @@ class LayerCache:
     def flash_decode(
         self, q: Tensor, k: Tensor | None, v: Tensor | None, input_pos: Tensor, **options: Any
     ) -> Tensor:
-        """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], None: they are there,
-        and attend."""
-        if self.kv.dtype != q.dtype and "k_scale" not in options:  # the kernel does not know it
+        """kernels.flash_decode: append k, v [B, Hkv, T, D] at input_pos [B], and attend. k None:
+        they are there already."""
+        if self.kv.dtype != q.dtype and "k_scale" not in options:  # which the kernel cannot read
             return self.decode_unpacked(q, k, v, input_pos, options)
         symbols = torch.compiler.is_compiling() and torch._dynamo.config.capture_scalar_outputs
         one_row = q.is_cpu and len(q) * q.shape[2] == 1
         if symbols and one_row and all(options[key] is None for key in options if key != "scale"):
-            # our operator would be Python in a graph, and take as long as these
+            # our operator would call Python from the graph, which takes as long as these
             n = input_pos.item()
             torch._check(n >= 0)
             if k is not None:
-                self.write(k, v, input_pos.long()[:, None])  # both at once: compiled, in place
+                self.write(k, v, input_pos.long()[:, None])  # one write, compiled in place
             k, v, input_pos = None, None, n + 1
         elif k is None:
             input_pos = input_pos + q.shape[2]
@@ -563,7 +567,7 @@ class LayerCache:
     def decode_unpacked(
         self, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        """The same over unpacked keys and values, on a CPU those of live tokens only."""
+        """flash_decode of keys and values that are unpacked first, on a CPU only the live ones."""
         if k is not None:
             new = torch.arange(k.shape[2], device=q.device)
             self.write(k, v, self.places.of(input_pos.long()[:, None] + new))
@@ -588,7 +592,7 @@ class Int8LayerCache(LayerCache):
     @classmethod
     def allocate(cls, shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> list[Tensor]:
         *heads, S, D = shape
-        # torch.compile copies an input that does not start at 16 bytes, to and back, each step
+        # torch.compile copies an input, twice a step, whose address is no multiple of 16 bytes
         aligned = 4 * math.ceil(S / 4)
         scale = torch.zeros(*heads, aligned, device=device)[..., :S]
         k_mean = torch.zeros(heads[-1], 1, D, device=device)
@@ -616,22 +620,19 @@ class Int8LayerCache(LayerCache):
         return None if k is None else (k - self.k_mean).to(k.dtype)
 
 
-# the format of a cache by its dtype, of all others LayerCache
+# the class of a cache's layers by its dtype; for any other floating-point one LayerCache
 FORMATS: dict[torch.dtype, type[LayerCache]] = {torch.int8: Int8LayerCache}
-
-
-def row_numbers(index: Tensor) -> Tensor:
-    return torch.arange(len(index), device=index.device)[:, None]  # (B, 1)
 
 
 class KVCache:
     """Keys and values of all layers, each in a static allocation of its own.
 
     attention: how decode attends: "flash", "math" or "auto". whole: the cache of each layer for all
-    rows. cached: tokens of each row, as far as the host knows. makers: what makes each layer's, on
-    meta too, to count bytes. ValueError if the device has not the memory."""
+    rows. cached: tokens of each row, as far as the host knows. makers: a function for each layer
+    that makes its cache, at first on meta, to count bytes. ValueError if the device has not the
+    memory."""
 
-    windows: tuple[int | None, ...] | None = None  # that decide what is kept: families/rings.py
+    windows: tuple[int | None, ...] | None = None  # of layers kept as rings: families/rings.py
 
     def __init__(
         self, n_layer: int, n_kv_head: int, head_dim: int, max_batch_size: int, max_seq_len: int, *,
@@ -646,10 +647,9 @@ class KVCache:
         self.max_seq_len = max_seq_len
         self.dtype = dtype
         self.device = torch.device(device)
-        use_products(self.device)
         self.attention = choose_attention(attention, self.device, max_seq_len, head_dim)
         self.cached = [0] * max_batch_size
-        self.grows = False  # made to fit one call of generate, which may make a larger one
+        self.grows = False  # made by generate to fit one call: it may make a larger one
         makers = makers or [partial(KVCache.make_layer, heads=(n_kv_head, head_dim))] * n_layer
         self.nbytes = self.make_layers(makers, "meta")
         require_memory(
@@ -661,7 +661,7 @@ class KVCache:
         self.rope_tables: dict[Rope, Tensor] = {}  # for max_seq_len positions; graphs read them
 
     def make_layers(self, makers: Sequence[MakeLayer], device: Device) -> int:
-        """-> bytes. A maker may look at the layers before its own, in self.whole, and give one."""
+        """Make self.whole -> its bytes. A maker may return a layer that was made before its own."""
         self.whole: list[LayerCache] = []
         for make, places in zip(makers, self.places(len(makers)), strict=True):
             self.whole.append(make(self, places, device))
@@ -688,15 +688,16 @@ class KVCache:
         return self.views[key]
 
     def note_written(self, rows: slice, input_pos: Tensor, n: Tensor | int) -> None:
-        """Rows are given n tokens, [B] or as many for each, behind input_pos [B]."""
+        """Rows get n tokens, a number or [B], behind their first input_pos [B]: rings ask."""
 
     def refuse_lost(self, rows: slice, cached: Tensor | int) -> None:
-        """ValueError unless rows still have all that tokens behind their first `cached` ones see,
-        an int or [B]: this cache keeps all tokens."""
+        """ValueError where tokens behind the first `cached` ones of a row, a number or [B], would
+        see some that the cache has lost: never here, where all are kept."""
 
-    def refuse_overflow(self, cached: int, new: int) -> None:
-        if cached < 0 or cached + new > self.max_seq_len:
-            tokens = f"{cached} cached and {new} new tokens"
+    def refuse_overflow(self, cached: Sequence[int], new: int) -> None:
+        """ValueError unless each row has room for new tokens behind its cached ones."""
+        if min(cached) < 0 or max(cached) + new > self.max_seq_len:
+            tokens = f"{max(cached)} cached and {new} new tokens"
             raise ValueError(f"{tokens} exceed the cache of {self.max_seq_len}")
 
 
@@ -705,14 +706,14 @@ def choose_attention(attention: str, device: torch.device, max_seq_len: int, hea
     if attention not in ("auto", "flash", "math"):
         raise ValueError(f"no attention {attention!r}; there are auto, flash and math")
     on_cpu = device.type == "cpu"
-    taken = on_cpu or head_dim % 8 == 0 and head_dim <= 256  # by the kernel
-    if attention == "flash" and not taken:
+    fits = on_cpu or head_dim % 8 == 0 and head_dim <= 256  # the kernel
+    if attention == "flash" and not fits:
         raise ValueError(f"no kernel takes heads of {head_dim} values; give --attention math")
-    if attention != "auto":
-        return attention
-    # a guess, not measured on a GPU: math is plain PyTorch, but reads all the room each step
-    math_pays = max_seq_len <= 1024 or triton is None or not taken
-    return "math" if math_pays and not on_cpu else "flash"
+    if attention == "auto":
+        # a guess, not measured on a GPU: math is plain PyTorch, but reads all the room each step
+        math_pays = not on_cpu and (max_seq_len <= 1024 or triton is None or not fits)
+        attention = "math" if math_pays else "flash"
+    return attention
 
 
 def require_memory(nbytes: float, device: Device, what: str, advice: str) -> None:
@@ -742,15 +743,12 @@ class Rope:
 
     @property
     def original_context(self) -> int:
-        """How long texts were before their positions were scaled."""
+        """The context before positions were scaled."""
         trained = positive(self.hf, "max_position_embeddings", 2048)
         return positive(self.hf, "original_max_position_embeddings", trained)
 
 
-Frequencies = tuple[Tensor, float]  # [D/2], and the factor on cos and sin
-
-
-def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
+def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:
     """What is kept of a frequency depends on its turns over the original context."""
     low = positive(rope.hf, "low_freq_factor", kind=float)
     high = positive(rope.hf, "high_freq_factor", kind=float)
@@ -759,20 +757,21 @@ def llama3_rope(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> Frequencies:
 
 
 def scaled(rope: Rope, inv_freq: Tensor, kept: Tensor | float) -> Tensor:
-    """A share of each frequency is kept, and the rest divided by a factor, or one for each."""
+    """`kept` of each frequency stays, the rest is divided by a factor, or by one of its own."""
     factors = rope.hf.get("factors") or positive(rope.hf, "factor", kind=float)
     return inv_freq * (kept + (1 - kept) / torch.tensor(factors, dtype=torch.float64, device="cpu"))
 
 
-# by the rope_type of config.json: from (rope, unscaled frequencies, room for a text)
-ROPES: dict[str, Callable[[Rope, Tensor, int], Frequencies]] = {
+# by the rope_type of config.json: f(rope, frequencies [D/2], max_seq_len) -> these scaled, and a
+# factor on cos and sin
+ROPES: dict[str, Callable[[Rope, Tensor, int], tuple[Tensor, float]]] = {
     "default": lambda rope, inv_freq, max_seq_len: (inv_freq, 1.0),
     "linear": lambda rope, inv_freq, max_seq_len: (scaled(rope, inv_freq, 0.0), 1.0),
     "llama3": llama3_rope,
 }
 
 
-def rope_frequencies(rope: Rope, max_seq_len: int) -> Frequencies:
+def rope_frequencies(rope: Rope, max_seq_len: int) -> tuple[Tensor, float]:
     half = rope.dim // 2
     inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     inv_freq, factor = ROPES[rope.kind](rope, inv_freq, max_seq_len)
@@ -892,8 +891,8 @@ class ModelConfig:
         for key, value in (settings | family.fields).items():
             settings[key] = value(hf) if callable(value) else value
         ropes = set(settings["ropes"]) - {None}
-        if len(ropes) == 1:  # layers of another kind may have been scaled for the whole context
-            [rope] = ropes  # some files do not say in max_position_embeddings how long texts may be
+        if len(ropes) == 1:  # some files give the context before scaling; where layers differ, none
+            [rope] = ropes
             scaled_context = int(rope.original_context * positive(rope.hf, "factor", 1.0, float))
             settings["max_seq_len"] = max(settings["max_seq_len"], scaled_context)
         config = cls(**settings)
@@ -914,7 +913,7 @@ class ModelConfig:
 
 
 def windows_of(hf: dict) -> tuple[int | None, ...]:
-    """Per layer, how many tokens a query sees: all of them here; families/ knows windows."""
+    """How many tokens each layer's queries see: all (None) here; families/ knows windows."""
     n_layer = positive(hf, "num_hidden_layers")
     has_windows = hf.get("sliding_window") and hf.get("use_sliding_window", True)
     if has_windows or hf.get("layer_types") not in (None, ["full_attention"] * n_layer):
@@ -939,24 +938,24 @@ def is_number(value: Any, kind: type = float) -> bool:
 
 @dataclass(frozen=True)
 class Family:
-    """What a family of models is, where that is not what a Llama is."""
+    """How a family of models differs from Llama."""
 
     defaults: dict[str, Any] = field(default_factory=dict)  # of config.json's keys; see OPTIONAL
-    # of ModelConfig, whatever config.json says: values, or functions of its entries
+    # fields of ModelConfig, whatever config.json says: values, or functions of its entries
     fields: dict[str, Any] = field(default_factory=dict)
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
     attention: type[nn.Module] = Attention  # called with (config, layer), as the next two
     mlp: Callable[[ModelConfig, int], nn.Module] = MLP
     block: type[nn.Module] = Block
     model: type[Transformer] = Transformer  # called with (config)
-    # what checkpoints call our modules, where that differs: a tuple, of several that ours joins
+    # names of our modules in checkpoints, where they differ; several: ours is these, joined
     stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    # what changes a tensor that was read, if it is to be: (config, our parameter's name)
+    # of (config, our parameter's name) -> a function for the tensor that was read, or None
     convert: Callable[[ModelConfig, str], Callable[[Tensor], Tensor] | None] = lambda *_: None
     gguf: dict[str, Any] | None = None  # what formats/architectures.py is to know of GGUF files
 
 
-# Settings that the classes of some families read. Files keep those of others: one counts where the
+# Settings that only some families read. Files may have those of others: one counts only where the
 # family has a default for it.
 OPTIONAL = {
     "attention_bias", "mlp_bias", "hidden_activation", "sliding_window", "use_sliding_window",
@@ -968,7 +967,7 @@ LLAMA = dict(attention_bias=False, mlp_bias=False, max_position_embeddings=2048)
 MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768, use_sliding_window=False,
              sliding_window=4096, max_window_layers=28, layer_types=None)
-NO_WINDOW = {"sliding_window": None}  # the default above is one that most files do not use
+NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
 # By the model_type of config.json; families/ has the others.
 FAMILIES: dict[str, Family] = {
     "llama": Family(LLAMA, gguf=dict(name="llama", interleaved=True)),
@@ -1016,8 +1015,8 @@ def load_model(
     the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
     groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
     the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
-    weights before they are quantized. calibrate: ids of a text by which "int8" and "int4" round
-    better. ValueError says what is wrong."""
+    weights before they are quantized. calibrate: token ids of a text on which "int8" and "int4" are
+    calibrated. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
     if adapter is not None:
@@ -1030,7 +1029,7 @@ def load_model(
 
 
 def check_target(device: Device, dtype: torch.dtype | None, quantize: str | None) -> None:
-    """ValueError for what no model can be."""
+    """ValueError for a device that does not work, and for an unknown dtype or quantize."""
     try:
         torch.empty(1, device=device).tolist()
     except Exception as e:  # of many kinds, from PyTorch and from what it would import
@@ -1049,16 +1048,22 @@ def use_products(device: torch.device) -> None:
         extension(folder, required=False)
 
 
+HEAD = "lm_head.weight"  # the embedding's, where a model is tied
+
+
 def fill_model(
     model: Transformer, checkpoint: Checkpoint, device: Device,
     dtype: torch.dtype | None, quantize: str | None, group_size: int, by_text: Any = None,
 ) -> Transformer:
     """Read a model on meta onto a device, layer by layer, and quantize what is to be. by_text: a
-    Calibration, which lets a text pass each block while it is dense."""
+    Calibration, which runs its text through each block before that is quantized."""
     model.to(dtype or checkpoint.default_dtype(quantize, torch.device(device))).eval()
     fill_layers = checkpoint.put_layers(model, quantize, device)
-    stored = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    nbytes = stored * {"int8": 0.5, "int4": 0.3}.get(quantize, 1)
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    each = {"int8": 1, "int4": 0.6}.get(quantize)  # bytes of a weight, with its share of a scale
+    if model.config.tied and each is None:
+        tensors.pop(HEAD, None)
+    nbytes = sum(x.numel() * (each or x.itemsize) for x in tensors.values())
     advice = "take a smaller model, or --quantize"
     require_memory(nbytes, device, f"loading {checkpoint.path}", advice)
     fill_layers()
@@ -1071,11 +1076,11 @@ def fill_model(
             if not x.is_meta and not checkpoint.has(model, f"{prefix}.{key}", x):
                 here = x.device.type == torch.device(device).type
                 tensor = x if here else x.to(device)  # a value of its own
-            elif model.config.tied and isinstance(module, Linear) and prefix == "lm_head":
+            elif model.config.tied and isinstance(module, Linear) and f"{prefix}.{key}" == HEAD:
                 module.shared, tensor = True, model.embed_tokens.weight
             else:
                 tensor = checkpoint.parameter(model, f"{prefix}.{key}", x, device)
-            if isinstance(x, nn.Parameter) and not getattr(module, "shared", False):
+            if isinstance(x, nn.Parameter) and not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(module, key, tensor)
         if by_text is not None and by_text.takes(prefix, module):
@@ -1091,7 +1096,7 @@ def fill_model(
     return model
 
 
-# our products, and the layers of Hugging Face that they do at once
+# our joined products, and the layers of Hugging Face that each consists of
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -1132,8 +1137,8 @@ class Checkpoint:
     path: Path
     config: dict  # as in Hugging Face's config.json
     tensors: dict[str, Any] = field(repr=False)  # by the file's own names
-    put_layer = staticmethod(quantization.put_layer)  # which puts an empty one into a model
-    cut = staticmethod(lambda name, tensors, shape: tensors)  # parallel/ keeps a part of them
+    put_layer = staticmethod(quantization.put_layer)  # puts an empty quantized one into a model
+    cut = staticmethod(lambda name, tensors, shape: tensors)  # parallel/ has one that cuts
 
     @classmethod
     def from_folder(cls, folder: Path) -> Checkpoint:
@@ -1149,7 +1154,7 @@ class Checkpoint:
         return cls(folder, config, tensors)
 
     def empty_model(self) -> Transformer:
-        """On meta. The configuration comes before: torch.arange there loads torch.compile."""
+        """The model on meta. Not so its configuration: torch.arange there loads torch.compile."""
         config = ModelConfig.from_hf(self.config)
         with torch.device("meta"):
             return FAMILIES[config.family].model(config)
@@ -1160,7 +1165,8 @@ class Checkpoint:
     def put_layers(
         self, model: Transformer, quantize: str | None, device: Device
     ) -> Callable[[], None]:
-        """Put empty layers where the file has integers -> what fills those that lack them yet."""
+        """Put empty layers where the file has integers -> a function that fills those of them which
+        are not read by name."""
         if quantized_layout(model, self.config, self.put_layer) and quantize in MODES:
             raise ValueError(f"{self.path} is quantized already; leave out --quantize {quantize}")
         return lambda: None
@@ -1185,7 +1191,7 @@ class Checkpoint:
         convert = FAMILIES[model.config.family].convert(model.config, name)
         if convert is not None and "gpt_flash" not in self.config:
             tensor = convert(tensor)
-        storage = tensor.untyped_storage()  # perhaps that of more, or of a mapped file
+        storage = tensor.untyped_storage()  # which may hold other tensors, or be a mapped file
         owned = storage.resizable() and storage.nbytes() == tensor.nbytes
         return tensor.to(device, x.dtype, copy=not owned).detach()
 
@@ -1208,16 +1214,17 @@ class Checkpoint:
 def open_checkpoint(path: str | Path | None, device: Device = "cpu") -> Checkpoint:
     """A checkpoint of any form. ValueError says what is missing or cannot be read."""
     folder = Path(path or "")
-    plain = os.path.exists(folder / "config.json") and any(folder.glob("model*.safetensors"))
+    here = path is not None and os.path.exists(folder / "config.json")
+    plain = here and any(folder.glob("model*.safetensors"))
     formats = extension("formats", required=not plain)
     return formats.open_checkpoint(path, device) if formats else Checkpoint.from_folder(folder)
 
 
 def first_line(e: BaseException) -> str:
     """What an exception says, in one line of at most 400 characters."""
-    lines = str(e).strip().splitlines() or [type(e).__name__]
+    line, *_ = str(e).strip().splitlines() or [type(e).__name__]
     if isinstance(e, KeyError):
-        return f"there is no {lines[0][:400]}"
-    if isinstance(e, (AttributeError, IndexError, TypeError)):
-        return f"{type(e).__name__}: {lines[0]}"[:400]
-    return lines[0][:400]
+        line = f"there is no {line}"
+    elif isinstance(e, (AttributeError, IndexError, TypeError)):
+        line = f"{type(e).__name__}: {line}"
+    return line[:400]

@@ -1,8 +1,8 @@
 """int8 and int4 weights: layers that decode with them, rounding, and saving them.
 
-A layer keeps plain tensors, which any device can multiply with: Int8Linear is the whole idea. Where
-a device has an operator that reads the weights as they are, or in an order of its own, a Layout
-does: cpu/ and products/ have them, and put them into LAYOUTS."""
+A layer keeps tensors that any device can multiply with: Int8Linear is the whole idea. Where a
+device has a faster operator, a Layout multiplies, and may keep the tensors in an order of its own:
+cpu/ and products/ put theirs into LAYOUTS."""
 from __future__ import annotations
 
 import fcntl
@@ -27,7 +27,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 CHUNK_ROWS = 512  # rows of a weight that are converted at a time: what a CPU's cache holds
-BLOCK = 128  # tokens of a prompt for which a CPU dequantizes an int4 weight
+BLOCK = 128  # tokens of a prompt that a CPU multiplies with one dequantized int4 weight
 SCALES = torch.bfloat16
 BF16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -40,9 +40,9 @@ class Packable(nn.Module):
     mode = "float"
     layout: Layout | None = None  # None: PyTorch multiplies with the tensors as they are
     order: Any = None  # of a CPU's layout: cpu/packed.py
-    shared = False  # whether the embedding has the weight too
-    # of rows that lie on several ranks: what makes the largest values of the parts those of the
-    # whole rows, so that a part gets the integers that it has in the whole
+    shared = False  # whether the weight is the embedding's too
+    # where ranks have parts of each row: largest values of the part -> those of the whole rows, so
+    # that the part gets the integers that it has in the whole
     over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def pack(self) -> Packable:
@@ -61,8 +61,8 @@ class QuantizedLinear(Packable):
     the weight by slices of rows.
 
     A step's x goes to the operator of the layer's layout, in bfloat16 (rounding it is a fifth of
-    int8's own error). Many tokens, as in prefill, pay for dequantizing the weight once. Which of
-    them do is the layout's choice: of int4 on a CPU, whatever other rows there are."""
+    int8's own error). Many tokens, as in prefill, pay for dequantizing the weight once. From how
+    many on is the layout's choice; for int4 on a CPU it does not depend on other rows."""
 
     group_size: int | None
     error = 0.0  # relative, of the weight that quantize_linear has quantized
@@ -74,14 +74,14 @@ class QuantizedLinear(Packable):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        T = x.shape[-2] if x.dim() > 2 else 1  # of a token alone, as those of an expert
+        T = x.shape[-2] if x.dim() > 2 else 1  # experts give single tokens
         rows = x.reshape(-1, self.in_features)
-        many = T  # of them, which are not for the layout's product
+        whole = T  # leading tokens that a dequantized weight multiplies
         if self.layout is not None:
-            many = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
-        if 0 < many < T:
-            return torch.cat([self.forward(part) for part in x.split([many, T - many], -2)], -2)
-        if many == 0:
+            whole = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
+        if 0 < whole < T:
+            return torch.cat([self.forward(part) for part in x.split([whole, T - whole], -2)], -2)
+        if whole == 0:
             y = self.layout.product(self, rows.bfloat16())
         else:
             dtype = many_rows_dtype(x.device)
@@ -231,7 +231,7 @@ class Layout(Protocol):
         """Some rows as they were before, as Int4Linear.plain says."""
 
     few_rows: int  # the most rows of x for which product was measured faster than dequantizing
-    block: int  # of more rows, whole blocks of so many tokens of a text are not for product
+    block: int  # where there are more, whole blocks of so many tokens are for the dequantized one
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [rows, in_features] times the weight -> [rows, out_features]."""
@@ -239,11 +239,12 @@ class Layout(Protocol):
 
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
 LAYOUTS: dict[tuple[str, str], Layout] = {}
-# layers that are plain since somebody looked at them, until the next text begins
+# layers that somebody has looked at: their tensors are as they were, until the next text begins
 PLAIN: WeakSet[nn.Module] = WeakSet()
 
 
 def pack_again() -> None:
+    """A text begins: bring the layers of PLAIN into their layouts."""
     for layer in list(PLAIN):
         layer.layout.pack(layer)
 
@@ -391,7 +392,7 @@ def calibrate_k_mean(model: nn.Module, cache: Any) -> None:
 
 
 def save_quantized(model: nn.Module, folder: str | Path) -> None:
-    """Write a quantized model as a new_folder that load_model opens on any device."""
+    """Write a quantized model into a new folder that load_model opens on any device."""
     with new_folder(folder) as new:
         write_quantized(model, new)
 
@@ -463,9 +464,9 @@ def cache_folder() -> Path:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which appears at that path at the end, but not by an exception. What
-    cannot be there is refused at the beginning. ValueError: the path exists, and is no empty folder
-    that one could replace. OSError: no folder can be made there."""
+    """A hidden folder to write into, which is moved to that path at the end, but not after an
+    exception. A path where it could not be is refused at the beginning. ValueError: there is more
+    than an empty folder, or it is in use. OSError: no folder can be made there."""
     folder = Path(os.path.realpath(path))  # a link to it stays
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; remove it or choose another folder")

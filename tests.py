@@ -6,7 +6,6 @@ Without a GPU the Triton kernels run in Triton's interpreter; with one the tests
 import checks  # before Triton is imported: it says whether Triton interprets
 
 import ast
-import copy
 import dataclasses
 import json
 import os
@@ -22,16 +21,15 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from batching import Engine
 from checks.common import CHECKPOINTS, CPU_ENV, DEVICES, HERE, PROMPTS
-from checks.common import close, hf_folder, hf_logits
+from checks.common import close, hf_folder, hf_logits, positions, random_tokens
 from generate import FILTERS, Decoder, Filter, Request, Sampling, Tokenizer
 from generate import compile_model, generate, kind_of, sample
 from kernels import flash_decode_reference
-from model import FAMILIES, Block, KVCache, LayerCache, Transformer, load_model
+from model import FAMILIES, Block, KVCache, Transformer, load_model
 
 pytest_plugins = ["checks.fixtures"]  # see checks/conftest.py
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
@@ -81,16 +79,6 @@ def test_greedy_equals_transformers(checkpoint: Checkpoint, name: str) -> None:
     for prompt, new in zip(prompts, generate(model, prompts, 20)):
         want = hf.generate(torch.tensor([prompt]), min_new_tokens=20, **settings)
         assert new == want[0, len(prompt):].tolist()
-
-
-def random_tokens(*shape: int) -> Tensor:
-    """Tokens of the random checkpoints' vocabulary, the same at every call."""
-    return torch.randint(131, shape, generator=torch.Generator().manual_seed(1))
-
-
-def positions(*depths: int, device: str = "cpu") -> Tensor:
-    """input_pos: how many tokens each row has cached."""
-    return torch.tensor(depths, dtype=torch.int32, device=device)
 
 
 def loaded(checkpoint: Checkpoint, name: str = "llama") -> Transformer:
@@ -149,28 +137,6 @@ def test_a_cache_needs_no_model() -> None:
         assert torch.equal(whole.kv[:, 1:3], torch.stack((keys, values)))
 
 
-@pytest.mark.parametrize("max_seq_len", [1, 3, 2047, 2048])
-@pytest.mark.parametrize("rows, n_kv_head, head_dim", [(1, 1, 8), (1, 3, 64), (3, 5, 24)])
-def test_every_layer_of_an_int8_cache_is_aligned(
-    rows: int, n_kv_head: int, head_dim: int, max_seq_len: int
-) -> None:
-    """torch.compile copies inputs that do not start at 16 bytes. No layers share memory: a view
-    into a common storage would be written to in another layer."""
-    cache = KVCache(3, n_kv_head, head_dim, rows, max_seq_len, dtype=torch.int8)
-    for layer in cache.layers(slice(0, rows)):
-        assert layer.kv.data_ptr() % 16 == 0
-        assert layer.scale.data_ptr() % 16 == 0
-        assert layer.scale.shape == (2, rows, n_kv_head, max_seq_len)
-        layer.scale += 1
-    assert all((layer.scale == 1).all() for layer in cache.whole)
-    storages = {}
-    for layer in cache.whole:
-        for tensor in (layer.kv, layer.scale, layer.k_mean):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    assert len(storages) == 9
-    assert cache.nbytes == sum(storages.values())
-
-
 def test_two_caches_in_turn(checkpoint: Checkpoint) -> None:
     """model(..., cache) reads and writes the cache that it is given, and no other."""
     folder, hf = checkpoint("llama")
@@ -183,82 +149,6 @@ def test_two_caches_in_turn(checkpoint: Checkpoint) -> None:
         for tokens, cache in texts:
             close(model(tokens[:, i:i + 1], positions(i), cache), hf_logits(hf, tokens)[:, i:i + 1])
 
-
-def test_prefill_of_some_rows(checkpoint: Checkpoint) -> None:
-    """rows: the others keep what they hold; last: the logits of one token of each row."""
-    folder, hf = checkpoint("mistral")
-    model = load_model(folder, dtype=torch.float32)
-    model.setup_caches(3, 32)
-    tokens = random_tokens(3, 30)
-    expected = hf_logits(hf, tokens)  # (B, T, vocab)
-    model.prefill(tokens, positions(0, 0, 0))
-    layers = model.cache.layers(slice(0, 1))
-    kept = [layer.kv.clone() for layer in layers]
-    swapped = tokens[[2, 1]]  # rows 1 and 2 get the tokens of rows 2 and 1
-    model.prefill(swapped[:, :20], positions(0, 0), rows=slice(1, 3), cached=0)
-    last = torch.tensor([9, 4])
-    got = model.prefill(swapped[:, 20:], positions(20, 20), rows=slice(1, 3), cached=20, last=last)
-    close(got, torch.stack([expected[2, 29:30], expected[1, 24:25]]))
-    assert all(torch.equal(layer.kv, before) for layer, before in zip(layers, kept, strict=True))
-
-
-def test_a_copy_of_a_model_has_its_own_attention(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = loaded(checkpoint)
-    model.setup_caches(1, 32, attention="flash")
-    other = copy.copy(model)
-    other.setup_caches(1, 32, attention="math")
-    assert (model.cache.attention, other.cache.attention) == ("flash", "math")
-    calls = []
-    flash_decode = LayerCache.flash_decode
-
-    def counted(*args: object, **options: object) -> Tensor:
-        calls.append(1)
-        return flash_decode(*args, **options)
-
-    monkeypatch.setattr(LayerCache, "flash_decode", counted)
-    other(random_tokens(1, 1), positions(0))
-    assert len(calls) == 0
-    model(random_tokens(1, 1), positions(0))
-    assert len(calls) == model.config.n_layer
-
-
-def test_a_larger_cache_keeps_its_kind(checkpoint: Checkpoint) -> None:
-    model = loaded(checkpoint)
-    model.setup_caches(1, 64, torch.int8, attention="math")
-    generate(model, PROMPTS[:2], 4)
-    cache = model.cache
-    assert cache.max_batch_size >= 2 and cache.max_seq_len >= 64
-    assert (cache.dtype, cache.attention) == (torch.int8, "math")
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_the_old_cache_goes_before_the_new_one_comes(
-    checkpoint: Checkpoint, compiled: bool, monkeypatch: pytest.MonkeyPatch, no_inductor: None
-) -> None:
-    model = loaded(checkpoint)
-    if compiled:
-        compile_model(model)
-    memory = [weak(model.setup_caches(1, 32))]
-    freed = []
-    allocate = KVCache.__init__
-
-    def watched(cache: KVCache, *args: object, **options: object) -> None:
-        freed.append(memory.pop().expired())
-        allocate(cache, *args, **options)
-        memory.append(weak(cache))
-
-    monkeypatch.setattr(KVCache, "__init__", watched)
-    model.setup_caches(1, 48)
-    generate(model, PROMPTS[:2], 8, compile=compiled)  # two rows: a larger one
-    generate(model, PROMPTS[:2], 40, compile=compiled)  # more tokens
-    generate(model, PROMPTS, 40, compile=compiled)  # more rows
-    assert len(freed) >= 3 and all(freed)
-
-
-def weak(cache: KVCache) -> StorageWeakRef:
-    return StorageWeakRef(cache.whole[0].kv.untyped_storage())
 
 # --- sampling ---
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -191,7 +192,9 @@ class Engine(PrefixSharer):
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
         window has passed; RuntimeError if another run of this engine has begun meanwhile."""
-        self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
+        # copies: what processors/ knows of a request goes by its id, and one may be given twice
+        own = [copy(request) for request in requests]
+        self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(own)]
         waiting = Waiting(self.wanted, take_number)
         me = self.start([running.request for running in self.wanted])
         self.refuse_lost_prefix(self.wanted)

@@ -33,7 +33,7 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     ids, of, tensors = read_row(file, model.device)
     if of != fingerprint(model):
         raise ValueError(f"{file} was written with another model, or with other settings of it")
-    cache.refuse_overflow(len(ids), 1)
+    cache.refuse_overflow([len(ids)], 1)
     for row in range(cache.max_batch_size):
         here = parts_of_row(cache, row, len(ids))
         kinds = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (here, tensors)]

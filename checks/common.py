@@ -245,6 +245,16 @@ def hf_logits(hf: transformers.PreTrainedModel, tokens: Tensor) -> Tensor:
         return hf(tokens).logits
 
 
+def random_tokens(*shape: int) -> Tensor:
+    """Tokens of the random checkpoints' vocabulary, the same at every call."""
+    return torch.randint(131, shape, generator=torch.Generator().manual_seed(1))
+
+
+def positions(*depths: int, device: str = "cpu") -> Tensor:
+    """input_pos: how many tokens each row has cached."""
+    return torch.tensor(depths, dtype=torch.int32, device=device)
+
+
 def close(a: Tensor, b: Tensor, tol: float = 2e-4) -> None:
     """Assert that a is b, but for tol of b's largest value, or of 1 if that is smaller."""
     assert a.shape == b.shape

@@ -103,7 +103,7 @@ def test_what_was_compiled_before_is_not_taken_for_what_is_compiled_anew(
     assert generate(model, PROMPTS[:1], 8, compile=True) == plain
     for block in model.layers:
         block.register_forward_hook(lambda block, inputs, output: inputs[0] - output)
-    hooked = generate(model, PROMPTS[:1], 8)
+    hooked = generate(model, PROMPTS[:1], 8, compile=False)
     assert hooked != plain
     compile_model(model)
     assert generate(model, PROMPTS[:1], 8, compile=True) == hooked
@@ -120,4 +120,16 @@ def test_generate_compiles_where_that_is_asked_and_does_not_where_it_is_not(
     assert made
     model.cache = None
     assert generate(model, PROMPTS, 6, compile=False)[0][:4] == eager[0]
+    assert graphs() == made
+
+
+def test_generate_leaves_a_model_compiled_that_is(
+    checkpoint: Checkpoint, dynamo: None, no_inductor: None
+) -> None:
+    """And then its steps have one shape: rows that end one by one compile nothing anew."""
+    model = loaded(checkpoint)
+    compile_model(model)
+    generate(model, PROMPTS[:3], 4)
+    made = graphs()
+    generate(model, PROMPTS[:3], 6, stream=lambda number, ids: False if number else None)
     assert graphs() == made

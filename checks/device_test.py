@@ -254,11 +254,13 @@ def test_compiled_steps_have_caches_of_few_sizes(tmp_path: Path) -> None:
     for compiled in sizes:
         for n in range(1, 60):
             model.cache = None
-            fit_cache(model, [Request([3] * n, 5)], 0, compiled)
+            model.compiled = compiled
+            fit_cache(model, [Request([3] * n, 5)], 0)
             sizes[compiled].add(model.cache.max_seq_len)
     assert sizes == {True: {8, 16, 32, 64}, False: set(range(6, 65))}
     model.setup_caches(1, 50)
-    fit_cache(model, [Request([3], 5)] * 2, 0, True)
+    model.compiled = True
+    fit_cache(model, [Request([3], 5)] * 2, 0)
     assert model.cache.max_seq_len == 50
 
 # --- what a device refuses ---

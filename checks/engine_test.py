@@ -333,6 +333,43 @@ def test_generate_with_an_engine(checkpoint: Checkpoint) -> None:
     assert again == sampled != expected
 
 
+def test_an_engine_of_another_model_is_refused(checkpoint: Checkpoint) -> None:
+    engine = engine_of(loaded(checkpoint, "mistral"), 2)
+    with pytest.raises(ValueError, match="the engine decodes with another model"):
+        generate(loaded(checkpoint), PROMPTS[:2], 4, engine=engine)
+
+
+def test_a_request_that_is_ended_gets_no_token_more(checkpoint: Checkpoint) -> None:
+    model = loaded(checkpoint)
+    model.setup_caches(2, 64)
+    decoder = Decoder(model)
+    got = {0: 0, 1: 0}
+    for number, tokens in decoder.run([Request(prompt, 4) for prompt in PROMPTS[:2]]):
+        got[number] += len(tokens)
+        decoder.end(1)
+    assert got == {0: 4, 1: 0} and decoder.finish_reasons == {0: "length", 1: "stop"}
+
+
+def test_empty_lists_ask_for_nothing(checkpoint: Checkpoint) -> None:
+    """No requests are refused by a Decoder, and no processors need no folder."""
+    model = loaded(checkpoint)
+    model.setup_caches(1, 64)
+    decoder = Decoder(model)
+    with pytest.raises(ValueError, match="requests"):
+        list(decoder.run([]))
+    generate(model, PROMPTS[:1], 2, processors=[], engine=decoder)
+    assert decoder.extras is None
+
+
+def test_one_request_given_twice_is_two(checkpoint: Checkpoint) -> None:
+    engine = engine_of(loaded(checkpoint), 2)
+    request = Request(PROMPTS[0], 3, logprobs=1, echo=True)
+    echoes = {}
+    for number, tokens in engine.run([request, request]):
+        echoes.setdefault(number, []).extend(getattr(tokens, "prompt_logprobs", []))
+    assert echoes[0] == echoes[1] and len(echoes[0]) == len(PROMPTS[0])
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Prompts are read 8 tokens at a time while others run."""

@@ -99,7 +99,7 @@ def for_all(args: Any, asked: Asked, tokenizer: Tokenizer | None) -> dict[str, A
         kind = "grammar" if args.json_schema is None else "json_schema"
         config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
         processors.append(Grammar(kind, asked.grammar, tokenizer, config.vocab_size))
-    return {"processors": processors, "echo": args.echo or None}
+    return {"processors": tuple(processors), "echo": args.echo or None}
 
 
 def say_run(args: Any, engine: Engine) -> None:
@@ -112,7 +112,7 @@ def say_run(args: Any, engine: Engine) -> None:
 
 
 def read_asked(args: Any) -> Asked:
-    """What the flags ask about. ValueError: a file of theirs cannot be read, or be written."""
+    """What the flags ask about. ValueError: a file of theirs cannot be read."""
     if args.draft_checkpoint_path is not None:
         resolve(args.draft_checkpoint_path)
     has_text = args.prompt is not None and not args.prompt.isdecimal()
@@ -126,18 +126,17 @@ def read_asked(args: Any) -> Asked:
 
 
 def load(
-    args: Any, ranks: Ranks, path: str | Path | None, quantize: str, calibrate: str | None = None
+    args: Any, ranks: Ranks, path: str | Path | None, quantize: str, calibrate: str | None = None,
+    adapter: str | None = None,
 ) -> Transformer:
-    """A model; args.dtype becomes the one that it has. calibrate: a file with a text. A draft
-    has neither that nor an adapter."""
+    """A model; args.dtype becomes the one that it has. calibrate: a file with a text."""
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     ids = None
     if calibrate is not None:
         ids = load_tokenizer(path).encode(read_text(f"@{calibrate}", "the text of --calibrate"))
     model = load_model(
         path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size,
-        adapter=args.adapter if path == args.checkpoint_path else None,
-        calibrate=ids,
+        adapter=adapter, calibrate=ids,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
@@ -145,7 +144,8 @@ def load(
 
 def load_fitting(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
     """The model. ValueError: its tokenizer does not fit, or --max_seq_len does not."""
-    model = load(args, ranks, args.checkpoint_path, args.quantize, args.calibrate)
+    given = args.quantize, args.calibrate, args.adapter
+    model = load(args, ranks, args.checkpoint_path, *given)
     if tokenizer is not None:
         tokenizer.check_fit(model.config.vocab_size)
     context = model.config.max_seq_len
@@ -293,7 +293,8 @@ def save(args: Any) -> None:
         with new_folder(args.save) as folder:  # what cannot be written shows before the long work
             save_tokenizer(args.checkpoint_path, folder)
             check_room(args, folder)
-            model = load(args, ALONE, args.checkpoint_path, args.quantize, args.calibrate)
+            given = args.quantize, args.calibrate, args.adapter
+            model = load(args, ALONE, args.checkpoint_path, *given)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

@@ -13,7 +13,6 @@ from families.experts import MoEConfig, mixture_of_experts
 from families.settings import layer_kinds, ropes_of
 from model import (
     Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, positive, rope_settings,
-    row_numbers,
 )
 from quantize import Linear
 
@@ -98,7 +97,8 @@ class ShortConvolution(nn.Module):
         first = positions.index[:, :1]
         index = first + torch.arange(1 - self.n_seen, 0, device=first.device)
         place = cache.places.of(index.clamp(min=0))
-        inputs = cache.kv[:, row_numbers(place), 0, place]  # (2, B, n_seen - 1, dim / 2)
+        row = torch.arange(len(place), device=place.device)[:, None]  # (B, 1)
+        inputs = cache.kv[:, row, 0, place]  # (2, B, n_seen - 1, dim / 2)
         return torch.cat(inputs.unbind(0), -1).masked_fill((index < 0)[..., None], 0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import MAX_DECODE_TOKENS, KVCache, LayerCache, Places, Positions, row_numbers
+from model import MAX_DECODE_TOKENS, KVCache, LayerCache, Places, Positions
 
 
 class Ring(Places):
@@ -59,7 +59,7 @@ class Ring(Places):
         """Put what counts of k, v [B, Hkv, T, D], at positions first to last [B, 1], into the
         ring: each place takes the last token that falls on it, or keeps its own."""
         token = self.newest(last) - first  # (B, S)
-        row = row_numbers(token)
+        row = torch.arange(len(token), device=token.device)[:, None]  # (B, 1)
         for tensor, new in zip(cache.tensors, cache.pack(k, v)):
             own = tensor.movedim((1, 3), (0, 1))  # (B, S, 2, Hkv, ...)
             taken = new[:, row, :, token.clamp(min=0)]  # the same
