@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cpu.packed import Order, can_pack, packed_of
 from quantize import (
-    BF16, BLOCK, CHUNK_ROWS, LAYOUTS, Int4Linear, Int8Linear, Linear, many_rows_dtype, pack_nibbles,
-    unpack_nibbles,
+    BF16, BLOCK, CHUNK_ROWS, LAYOUTS, Int4Linear, Int8Linear, Linear, QuantizedLinear,
+    many_rows_dtype, pack_nibbles, unpack_nibbles,
 )
 
 
@@ -27,7 +27,8 @@ class Int8OnCPU:
         return layer.in_features % 16 == 0  # the operator reads 16 inputs at a time, unasked
 
     def product(self, layer: Int8Linear, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, layer.weight, layer.scales)
+        y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), layer.weight, layer.scales)
+        return y if x.dtype == y.dtype else exact_likeliest(layer, x, y)
 
 
 class Int4OnCPU:
@@ -83,14 +84,28 @@ class Int4OnCPU:
         packed = packed_of(layer)
         if packed is None:
             return torch.cat([F.linear(x, weight) for weight in layer.dense(x.dtype)], -1)
-        if layer.nibbles == 2:
-            x = layer.for_nibbles(x)
+        inputs = layer.for_nibbles(x.bfloat16()) if layer.nibbles == 2 else x.bfloat16()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, packed["weight"], layer.group_size * layer.nibbles, packed["lines"]
+            inputs, packed["weight"], layer.group_size * layer.nibbles, packed["lines"]
         )
         if y.shape[1] > layer.out_features:  # rows that fill 64
             y = y[:, :layer.out_features].contiguous()
-        return y
+        return y if x.dtype == y.dtype else exact_likeliest(layer, x, y)
+
+
+def exact_likeliest(layer: QuantizedLinear, x: Tensor, y: Tensor) -> Tensor:
+    """Logits y [rows, N] that an operator gave in bfloat16 for x [rows, K] -> what they are in
+    float32: the likeliest 32 of each row to the last digit, and so in their order. The others move
+    by the mean of what these moved, which is most of what x lost."""
+    logits = y.float()
+    for x, y in zip(x.split(64), logits.split(64)):
+        ranked = y if layer.bias is None else y + layer.bias
+        likeliest = ranked.topk(min(32, y.shape[1])).indices  # (rows, 32)
+        weights = layer.values(likeliest.flatten(), torch.float32).view(*likeliest.shape, -1)
+        exact = weights.mul_(x[:, None]).sum(-1)  # of each row by itself
+        moved = exact - y.gather(1, likeliest)
+        y.add_(moved.mean(1, keepdim=True)).scatter_(1, likeliest, exact)
+    return logits
 
 
 class OneDNN:
