@@ -39,7 +39,7 @@ class Packable(nn.Module):
 
     mode = "float"
     layout: Layout | None = None  # None: PyTorch multiplies with the tensors as they are
-    order: Any = None  # of a CPU's layout: cpu/packed.py
+    order: Any = None  # of a CPU's layout: cpu/products.py
     shared = False  # whether the embedding has the weight too
     is_head = False  # whether it gives logits, which are float32's where x is
     # of rows that lie on several ranks: what makes the largest values of the parts those of the
