@@ -1093,6 +1093,7 @@ def fill_model(
     for module in model.modules():
         if hasattr(module, "stack"):  # of experts
             module.stack()
+    model.lm_head.is_head = True
     return model
 
 

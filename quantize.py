@@ -39,8 +39,9 @@ class Packable(nn.Module):
 
     mode = "float"
     layout: Layout | None = None  # None: PyTorch multiplies with the tensors as they are
-    order: Any = None  # of a CPU's layout: cpu/packed.py
+    order: Any = None  # of a CPU's layout: cpu/products.py
     shared = False  # whether the weight is the embedding's too
+    is_head = False  # whether it gives logits, which are float32's where x is
     # where ranks have parts of each row: largest values of the part -> those of the whole rows, so
     # that the part gets the integers that it has in the whole
     over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -57,8 +58,8 @@ class QuantizedLinear(Packable):
     """What quantized layers share. One starts out empty, with the shape and device of a Linear.
 
     A mode defines quantize(rows, w), which fills a slice of rows from float32 and returns the
-    values that they stand for now; stored(), the plain tensors that are saved; and dense(dtype),
-    the weight by slices of rows.
+    values that they stand for now; stored(), the plain tensors that are saved; and values(rows,
+    dtype), what a slice or an index of rows stands for.
 
     A step's x goes to the operator of the layer's layout, in bfloat16 (rounding it is a fifth of
     int8's own error). Many tokens, as in prefill, pay for dequantizing the weight once. From how
@@ -77,14 +78,17 @@ class QuantizedLinear(Packable):
         T = x.shape[-2] if x.dim() > 2 else 1  # experts give single tokens
         rows = x.reshape(-1, self.in_features)
         whole = T  # leading tokens that a dequantized weight multiplies
-        if self.layout is not None:
+        exact = self.is_head and x.dtype == torch.float32
+        if self.layout is not None and exact:
+            whole = T - T % BLOCK
+        elif self.layout is not None:
             whole = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
         if 0 < whole < T:
             return torch.cat([self.forward(part) for part in x.split([whole, T - whole], -2)], -2)
         if whole == 0:
-            y = self.layout.product(self, rows.bfloat16())
+            y = self.layout.product(self, rows if exact else rows.bfloat16())
         else:
-            dtype = many_rows_dtype(x.device)
+            dtype = x.dtype if exact else many_rows_dtype(x.device)
             rows = rows.to(dtype)
             y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -96,6 +100,11 @@ class QuantizedLinear(Packable):
         return super()._apply(
             lambda x: fn(x.view(torch.int16)).view(SCALES) if id(x) in scales else fn(x), recurse
         )
+
+    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The weight, by slices of rows."""
+        for rows in self.slices():
+            yield self.values(rows, dtype)
 
     def slices(self) -> Iterator[slice]:
         """All rows, on a CPU as many at a time as its cache holds: half the time of all at once."""
@@ -134,9 +143,8 @@ class Int8Linear(QuantizedLinear):
     def stored(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "scales": self.scales}
 
-    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        for rows in self.slices():
-            yield self.weight[rows].to(dtype) * self.scales[rows].to(dtype)[:, None]
+    def values(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        return self.weight[rows].to(dtype) * self.scales[rows].to(dtype)[:, None]
 
 
 class Int4Linear(QuantizedLinear):
@@ -197,12 +205,8 @@ class Int4Linear(QuantizedLinear):
         nibbles, scales, zeros = [torch.cat(part) for part in zip(*parts)]
         return {"weight": pack_nibbles(nibbles), "scales": scales, "zeros": zeros}
 
-    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        for rows in self.slices():
-            yield self.line(*self.plain(rows), dtype)
-
-    def line(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weights that some rows of plain() stand for."""
+    def values(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        nibbles, scales, zeros = self.plain(rows)
         return affine(nibbles, 8, scales, zeros, dtype)
 
 
@@ -234,7 +238,8 @@ class Layout(Protocol):
     block: int  # where there are more, whole blocks of so many tokens are for the dequantized one
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x [rows, in_features] times the weight -> [rows, out_features]."""
+        """x [rows, in_features] times the weight -> [rows, out_features]. x is bfloat16, or float32
+        for a layer that gives logits, of which a CPU's layouts give the likeliest in float32."""
 
 
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
@@ -252,9 +257,7 @@ def pack_again() -> None:
 def many_rows_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which many rows multiply fastest: bfloat16, by 2x, but on a CPU without
     instructions for it float32, by 3x."""
-    if BF16 or device.type != "cpu":
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if BF16 or device.type != "cpu" else torch.float32
 
 # --- quantizing ---
 
@@ -293,7 +296,7 @@ def quantize_linear(
     except ValueError as e:
         say_once(f"{e}: it keeps its precision")
         return linear
-    layer.over_ranks = linear.over_ranks
+    layer.over_ranks, layer.is_head = linear.over_ranks, name == "lm_head"
     weight = linear.stored()["weight"]  # (N, K)
     error, size = torch.zeros(2, device=weight.device)
     for start in range(0, len(weight), CHUNK_ROWS):
@@ -406,10 +409,7 @@ def write_quantized(model: nn.Module, folder: Path) -> None:
         if isinstance(module, QuantizedLinear):
             layers[name] = (module.mode, module.group_size)
     if not layers:
-        raise ValueError(
-            "the model has no quantized layers; call quantize_model first, or load it with "
-            "quantize int8 or int4"
-        )
+        raise ValueError("the model has no quantized layers; call quantize_model first")
     config = {**model.config.hf, "gpt_flash": {"layers": layers}}
     weights = folder / "model.safetensors"
     save_file(stored_tensors(model), weights, {"format": "pt"})

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from checks.common import close
 from generate import Request
 from kernels import flash_decode
 from model import Transformer, load_model, prefill_attention
-from quantize import LAYOUTS, Linear
+from quantize import LAYOUTS, Linear, quantize_linear
 
 LENGTHS = [3, 17, 140, 40, 9, 257, 31, 7]  # some are read in blocks, and some in chunks
 OTHERS = [(3, 0), (8, 0), (3, 4)]  # rows and proposals
@@ -72,6 +73,29 @@ def test_an_int4_product_sums_each_row_in_one_order(default_model: Transformer, 
     assert torch.equal(layer(x[:, many:].flatten(0, 1)), y[:, many:].flatten(0, 1))
     weight = torch.cat(list(layer.dense(torch.float32)))
     close(y, F.linear(x, weight), 0.02 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["int8_grouped", "int8"])
+def test_the_likeliest_logits_are_those_of_float32(default_model: Transformer, mode: str) -> None:
+    """So that none of them tie where operators round to bfloat16, alone and beside other rows."""
+    head, n = default_model.lm_head, 256
+    weight = torch.cat(list(head.dense(torch.float32)))
+    if mode == "int8":
+        linear = Linear(*weight.shape[::-1]).requires_grad_(False)
+        linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(weight[:, 0], False)
+        head = quantize_linear(linear, mode, name="lm_head").pack()
+        weight = torch.cat(list(head.dense(torch.float32)))
+    default_model.setup_caches(1, n)
+    tokens = torch.randint(3, 40000, (1, n), generator=torch.Generator().manual_seed(0))
+    start = torch.zeros(1, dtype=torch.int32)
+    x = default_model.norm(default_model.prefill(tokens, start, hidden=True)).view(n, 1, -1)
+    logits, want = head(x), F.linear(x, weight, head.bias)
+    assert (logits == logits.amax(-1, keepdim=True)).sum() == n
+    assert torch.equal(logits.topk(10).indices, want.topk(10).indices)
+    close(logits.topk(10).values, want.topk(10).values, 1e-4)
+    close(logits.logsumexp(-1), want.logsumexp(-1), 0.03)
+    close(head(x.view(1, n, -1)), want.view(1, n, -1), 1e-4)
+    assert torch.equal(head(x[:1]), logits[:1])
 
 
 def test_a_float32_product_of_one_row_is_that_of_many() -> None:

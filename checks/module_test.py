@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize, prune
 
 from checks.common import HERE, hf_folder
-from cpu.packed import Packed
+from cpu.products import Packed
 from generate import compile_model, generate
 from model import Transformer, load_model
 from quantize import (

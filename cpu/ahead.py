@@ -44,7 +44,7 @@ from torch.utils.hooks import RemovableHandle
 import kernels
 import model
 import quantize
-from cpu import IMPORTED, packed, products
+from cpu import IMPORTED, products
 from model import (
     Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
 )
@@ -243,7 +243,7 @@ def places_of(block: nn.Module) -> list[tuple[dict[str, Tensor], str]]:
         in_order = {} if order is None else order.tensors
         for holder in (module._parameters, module._buffers, in_order):
             for key, x in holder.items():
-                if x is not None and type(x) is not packed.Packed:
+                if x is not None and type(x) is not products.Packed:
                     places.append((holder, key))
     return places
 
@@ -279,7 +279,7 @@ class Step:
             self.lines.add(f"{name} {describe(value) if torch.is_tensor(value) else value}")
         self.files = {__file__, str(Path(model.__file__).with_name("generate.py"))}
         self.holders: set[type | ModuleType] = set()
-        for module in (model, kernels, quantize, packed, products):
+        for module in (model, kernels, quantize, products):
             self.add_source(module)
         for each in (cache, cache.places):
             self.add_class(type(each))

@@ -1,19 +1,29 @@
 """Products of a CPU: PyTorch's operators for int8 and int4 weights, oneDNN's for float ones.
 
-Importing it puts a layout for each into quantize.LAYOUTS."""
+Importing it puts a layout for each into quantize.LAYOUTS.
+
+Weights lie in the order of an operator, and everybody else sees them as they were: a layer's tensor
+whose values are in an Order stays the same object, of the class Packed. Whatever looks at it brings
+its values back first, and the layer is plain until the next text begins."""
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
+from weakref import ref
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _disabled_torch_function_impl
+from torch.utils._pytree import tree_leaves
 
-from cpu.packed import Order, can_pack, packed_of
 from quantize import (
-    BF16, BLOCK, CHUNK_ROWS, LAYOUTS, Int4Linear, Int8Linear, Linear, many_rows_dtype, pack_nibbles,
-    unpack_nibbles,
+    BF16, BLOCK, CHUNK_ROWS, LAYOUTS, PLAIN, Int4Linear, Int8Linear, Linear, QuantizedLinear,
+    many_rows_dtype, pack_nibbles, unpack_nibbles,
 )
 
 
@@ -27,7 +37,8 @@ class Int8OnCPU:
         return layer.in_features % 16 == 0  # the operator reads 16 inputs at a time, unasked
 
     def product(self, layer: Int8Linear, x: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, layer.weight, layer.scales)
+        y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), layer.weight, layer.scales)
+        return y if x.dtype == y.dtype else exact_likeliest(layer, x, y)
 
 
 class Int4OnCPU:
@@ -83,14 +94,28 @@ class Int4OnCPU:
         packed = packed_of(layer)
         if packed is None:
             return torch.cat([F.linear(x, weight) for weight in layer.dense(x.dtype)], -1)
-        if layer.nibbles == 2:
-            x = layer.for_nibbles(x)
+        inputs = layer.for_nibbles(x.bfloat16()) if layer.nibbles == 2 else x.bfloat16()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, packed["weight"], layer.group_size * layer.nibbles, packed["lines"]
+            inputs, packed["weight"], layer.group_size * layer.nibbles, packed["lines"]
         )
         if y.shape[1] > layer.out_features:  # rows that fill 64
             y = y[:, :layer.out_features].contiguous()
-        return y
+        return y if x.dtype == y.dtype else exact_likeliest(layer, x, y)
+
+
+def exact_likeliest(layer: QuantizedLinear, x: Tensor, y: Tensor) -> Tensor:
+    """Logits y [rows, N] that an operator gave in bfloat16 for x [rows, K] -> what they are in
+    float32: the likeliest 32 of each row to the last digit, and so in their order. The others move
+    by the mean of what these moved, which is most of what x lost."""
+    logits = y.float()
+    for x, y in zip(x.split(64), logits.split(64)):
+        ranked = y if layer.bias is None else y + layer.bias
+        likeliest = ranked.topk(min(32, y.shape[1])).indices  # (rows, 32)
+        weights = layer.values(likeliest.flatten(), torch.float32).view(*likeliest.shape, -1)
+        exact = weights.mul_(x[:, None]).sum(-1)  # of each row by itself
+        moved = exact - y.gather(1, likeliest)
+        y.add_(moved.mean(1, keepdim=True)).scatter_(1, likeliest, exact)
+    return logits
 
 
 class OneDNN:
@@ -123,6 +148,121 @@ LAYOUTS |= {
     ("int4", "cpu"): Int4OnCPU(),
     ("int8_grouped", "cpu"): Int4OnCPU(),  # bytes are two nibbles each
 }
+
+# --- tensors whose values an operator has ---
+
+
+# what may be asked of a tensor whose values are elsewhere
+METADATA = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.is_meta.__get__,
+    Tensor.ndim.__get__, Tensor.nbytes.__get__, Tensor.itemsize.__get__, Tensor.element_size,
+    Tensor.requires_grad.__get__, Tensor.is_floating_point, Tensor.dim, Tensor.size, Tensor.numel,
+    Tensor.__len__,  # loading asks for it
+}
+
+
+class Order:
+    """The values of a layer's tensors of these names for an operator, which gives the memory of
+    those free. plain(tensors, name): one as it was. A copy of a layer has none, and is plain."""
+
+    @torch.inference_mode(False)
+    def __init__(
+        self, layer: nn.Module, names: tuple[str, ...], tensors: dict[str, Tensor],
+        plain: Callable[[dict[str, Tensor], str], Tensor],
+    ):
+        self.layer, self.names, self.plain = ref(layer), names, plain
+        self.shared = layer.shared  # an embedding reads the tensor all the time
+        self.tensors = {name: nn.Parameter(x, False) for name, x in tensors.items()}
+        for name in names:
+            x = (layer._parameters | layer._buffers)[name]
+            x.order, x.key, x.kind = self, name, type(x)
+            x.__class__ = Packed
+            if not layer.shared:
+                nothing = torch.zeros((), dtype=x.dtype, device="cpu").expand(x.shape)
+                unseen(Tensor.data.__set__, x, nothing)
+        PLAIN.discard(layer)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+
+class Packed(Tensor):
+    """A tensor whose values are in an Order until somebody looks."""
+
+    order: Order
+    key: str  # in its layer
+    kind: type  # what it was
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        looked_at = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Packed)]
+        if func in METADATA or func is F.embedding and looked_at[0].order.shared:
+            return unseen(func, *args, **kwargs)
+        for x in looked_at:
+            x.unpack()
+        return func(*args, **kwargs)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """An interrupt anywhere leaves it to the next look: a layer without an order is plain."""
+        layer = self.order.layer()
+        if layer is not None:
+            unpack(layer)
+        unseen(Tensor.data.__set__, self, self.order.plain(self.order.tensors, self.key))
+        self.__class__ = self.kind
+        del self.order, self.key, self.kind
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        self.unpack()
+        return copy.deepcopy(self, memo)
+
+    @property
+    def _is_param(self) -> bool:  # what isinstance(x, nn.Parameter) asks for
+        return self.kind is nn.Parameter
+
+
+def unseen(func: Callable, *args: Any, **kwargs: Any) -> Any:
+    """What a function does to tensors, Packed or not; no interrupt leaves that switched off."""
+    return _disabled_torch_function_impl(func, (Tensor,), args, kwargs)
+
+
+def unpack(layer: nn.Module) -> None:
+    """A layer decodes with what it shows, from now on until the next text."""
+    if layer.layout is not None:
+        PLAIN.add(layer)
+    layer.order = None
+
+
+def can_pack(layer: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether nobody else has a view of a layer's tensors, or wants gradients."""
+    for name in names:
+        x = (layer._parameters | layer._buffers).get(name)
+        if type(x) not in (Tensor, nn.Parameter, Packed) or x.requires_grad:
+            return False
+        n_users = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+        if n_users > 2 or x.is_inference() or not x.is_cpu:  # 2: the tensor, and who asks
+            return False
+    return True
+
+
+def packed_of(layer: nn.Module) -> dict[str, Tensor] | None:
+    """The tensors that a layer's operator reads; None: the layer's own, where others were put in
+    the place of those, are plain from now on. While compiling, nobody looks at them."""
+    order = layer.order
+    if torch.compiler.is_compiling():
+        return None if order is None else order.tensors
+    tensors = layer._parameters | layer._buffers
+    for name in () if order is None else order.names:
+        if getattr(tensors.get(name), "order", None) is not order:
+            order = None
+    if order is None:
+        unpack(layer)
+        return None
+    return order.tensors
 
 # --- PyTorch's layout of int4 weights ---
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -56,7 +56,8 @@ class AffineInt8Linear(FileInt4Linear):
     TIMES = 16 + 1
     MIDDLE = 8 * TIMES
 
-    def line(self, nibbles: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    def values(self, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        nibbles, scales, zeros = self.plain(rows)
         zeros = self.TIMES * zeros.float()
         return affine(pack_nibbles(nibbles), self.MIDDLE, scales, zeros, dtype)
 
@@ -103,12 +104,11 @@ class MXFP4Linear(QuantizedLinear):
         nibbles = torch.cat([self.plain(rows) for rows in self.slices()])
         return {"weight": pack_nibbles(nibbles), "scales": self.scales}
 
-    def dense(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def values(self, rows: slice, dtype: torch.dtype) -> Tensor:
         doubles = TWICE_E2M1.float().to(self.scales.device)
-        for rows in self.slices():
-            exponents = self.scales[rows, :, None].int() - 128  # (rows, K / 32, 1)
-            groups = doubles[self.plain(rows).int()].unflatten(1, (-1, 32))
-            yield torch.ldexp(groups, exponents).flatten(1).to(dtype)
+        exponents = self.scales[rows, :, None].int() - 128  # (rows, K / 32, 1)
+        groups = doubles[self.plain(rows).int()].unflatten(1, (-1, 32))
+        return torch.ldexp(groups, exponents).flatten(1).to(dtype)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -124,8 +124,7 @@ class QuantizedEmbedding(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        table = self.table
-        rows = table.line(*table.plain(tokens.flatten()), torch.float32).to(self.dtype)
+        rows = self.table.values(tokens.flatten(), torch.float32).to(self.dtype)
         return rows.view(*tokens.shape, -1)  # (B, T, dim)
 
 

@@ -24,6 +24,7 @@ class Int8OnGPU:
         return True
 
     def product(self, layer: Int8Linear, x: Tensor) -> Tensor:
+        x = x.bfloat16()
         widens = layer.in_features <= layer.out_features
         if len(x) == 1 and torch.compiler.is_compiling() and widens:
             # a launch less a layer: Inductor fuses one row with the norm before it. It spends 4 to
@@ -49,6 +50,7 @@ class Int4OnGPU:
         return linear.unpack_int4(layer.weight[rows], layer.scales[:, rows], inputs)
 
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
+        x = x.bfloat16()
         if layer.nibbles == 2:
             if len(x) > linear.MOST_ROWS // 2:  # the kernel has twice the work
                 K = layer.in_features
