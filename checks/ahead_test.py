@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from transformers import PreTrainedModel
 
 import kernels
@@ -380,6 +383,9 @@ CHANGES: dict[str, Change] = {
     "a function with a value": lambda model, patch: setattr(
         model.layers[1].mlp, "act", lambda x: x + len(model.layers)
     ),
+    "a property of a class": lambda model, patch: patch.setattr(
+        MLP, "act", property(lambda self: torch.neg, lambda self, act: None), raising=False
+    ),
     "a hook": lambda model, patch: model.layers[1].mlp.register_forward_hook(hook),
     "a hook of all modules": lambda model, patch: register_for_all(patch),
 }
@@ -432,11 +438,35 @@ def test_python_runs_what_is_changed_later(
     assert fake.n == 3 * n
 
 
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, BaseTorchDispatchMode])
+def test_python_runs_what_a_mode_sees(checkpoint: MakeCheckpoint, fake: Fake, mode: type) -> None:
+    """As one that counts operators does, from the next step on and no longer than it is there."""
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    before = fake.n
+    with mode():
+        decoded(model, 2)
+    assert fake.n == before
+    decoded(model, 2)
+    assert fake.n > before
+
+
+def test_weights_that_were_replaced_are_not_kept(checkpoint: MakeCheckpoint, fake: Fake) -> None:
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    old = weakref.ref(model.layers[1].mlp.down_proj.weight)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    model.prefill(tokens_of(model, 2), positions(0))
+    decoded(model, 2)
+    assert old() is None
+
+
 def test_python_runs_what_was_edited_since_it_was_imported(
     checkpoint: MakeCheckpoint, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library of old lines would be kept as one of new ones, or taken for what was reloaded."""
-    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_mtime - 1)
+    """A library of old lines would be kept as one of new ones, or taken for what was reloaded. A
+    file's own time may be that of what was copied over it."""
+    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_ctime - 1)
     decoded(with_fake(checkpoint), 3)
     assert fake.n == 0
 

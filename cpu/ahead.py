@@ -82,13 +82,15 @@ class AheadOfTime:
     def __call__(
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
-        if self.changed or x.shape[0] * x.shape[1] > 1:
+        modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+        if self.changed or modes or x.shape[0] * x.shape[1] > 1:  # modes see each operator
             return self.otherwise(block, x, positions, cache)
         known, step = self.ready.get(cache, (None, None))
         if known is not block:
             return self.first_time(block, x, positions, cache)
         if block is self.first and self.has_changed():
             self.changed = True
+            self.ready.clear()  # it holds the weights that were replaced
             say_once("what a step runs was changed: its libraries rest until compile_model")
         if self.changed or step is None:
             return self.otherwise(block, x, positions, cache)
@@ -347,7 +349,8 @@ class Step:
     def add_source(self, module: ModuleType) -> None:
         if module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
             raise NoLibrary  # a script's names change all the time
-        if os.path.getmtime(module.__file__) > IMPORTED:
+        found = os.stat(module.__file__)
+        if max(found.st_mtime, found.st_ctime) > IMPORTED:  # the first may be a copied file's
             raise NoLibrary  # it may run as it was, or be reloaded
         self.files.add(module.__file__)
         if not module.__name__.startswith("torch."):
@@ -356,14 +359,15 @@ class Step:
     def add_names(self, holder: type | ModuleType) -> None:
         """What a class or a module holds: functions of its own file, or imported, and numbers."""
         for name, (value, *_) in held(holder).items():
-            if not isinstance(value, FunctionType):
+            function = behind(value)
+            if not isinstance(function, FunctionType):
                 self.lines.add(f"{holder.__name__}.{name} = {value!r}")
                 continue
-            module = home(value)
+            module = home(function)
             self.files.add(module.__file__)
-            self.lines.add(f"{holder.__name__}.{name} is a function")
+            self.lines.add(f"{holder.__name__}.{name} is a {type(value).__name__}")
             foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
-            if foreign and (isinstance(holder, type) or name != value.__name__):
+            if foreign and (isinstance(holder, type) or name != function.__name__):
                 raise NoLibrary  # in the place of another
 
     def fingerprint(self) -> str:
@@ -380,9 +384,16 @@ def held(holder: type | ModuleType) -> dict[str, tuple[Any, ...]]:
         if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
-        if is_number or isinstance(value, FunctionType):
-            found[name] = value, getattr(value, "__code__", None), getattr(value, "__defaults__", 0)
+        function = behind(value)
+        if is_number or isinstance(function, FunctionType):
+            code, defaults = (getattr(function, key, None) for key in ("__code__", "__defaults__"))
+            found[name] = value, code, defaults
     return found
+
+
+def behind(value: Any) -> Any:
+    """The function of a property, a class method or a static one; anything else is itself."""
+    return getattr(value, "fget", getattr(value, "__func__", value))
 
 
 def rows_around(kv: Tensor) -> int:
