@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import weakref
@@ -668,6 +669,34 @@ def test_folders_are_the_users_own(
         os.umask(mask)
     made = [path.parent, path.parent.parent, tmp_path / "caches"]
     assert [each.stat().st_mode & 0o777 for each in (path, *made)] == [0o600] + [0o700] * 3
+
+
+# a list by which user 1000 may write too: tag, rights and user of each entry
+LIST = struct.pack("<I" + 5 * "HHi", 2, 1, 7, -1, 2, 7, 1000, 4, 5, -1, 16, 7, -1, 32, 0, -1)
+
+
+@pytest.mark.parametrize("which", ["pipe", "list", "group"])
+def test_what_others_may_have_put_there_is_not_loaded(
+    tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A group that has the user's own number is the user's own."""
+    ahead.say_once.cache_clear()
+    path = tmp_path / "name.pt2"
+    if which == "pipe":
+        os.mkfifo(path)
+    else:
+        zipfile.ZipFile(path, "w").close()
+    if which == "list":
+        try:
+            os.setxattr(tmp_path, "system.posix_acl_access", LIST)
+        except OSError:
+            pytest.skip("a file system without access control lists")
+    if which == "group":
+        path.chmod(0o664)
+        monkeypatch.setattr(os, "geteuid", lambda: os.getegid() + 1)
+    assert AheadOfTime(run_block, folder=tmp_path).library("name", None, []) is None
+    said = capsys.readouterr().err
+    assert "is no plain file" in said or "can be written by other users" in said
 
 
 @pytest.mark.parametrize("which", ["file", "folder", "folder above"])

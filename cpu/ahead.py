@@ -492,6 +492,8 @@ def load(path: Path) -> Any:
     (torch._inductor.aoti_load_package makes the same, and imports Inductor for it.)"""
     unpacked = Path(tempfile.gettempdir())
     refuse_others(unpacked, unpacked)
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no plain file")
     with path.open("rb") as file:  # which is loaded, whatever has its name by then
         refuse_others(path, file.fileno())
         try:
@@ -526,11 +528,19 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 
 
 def refuse_others(path: Path, opened: Path | int) -> None:
-    """ValueError if anybody but the user, their own group and root can write what was opened, or
-    put another into its place."""
+    """ValueError if anybody but the user, a group of their own and root can write what was opened,
+    or put another into its place."""
     for each, where in [(path, opened), *((each, each) for each in path.resolve().parents)]:
         found = os.stat(where)
-        writable = stat.S_IWOTH if found.st_gid == os.getegid() else stat.S_IWOTH | stat.S_IWGRP
+        alone = found.st_gid == os.getegid() == os.geteuid() and not names_others(where)
+        writable = stat.S_IWOTH if alone else stat.S_IWOTH | stat.S_IWGRP
         sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & writable and not sticky:
             raise ValueError(f"{each} can be written by other users, who might have made it")
+
+
+def names_others(where: Path | int) -> bool:
+    """Whether an access control list names users, who may do at most what is shown of the group."""
+    with contextlib.suppress(AttributeError, OSError):  # of systems without such lists
+        return "system.posix_acl_access" in os.listxattr(where)
+    return False
