@@ -506,7 +506,7 @@ def remove_abandoned(folder: Path) -> None:
     with suppress(OSError):  # another user's, or gone meanwhile
         if time.time() - folder.stat().st_mtime < 1:  # perhaps not locked yet
             return
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a pipe would be waited for
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder)

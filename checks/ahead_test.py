@@ -4,8 +4,10 @@ import io
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from transformers import PreTrainedModel
 
 import kernels
@@ -380,6 +384,9 @@ CHANGES: dict[str, Change] = {
     "a function with a value": lambda model, patch: setattr(
         model.layers[1].mlp, "act", lambda x: x + len(model.layers)
     ),
+    "a property of a class": lambda model, patch: patch.setattr(
+        MLP, "act", property(lambda self: torch.neg, lambda self, act: None), raising=False
+    ),
     "a hook": lambda model, patch: model.layers[1].mlp.register_forward_hook(hook),
     "a hook of all modules": lambda model, patch: register_for_all(patch),
 }
@@ -432,11 +439,35 @@ def test_python_runs_what_is_changed_later(
     assert fake.n == 3 * n
 
 
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, BaseTorchDispatchMode])
+def test_python_runs_what_a_mode_sees(checkpoint: MakeCheckpoint, fake: Fake, mode: type) -> None:
+    """As one that counts operators does, from the next step on and no longer than it is there."""
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    before = fake.n
+    with mode():
+        decoded(model, 2)
+    assert fake.n == before
+    decoded(model, 2)
+    assert fake.n > before
+
+
+def test_weights_that_were_replaced_are_not_kept(checkpoint: MakeCheckpoint, fake: Fake) -> None:
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    old = weakref.ref(model.layers[1].mlp.down_proj.weight)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    model.prefill(tokens_of(model, 2), positions(0))
+    decoded(model, 2)
+    assert old() is None
+
+
 def test_python_runs_what_was_edited_since_it_was_imported(
     checkpoint: MakeCheckpoint, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library of old lines would be kept as one of new ones, or taken for what was reloaded."""
-    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_mtime - 1)
+    """A library of old lines would be kept as one of new ones, or taken for what was reloaded. A
+    file's own time may be that of what was copied over it."""
+    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_ctime - 1)
     decoded(with_fake(checkpoint), 3)
     assert fake.n == 0
 
@@ -638,6 +669,34 @@ def test_folders_are_the_users_own(
         os.umask(mask)
     made = [path.parent, path.parent.parent, tmp_path / "caches"]
     assert [each.stat().st_mode & 0o777 for each in (path, *made)] == [0o600] + [0o700] * 3
+
+
+# a list by which user 1000 may write too: tag, rights and user of each entry
+LIST = struct.pack("<I" + 5 * "HHi", 2, 1, 7, -1, 2, 7, 1000, 4, 5, -1, 16, 7, -1, 32, 0, -1)
+
+
+@pytest.mark.parametrize("which", ["pipe", "list", "group"])
+def test_what_others_may_have_put_there_is_not_loaded(
+    tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A group that has the user's own number is the user's own."""
+    ahead.say_once.cache_clear()
+    path = tmp_path / "name.pt2"
+    if which == "pipe":
+        os.mkfifo(path)
+    else:
+        zipfile.ZipFile(path, "w").close()
+    if which == "list":
+        try:
+            os.setxattr(tmp_path, "system.posix_acl_access", LIST)
+        except OSError:
+            pytest.skip("a file system without access control lists")
+    if which == "group":
+        path.chmod(0o664)
+        monkeypatch.setattr(os, "geteuid", lambda: os.getegid() + 1)
+    assert AheadOfTime(run_block, folder=tmp_path).library("name", None, []) is None
+    said = capsys.readouterr().err
+    assert "is no plain file" in said or "can be written by other users" in said
 
 
 @pytest.mark.parametrize("which", ["file", "folder", "folder above"])

@@ -82,13 +82,15 @@ class AheadOfTime:
     def __call__(
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
-        if self.changed or x.shape[0] * x.shape[1] > 1:
+        modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+        if self.changed or modes or x.shape[0] * x.shape[1] > 1:  # modes see each operator
             return self.otherwise(block, x, positions, cache)
         known, step = self.ready.get(cache, (None, None))
         if known is not block:
             return self.first_time(block, x, positions, cache)
         if block is self.first and self.has_changed():
             self.changed = True
+            self.ready.clear()  # it holds the weights that were replaced
             say_once("what a step runs was changed: its libraries rest until compile_model")
         if self.changed or step is None:
             return self.otherwise(block, x, positions, cache)
@@ -347,7 +349,8 @@ class Step:
     def add_source(self, module: ModuleType) -> None:
         if module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
             raise NoLibrary  # a script's names change all the time
-        if os.path.getmtime(module.__file__) > IMPORTED:
+        found = os.stat(module.__file__)
+        if max(found.st_mtime, found.st_ctime) > IMPORTED:  # the first may be a copied file's
             raise NoLibrary  # it may run as it was, or be reloaded
         self.files.add(module.__file__)
         if not module.__name__.startswith("torch."):
@@ -356,14 +359,15 @@ class Step:
     def add_names(self, holder: type | ModuleType) -> None:
         """What a class or a module holds: functions of its own file, or imported, and numbers."""
         for name, (value, *_) in held(holder).items():
-            if not isinstance(value, FunctionType):
+            function = behind(value)
+            if not isinstance(function, FunctionType):
                 self.lines.add(f"{holder.__name__}.{name} = {value!r}")
                 continue
-            module = home(value)
+            module = home(function)
             self.files.add(module.__file__)
-            self.lines.add(f"{holder.__name__}.{name} is a function")
+            self.lines.add(f"{holder.__name__}.{name} is a {type(value).__name__}")
             foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
-            if foreign and (isinstance(holder, type) or name != value.__name__):
+            if foreign and (isinstance(holder, type) or name != function.__name__):
                 raise NoLibrary  # in the place of another
 
     def fingerprint(self) -> str:
@@ -380,9 +384,16 @@ def held(holder: type | ModuleType) -> dict[str, tuple[Any, ...]]:
         if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
-        if is_number or isinstance(value, FunctionType):
-            found[name] = value, getattr(value, "__code__", None), getattr(value, "__defaults__", 0)
+        function = behind(value)
+        if is_number or isinstance(function, FunctionType):
+            code, defaults = (getattr(function, key, None) for key in ("__code__", "__defaults__"))
+            found[name] = value, code, defaults
     return found
+
+
+def behind(value: Any) -> Any:
+    """The function of a property, a class method or a static one; anything else is itself."""
+    return getattr(value, "fget", getattr(value, "__func__", value))
 
 
 def rows_around(kv: Tensor) -> int:
@@ -481,6 +492,8 @@ def load(path: Path) -> Any:
     (torch._inductor.aoti_load_package makes the same, and imports Inductor for it.)"""
     unpacked = Path(tempfile.gettempdir())
     refuse_others(unpacked, unpacked)
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no plain file")
     with path.open("rb") as file:  # which is loaded, whatever has its name by then
         refuse_others(path, file.fileno())
         try:
@@ -515,11 +528,19 @@ def scratch(parent: Path, name: str) -> Iterator[Path]:
 
 
 def refuse_others(path: Path, opened: Path | int) -> None:
-    """ValueError if anybody but the user, their own group and root can write what was opened, or
-    put another into its place."""
+    """ValueError if anybody but the user, a group of their own and root can write what was opened,
+    or put another into its place."""
     for each, where in [(path, opened), *((each, each) for each in path.resolve().parents)]:
         found = os.stat(where)
-        writable = stat.S_IWOTH if found.st_gid == os.getegid() else stat.S_IWOTH | stat.S_IWGRP
+        alone = found.st_gid == os.getegid() == os.geteuid() and not names_others(where)
+        writable = stat.S_IWOTH if alone else stat.S_IWOTH | stat.S_IWGRP
         sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & writable and not sticky:
             raise ValueError(f"{each} can be written by other users, who might have made it")
+
+
+def names_others(where: Path | int) -> bool:
+    """Whether an access control list names users, who may do at most what is shown of the group."""
+    with contextlib.suppress(AttributeError, OSError):  # of systems without such lists
+        return "system.posix_acl_access" in os.listxattr(where)
+    return False
