@@ -36,6 +36,7 @@ from products.linear import int4_linear_reference
 from quantize import Linear, say_once, save_quantized
 
 NAMES = [kind.name for kind in TYPES]
+OF_16 = ["Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_XS", "IQ2_S"]  # whose groups are joined in pairs
 MIXED = "Q4_K_M"  # as llama.cpp mixes: v and down of some layers in 6 bits, and the vocabulary
 
 
@@ -91,7 +92,7 @@ def test_blocks_are_exactly_what_gguf_reads(
     q, scale, zero = [torch.cat(part) for part in zip(*parts)]
     assert q.shape == blocks.shape == (256, 512)
     assert int(q.max()) < 2**blocks.bits
-    assert scale.shape == zero.shape == (256, 512 // (16 if name == "Q6_K" else 32))
+    assert scale.shape == zero.shape == (256, 512 // (16 if name in OF_16 else 32))
     dense = (q.view(*scale.shape, -1) * scale[..., None] + zero[..., None]).flatten(1)
     assert torch.equal(dense, dequantized(stored))
 
@@ -101,7 +102,7 @@ def test_a_single_block_is_read_like_many(kind: GGML) -> None:
     """Its parts count as contiguous wherever they begin."""
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     data = torch.from_numpy(random_blocks((3, block), kind)).view(3, nbytes)
-    _, unpack = TYPES[kind]
+    *_, unpack = TYPES[kind]
     one_by_one = [unpack(row[None]) for row in data]
     for part, parts in zip(unpack(data), zip(*one_by_one)):
         assert torch.equal(part, torch.cat(parts))
@@ -189,7 +190,9 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
     block = model.layers[0]
     layers = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj,
               block.mlp.down_proj, model.lm_head, model.embed_tokens.table]
-    small = {"Q4_0": layers, "Q4_1": layers, "Q4_K": layers, MIXED: layers[1:3]}.get(mix, [])
+    small = layers[1:3] if mix == MIXED else []
+    if mix in ("Q4_0", "Q4_1", "Q4_K", "TQ1_0", "TQ2_0"):
+        small = layers
     for layer in layers:
         assert type(layer) is (FileInt4Linear if layer in small else AffineInt8Linear)
 
@@ -199,7 +202,7 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
     if mix == "MXFP4":  # its scales are powers of two
         assert torch.equal(kept, exact)
     else:
-        bound = 6e-3 if mix == "Q6_K" else 3e-3  # its groups of 16 are joined in pairs
+        bound = 6e-3 if mix in OF_16 else 3e-3
         assert 0 < (kept - exact).norm() < bound * exact.norm()
     assert 0 < mean_kl(model, dequantized) < 5e-4
 
@@ -224,10 +227,11 @@ def test_types_that_no_layer_holds_are_dequantized_and_said(
     file_of: Callable[[str, bool], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     say_once.cache_clear()
-    model = load_model(file_of("Q2_K"), dtype=torch.bfloat16)
-    assert capsys.readouterr().err.count("Q2_K weights are dequantized") == 1
+    model = load_model(file_of("NVFP4"), dtype=torch.bfloat16)
+    said = capsys.readouterr().err
+    assert said.count("NVFP4 weights are dequantized") == 1 and said.count("2.7 MB") == 1
     assert type(model.layers[0].mlp.down_proj) is Linear
-    assert mean_kl(model, load_model(file_of("Q2_K"), quantize="none")) == 0
+    assert mean_kl(model, load_model(file_of("NVFP4"), quantize="none")) == 0
 
 
 @pytest.mark.parametrize("mix, dtype", [("F32", torch.bfloat16), ("Q4_0", torch.float32)])
@@ -456,7 +460,10 @@ def llama_cpp_logits(llama_cpp: ModuleType, path: Path, ids: list[int]) -> Tenso
     return torch.tensor(llama.scores[:len(ids)]).float()
 
 
-@pytest.mark.parametrize("mix", ["Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("mix", [
+    "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ3_S", "IQ4_NL",
+    "IQ4_XS", "TQ2_0",
+])
 def test_files_of_llama_cpps_quantizer(
     llama_cpp: ModuleType, float_file: Path, tmp_path: Path, mix: str
 ) -> None:

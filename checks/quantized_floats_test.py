@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checks.common import close, hf_folder
+from checks.common import close, hf_folder, hf_logits, random_hf
 from model import Transformer, load_model
 from quantize import say_once, save_quantized
 
@@ -23,13 +23,13 @@ E4M3 = torch.float8_e4m3fn
 
 # --- the layouts: w [N, K] -> the tensors of a file by the ends of their names, what they mean ---
 
-def fp8_blocks(w: Tensor) -> Written:
+def fp8_blocks(w: Tensor, size: int = 128) -> Written:
     N, K = w.shape
-    scale = torch.rand(-(-N // 128), -(-K // 128)) + 0.5
+    scale = torch.rand(-(-N // size), -(-K // size)) + 0.5
     q, meant = w.to(E4M3), torch.empty(N, K)
     for i in range(N):
-        for j in range(0, K, 64):
-            meant[i, j:j + 64] = q[i, j:j + 64].float() * scale[i // 128, j // 128]
+        for j in range(0, K, 16):
+            meant[i, j:j + 16] = q[i, j:j + 16].float() * scale[i // size, j // size]
     return {"weight": q, "weight_scale_inv": scale}, meant
 
 
@@ -56,6 +56,35 @@ def nvfp4(w: Tensor) -> Written:
     stored = {"weight": packed, "weight_scale": scale, "weight_scale_2": torch.tensor(0.125),
               "input_scale": torch.ones(())}
     return stored, meant
+
+
+def packed_nvfp4(w: Tensor) -> Written:
+    """compressed-tensors' names, and its global scale, which divides."""
+    stored, meant = nvfp4(w)
+    return {"weight_packed": stored["weight"], "weight_scale": stored["weight_scale"],
+            "weight_global_scale": 1 / stored["weight_scale_2"][None],
+            "input_global_scale": torch.ones(1)}, meant
+
+
+def mixed(w: Tensor) -> Written:
+    """A folder may have several layouts: here one for wide matrices, one for others."""
+    N, K = w.shape
+    return packed_nvfp4(w) if N > K else fp8_channels(w)
+
+
+def mxfp4(w: Tensor) -> Written:
+    stored, meant = nvfp4(w)
+    exponents = torch.randint(123, 127, (len(w), w.shape[1] // 32), dtype=torch.uint8)
+    scale = stored["weight_scale"].float().repeat_interleave(16, 1) * 0.125
+    ours = (2.0 ** (exponents.float() - 127)).repeat_interleave(32, 1)
+    return {"weight_packed": stored["weight"], "weight_scale": exponents}, meant / scale * ours
+
+
+def mxfp8(w: Tensor) -> Written:
+    q = w.to(E4M3)
+    exponents = torch.randint(125, 129, (len(w), w.shape[1] // 32), dtype=torch.uint8)
+    scales = 2.0 ** (exponents.float() - 127)
+    return {"weight": q, "weight_scale": exponents}, q.float() * scales.repeat_interleave(32, 1)
 
 
 def int8(w: Tensor) -> Written:
@@ -89,6 +118,8 @@ def four_bits(w: Tensor, nested: bool) -> Written:
 
 BNB = dict(quant_method="bitsandbytes")
 CHANNEL = dict(num_bits=8, type="float", strategy="channel", symmetric=True)
+CT = dict(quant_method="compressed-tensors", ignore=["lm_head"])
+FP4 = dict(num_bits=4, type="float", strategy="tensor_group", group_size=16)
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Written], dict]] = {
     "blocks": (fp8_blocks, dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128],
                                 activation_scheme="dynamic", modules_to_not_convert=["lm_head"])),
@@ -97,6 +128,15 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Written], dict]] = {
         quant_method="compressed-tensors", format="float-quantized", ignore=["lm_head"],
         config_groups={"group_0": {"targets": ["Linear"], "weights": CHANNEL}})),
     "nvfp4": (nvfp4, dict(quant_method="modelopt", quant_algo="NVFP4", ignore=["lm_head"])),
+    "packed nvfp4": (packed_nvfp4, dict(CT, format="nvfp4-pack-quantized",
+                                        config_groups={"group_0": {"weights": FP4}})),
+    "mixed": (mixed, dict(CT, format="mixed-precision",
+                          config_groups={"0": {"weights": FP4}, "1": {"weights": CHANNEL}})),
+    "mixed by modelopt": (fp8_tensor, dict(
+        quant_method="modelopt", quant_algo="MIXED_PRECISION",
+        quantized_layers={"model.layers.0.mlp.up_proj": {"quant_algo": "FP8"}})),
+    "mxfp4": (mxfp4, dict(CT, format="mxfp4-pack-quantized", config_groups={})),
+    "mxfp8": (mxfp8, dict(CT, format="mxfp8-quantized", config_groups={})),
     "int8": (int8, dict(BNB, load_in_8bit=True)),
     "nf4": (lambda w: four_bits(w, nested=False), dict(BNB, load_in_4bit=True)),
     "nested": (lambda w: four_bits(w, nested=True), dict(BNB, load_in_4bit=True)),
@@ -129,7 +169,7 @@ def logits_of(model: Transformer) -> Tensor:
     return model(torch.arange(3, 20)[None], torch.zeros(1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS.keys() - {"mxfp4"})
 def test_a_layout_means_what_its_documentation_says(
     layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +182,44 @@ def test_a_layout_means_what_its_documentation_says(
     for x, y in zip(model.parameters(), expected.parameters(), strict=True):
         close(x, y, 1e-6)
     close(logits_of(model), logits_of(expected), 1e-5)
+
+
+def test_mxfp4_of_compressed_tensors_keeps_its_numbers(tmp_path: Path) -> None:
+    """As those of gpt-oss, in a layer that holds them exactly."""
+    folder, plain = write(tmp_path, "mxfp4")
+    model, expected = load_model(folder), load_model(plain, dtype=torch.float32)
+    layers = model.layers[0].mlp, expected.layers[0].mlp
+    kept, exact = (torch.cat(list(layer.gate_up_proj.dense(torch.float32)))
+                   if layer.gate_up_proj.mode != "float" else layer.gate_up_proj.weight
+                   for layer in layers)
+    assert layers[0].gate_up_proj.mode == "int8_grouped" and torch.equal(kept, exact)
+
+
+@pytest.mark.parametrize("name, layout", [
+    ("qwen3.5-moe", "blocks"), ("qwen3-next", "blocks"), ("qwen3.5-moe", "nvfp4"),
+])
+def test_experts_that_are_stored_in_one_stack(name: str, layout: str, tmp_path: Path) -> None:
+    """Quantized as one tensor [E, N, K], with scales beside it, as transformers holds them."""
+    hf = random_hf(name)
+    hf.save_pretrained(tmp_path / "plain")
+    stored, meant = {}, hf.state_dict()
+    for key, x in meant.items():
+        if not key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[key] = x
+            continue
+        pairs = [nvfp4(w) if layout == "nvfp4" else fp8_blocks(w, 16) for w in x]
+        parts = {end: torch.stack([part[end] for part, _ in pairs]) for end in pairs[0][0]}
+        meant[key] = torch.stack([numbers for _, numbers in pairs])
+        stored |= {key + end.removeprefix("weight"): part for end, part in parts.items()
+                   if end != "input_scale"}
+    (tmp_path / "q").mkdir()
+    save_file({key: x.contiguous() for key, x in stored.items()}, tmp_path / "q/model.safetensors")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["quantization_config"] = LAYOUTS[layout][1] | {"weight_block_size": [16, 16]}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    hf.load_state_dict(meant)
+    tokens = torch.arange(3, 20)[None]
+    close(logits_of(load_model(tmp_path / "q", dtype=torch.float32)), hf_logits(hf, tokens), 1e-4)
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -177,6 +255,9 @@ def test_a_list_in_place_of_settings_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings, message", [
     (dict(quant_method="modelopt", quant_algo="W4A8_AWQ"), "W4A8_AWQ"),
+    (dict(quant_method="modelopt", quant_algo="MIXED_PRECISION",
+          quantized_layers={"model.layers.0.mlp": {"quant_algo": "NVFP4_SVDQUANT"}}), "SVDQUANT"),
+    (dict(quant_method="compressed-tensors", format="mxfp6-pack-quantized"), "mxfp6"),
     (dict(quant_method="compressed-tensors", format="sparse-24-bitmask"), "sparse-24-bitmask"),
     (dict(quant_method="compressed-tensors", format="float-quantized",
           transform_config={"config_groups": {"R1": {}}}), "transform_config"),

@@ -221,10 +221,54 @@ def test_no_character_stands_for_a_special_token(tmp_path: Path) -> None:
         assert ids == [*tokenizer.encode(odd + odd + content), 1]
 
 
+PICTURES = ["<|image_pad|>", "<image_soft_token>", "[IMG]", "<image>", "<|video_pad|>"]
+
+
+@pytest.mark.parametrize("token", PICTURES)
+@pytest.mark.parametrize("config", [{"model_type": "llava", "text_config": {}}, {"wrapper": "x"}])
+def test_a_picture_in_a_prompt_is_refused_where_pictures_are_left_out(
+    tmp_path: Path, token: str, config: dict
+) -> None:
+    """The second is what a saved folder says. Elsewhere the token is a text as any other."""
+    folder = json_folder(tmp_path, [START, END, token], chat_template=CHATML)
+    talk = [{"role": "user", "content": f"What is it? {token}"}]
+    for ids in (load_tokenizer(folder).chat(talk), load_tokenizer(folder).encode(f"Is {token}")):
+        assert len(ids) > 3 and 2 not in ids
+    write_json(folder, config=config)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("an image <imag")
+    for ask in (lambda: tokenizer.chat(talk), lambda: tokenizer.encode(f"Is {token}")):
+        with pytest.raises(ValueError, match=re.escape(f"the text has {token}, but pictures")):
+            ask()
+
+
+def test_a_picture_that_a_template_puts_into_a_prompt_is_refused(tmp_path: Path) -> None:
+    content = "{% for m in messages %}{% for c in m.content %}<|image_pad|>{% endfor %}{% endfor %}"
+    folder = json_folder(tmp_path, ["<|image_pad|>"], chat_template=content)
+    write_json(folder, config={"model_type": "qwen3_vl", "text_config": {}})
+    with pytest.raises(ValueError, match=r"the text has <\|image_pad\|>"):
+        load_tokenizer(folder).chat([{"role": "user", "content": [{"type": "image"}]}])
+
+
 # --- GGUF ---
 
-def write_gguf(path: Path, tokens: list[str], types: list[int], *extra: tuple) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
+@pytest.mark.parametrize("arch, beside", [("qwen2vl", None), ("llama", "mmproj-F16.gguf")])
+def test_a_picture_in_a_prompt_of_a_gguf_file(
+    tmp_path: Path, arch: str, beside: str | None
+) -> None:
+    """By its architecture, or by the other half of the model that lies beside it."""
+    path = bytes_gguf(tmp_path / "m.gguf", ["<|endoftext|>", "<|image_pad|>"], arch=arch)
+    if beside:
+        assert load_tokenizer(path).encode("<|image_pad|>")
+        (tmp_path / beside).touch()
+    with pytest.raises(ValueError, match="the text has .*image_pad.*pictures and sound"):
+        load_tokenizer(path).encode("<|image_pad|>")
+
+
+def write_gguf(
+    path: Path, tokens: list[str], types: list[int], *extra: tuple, arch: str = "llama"
+) -> Path:
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for method, *arguments in extra:
@@ -247,12 +291,13 @@ def pieces_gguf(path: Path, pieces: Path, added: list[str], kind: int, *extra: t
         ("add_token_scores", [*(model.get_score(i) for i in ids), *[-1e3] * len(added)]), *extra)
 
 
-def bytes_gguf(path: Path, special: list[str], *added: str) -> Path:
+def bytes_gguf(path: Path, special: list[str], *added: str, arch: str = "llama") -> Path:
     _, tokens, merges = byte_level_tokenizer(special)
     types = [3] * len(special) + [1] * (len(tokens) - len(special)) + [4] * len(added)
     return write_gguf(
         path, [*tokens, *added], types, ("add_tokenizer_model", "gpt2"), ("add_eos_token_id", 0),
-        ("add_tokenizer_pre", "gpt-2"), ("add_token_merges", [" ".join(pair) for pair in merges]))
+        ("add_tokenizer_pre", "gpt-2"), ("add_token_merges", [" ".join(pair) for pair in merges]),
+        arch=arch)
 
 
 def test_phi3s_tokens_take_in_the_line_break_whatever_the_file_is_called(

@@ -3,6 +3,7 @@ ggml-common.h."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import gguf
 import numpy as np
@@ -30,7 +31,7 @@ def of_32(blocks: Tensor) -> Affine:
         return Affine(integers ^ 128, d, zero)
     q = planes(integers[:, -16:])
     if bits == 5:
-        q = q | fifth_bits(integers[:, :4])
+        q = q | pieces(integers[:, :4], 1).mT.flatten(1) << 4
     return Affine(q, d, zero)
 
 
@@ -48,22 +49,64 @@ def of_256(blocks: Tensor) -> Affine:
     d = half(blocks, 0)
     m = half(blocks, 2)
     q = planes(blocks[:, -128:].view(-1, 4, 32)).view(-1, 8, 32)
-    fifth = blocks[:, None, 16:-128]  # (n, 1, 32), or none
+    fifth = blocks[:, 16:-128]  # (n, 32), or none
     if fifth.numel():
-        group = torch.arange(8, dtype=torch.uint8)[:, None]
-        q = q | (fifth >> group & 1) << 4
+        q = q | pieces(fifth, 1) << 4
     return Affine(q.flatten(1), d * scales.float(), -m * minima.float())
 
 
 def q6_k(blocks: Tensor) -> Affine:
     """256 low nibbles, 256 upper pairs of bits, 16 signed scales, half d: (q - 32) * d * scale."""
     low = planes(blocks[:, :128].view(-1, 2, 64))  # (n, 2, 128)
-    shift = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
-    upper = blocks[:, 128:192].view(-1, 2, 1, 32) >> shift & 3  # (n, 2, 4, 32)
+    upper = pieces(blocks[:, 128:192].view(-1, 2, 32), 2)  # (n, 2, 4, 32)
     q = low.view(-1, 2, 4, 32) | upper << 4
     signed = blocks[:, 192:208].view(torch.int8)
     scale = half(blocks, 208) * signed.float()  # (n, 16)
     return Affine(q.flatten(1), scale, -32 * scale)
+
+
+def q2_k(blocks: Tensor) -> Affine:
+    """16 scales in low nibbles, under 16 minima, 256 pairs of bits, half d, half m."""
+    scale, minimum = pieces(blocks[:, :16], 4).float().unbind(1)  # (n, 16) each
+    q = pieces(blocks[:, 16:80].view(-1, 2, 32), 2)  # (n, 2, 4, 32)
+    return Affine(q.flatten(1), half(blocks, 80) * scale, -half(blocks, 82) * minimum)
+
+
+def q3_k(blocks: Tensor) -> Affine:
+    """256 third bits, 256 lower pairs of bits, 16 scales of 6 bits, half d: (q - 4) * d * (scale -
+    32). Low nibbles of the scales come first, then their upper pairs of bits."""
+    low, third = blocks[:, 32:96].view(-1, 2, 32), blocks[:, :32]
+    q = pieces(low, 2).view(-1, 8, 32) | pieces(third, 1) << 2
+    scale = pieces(blocks[:, 96:104], 4).flatten(1) | pieces(blocks[:, 104:108], 2).flatten(1) << 4
+    scale = half(blocks, 108) * (scale.float() - 32)
+    return Affine(q.flatten(1), scale, -4 * scale)
+
+
+def iq4(blocks: Tensor) -> Affine:
+    """half d, then 32 nibbles, which are places in a table; or 256 of them behind 8 scales of 6
+    bits, d * (scale - 32), whose upper pairs of bits come before their low nibbles."""
+    scale = half(blocks, 0)
+    if blocks.shape[1] > 18:
+        upper = pieces(blocks[:, 2:4], 2).mT.flatten(1)
+        low = pieces(blocks[:, 4:8], 4).mT.flatten(1)
+        scale = scale * ((low | upper << 4).float() - 32)
+    nibbles = planes(blocks[:, -16 * scale.shape[1]:].unflatten(1, (-1, 16)))
+    q = IQ4[nibbles.int()].view(len(blocks), -1)
+    return Affine(q, scale, -128 * scale)
+
+
+def pieces(packed: Tensor, bits: int) -> Tensor:
+    """[..., n] bytes, n even -> [..., 8 / bits, n]: the lowest bits of each, then the next. Two
+    bytes at a time, which is four times as fast; a copy, as parts may begin anywhere."""
+    pairs = packed.clone(memory_format=torch.contiguous_format).view(torch.int16)
+    mask = 0x0101 * (2**bits - 1)
+    shifted = [pairs >> i & mask for i in range(0, 8, bits)]
+    return torch.stack(shifted, -2).view(torch.uint8)
+
+
+def planes(packed: Tensor) -> Tensor:
+    """[..., n] bytes -> [..., 2n]: their low nibbles, then their high ones."""
+    return pieces(packed, 4).flatten(-2)
 
 
 def mxfp4(blocks: Tensor) -> Affine:
@@ -71,46 +114,53 @@ def mxfp4(blocks: Tensor) -> Affine:
     return twice_e2m1(planes(blocks[:, 1:]), blocks[:, :1])
 
 
+def whole_numbers(blocks: Tensor, kind: GGML) -> Affine:
+    """What gguf reads, over the unit of each group: what it reads where one number is everywhere."""
+    bits, group_size, number, start, kept = UNITS[kind]
+    same = blocks.clone()
+    same[:, start:start + len(kept)] &= torch.tensor(list(kept), dtype=torch.uint8)
+    w, unit = (torch.from_numpy(gguf.dequantize(x.numpy(), kind)).unflatten(1, (-1, group_size))
+               for x in (blocks, same))  # (n, groups, group_size)
+    unit = unit[..., 0] / number
+    q = w / unit.where(unit != 0, 1)[..., None] + 2 ** (bits - 1)
+    return Affine(q.round().to(torch.uint8).flatten(1), unit, -2 ** (bits - 1) * unit)
+
+
 def half(blocks: Tensor, start: int) -> Tensor:
     """The float16 at a byte of each block, [n, 1] float32."""
     return blocks[:, start:start + 2].contiguous().view(torch.float16).float()
 
 
-LOW_NIBBLES = 0x0F0F_0F0F_0F0F_0F0F
-
-
-def planes(packed: Tensor) -> Tensor:
-    """[..., n] bytes -> [..., 2n]: their low nibbles, then their high ones. Eight at a time: n is a
-    multiple of 8."""
-    words = aligned_copy(packed).view(torch.int64)  # (..., n / 8)
-    low = words & LOW_NIBBLES
-    high = words >> 4 & LOW_NIBBLES
-    return torch.cat((low, high), -1).view(torch.uint8)
-
-
-def aligned_copy(x: Tensor) -> Tensor:
-    """What is contiguous already, such as a part of a single block, may begin anywhere."""
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def fifth_bits(packed: Tensor) -> Tensor:
-    """[n, 4] bytes -> [n, 32]: their bits, the lowest first, as 0 or 16."""
-    bits = aligned_copy(packed).view(torch.int32)  # (n, 1)
-    fifth = bits >> torch.arange(32, dtype=torch.int32) & 1  # (n, 32)
-    return fifth.to(torch.uint8) << 4
-
-
-# by type: bits of an integer, and what unpacks blocks
-TYPES: dict[GGML, tuple[int, Callable[[Tensor], Affine]]] = {
-    GGML.Q4_0: (4, of_32),
-    GGML.Q4_1: (4, of_32),
-    GGML.Q5_0: (5, of_32),
-    GGML.Q5_1: (5, of_32),
-    GGML.Q8_0: (8, of_32),
-    GGML.Q4_K: (4, of_256),
-    GGML.Q5_K: (5, of_256),
-    GGML.Q6_K: (6, q6_k),
-    GGML.MXFP4: (5, mxfp4),
+IQ4 = torch.tensor(gguf.quants.IQ4_NL.kvalues).add(128).to(torch.uint8)
+# Whole numbers times a unit, without a zero. By type: bits of an integer, inputs of a group, and the
+# number that is everywhere if from some byte on only these bits are kept, which are those of scales
+UNITS = {
+    GGML.TQ1_0: (2, 32, -1, 0, bytes(52)),
+    GGML.TQ2_0: (3, 32, -1, 0, bytes(64)),
+    GGML.IQ1_S: (5, 32, -7, 2, bytes(32) + b"\0\x70" * 8),
+    GGML.IQ1_M: (5, 16, -7, 0, bytes(48)),
+    GGML.IQ2_XXS: (7, 32, 8, 2, b"\0\0\0\0\0\0\0\xf0" * 8),
+    GGML.IQ2_XS: (7, 16, 8, 2, bytes(64)),
+    GGML.IQ2_S: (7, 16, 8, 2, bytes(72)),
+    GGML.IQ3_XXS: (7, 32, 4, 2, bytes(64) + b"\0\0\0\xf0" * 8),
+    GGML.IQ3_S: (5, 32, 1, 2, bytes(104)),
+}
+# by type: bits of an integer, inputs of a group, and what unpacks blocks
+TYPES: dict[GGML, tuple[int, int, Callable[[Tensor], Affine]]] = {
+    GGML.Q2_K: (2, 16, q2_k),
+    GGML.Q3_K: (3, 16, q3_k),
+    GGML.Q4_0: (4, 32, of_32),
+    GGML.Q4_1: (4, 32, of_32),
+    GGML.Q5_0: (5, 32, of_32),
+    GGML.Q5_1: (5, 32, of_32),
+    GGML.Q8_0: (8, 32, of_32),
+    GGML.Q4_K: (4, 32, of_256),
+    GGML.Q5_K: (5, 32, of_256),
+    GGML.Q6_K: (6, 16, q6_k),
+    GGML.IQ4_NL: (8, 32, iq4),
+    GGML.IQ4_XS: (8, 32, iq4),
+    GGML.MXFP4: (5, 32, mxfp4),
+    **{kind: (*row[:2], partial(whole_numbers, kind=kind)) for kind, row in UNITS.items()},
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 
@@ -128,14 +178,14 @@ def dequantized(stored: InFile) -> Tensor:
 def file_blocks(stored: InFile, order: Tensor | None) -> Blocks:
     """A quantized matrix of a GGUF file. order [N]: the file's row of each, None: as they lie."""
     N, K = stored.shape
-    bits, unpack = TYPES.get(stored.dtype, (None, None))
+    bits, group_size, unpack = TYPES.get(stored.dtype, (None, 32, None))
     _, block_bytes = gguf.GGML_QUANT_SIZES[stored.dtype]
 
     def read(rows: range) -> Affine:
         parts = unpack(read_rows(stored, order, rows).view(-1, block_bytes))
         return Affine(*(part.view(len(rows), -1) for part in parts))
 
-    return Blocks(stored.name, stored.dtype.name, bits, range(N), range(K), read)
+    return Blocks(stored.name, stored.dtype.name, bits, range(N), range(K), read, group_size)
 
 
 def read_rows(stored: InFile, order: Tensor | None, rows: range) -> Tensor:

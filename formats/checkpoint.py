@@ -24,10 +24,9 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.floats import settle_floats
 from formats.integers import Blocks, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
-from formats.packed import packed_matrices
+from formats.packed import settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
 from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
@@ -387,10 +386,9 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             raise ValueError(f"cannot read {file}: {first_line(e)}") from None
     if "gpt_flash" not in config:  # it has names of our own
         tensors = plain_names(tensors, config)
-        settle_floats(folder, config, tensors)
-        settle_head(config, tensors)
         with making_sense_of(folder):
-            tensors = packed_matrices(tensors, config)
+            settle_quantized(folder, config, tensors)
+        settle_head(config, tensors)
     return CheckedCheckpoint(folder, config, tensors)
 
 

@@ -5,118 +5,119 @@ They are dequantized while loading. On SmolLM2-135M, 8 bits in groups of 32 woul
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from formats.integers import TWICE_E2M1, check_shape
-from formats.settings import check_settings, read_json
-from model import first_line
-from quantize import say_once
+from formats.integers import TWICE_E2M1, Blocks, check_shape, mxfp4_blocks, read
 
-# scales of activations and of the cache, which keep their precision, and what says nothing
-LEFT_OUT = re.compile(r".*\.((input|output|[qkv])_scale|weight_format)")
-# what a configuration may say of its quantization, by these; older files of modelopt, the second
-SETTINGS = ("quant_method", "quant_algo", "format", "transform_config")
-KNOWN = ("mxfp4 fp8 bitsandbytes FP8 NVFP4 modelopt/FP8 modelopt/NVFP4 "
-         "compressed-tensors/float-quantized")
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass
 class Floats:
-    """Such a matrix in a file: to a checkpoint a tensor of float32, read when it is asked for."""
+    """Such a matrix in a file, or a stack of them: to a checkpoint a tensor of float32, read when
+    it is asked for."""
 
-    weight: Any  # an InFile of formats/checkpoint.py
-    shape: tuple[int, int]
-    scales: Tensor  # [N / n, K / k], rounded up
+    weight: Any  # an InFile of formats/checkpoint.py, or a tensor
+    shape: tuple[int, ...]  # [N, K], or [E, N, K]
+    scales: Any  # as weight: [N / n, K / k], rounded up, or [E, ...]; a dimension of 1 may lack
     block: tuple[int, int]  # n and k
     pairs: Tensor | None = None  # [256, 2]: what a byte stands for
+    factor: Tensor = torch.ones(1)  # of all numbers, or [E]
     dtype = torch.float32
 
-    def __post_init__(self) -> None:
-        (N, K), (n, k) = self.shape, self.block
-        check_shape("its scale", self.scales.shape, (-(-N // n), -(-K // k)))
+    def __getitem__(self, i: int) -> Floats:
+        """One of those that are stacked."""
+        factor = self.factor[i:i + 1] if len(self.factor) > 1 else self.factor
+        return replace(self, weight=self.weight[i], shape=self.shape[1:], scales=self.scales[i],
+                       factor=factor)
 
     def read(self) -> Tensor:
         (N, K), (n, k) = self.shape, self.block
-        stored = self.weight.read()
+        stored, scales = read(self.weight), read(self.scales)
+        if scales.dtype == torch.uint8:  # powers of two
+            scales = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
+        scales = scales.float().view(-(-N // n), -(-K // k)) * self.factor
         w = stored.float() if self.pairs is None else self.pairs[stored.int()].flatten(1)
-        scales = self.scales.float().repeat_interleave(n, 0)[:N]
-        return w.mul_(scales.repeat_interleave(k, 1)[:, :K])
+        rows = scales.repeat_interleave(n, 0)[:N]
+        return w.mul_(rows.repeat_interleave(k, 1)[:, :K])
 
 
-def settle_floats(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    """Put Floats in place of what KNOWN layouts store; settings of others stay, to be refused.
-    ValueError names a tensor that does not fit what is beside it."""
-    older = folder / "hf_quant_config.json"
-    if not config.get("quantization_config") and older.exists():
-        config["quantization_config"] = read_json(older).get("quantization")
-        check_settings(config)
-    settings = config.get("quantization_config") or {}
-    stated = [str(settings[key]) for key in SETTINGS if settings.get(key)]
-    if "/".join(stated) not in KNOWN.split():
-        return
-    del config["quantization_config"]
-    for name in filter(LEFT_OUT.fullmatch, list(tensors)):
-        del tensors[name]
-    for name in [name for name in tensors if name.endswith(".weight")]:
-        try:
-            tensors[name] = read_layout(name, tensors, settings)
-        except Exception as e:  # of many kinds, from numbers that make no sense together
-            raise ValueError(f"cannot read tensor {name}: {first_line(e)}") from None
-    size = sum(2 * math.prod(x.shape) for x in tensors.values() if isinstance(x, Floats)) / 1e6
-    if size:
-        say_once(f"{folder} has weights in {'/'.join(stated)}, which no layer here holds: read as "
-                 f"plain numbers, {size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
-
-
-def read_layout(name: str, tensors: dict[str, Any], settings: dict[str, Any]) -> Any:
+def read_floats(name: str, weight: Any, tensors: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A weight with what is beside it, which is taken out of tensors; plain numbers as they are.
-
-    FP8 is times weight_scale, or weight_scale_inv, which is no inverse: one, one for each row or
-    one for each block. bitsandbytes' int8 is times SCB / 127 for each row. NVFP4: E2M1 numbers,
-    the even input in the low nibble, times an FP8 for 16 inputs and weight_scale_2."""
-    weight, module = tensors[name], name.removesuffix("weight")
-
-    def take(end: str) -> Tensor:
-        return tensors.pop(module + end).read()
-
+    bitsandbytes' int8 is times SCB / 127 for each row."""
     if f"{name}.quant_map" in tensors:
-        return nf4(weight, take)
-    if weight.dtype == torch.uint8:
-        table = TWICE_E2M1 * (take("weight_scale_2").item() / 2)
-        shape, pairs = (weight.shape[0], 2 * weight.shape[1]), torch.cartesian_prod(table, table)
-        return Floats(weight, shape, take("weight_scale"), (1, 16), pairs.flip(1))
+        return four_bits(name, weight, tensors)
     if weight.dtype == torch.int8:
-        scales = take("SCB") / 127
-    elif weight.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        scales = take("weight_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
-    else:
+        scales = read(tensors.pop(f"{name.removesuffix('weight')}SCB")) / 127
+        return with_scales(weight, weight.shape, scales, (1, weight.shape[1]))
+    if weight.dtype not in (torch.uint8, *FP8):
         return weight
-    N, K = weight.shape
-    block = settings.get("weight_block_size") or (128, 128)
-    if scales.shape in ((1,), (1, 1), (N,), (N, 1)):
-        scales, block = scales.view(-1, 1), (N // scales.numel(), K)
-    return Floats(weight, (N, K), scales, block)
+    scales = tensors.pop(f"{name}_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
+    if weight.dtype in FP8:
+        return fp8(weight, scales, settings.get("weight_block_size") or (128, 128))
+    return fp4(name, weight, scales, tensors)
 
 
-def nf4(weight: Any, take: Callable[[str], Tensor]) -> Floats:
-    """Places in a table, the first of two in the high nibble, times absmax for a block of them.
-    absmax may be nested: places in another table, times scales, plus an offset."""
-    state = json.loads(bytes(take("weight.quant_state.bitsandbytes__nf4").tolist()))
+def with_scales(weight: Any, shape: tuple[int, ...], scales: Any, *more: Any) -> Floats:
+    """ValueError: the scales are not one for each block."""
+    (n, k), *_ = more
+    *stack, N, K = shape
+    check_shape("its scale", scales.shape, (*stack, -(-N // n), -(-K // k))[:len(scales.shape)])
+    return Floats(weight, tuple(shape), scales, *more)
+
+
+def fp8(weight: Any, scales: Any, block: tuple[int, int]) -> Floats:
+    """Times NAME_scale, or NAME_scale_inv, which is no inverse: one, one for each row, or one for
+    each block; powers of two (bytes) for 32 inputs."""
+    *stack, N, K = weight.shape
+    each = scales.shape[len(stack):]
+    if each in ((), (1,), (1, 1)):
+        block = N, K
+    elif each in ((N,), (N, 1)):
+        block = 1, K
+    elif scales.dtype == torch.uint8:
+        block = 1, 32
+    return with_scales(weight, weight.shape, scales, block)
+
+
+def fp4(name: str, weight: Any, scales: Any, tensors: dict[str, Any]) -> Floats | Blocks:
+    """E2M1 numbers, the even input in the low nibble. NVFP4: times an FP8 for 16 inputs and
+    NAME_scale_2, or over NAME_global_scale. MXFP4 stays: its scales are bytes, for 32 inputs."""
+    *stack, N, half = weight.shape
+    if scales.dtype == torch.uint8:
+        check_shape("its scale", scales.shape, (N, half // 16))
+        groups = replace(weight, shape=(N, half // 16, 16), row_bytes=16)
+        return mxfp4_blocks(name, groups, scales, range(N))
+    if f"{name}_scale_2" in tensors:
+        factor = read(tensors.pop(f"{name}_scale_2")).float().view(-1)
+    else:
+        factor = 1 / read(tensors.pop(f"{name}_global_scale")).float().view(-1)
+    if len(factor) > 1:
+        check_shape("its second scale", factor.shape, tuple(stack))
+    pairs = torch.cartesian_prod(TWICE_E2M1 / 2, TWICE_E2M1 / 2).flip(1)
+    return with_scales(weight, (*stack, N, 2 * half), scales, (1, 16), pairs, factor)
+
+
+def four_bits(name: str, weight: Any, tensors: dict[str, Any]) -> Floats:
+    """bitsandbytes': places in a table, the first of two in the high nibble, times absmax for a
+    block of them. absmax may be nested: places in another table, times scales, plus an offset."""
+    def take(end: str) -> Tensor:
+        return read(tensors.pop(f"{name}.{end}"))
+
+    kind = "fp4" if f"{name}.quant_state.bitsandbytes__fp4" in tensors else "nf4"
+    state = json.loads(bytes(take(f"quant_state.bitsandbytes__{kind}").tolist()))
     (N, K), block = state["shape"], state["blocksize"]
-    table, scales = take("weight.quant_map"), take("weight.absmax")
+    table, scales = take("quant_map"), take("absmax")
     if "nested_offset" in state:
-        inner = take("weight.nested_absmax").repeat_interleave(state["nested_blocksize"])
-        scales = take("weight.nested_quant_map")[scales.int()] * inner[:len(scales)]
+        inner = take("nested_absmax").repeat_interleave(state["nested_blocksize"])
+        scales = take("nested_quant_map")[scales.int()] * inner[:len(scales)]
         scales += state["nested_offset"]
-    check_shape(weight.name, weight.shape, (N * K // 2, 1))
+    check_shape(name, weight.shape, (N * K // 2, 1))
     check_shape("quant_map", table.shape, (16,))
     rows = replace(weight, shape=(N, K // 2), row_bytes=K // 2)
-    return Floats(rows, (N, K), scales.view(N, -1), (1, block), torch.cartesian_prod(table, table))
+    pairs = torch.cartesian_prod(table, table)
+    return with_scales(rows, (N, K), scales.view(N, -1), (1, block), pairs)

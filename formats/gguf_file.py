@@ -21,15 +21,14 @@ from formats.blocks import FLOATS, dequantized, file_blocks
 from formats.checkpoint import CheckedCheckpoint, InFile, check_stack, making_sense_of
 from formats.integers import Blocks, check_shape
 from formats.settings import plain_file, short
+from formats.wrappers import text_metadata
 from model import first_line, is_number
 
 
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
     meta, tensors = read_gguf(path)
-    if meta.get("general.architecture") == "clip":
-        raise ValueError(f"{path} is an mmproj, no model: give the model's file beside it")
     with making_sense_of(path):
-        config, file = hf_config(meta, tensors)
+        config, file = hf_config(text_metadata(path, meta), tensors)
     return GGUFCheckpoint(path, config, tensors, file)
 
 
@@ -135,6 +134,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, InFile]]:
     whichever is given, and the metadata of the first. ValueError if one is truncated, no part of
     that file, or claims what cannot be."""
     meta, tensors = read_part(path)
+    if meta.get("general.architecture") == "clip":
+        raise ValueError(f"{path} is an mmproj, no model: give the model's file beside it")
     count = meta.get("split.count", 1)
     if count == 1:
         return meta, tensors

@@ -31,7 +31,7 @@ class Blocks:
     rows: range  # of the whole matrix, as are columns
     columns: range
     read: Callable[[range], Affine]  # some rows, with all columns
-    group_size: int = 32  # inputs of a group that stays one: 32, 64 or 128
+    group_size: int = 32  # inputs of a group: 32, 64 or 128, or 16, of which two are joined
     hold: Callable[[], Callable[[range], Affine]] | None = None  # -> a read that has all in memory
 
     @property

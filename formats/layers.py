@@ -29,7 +29,7 @@ class FileInt4Linear(Int4Linear):
         zeros are taken, since they are small there, and so is their rounding. Groups may be smaller
         than ours, as those of Q6_K: they are joined."""
         if scale.shape[1] > self.scales.shape[1]:
-            q, scale, zero = in_larger_groups(q, scale, zero, middle, self.group_size)
+            q, scale, zero = in_larger_groups(q, scale, zero, self.group_size)
             middle = 128
         # the middle of q comes to MIDDLE, if all of q + shift is in range
         largest_q = 2 * middle - 1
@@ -149,26 +149,18 @@ def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
 
 
 def in_larger_groups(
-    q: Tensor, scales: Tensor, zeros: Tensor, middle: int, group_size: int
+    q: Tensor, scales: Tensor, zeros: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Affine weights, q [rows, K] uint8 below 2 * middle, scales and zeros [rows, groups] float32,
-    in fewer groups, of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K
-    in groups of 32 is about a quarter of what it was, so that this adds a sixteenth to the square
-    of the error that the file has itself."""
-    groups = q.shape[1] // group_size
-    scales = scales.unflatten(1, (groups, -1))  # (rows, groups, old groups in each)
-    zeros = zeros.unflatten(1, (groups, -1))
-    ends = torch.stack((zeros, zeros + (2 * middle - 1) * scales))
-    low = ends.amin((0, 3))  # (rows, groups)
-    high = ends.amax((0, 3))
+    """Affine weights, q [rows, K] uint8, scales and zeros [rows, groups] float32, in fewer groups,
+    of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K in groups of 32
+    is about a quarter of what it was, so that this adds a sixteenth to the square of the error that
+    the file has itself."""
+    w = q.view(*scales.shape, -1) * scales[..., None]
+    w = w.add_(zeros[..., None]).view(len(q), -1, group_size)
+    low, high = w.aminmax(dim=-1, keepdim=True)  # (rows, groups, 1)
     steps = ((high - low) / 254).bfloat16().float()  # as stored; 254: their rounding needs room
-    # the lines from the old integers to the new ones
-    divisor = steps.clamp_min(1e-30)[..., None]
-    scales = scales / divisor
-    zeros = (zeros - low[..., None]) / divisor
-    line = q.view(*scales.shape, -1).float()  # (rows, groups, old groups in each, inputs)
-    line.mul_(scales[..., None]).add_(zeros[..., None]).round_()
-    return line.flatten(1).to(torch.uint8), steps, low
+    q = w.sub_(low).div_(steps.clamp_min(1e-30)).round_()
+    return q.flatten(1).to(torch.uint8), steps.squeeze(-1), low.squeeze(-1)
 
 
 # --- filling them ---
@@ -181,16 +173,20 @@ def fill_layers(
 
     A joined layer takes a form that holds all of its parts. Types that no form holds are said, and
     dequantized."""
-    kept = {}
+    kept, lost = {}, {}
     for name, parts in stored.items():
-        unknown = [part.kind for part in parts if part.bits is None]
-        if unknown:
-            say_once(f"{unknown[0]} weights are dequantized: no quantized layer holds them")
+        if any(part.bits is None for part in parts):
+            lost |= {part.name: part for part in parts}
             continue
         if name == "embed_tokens":
             name = TABLE
         put(model, name, *form_for(parts, device))
         kept[name] = parts
+    if lost:
+        kinds = sorted({part.kind for part in lost.values() if part.bits is None})
+        size = sum(2 * math.prod(part.shape) for part in lost.values()) / 1e6
+        say_once(f"{', '.join(kinds)} weights are dequantized, as no quantized layer holds them: "
+                 f"{size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
 
     def fill_one(name: str) -> None:
         repack(model.get_submodule(name), name, kept[name], device)
@@ -209,13 +205,14 @@ def fill_layers(
 
 def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
     """The smallest quantized layer for the integers of all parts, and its groups. It holds them as
-    they are; but Q6_K's groups of 16 are joined."""
+    they are; but groups of 16, as Q6_K's, are joined."""
     if torch.device(device).type == "cuda" and {part.kind for part in parts} == {"MXFP4"}:
         return "mxfp4", 32  # no operator of a CPU takes it
     group_size = math.gcd(*(part.group_size for part in parts))
-    if all(part.bits <= 4 for part in parts):
+    if group_size >= 32 and all(part.bits <= 4 for part in parts):
         return "int4", group_size
-    return "int8_grouped", min(group_size, 64)  # operators have 128 nibbles in a group at most
+    # operators have 128 nibbles in a group at most
+    return "int8_grouped", max(32, min(group_size, 64))
 
 
 def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str) -> None:

@@ -1,57 +1,103 @@
-"""Folders of AutoAWQ, GPTQ and compressed-tensors: (q - zero) * scale, with a scale and a zero for
-each group of inputs. An int32 has several integers, the first in its lowest bits."""
+"""Folders of quantized weights: what config.json says of them, and integers as AutoAWQ, GPTQ and
+compressed-tensors pack them.
+
+These are (q - zero) * scale, with a scale and a zero for each group of inputs. An int32 has several
+integers, the first in its lowest bits. What is left out keeps its precision: activations, caches."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from formats.floats import Floats, read_floats
 from formats.integers import Affine, Blocks, check_shape, read
-from quantize import unpack_nibbles
+from formats.settings import check_settings, read_json
+from model import first_line
+from quantize import say_once, unpack_nibbles
 
-KNOWN = {  # what settings may be; a file of compressed-tensors has some for each group of layers
-    **dict.fromkeys(["transform_config", "kv_cache_scheme", "input_activations"], (None, {})),
-    "bits": (4, 8), "num_bits": (4, 8), "type": ("int",), "zero_point": (None, True),
+METHODS = "awq bitsandbytes compressed-tensors fbgemm_fp8 fp8 gptq modelopt mxfp4".split()
+KNOWN = {  # what settings may be; some files have some for each group of layers
+    "transform_config": (None, {}),
+    "bits": (4, 8), "num_bits": (4, 8), "type": ("int", "float"), "zero_point": (None, True),
     "format": (None, "gptq", "gptq_v2", "gemm", "pack-quantized", "int-quantized",
-               "mixed-precision", "dense"),
+               "mixed-precision", "dense", "float-quantized", "naive-quantized",
+               "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
     "checkpoint_format": (None, "gptq", "gptq_v2", "gemm"), "version": (None, "gemm", "GEMM"),
-    "is_marlin_format": (None, False), "strategy": ("group", "channel", "tensor"),
+    "is_marlin_format": (None, False),
+    "strategy": ("group", "channel", "tensor", "block", "tensor_group"),
+    "quant_algo": (None, "FP8", "FP8_PB_WO", "FP8_BLOCK_SCALES", "FP8_PER_CHANNEL_PER_TOKEN",
+                   "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"),
 }
+MATRIX = re.compile(r"(.*\.)((q)?weight(_packed)?|experts\.(gate_up|down)_proj)")
+# scales of activations and of the cache, and what says nothing
+LEFT_OUT = re.compile(r".*[._]((input|output|activation|[qkv]|kv)(_global)?_scale|weight_format"
+                      "|input_zero_point)")
 # what gives some rows of the integers [N, K]; scales and zeros [N or 1, groups]
 Loaded = tuple[Callable[[range], Tensor], Tensor, Tensor]
 
 
-def packed_matrices(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of a folder, those that are packed as Blocks named MODULE.weight_packed, and the
-    configuration without its quantization_config. ValueError names a variant that is unknown."""
+def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Put Blocks and Floats in place of what a folder has quantized by METHODS, and take
+    quantization_config out; others stay, to be refused. ValueError names a variant that is unknown,
+    or a tensor that does not fit what is beside it."""
+    older = folder / "hf_quant_config.json"  # of modelopt
+    if not config.get("quantization_config") and older.exists():
+        config["quantization_config"] = read_json(older).get("quantization")
+        check_settings(config)
     settings = config.get("quantization_config") or {}
-    method = settings.get("quant_method")
-    if method not in ("awq", "gptq", "compressed-tensors"):
-        return tensors
-    groups = list((settings.get("config_groups") or {}).values())
-    check_known(method, [settings, settings.get("sparsity_config") or {}, *groups,
-                         *(group["weights"] for group in groups)])
-    end, matrix = ".qweight", by_inputs
-    if method == "compressed-tensors":
-        end, matrix = ".weight_scale", by_outputs
-    tensors = dict(tensors)
-    for module in [name.removesuffix(end) for name in tensors if name.endswith(end)]:
-        tensors[f"{module}.weight_packed"] = matrix(module, tensors, settings)
-        if module == "lm_head":
-            config["tie_word_embeddings"] = False  # this one counts
+    method = settings.get("quant_method") or "modelopt" * ("quant_algo" in settings)
+    if method not in METHODS:
+        return
+    check_known(method, settings)
     del config["quantization_config"]
-    return tensors
+    for name in filter(LEFT_OUT.fullmatch, list(tensors)):
+        del tensors[name]
+    for name in filter(MATRIX.fullmatch, list(tensors)):
+        matrix = name.replace(".qweight", ".weight").removesuffix("_packed")
+        try:
+            found = read_layout(name, matrix, tensors, settings)
+        except Exception as e:  # of many kinds, from numbers that make no sense together
+            raise ValueError(f"cannot read tensor {matrix}: {first_line(e)}") from None
+        # by another name, where layers hold what has one of theirs already
+        tensors[f"{matrix}_packed" if isinstance(found, Blocks) else matrix] = found
+    if "lm_head.weight_packed" in tensors:
+        config["tie_word_embeddings"] = False  # this one counts
+    size = sum(2 * math.prod(x.shape) for x in tensors.values() if isinstance(x, Floats)) / 1e6
+    if size:
+        kind = settings.get("quant_algo") or settings.get("format")
+        stated = "/".join(filter(None, (method, kind)))
+        say_once(f"{folder} has weights in {stated}, which no layer here holds: read as plain "
+                 f"numbers, {size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
 
 
-def check_known(method: str, parts: list[dict[str, Any]]) -> None:
+def check_known(method: str, settings: dict[str, Any]) -> None:
+    groups = list((settings.get("config_groups") or {}).values())
+    layers = (settings.get("quantized_layers") or {}).values()
+    parts = [settings, settings.get("sparsity_config") or {}, *groups, *layers,
+             *(group["weights"] for group in groups)]
     for key, known in KNOWN.items():
         for value in (part[key] for part in parts if key in part):
             if value not in known:
                 raise ValueError(f"the model is quantized by {method} with {key} {value!r:.200}, "
                                  "which cannot be read")
+
+
+def read_layout(
+    name: str, matrix: str, tensors: dict[str, Any], settings: dict[str, Any]
+) -> Any:
+    """A matrix of the file's name with what is beside it, which is taken out of tensors."""
+    if name.endswith(".qweight"):
+        return by_inputs(name.removesuffix(".qweight"), tensors, settings)
+    weight = tensors.pop(name)
+    of_8_bits = weight.dtype == torch.int8 and f"{matrix}_scale" in tensors
+    if weight.dtype == torch.int32 or of_8_bits:
+        return by_outputs(matrix, weight, tensors)
+    return read_floats(matrix, weight, tensors, settings)
 
 
 def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) -> Blocks:
@@ -85,13 +131,11 @@ def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
     return blocks(f"{module}.qweight", bits, (N, K, groups), load, order)
 
 
-def by_outputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) -> Blocks:
-    """weight [N, K] int8, or weight_packed [N, K * bits / 32] and weight_shape; weight_scale
-    [N, groups], or one; weight_zero_point like it, perhaps packed along N; weight_g_idx [K]."""
-    name = f"{module}.weight"
+def by_outputs(name: str, words: Any, tensors: dict[str, Any]) -> Blocks:
+    """words: NAME [N, K] int8, or NAME_packed [N, K * bits / 32] with NAME_shape; NAME_scale
+    [N, groups], or one; NAME_zero_point like it, perhaps packed along N; NAME_g_idx [K]."""
     scales, zeros, order, sizes = (
         tensors.pop(f"{name}_{x}", None) for x in ("scale", "zero_point", "g_idx", "shape"))
-    words = tensors.pop(name if sizes is None else f"{name}_packed")
     N, K = words.shape if sizes is None else read(sizes).view(2).tolist()
     bits = 4 if words.shape[1] * 8 == K else 8
     check_shape(name, words.shape, (N, K if sizes is None else K * bits // 32))

@@ -22,6 +22,7 @@ from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
+from formats.wrappers import PICTURE, has_pictures, is_wrapper
 from generate import Printer, Tokenizer
 from model import first_line, is_number
 
@@ -60,12 +61,20 @@ class ChatTokenizer(Tokenizer):
     names: dict[str, str] = {}
     added: dict[str, int] = {}  # tokens beside tokenizer.model that are text, and found in a text
     flags: dict[str, AddedToken] = {}  # of such and special ones: which white space they take in
+    pictures: str = "(?!)"  # an expression for the tokens of pictures and sound that are left out
     # whether the text behind such and special tokens begins with a blank as a text's first word
     legacy: bool = True
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
+        """ValueError for a token that stands for a picture, where these are left out."""
+        self.refuse_pictures(text)
         ids = self.ids(text, self.added)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def refuse_pictures(self, text: str) -> None:
+        found = re.search(self.pictures, text)
+        if found:
+            raise ValueError(f"the text has {found[0]}, but pictures and sound are left out")
 
     def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
         """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
@@ -93,6 +102,7 @@ class ChatTokenizer(Tokenizer):
             return tokens[found[1]] if found[1] else MARK + found[0]
 
         text = re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden))
+        self.refuse_pictures(text)
         return self.template_ids(text)
 
     @property
@@ -224,6 +234,8 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
     if is_number(n, int) and all(i in surplus for i in range(n, tokenizer.vocab_size)):
         tokenizer.vocab_size = min(n, tokenizer.vocab_size)
+    if "wrapper" in settings or is_wrapper(settings):
+        tokenizer.pictures = any_of(filter(PICTURE.search, tokenizer.special))
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
@@ -335,7 +347,8 @@ CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentenc
 def gguf_tokenizer(path: Path) -> ChatTokenizer:
     """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
     from formats.gguf_file import read_gguf  # gguf is slow to import
-    meta = {key.removeprefix("tokenizer.ggml."): v for key, v in read_gguf(path)[0].items()}
+    whole = read_gguf(path)[0]
+    meta = {key.removeprefix("tokenizer.ggml."): value for key, value in whole.items()}
     kind, pre = meta.get("model"), meta.get("pre")
     if kind not in ("gpt2", "llama") or kind == "gpt2" and str(pre) not in PRE_TOKENIZERS:
         raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
@@ -368,6 +381,8 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     ids = {name: meta.get(f"{theirs}_token_id") for name, theirs in named.items()}
     tokenizer.names = {f"{name}_token": tokens[i] for name, i in ids.items()
                        if is_number(i, int) and 0 <= i < len(tokens)}
+    if has_pictures(path, whole):
+        tokenizer.pictures = any_of(filter(PICTURE.search, special))
     if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
         names = special.keys() - {"<s>", "<unk>", "<|endoftext|>"}
         tokenizer.flags = {name: AddedToken(name, rstrip=True, special=True) for name in names}

@@ -41,17 +41,29 @@ OTHERS = {
 }
 
 
+# architectures of llama.cpp's: that of texts with pictures, and of texts alone
+TEXTS = {"qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
+LEFT_OUT = "{} holds a {}, of which pictures and sound are left out"
+# tokens that stand for them, or around them
+PICTURE = re.compile("image|video|vision|audio|IMG", re.IGNORECASE)
+
+
+def is_wrapper(config: dict[str, Any]) -> bool:
+    known = {*OWN, *" ".join(ANY.values()).split()}
+    made = str(config.get("architectures") or "ForConditionalGeneration")
+    return config.get("model_type") in known and "ForConditionalGeneration" in made
+
+
 def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The configuration of the model of texts, said once; one that is of texts alone as it is."""
-    kind = str(config.get("model_type"))
-    any_kind = [text for text, wrappers in ANY.items() if kind in wrappers.split()]
-    made = str(config.get("architectures") or "ForConditionalGeneration")
-    if not (kind in OWN or any_kind) or "ForConditionalGeneration" not in made:
+    if not is_wrapper(config):
         return config
+    kind = config["model_type"]
+    any_kind = [text for text, wrappers in ANY.items() if kind in wrappers.split()]
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config  # older files have all settings there
     model_type = OWN.get(kind) or text.get("model_type") or any_kind[0]
-    say_once(f"{path} holds a {kind}, of which pictures and sound are left out")
+    say_once(LEFT_OUT.format(path, kind))
     tied = [each.get("tie_word_embeddings") for each in (config, text)]
     defaults = dict(zip(SIZES, SIZES_OF.get(str(model_type), ()))) | OTHERS.get(kind, {})
     defaults["quantization_config"] = config.get("quantization_config")
@@ -59,6 +71,25 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     tied = any(tied) or tied == [None, None]
     settled = dict(architectures=None, model_type=model_type, tie_word_embeddings=tied)
     return defaults | text | settled | {"wrapper": kind}
+
+
+def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
+    """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
+    beside = path.parent.glob("*mmproj*.gguf")
+    return meta.get("general.architecture") in TEXTS or any(beside)
+
+
+def text_metadata(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a GGUF file as one of texts alone has it: tokens of texts turn by one
+    position, and no layer adds pictures to them. What is left out is said once."""
+    kind = meta.get("general.architecture")
+    if has_pictures(path, meta):
+        say_once(LEFT_OUT.format(path, kind))
+    if kind not in TEXTS:
+        return meta
+    own = {key.replace(f"{kind}.", f"{TEXTS[kind]}.", 1): value for key, value in meta.items()
+           if not key.endswith((".dimension_sections", ".n_deepstack_layers"))}
+    return own | {"general.architecture": TEXTS[kind]}
 
 
 # what may stand in front of the names of a model of texts, in place of model.
