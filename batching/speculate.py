@@ -21,7 +21,7 @@ from torch import Tensor
 
 from batching.saved import copy_row
 from generate import Decoder, Drawn
-from model import MAX_DECODE_TOKENS, KVCache, Transformer
+from model import MAX_DECODE_TOKENS, KVCache, Transformer, run_block
 
 # logits [n, T, V] and how far ahead of the rows' last tokens the first are -> tokens [n, T]
 Draw = Callable[[Tensor, int], Tensor]
@@ -42,8 +42,11 @@ class Drafter:
         each row's last token, as in Transformer.prefill."""
         self.history[rows, cached:cached + tokens.shape[1]] = tokens
 
-    def note(self, tokens: Tensor, position: Tensor, rows: slice) -> None:
-        """Tokens [n, T] were drawn for position [n] and those behind it."""
+    def note(
+        self, tokens: Tensor, position: Tensor, rows: slice, n: Tensor | None = None
+    ) -> None:
+        """Tokens [n, T] were drawn for position [n] and those behind it. n [n]: how many of each
+        row's count, by a step; None: they are the first ones behind prompts."""
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
         self.history[rows].scatter_(1, position.long()[:, None] + offsets, tokens)
 
@@ -132,11 +135,83 @@ class DraftModel(Drafter):
         copy_row(self.cache, source, target, length)
 
 
+class OwnLayer(Drafter):
+    """The layer of the model's own that guesses the token after the next one: see NextToken in
+    families/deltanet.py. It is given tokens, each with what the model gave its output layer for the
+    one before: the token at position p is at its place p - 1.
+
+    hidden [B, 1, dim]: what the output layer was given of each row's last token, while a prompt is
+    read, by the model; then by this layer, for the first proposal. Where another row's beginning is
+    taken it may be another token's: one guess is worse, and no text another."""
+
+    def __init__(self, model: Transformer, cache: KVCache):
+        super().__init__(cache)
+        config, B = model.config, cache.max_batch_size
+        self.main = model
+        model.run_layers = model.run_and_keep
+        self.cache = KVCache(
+            1, config.n_kv_head, config.head_dim, B, cache.max_seq_len, dtype=cache.dtype,
+            device=cache.device, attention=cache.attention,
+        )
+        self.hidden = torch.zeros(B, 1, config.dim, dtype=model.dtype, device=cache.device)
+
+    def run(
+        self, tokens: Tensor, before: Tensor, rows: slice, position: Tensor,
+        cached: int | None = None,
+    ) -> Tensor:
+        """What the layer gives for tokens [n, T], at its places from position [n] on. cached: the
+        same in every row, where a prompt is read."""
+        main, T = self.main, tokens.shape[1]
+        run = main.decode_block if T in main.compiled_lengths else run_block
+        if cached is not None:
+            run = main.prefill_block
+        where = main.positions(position, T, self.cache, cached, even=True)[main.mtp.layer]
+        [layer] = self.cache.layers(rows)
+        return main.mtp(main.embed(tokens), before, where, layer, run)
+
+    def read(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> None:
+        super().read(tokens, rows, cached, last)
+        given = self.main.hidden  # (n, T, dim)
+        before = torch.cat([self.hidden[rows], given[:, :-1]], 1)
+        if cached == 0:  # there is none before the first
+            tokens, before, cached = tokens[:, 1:], before[:, 1:], 1
+        if tokens.shape[1] > 0:
+            self.run(tokens, before, rows, torch.full_like(last, cached - 1).int(), cached - 1)
+        self.keep(given, rows, last + 1)
+
+    def keep(self, given: Tensor, rows: slice, n: Tensor) -> None:
+        """Of what was given for tokens [n, T, dim], that of the n-th of each row, n [n]; 0: none."""
+        at = (n.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, given.shape[2])
+        own = self.hidden[rows]
+        own.copy_(torch.where(n[:, None, None] > 0, given.gather(1, at), own))
+
+    def note(
+        self, tokens: Tensor, position: Tensor, rows: slice, n: Tensor | None = None
+    ) -> None:
+        super().note(tokens, position, rows)
+        before = self.hidden[rows] if n is None else self.main.hidden
+        given = self.run(tokens, before, rows, position - 1)
+        self.keep(given, rows, torch.ones_like(position) if n is None else n)
+
+    def propose(self, token: Tensor, input_pos: Tensor, rows: slice, k: int, draw: Draw) -> Tensor:
+        hidden = self.hidden[rows]
+        proposals = [draw(self.main.lm_head(hidden), 1)]
+        for i in range(1, k):
+            hidden = self.run(proposals[-1], hidden, rows, input_pos + (i - 1))
+            proposals.append(draw(self.main.lm_head(hidden), i + 1))
+        return torch.cat(proposals, 1)  # (n, k)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        super().copy_row(source, target, length)
+        copy_row(self.cache, source, target, length)
+        self.hidden[target] = self.hidden[source]
+
+
 def make_drafter(
     k: int, model: Transformer, draft: Transformer | None, cache: KVCache, compiled: bool
 ) -> Drafter | None:
-    """A draft model's, or without one prompt lookup; None for k = 0. ValueError says what does
-    not go together."""
+    """A draft model's, or without one the model's own, or prompt lookup; None for k = 0. ValueError
+    says what does not go together."""
     if not 0 <= k < MAX_DECODE_TOKENS:
         raise ValueError(f"speculate_k must be 0 to {MAX_DECODE_TOKENS - 1}, not {k}")
     if k == 0:
@@ -146,7 +221,7 @@ def make_drafter(
     if compiled:
         model.compiled_lengths.add(k + 1)
     if draft is None:
-        return PromptLookup(cache)
+        return OwnLayer(model, cache) if hasattr(model, "mtp") else PromptLookup(cache)
     sizes = sorted((draft.config.vocab_size, model.config.vocab_size))
     if sizes[0] < 0.9 * sizes[1]:  # more than padding
         raise ValueError(
@@ -216,8 +291,8 @@ class Speculator(Decoder):
         self.k = speculate_k
         self.k_now = 0  # proposals that the next step checks
         self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
-        self.gauge: Gauge | None = None  # a draft model is asked at every step
-        if speculate_k and draft is None:
+        self.gauge: Gauge | None = None  # other drafts are asked at every step
+        if isinstance(self.drafter, PromptLookup):
             self.gauge = Gauge(speculate_k)
         # at most where rows without a request stand
         self.ends = [0] * self.cache.max_batch_size
@@ -243,13 +318,14 @@ class Speculator(Decoder):
         if self.extras is not None:
             self.extras.proposals = proposals
         tokens = (self.extras or self).draw(rows, logits, 1)  # (B, k + 1)
-        self.drafter.note(tokens, input_pos + 1, rows)
 
         right = tokens[:, :max(k, 1)] == proposals
         agreed = right.long().cumprod(1).sum(1)  # (B)
         accepted = agreed.clamp(max=k)
         last = tokens.gather(1, accepted[:, None])  # (B, 1)
-        self.move(rows, last, self.active[rows] * (accepted + 1))
+        n = self.active[rows] * (accepted + 1)
+        self.drafter.note(tokens, input_pos + 1, rows, n)
+        self.move(rows, last, n)
         return Drawn(tokens, agreed, *self.known)
 
     def prepare(self) -> float:
@@ -277,9 +353,10 @@ class Speculator(Decoder):
             self.drafter.copy_row(source, target, length)
 
     def read_part(self, tokens: Tensor, rows: slice, cached: int, last: Tensor) -> Tensor:
+        logits = super().read_part(tokens, rows, cached, last)
         if self.drafter is not None:
             self.drafter.read(tokens, rows, cached, last)
-        return super().read_part(tokens, rows, cached, last)
+        return logits
 
     def next_k(self, ends: list[int]) -> int:
         """How many proposals the next step checks: none where that does not pay, or where a row may

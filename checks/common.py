@@ -319,6 +319,8 @@ def as_converted(
             tensor = tensor + 1
         if name.endswith("sinks"):
             name = f"{name}.weight"
+        name = name.replace("_correction_bias", "_correction.bias")
+        name = name.replace(".gate.moe_statics.", ".moe_statics.")
         if module == "experts":
             yield from stacks(name, tensor, arch)
         else:

@@ -157,8 +157,8 @@ def test_surplus_heads_get_one_warning(
 def test_layers_that_guess_further_tokens_are_left_out(
     checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Qwen3-Next's files have one, whose names look like those of a model."""
-    folder = shutil.copytree(checkpoint("qwen3-next")[0], tmp_path / "m")
+    """Files of families that have none here, whose names look like those of a model."""
+    folder = shutil.copytree(checkpoint("qwen3-moe")[0], tmp_path / "m")
     before = logits_of(folder)
     names = "fc", "layers.0.self_attn.q_proj", "layers.0.mlp.experts.0.up_proj"
     more = {f"mtp.{name}.weight": torch.ones(8, 8) for name in names}

@@ -18,6 +18,7 @@ from torch import Tensor
 from checks.common import BASE, close, hf_logits, interleave, random_blocks, write_gguf
 from formats.architectures import hf_config
 from formats.checkpoint import open_checkpoint
+from formats.gguf_file import GGUFCheckpoint
 from model import FAMILIES, ModelConfig, load_model
 
 
@@ -39,6 +40,7 @@ LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=SHORT, long_f
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 MOE = [("add_expert_count", 4), ("add_expert_used_count", 2)]
 OF_EXPERTS = ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers"]
+SIGMOID = ("add_expert_gating_func", gguf.ExpertGatingFuncType.SIGMOID)
 WINDOW = ("add_sliding_window", 8)
 OF_WINDOWS = ["sliding_window", "windows"]
 OF_GRANITE = ["embedding_multiplier", "attention_multiplier", "residual_multiplier",
@@ -131,6 +133,24 @@ CASES = {
     "qwen3_moe with pictures": Case(
         "qwen3vlmoe", "Qwen3Moe", dict(norm_topk_prob=True, **EXPERTS),
         [*DEEP, *MOE, ("add_expert_feed_forward_length", 32)], OF_EXPERTS, tol=1e-3),
+    "glm4_moe": Case(
+        "glm4moe", "Glm4Moe", dict(
+            n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
+            use_qk_norm=True, routed_scaling_factor=1.5, num_nextn_predict_layers=1),
+        [*MOE, SIGMOID, ("add_expert_feed_forward_length", 32), ("add_rope_dimension_count", HALF),
+         ("add_expert_shared_count", 1), ("add_leading_dense_block_count", 1),
+         ("add_expert_weights_scale", 1.5), ("add_expert_weights_norm", True)],
+        ["moe", "use_qk_norm"]),
+    "minimax_m2": Case(
+        "minimax-m2", "MiniMaxM2", dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
+        [*MOE, SIGMOID, ("add_expert_feed_forward_length", 72),
+         ("add_rope_dimension_count", HALF)], ["moe", "rotary_dim"]),
+    "ernie4_5_moe": Case(
+        "ernie4_5-moe", "Ernie4_5_Moe",
+        dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=32, head_dim=16),
+        [*MOE, ("add_expert_feed_forward_length", 32), ("add_expert_shared_count", 2),
+         ("add_expert_shared_feed_forward_length", 64), ("add_interleave_moe_layer_step", 1),
+         ("add_leading_dense_block_count", 1)], ["moe"]),
 }
 ALWAYS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -160,7 +180,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.manual_seed(0)
     hf = getattr(transformers, f"{case.transformers}ForCausalLM")(config).eval()
     with torch.no_grad():
-        for parameter in hf.parameters():
+        biases = [x for name, x in hf.named_buffers() if name.endswith("correction_bias")]
+        for parameter in [*hf.parameters(), *biases]:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     path = tmp_path_factory.mktemp("family") / f"{request.param}.gguf"
     write_gguf(path, config, hf.state_dict(), case.arch, [*case.extra, *VOCABULARY])
@@ -218,7 +239,7 @@ def test_every_tensor_is_hugging_faces(written: Written) -> None:
         if re.search(r"experts\.\w+$", name):
             wanted |= dict(expert_tensors(name, tensor, case_of(written).arch))
         elif name != "lm_head.weight" or not written.hf.config.tie_word_embeddings:
-            wanted[name] = tensor
+            wanted[name.replace(".moe_statics", "")] = tensor
     checkpoint.check_names(wanted)
     for name, tensor in wanted.items():
         torch.testing.assert_close(checkpoint.read(name, tuple(tensor.shape)), tensor)
@@ -322,6 +343,15 @@ def test_a_qwen_has_a_window_only_if_its_file_says_so(arch: str, experts: dict[s
     meta[f"{arch}.attention.sliding_window"] = 8
     config = config_of(meta)
     assert 8 in config.windows
+
+
+def test_a_glm_goes_without_layers_that_guess_further_tokens() -> None:
+    settings = {"block_count": 4, "nextn_predict_layers": 1, "expert_count": 4}
+    config, file = hf_config(metadata("glm4moe", settings), {})
+    assert config["num_hidden_layers"] == 3
+    checkpoint = GGUFCheckpoint(Path("m.gguf"), config, {}, file)
+    assert checkpoint.is_harmless("blk.3.nextn.eh_proj.weight")
+    assert not checkpoint.is_harmless("blk.2.attn_q.bias")
 
 
 @pytest.mark.parametrize("rope, kind, factor", [

@@ -307,6 +307,15 @@ FAMILIES |= {
     "glm4_moe": Family(
         GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": lambda hf: bool(hf.get("use_qk_norm"))},
         mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
+        gguf=dict(
+            name="glm4moe", means=dict(n_group=1, topk_group=1), complete=gguf.glm4_moe,
+            settings=dict(
+                n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
+                first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
+                routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
+                num_nextn_predict_layers="nextn_predict_layers",
+            ),
+        ),
     ),
     "minimax_m2": Family(
         MINIMAX,
@@ -315,10 +324,19 @@ FAMILIES |= {
             "moe": partial(mixture_of_experts, ffn_dim="intermediate_size", **BIASED),
         },
         attention=AllHeadsAttention, mlp=mlp_or_moe,
+        gguf=dict(name="minimax-m2", settings=dict(
+            num_local_experts="expert_count", rotary_dim="rope.dimension_count",
+            scoring="expert_gating_func",
+        )),
     ),
     "ernie4_5_moe": Family(
         ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
-        stored_as=SHARED_EXPERTS,
+        stored_as=SHARED_EXPERTS, gguf=dict(name="ernie4_5-moe", settings=dict(
+            moe_num_experts="expert_count", moe_k="expert_used_count",
+            moe_num_shared_experts="expert_shared_count",
+            moe_layer_interval="interleave_moe_layer_step",
+            moe_layer_start_index="leading_dense_block_count",
+        )),
     ),
     "qwen3_next": Family(
         DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},

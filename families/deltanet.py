@@ -15,8 +15,8 @@ from families.blocks import RenamedBlock
 from families.delta_rule import Memory
 from families.settings import last_ones, layer_kinds, ropes_of
 from model import (
-    Attention, Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, Transformer,
-    apply_rope, positive, rope_settings,
+    FAMILIES, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places, Positions,
+    Rope, Transformer, apply_rope, positive, rope_settings,
 )
 from quantize import Linear
 
@@ -170,8 +170,44 @@ class LinearBlock(RenamedBlock):
     name = "linear_attn"
 
 
+class NextToken(nn.Module):
+    """Guesses the token after the next one: a layer with attention behind the model's, which files
+    may have (multi-token prediction, arXiv 2412.19437). Embedding and output layer are the model's.
+
+    `layer`: the model's last one of that kind, whose Positions it takes."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        norm, dim, eps = FAMILIES[config.family].norm, config.dim, config.norm_eps
+        self.layer = max(i for i, rope in enumerate(config.ropes) if rope is not None)
+        self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = norm(dim, eps), norm(dim, eps)
+        self.fc = Linear(2 * dim, dim, bias=False)
+        self.layers = nn.ModuleList([FAMILIES[config.family].block(config, self.layer)])
+        self.norm = norm(dim, eps)
+
+    def forward(
+        self, x: Tensor, before: Tensor, positions: Positions, cache: LayerCache, run: BlockForward
+    ) -> Tensor:
+        """x [B, T, dim]: the embedding of tokens. before [B, T, dim]: what the output layer was
+        given of the token before each, by the model or by this -> what it is to be given."""
+        both = [self.pre_fc_norm_embedding(x), self.pre_fc_norm_hidden(before)]
+        x = self.fc(torch.cat(both, dim=-1))
+        return self.norm(run(self.layers[0], x, positions, cache))
+
+
 class DeltaTransformer(Transformer):
     """Its rows cannot keep all tokens: what rings=False asks for is not there."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        if config.hf.get("mtp"):
+            self.mtp = NextToken(config)
+
+    def run_and_keep(self, *inputs: Any) -> Tensor:
+        """run_layers for a draft that wants to see what the output layer is given."""
+        x = super().run_layers(*inputs)
+        self.hidden = self.norm(x)
+        return x
 
     def setup_caches(self, *args: Any, **options: Any) -> KVCache:
         return super().setup_caches(*args[:4], **options | {"rings": True})

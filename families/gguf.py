@@ -33,6 +33,12 @@ def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     config["mlp_only_layers"] = without
 
 
+def glm4_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """The last layers may be such that guess further tokens."""
+    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
+    config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
+
+
 def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     windows(config, settings, tensors)
     config["intermediate_size"] = config.get("moe_intermediate_size")

@@ -5,6 +5,8 @@ in the rows of families, a dictionary:
 
     name         general.architecture of the file
     when         the setting by which such a file is of this family, if several have that name
+    settings     of config.json, and their names in such a file behind the architecture's: beyond
+                 SETTINGS, or in place of those for the same
     means        settings of config.json that go without saying
     complete     a function that completes a configuration: see families/gguf.py
     interleaved  whether the two halves of a head of q and k lie in turns
@@ -90,10 +92,12 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
         key.removeprefix(prefix): value for key, value in meta.items() if key.startswith(prefix)
     }
     model_type, file = family_of(name, settings)
-    refuse_unknown(prefix, settings)
+    own = file.get("settings", {})
+    refuse_unknown(prefix, settings, set(own.values()))
     config = {"model_type": model_type, "use_sliding_window": True}
     config |= file.get("means", {})
-    config |= renamed(settings, SETTINGS)
+    names = {name: theirs for name, theirs in SETTINGS.items() if theirs not in own.values()}
+    config |= renamed(settings, names | own)
     if not config.get("head_dim"):
         config["head_dim"] = None
         with suppress(KeyError, TypeError, ZeroDivisionError):  # the model says what is wrong
@@ -130,9 +134,10 @@ def family_of(name: str | None, settings: dict) -> tuple[str, dict[str, Any]]:
     return max(found, key=lambda row: "when" in row[1])
 
 
-def refuse_unknown(prefix: str, settings: dict) -> None:
-    """ValueError if a file has a setting that nothing here reads: it would change the model."""
-    known = {*SETTINGS.values(), *ROPE_SETTINGS.values(), *OTHER_SETTINGS}
+def refuse_unknown(prefix: str, settings: dict, own: set[str]) -> None:
+    """ValueError if a file has a setting that nothing here reads: it would change the model. own:
+    those that its family reads."""
+    known = {*SETTINGS.values(), *ROPE_SETTINGS.values(), *OTHER_SETTINGS, *own}
     for key, value in settings.items():
         if key not in known and value and value != NEUTRAL.get(key):
             shown = repr(value)[:60]

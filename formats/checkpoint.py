@@ -103,7 +103,7 @@ class CheckedCheckpoint(Checkpoint):
     def is_harmless(self, name: str) -> bool:
         """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, layers behind the
         last one, which predict a further token, and keys of layers that share those of others."""
-        layer = re.match(r"model\.layers\.(\d+)", name)
+        layer = re.match(r"(?:model\.layers|blk)\.(\d+)", name)
         n_layer = self.config["num_hidden_layers"]
         if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
             return True

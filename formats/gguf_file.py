@@ -62,7 +62,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         return [self.stored_name(part) for part in self.alone(name)]
 
     def stored_name(self, name: str) -> str:
-        name = EXPERT_NUMBER.sub("", name)
+        name = EXPERT_NUMBER.sub("", name).replace("_correction_bias", "_correction.bias")
         stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if stored not in self.tensors and f"{stored}.weight" in self.tensors:
             return f"{stored}.weight"  # the sinks of attention, parameters without a module

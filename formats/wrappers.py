@@ -110,6 +110,9 @@ def plain_names(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, An
             plain[head + rest] = tensor
         elif name.startswith(prefix):
             plain[f"model.{name.removeprefix(prefix)}"] = tensor
+        elif name.startswith("mtp.") and "mtp.fc.weight" in tensors:  # it guesses further tokens
+            plain[f"model.{name}"] = tensor
+            config["mtp"] = True
         elif "wrapper" not in config:
             plain[name] = tensor
     return plain
