@@ -40,6 +40,9 @@ class Running:
     read: int = 0  # tokens that the host has seen
     done: bool = False
 
+    def __post_init__(self) -> None:
+        self.request = copy(self.request)  # one may be given twice; processors/ tells them by id()
+
     @property
     def prompt_end(self) -> int:
         return self.request.cached + len(self.request.prompt)
@@ -192,9 +195,7 @@ class Engine(PrefixSharer):
         max_new_tokens, or where the cache is full; finish_reasons then has which it was.
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
         window has passed; RuntimeError if another run of this engine has begun meanwhile."""
-        # copies: what processors/ knows of a request goes by its id, and one may be given twice
-        own = [copy(request) for request in requests]
-        self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(own)]
+        self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(self.wanted, take_number)
         me = self.start([running.request for running in self.wanted])
         self.refuse_lost_prefix(self.wanted)
