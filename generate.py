@@ -66,18 +66,17 @@ def generate(
     """Continue prompts, lists of token ids of any lengths -> the new tokens of each, as lists.
 
     An answer ends with the first of eos_ids (included), with a stop string (which the tokenizer
-    finds), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached: how
-    many tokens each row of the cache has before its prompt. stream(number, ids) is called as tokens
-    come, and ends an answer by returning False. Equal seeds give equal answers; prompt i draws with
-    seed + i. On a CPU, with int4 or GGUF integers, other prompts change nothing; elsewhere sums
-    over other numbers of rows round differently, which may decide a tie. compile: True compiles the
-    model, False undoes that, None leaves it as it is. speculate_k, draft: how many proposals a step
-    checks, and who makes them; the answer stays. stats: a batching.Stats to fill. settings: further
-    fields of Request.
+    finds), after max_new_tokens, or where the context is full. temperature 0 is greedy. cached:
+    tokens that each row of the cache has before its prompt. stream(number, ids) is called as tokens
+    come, and ends an answer by returning False. Equal seeds give equal answers, and prompt i draws
+    with seed + i: on a CPU, with int4 or GGUF integers, in any company; elsewhere sums over other
+    numbers of rows round differently, which may decide a tie. compile: True compiles the model,
+    False undoes that. speculate_k, draft: how many proposals a step checks, and of which model, for
+    the same answer. stats: a batching.Stats to fill. settings: further fields of Request.
 
-    A cache that was set up before is used, otherwise one is made that fits. With an engine, a
-    series of calls shares its captured steps, and compile, speculate_k and draft are the engine's.
-    Threads with one model or cache take turns. ValueError says what does not fit."""
+    A cache that was set up before is used, otherwise one is made that fits. An engine lets a series
+    of calls share captured steps; compile, speculate_k and draft are then its own. Threads with one
+    model or cache take turns. ValueError says what does not fit."""
     seed = seed if seed is None else RANGES["seed"].check("seed", seed)
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be a list, each a {IDS_WANTED}, not {prompts!r:.60}")
@@ -91,12 +90,9 @@ def generate(
         raise ValueError("there is no prompt")
     out = [Tokens() for _ in requests]
     with turn_at(model):
-        if engine is None:
-            set_compiled(model, compile)
-            fit_cache(model, requests, speculate_k)
-            engine = decoder_for(model, requests, speculate_k, draft, stats is not None)
-        elif engine.model is not model:
-            raise ValueError("the engine decodes with another model")
+        engine = engine or decoder_for(model, requests, compile, speculate_k, draft, stats)
+        if engine.model is not model:
+            raise ValueError("the engine is one of another model")
         if hasattr(engine, "stats"):
             engine.stats = stats or type(engine.stats)()
         elif stats is not None:
@@ -126,23 +122,22 @@ class Tokens(list[int]):
             self.__dict__.setdefault(name, []).extend(values)
 
 
-def set_compiled(model: Transformer, wanted: bool | None) -> None:
-    """Compile a model's steps, or no longer use compiled ones; None: leave it as it is."""
-    if wanted and model.decode_block is run_block:
+def decoder_for(
+    model: Transformer, requests: list[Request], compile: bool | None, k: int,
+    draft: Transformer | None, stats: Any,
+) -> Decoder:
+    """Compile a model if wanted, give it a cache that fits -> what decodes with it. Engine, in
+    batching/, is for proposals, statistics and log probabilities, and better for prompts that are
+    not read together well or begin alike."""
+    if compile and model.decode_block is run_block:
         compile_model(model)
-    elif wanted is False:
+    elif compile is False:
         model.decode_block = model.prefill_block = run_block
         model.decode_head = run_head
-    model.compiled = model.compiled if wanted is None else wanted
-
-
-def decoder_for(
-    model: Transformer, requests: list[Request], k: int, draft: Transformer | None, measured: bool
-) -> Decoder:
-    """What decodes in model.cache. batching/'s Engine is for proposals, statistics and log
-    probabilities, and better for prompts that are not read together well or begin alike."""
+    model.compiled = model.compiled if compile is None else compile
+    fit_cache(model, requests, k)
     known = any(request.logprobs is not None for request in requests)
-    needed = k > 0 or draft is not None or measured or known
+    needed = k > 0 or draft is not None or stats is not None or known
     batching = extension("batching", required=needed) if needed or len(requests) > 1 else None
     if batching is not None and (needed or batching.reads_better(requests)):
         return batching.Engine(model, compiled=model.compiled, speculate_k=k, draft=draft)

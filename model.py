@@ -817,17 +817,9 @@ def make_rope(hf: dict) -> Rope:
     return Rope(theta, dim, kind, hf)
 
 
-def rope_settings(hf: dict, kind: str = "full_attention") -> dict:
-    """A copy with the entries of rope_parameters for layers of that kind beside all others. A
-    rope_scaling replaces them, and where they differ by kind, those of full attention."""
-    given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    by_kind = any(isinstance(value, dict) for value in given.values())
-    if by_kind:
-        given = given.get(kind) or {}
-    if scaling and by_kind:
-        return hf | given | (scaling if kind == "full_attention" else {})
-    return hf | (scaling or given)
-
+def rope_settings(hf: dict) -> dict:
+    """A copy with the entries of rope_scaling, or else of rope_parameters, beside all others."""
+    return hf | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
 
 # --- what a model is ---
 

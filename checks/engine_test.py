@@ -335,7 +335,7 @@ def test_generate_with_an_engine(checkpoint: Checkpoint) -> None:
 
 def test_an_engine_of_another_model_is_refused(checkpoint: Checkpoint) -> None:
     engine = engine_of(loaded(checkpoint, "mistral"), 2)
-    with pytest.raises(ValueError, match="the engine decodes with another model"):
+    with pytest.raises(ValueError, match="the engine is one of another model"):
         generate(loaded(checkpoint), PROMPTS[:2], 4, engine=engine)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from families.blocks import GemmaTransformer, SandwichBlock
 from families.experts import Experts, MoEConfig, choose, mixture_of_experts
-from families.settings import by_pattern, layer_kinds, windows_of
+from families.settings import by_pattern, layer_kinds, rope_settings_of, windows_of
 from model import (
     ACTIVATIONS, MLP, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places,
-    Positions, Rope, apply_rope, make_rope, positive, rope_settings,
+    Positions, Rope, apply_rope, make_rope, positive,
 )
 from quantize import Linear
 
@@ -50,7 +50,7 @@ def ropes(hf: dict) -> tuple[Rope, ...]:
     """Each kind of layer has one."""
     layers = settings_of_layers(hf)
     settings = {own["kind"]: own for own in layers}
-    of_kind = {kind: make_rope(rope_settings(own, kind)) for kind, own in settings.items()}
+    of_kind = {kind: make_rope(rope_settings_of(own, kind)) for kind, own in settings.items()}
     return tuple(of_kind[own["kind"]] for own in layers)
 
 

@@ -110,7 +110,7 @@ def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
     kinds = layer_kinds(hf, by_pattern)
     ropes: dict[str, Rope] = {}
     for kind in dict.fromkeys(kinds):
-        settings = rope_settings(hf, kind)
+        settings = rope_settings_of(hf, kind)
         local = kind == "sliding_attention" and hf.get("rope_local_base_freq") is not None
         nested = isinstance((hf.get("rope_parameters") or {}).get(kind), dict)
         if local and not nested:
@@ -120,6 +120,16 @@ def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
         ropes[kind] = same[0] if same else rope
     turned = layers_with_rope(hf)
     return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, turned))
+
+
+def rope_settings_of(hf: dict, kind: str) -> dict:
+    """model.rope_settings for layers of a kind, by which rope_parameters may differ. A rope_scaling
+    replaces those of full attention then."""
+    given = hf.get("rope_parameters") or {}
+    if not any(isinstance(value, dict) for value in given.values()):
+        return rope_settings(hf)
+    scaling = hf.get("rope_scaling") if kind == "full_attention" else None
+    return hf | (given.get(kind) or {}) | (scaling or {})
 
 
 def ropes_of(settings: dict, layers: Iterable[Any] | None = None) -> tuple[Rope | None, ...]:
