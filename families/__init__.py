@@ -185,7 +185,16 @@ FAMILIES |= {
         norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
-    "gemma4_text": Family(GEMMA4, **GEMMA4_PARTS),
+    "gemma4_text": Family(
+        GEMMA4, **GEMMA4_PARTS, gguf=dict(
+            name="gemma4", means=GELU, complete=gguf.gemma4, settings=dict(
+                global_head_dim="attention.key_length", head_dim="attention.key_length_swa",
+                num_kv_shared_layers="attention.shared_kv_layers",
+                hidden_size_per_layer_input="embedding_length_per_layer_input",
+                value_dim="attention.value_length_swa", turned="rope.dimension_count_swa",
+            ),
+        ),
+    ),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
         PHI3, stored_as={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
