@@ -92,7 +92,8 @@ CASES = {
             vocab_size_per_layer_input=131, final_logit_softcapping=5.0),
         [*GEMMA4, ("add_shared_kv_layers", 2), ("add_feed_forward_length", [72, 72, 144, 144]),
          ("add_embedding_length_per_layer_input", 8)],
-        [*OF_GEMMA4, "use_double_wide_mlp", "vocab_size_per_layer_input"], tol=4e-3),  # of GELU in halves
+        [*OF_GEMMA4, "use_double_wide_mlp", "vocab_size_per_layer_input"],
+        tol=4e-3),  # llama.cpp has a table of GELU in halves
     "gemma4-without-values": Case(
         "gemma4", "Gemma4", dict(
             sliding_window=8, num_hidden_layers=4, layer_types=LOCAL_FIRST, global_head_dim=32,

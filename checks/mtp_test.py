@@ -15,6 +15,7 @@ from transformers.modeling_layers import MtpModel
 from batching import Engine, Stats
 from batching.speculate import OwnLayer, PromptLookup
 from checks.common import close
+from formats.wrappers import plain_names
 from generate import Request, compile_model, generate
 from model import Transformer, load_model
 from quantize import quantize_model, save_quantized
@@ -152,6 +153,13 @@ def test_it_is_saved_with_the_model(guesser: Guesser, tmp_path: Path) -> None:
     assert generate(again, [[5, 6, 7]], 20, speculate_k=3, stats=stats) == generate(
         model, [[5, 6, 7]], 20)
     assert stats.speculation.checked > 0
+
+
+def test_it_is_found_beside_a_model_of_pictures() -> None:
+    stored = {"model.language_model.layers.0.mlp.w": 1, "mtp.fc.weight": 2, "model.visual.w": 3}
+    config = {"wrapper": "qwen3_5"}
+    plain = plain_names(stored, config)
+    assert plain == {"model.layers.0.mlp.w": 1, "model.mtp.fc.weight": 2} and config["mtp"]
 
 
 def test_files_without_it_and_of_a_part_of_it(

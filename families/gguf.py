@@ -38,11 +38,11 @@ def gemma4(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> N
     if isinstance(sizes, list):
         config |= {"intermediate_size": sizes[0], "use_double_wide_mlp": sizes[-1] > sizes[0]}
     factors = config.pop("rope_scaling")["factors"]
-    theta, local_theta = config["rope_theta"], config["rope_local_base_freq"]
+    turning = factors.count(1.0) / len(factors)
     config["rope_parameters"] = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": local_theta},
-        "full_attention": {"rope_type": "proportional", "rope_theta": theta,
-                           "partial_rotary_factor": factors.count(1.0) / len(factors)},
+        "sliding_attention": {"rope_theta": config["rope_local_base_freq"]},
+        "full_attention": {"rope_theta": config["rope_theta"], "rope_type": "proportional",
+                           "partial_rotary_factor": turning},
     }
     config["attention_k_eq_v"] = f"blk.{full}.attn_v.weight" not in tensors
     config |= {"partial_rotary_factor": None, "vocab_size_per_layer_input": config["vocab_size"]}
