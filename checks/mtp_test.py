@@ -23,7 +23,7 @@ from quantize import quantize_model, save_quantized
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 NAMES = ["qwen3.5", "qwen3.5-moe", "qwen3-next"]
 WEIGHTS = "model.safetensors"
-PROMPTS = [[5, 6, 7], [9], list(range(10, 40)), [4] * 20, list(range(10, 42)), [8, 3]]
+PROMPTS = [[5, 6, 7], [9], list(range(10, 50)), list(range(10, 52)), [8, 3], [4] * 20]
 # what files call the parts of transformers' layer
 PARTS = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc",
          "post_norm": "norm", "mtp_block": "layers.0"}
@@ -128,6 +128,20 @@ def test_texts_are_the_same_in_rows_that_are_refilled_and_share(
         for number, tokens in engine.run(requests):
             given[number] += tokens
         assert given == wanted and sum(engine.stats.speculation.accepted) > 20
+        assert engine.stats.shared_tokens > 0
+
+
+def test_a_text_is_continued(model: Transformer) -> None:
+    answers = []
+    for k in 0, 3:
+        engine = Engine(model, model.setup_caches(1, 96), speculate_k=k)
+        ids = list(PROMPTS[2])
+        for more in [], [7, 8, 9]:
+            cached = engine.cache.cached[0] if more else 0
+            prompt = [*ids[cached:], *more]
+            ids += more + generate(model, [prompt], 20, cached=cached, engine=engine)[0]
+        answers.append(ids)
+    assert answers[0] == answers[1]
 
 
 def test_a_compiled_step_has_no_graph_more_for_it(
