@@ -33,6 +33,8 @@ class Drafter:
     history [B, S + 1] int64 holds the tokens of each row, by position, as far as this engine has
     read or drawn them; what lies behind a row's last token is no part of it."""
 
+    cache: KVCache | None = None  # of its own
+
     def __init__(self, cache: KVCache):
         shape = (cache.max_batch_size, cache.max_seq_len + 1)
         self.history = torch.zeros(shape, dtype=torch.int64, device=cache.device)
@@ -42,9 +44,7 @@ class Drafter:
         each row's last token, as in Transformer.prefill."""
         self.history[rows, cached:cached + tokens.shape[1]] = tokens
 
-    def note(
-        self, tokens: Tensor, position: Tensor, rows: slice, n: Tensor | None = None
-    ) -> None:
+    def note(self, tokens: Tensor, position: Tensor, rows: slice, n: Tensor | None = None) -> None:
         """Tokens [n, T] were drawn for position [n] and those behind it. n [n]: how many of each
         row's count, by a step; None: they are the first ones behind prompts."""
         offsets = torch.arange(tokens.shape[1], device=tokens.device)
@@ -57,6 +57,8 @@ class Drafter:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Another row goes on with what a row has in its first `length` positions."""
         self.history[target] = self.history[source]
+        if self.cache is not None:
+            copy_row(self.cache, source, target, length)
 
 
 class PromptLookup(Drafter):
@@ -130,18 +132,14 @@ class DraftModel(Drafter):
             proposals.append(feed)
         return torch.cat(proposals, 1)  # (n, k)
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        super().copy_row(source, target, length)
-        copy_row(self.cache, source, target, length)
-
 
 class OwnLayer(Drafter):
-    """The layer of the model's own that guesses the token after the next one: see NextToken in
-    families/deltanet.py. It is given tokens, each with what the model gave its output layer for the
-    one before: the token at position p is at its place p - 1.
+    """The model's own layer that guesses the token after the next one: families/deltanet.py. It is
+    given tokens, each with what the model gave its output layer for the one before: the token at
+    position p is at its place p - 1.
 
-    hidden [B, 1, dim]: what the output layer was given of each row's last token, while a prompt is
-    read, by the model; then by this layer, for the first proposal. Where another row's beginning is
+    hidden [B, 1, dim]: what the output layer was given for each row's last token: while a prompt is
+    read, by the model, then by this layer, for the first proposal. Where another row's beginning is
     taken it may be another token's: one guess is worse, and no text another."""
 
     def __init__(self, model: Transformer, cache: KVCache):
@@ -162,9 +160,8 @@ class OwnLayer(Drafter):
         """What the layer gives for tokens [n, T], at its places from position [n] on. cached: the
         same in every row, where a prompt is read."""
         main, T = self.main, tokens.shape[1]
-        run = main.decode_block if T in main.compiled_lengths else run_block
-        if cached is not None:
-            run = main.prefill_block
+        decode = main.decode_block if T in main.compiled_lengths else run_block
+        run = decode if cached is None else main.prefill_block
         where = main.positions(position, T, self.cache, cached, even=True)[main.mtp.layer]
         [layer] = self.cache.layers(rows)
         return main.mtp(main.embed(tokens), before, where, layer, run)
@@ -180,14 +177,12 @@ class OwnLayer(Drafter):
         self.keep(given, rows, last + 1)
 
     def keep(self, given: Tensor, rows: slice, n: Tensor) -> None:
-        """Of what was given for tokens [n, T, dim], that of the n-th of each row, n [n]; 0: none."""
+        """Of what was given for tokens, [n, T, dim], that of each row's n-th; n [n], 0: of none."""
         at = (n.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, given.shape[2])
         own = self.hidden[rows]
         own.copy_(torch.where(n[:, None, None] > 0, given.gather(1, at), own))
 
-    def note(
-        self, tokens: Tensor, position: Tensor, rows: slice, n: Tensor | None = None
-    ) -> None:
+    def note(self, tokens: Tensor, position: Tensor, rows: slice, n: Tensor | None = None) -> None:
         super().note(tokens, position, rows)
         before = self.hidden[rows] if n is None else self.main.hidden
         given = self.run(tokens, before, rows, position - 1)
@@ -203,7 +198,6 @@ class OwnLayer(Drafter):
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         super().copy_row(source, target, length)
-        copy_row(self.cache, source, target, length)
         self.hidden[target] = self.hidden[source]
 
 

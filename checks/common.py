@@ -315,9 +315,9 @@ def as_converted(
         module = name.split(".")[-2]
         if arch in INTERLEAVED and module in heads:
             tensor = interleave(tensor, heads[module])
-        if arch.startswith("gemma") and name.endswith("norm.weight"):
+        if arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if name.endswith("sinks"):
+        if name.endswith(("sinks", "layer_scalar")):
             name = f"{name}.weight"
         name = name.replace("_correction_bias", "_correction.bias")
         name = name.replace(".gate.moe_statics.", ".moe_statics.")

@@ -15,6 +15,7 @@ from transformers.modeling_layers import MtpModel
 from batching import Engine, Stats
 from batching.speculate import OwnLayer, PromptLookup
 from checks.common import close
+from formats.wrappers import plain_names
 from generate import Request, compile_model, generate
 from model import Transformer, load_model
 from quantize import quantize_model, save_quantized
@@ -22,7 +23,7 @@ from quantize import quantize_model, save_quantized
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 NAMES = ["qwen3.5", "qwen3.5-moe", "qwen3-next"]
 WEIGHTS = "model.safetensors"
-PROMPTS = [[5, 6, 7], [9], list(range(10, 40)), [4] * 20, list(range(10, 42)), [8, 3]]
+PROMPTS = [[5, 6, 7], [9], list(range(10, 50)), list(range(10, 52)), [8, 3], [4] * 20]
 # what files call the parts of transformers' layer
 PARTS = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc",
          "post_norm": "norm", "mtp_block": "layers.0"}
@@ -127,6 +128,20 @@ def test_texts_are_the_same_in_rows_that_are_refilled_and_share(
         for number, tokens in engine.run(requests):
             given[number] += tokens
         assert given == wanted and sum(engine.stats.speculation.accepted) > 20
+        assert engine.stats.shared_tokens > 0
+
+
+def test_a_text_is_continued(model: Transformer) -> None:
+    answers = []
+    for k in 0, 3:
+        engine = Engine(model, model.setup_caches(1, 96), speculate_k=k)
+        ids = list(PROMPTS[2])
+        for more in [], [7, 8, 9]:
+            cached = engine.cache.cached[0] if more else 0
+            prompt = [*ids[cached:], *more]
+            ids += more + generate(model, [prompt], 20, cached=cached, engine=engine)[0]
+        answers.append(ids)
+    assert answers[0] == answers[1]
 
 
 def test_a_compiled_step_has_no_graph_more_for_it(
@@ -152,6 +167,13 @@ def test_it_is_saved_with_the_model(guesser: Guesser, tmp_path: Path) -> None:
     assert generate(again, [[5, 6, 7]], 20, speculate_k=3, stats=stats) == generate(
         model, [[5, 6, 7]], 20)
     assert stats.speculation.checked > 0
+
+
+def test_it_is_found_beside_a_model_of_pictures() -> None:
+    stored = {"model.language_model.layers.0.mlp.w": 1, "mtp.fc.weight": 2, "model.visual.w": 3}
+    config = {"wrapper": "qwen3_5"}
+    plain = plain_names(stored, config)
+    assert plain == {"model.layers.0.mlp.w": 1, "model.mtp.fc.weight": 2} and config["mtp"]
 
 
 def test_files_without_it_and_of_a_part_of_it(

@@ -83,7 +83,6 @@ SEED_OSS = dict(head_dim=128, num_key_value_heads=8, attention_bias=True, attent
 EXAONE4 = dict(rms_norm_eps=1e-5, layer_types=None, sliding_window=4096, sliding_window_pattern=4)
 GLM = dict(num_key_value_heads=2, rms_norm_eps=1.5625e-7, attention_bias=True,
            partial_rotary_factor=0.5)
-HUNYUAN = dict(rms_norm_eps=1e-5, attention_bias=False)
 ERNIE = dict(head_dim=128, num_key_value_heads=2, use_bias=False, rms_norm_eps=1e-5, rope_theta=5e5,
              tie_word_embeddings=True)
 COHERE2 = dict(attention_bias=False, tie_word_embeddings=True, layer_types=None,
@@ -185,7 +184,16 @@ FAMILIES |= {
         norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
-    "gemma4_text": Family(GEMMA4, **GEMMA4_PARTS),
+    "gemma4_text": Family(
+        GEMMA4, **GEMMA4_PARTS, gguf=dict(
+            name="gemma4", means=GELU, complete=gguf.gemma4, settings=dict(
+                global_head_dim="attention.key_length", head_dim="attention.key_length_swa",
+                num_kv_shared_layers="attention.shared_kv_layers",
+                hidden_size_per_layer_input="embedding_length_per_layer_input",
+                value_dim="attention.value_length_swa", turned="rope.dimension_count_swa",
+            ),
+        ),
+    ),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
         PHI3, stored_as={"qkv_proj": ("qkv_proj",), "gate_up_proj": ("gate_up_proj",)},
@@ -232,16 +240,14 @@ FAMILIES |= {
     ),
     "glm4": Family(
         GLM, {"o_bias": False}, convert=halves_first, block=SandwichBlock,
-        stored_as={
-            "gate_up_proj": ("gate_up_proj",),
-            "post_attention_layernorm": ("post_self_attn_layernorm",),
-            "pre_feedforward_layernorm": ("post_attention_layernorm",),
-            "post_feedforward_layernorm": ("post_mlp_layernorm",),
-        },
+        stored_as={"gate_up_proj": ("gate_up_proj",),
+                   "post_attention_layernorm": ("post_self_attn_layernorm",),
+                   "pre_feedforward_layernorm": ("post_attention_layernorm",),
+                   "post_feedforward_layernorm": ("post_mlp_layernorm",)},
         gguf=dict(name="glm4"),
     ),
     "hunyuan_v1_dense": Family(
-        HUNYUAN, {"ropes": stretched_ropes}, attention=LateNormAttention,
+        OLMO2, {"ropes": stretched_ropes}, attention=LateNormAttention,
         gguf=dict(name="hunyuan-dense"),
     ),
     "ernie4_5": Family(ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5")),
@@ -262,10 +268,8 @@ FAMILIES |= {
     "phi": Family(
         PHI, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS,
         norm=nn.LayerNorm, mlp=PlainMLP, block=OneNormBlock, model=BiasedHeadTransformer,
-        stored_as={
-            "o_proj": ("dense",), "up_proj": ("fc1",), "down_proj": ("fc2",),
-            "norm": ("final_layernorm",),
-        },
+        stored_as={"o_proj": ("dense",), "up_proj": ("fc1",), "down_proj": ("fc2",),
+                   "norm": ("final_layernorm",)},
         gguf=dict(name="phi2"),
     ),
     "mixtral": Family(
@@ -274,10 +278,8 @@ FAMILIES |= {
     ),
     "qwen2_moe": Family(
         QWEN2_MOE,
-        {
-            "qkv_bias": True, "moe": mixture_of_experts,
-            "windows": partial(windows_of, full_layers=every_other_and_last),
-        },
+        {"qkv_bias": True, "moe": mixture_of_experts,
+         "windows": partial(windows_of, full_layers=every_other_and_last)},
         mlp=mlp_or_moe,
         gguf=dict(
             name="qwen2moe", means=NO_WINDOW | {"norm_topk_prob": False}, complete=gguf.qwen_moe

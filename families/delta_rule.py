@@ -55,11 +55,9 @@ class Memory(NamedTuple):
     ) -> Memory:
         """heads: Hk, Hv. sizes: Dk, Dv. kernel: C, K of the convolution."""
         (Hk, Hv), (Dk, Dv), (C, K) = heads, sizes, kernel
+        shapes = (Hv, Dk, Dv), (Hk, PLACES, Dk), (Hv, PLACES, Dv), (Hv, PLACES, 1)
         return cls(
-            torch.zeros(n_rows, Hv, Dk, Dv, device=device),
-            torch.zeros(n_rows, Hk, PLACES, Dk, device=device),
-            torch.zeros(n_rows, Hv, PLACES, Dv, device=device),
-            torch.zeros(n_rows, Hv, PLACES, 1, device=device),
+            *(torch.zeros(n_rows, *shape, device=device) for shape in shapes),
             torch.zeros(n_rows, BLOCK + K, C, dtype=dtype, device=device),
             torch.zeros(n_rows, Hv * -(-Dv // TILE), dtype=torch.int32, device=device),
         )
@@ -147,8 +145,18 @@ def decode_row(
     window = torch.cat([before, x])  # (K - 1 + T, C)
     out = []
     for t in range(T):
-        qkv = [part[0] for part in convolved(window[t:t + K], weight, memory)]
-        out.append(decode_token(*qkv, g[t, :, None], beta[t, :, None], p + t, folded, memory))
+        # q, k (Hk, Dk), v (Hv, Dv)
+        q, k, v = (part[0] for part in convolved(window[t:t + K], weight, memory))
+        keys, updates, gates = (behind(part, folded, p + t) for part in memory[1:4])
+        total = g[t, :, None, None] + gates.sum(1, keepdim=True)  # (Hv, 1, 1)
+        kq = torch.stack((k, q), 1)  # (Hk, 2, Dk)
+        scores = for_values(kq @ keys.mT, gates) * (total - gates.cumsum(1)).exp().mT  # (Hv, 2, n)
+        read = for_values(kq, gates) @ memory.state * total.exp() + scores @ updates  # (Hv, 2, Dv)
+        u = beta[t, :, None] * (v - read[:, 0])
+        for part, new in zip(memory[1:4], (k, u, g[t, :, None])):
+            part[:, (p + t) % PLACES] = new
+        own = (q * k).sum(-1, keepdim=True).repeat_interleave(len(v) // len(k), 0)  # (Hv, 1)
+        out.append(read[:, 1] + own * u)
     return torch.stack(out)
 
 
@@ -165,22 +173,6 @@ def fold(p: int, T: int, memory: Memory) -> int:
         folded = target
     memory.folded.fill_(folded)
     return folded
-
-
-def decode_token(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, p: int, folded: int, memory: Memory
-) -> Tensor:
-    """q, k [Hk, Dk], v [Hv, Dv], g, beta [Hv, 1] of the token at p -> its output [Hv, Dv]."""
-    keys, updates, gates = (behind(part, folded, p) for part in memory[1:4])
-    total = g[..., None] + gates.sum(1, keepdim=True)  # (Hv, 1, 1)
-    kq = torch.stack((k, q), 1)  # (Hk, 2, Dk)
-    scores = for_values(kq @ keys.mT, gates) * (total - gates.cumsum(1)).exp().mT  # (Hv, 2, n)
-    read = for_values(kq, gates) @ memory.state * total.exp() + scores @ updates  # (Hv, 2, Dv)
-    u = beta * (v - read[:, 0])
-    place = p % PLACES
-    memory.keys[:, place], memory.updates[:, place], memory.gates[:, place] = k, u, g
-    own = (q * k).sum(-1, keepdim=True).repeat_interleave(len(v) // len(k), 0)  # (Hv, 1)
-    return read[:, 1] + own * u
 
 
 def behind(x: Tensor, first: int, last: int) -> Tensor:

@@ -171,15 +171,13 @@ class LinearBlock(RenamedBlock):
 
 
 class NextToken(nn.Module):
-    """Guesses the token after the next one: a layer with attention behind the model's, which files
-    may have (multi-token prediction, arXiv 2412.19437). Embedding and output layer are the model's.
-
-    `layer`: the model's last one of that kind, whose Positions it takes."""
+    """Guesses the token after the next one (multi-token prediction, arXiv 2412.19437), with the
+    model's embedding and output layer, and the Positions of `layer`, its last with attention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         norm, dim, eps = FAMILIES[config.family].norm, config.dim, config.norm_eps
-        self.layer = max(i for i, rope in enumerate(config.ropes) if rope is not None)
+        self.layer = [i for i, rope in enumerate(config.ropes) if rope is not None][-1]
         self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = norm(dim, eps), norm(dim, eps)
         self.fc = Linear(2 * dim, dim, bias=False)
         self.layers = nn.ModuleList([FAMILIES[config.family].block(config, self.layer)])

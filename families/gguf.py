@@ -26,6 +26,28 @@ def gemma(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> No
     config["query_pre_attn_scalar"] = size
 
 
+def gemma4(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Sizes may be those of each layer. Frequencies of a head that do not turn are divided by a
+    large factor."""
+    windows(config, settings, tensors)
+    kinds = config["layer_types"]
+    full, local = map(kinds.index, ("full_attention", "sliding_attention"))
+    heads, sizes = config["num_key_value_heads"], config["intermediate_size"]
+    if isinstance(heads, list):
+        config |= {"num_key_value_heads": heads[local], "num_global_key_value_heads": heads[full]}
+    if isinstance(sizes, list):
+        config |= {"intermediate_size": sizes[0], "use_double_wide_mlp": sizes[-1] > sizes[0]}
+    factors = config.pop("rope_scaling")["factors"]
+    turning = factors.count(1.0) / len(factors)
+    config["rope_parameters"] = {
+        "sliding_attention": {"rope_theta": config["rope_local_base_freq"]},
+        "full_attention": {"rope_theta": config["rope_theta"], "rope_type": "proportional",
+                           "partial_rotary_factor": turning},
+    }
+    config["attention_k_eq_v"] = f"blk.{full}.attn_v.weight" not in tensors
+    config |= {"partial_rotary_factor": None, "vocab_size_per_layer_input": config["vocab_size"]}
+
+
 def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     """Layers without a router have no experts."""
     layers = range(config.get("num_hidden_layers") or 0)

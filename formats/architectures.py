@@ -153,7 +153,7 @@ def rope_scaling(settings: dict, tensors: Tensors) -> dict:
     """How the frequencies of the rotary embedding are stretched; {}: not at all."""
     scaling = renamed(settings, ROPE_SETTINGS)
     if "rope_freqs.weight" in tensors:  # llama3's scaling, as a divisor of each frequency
-        factors = dequantized(tensors["rope_freqs.weight"])
+        factors = dequantized(tensors["rope_freqs.weight"]).clamp(max=2.0**53)  # or 1e30: no turn
         scaling |= {"rope_type": "linear", "factors": factors.tolist()}
     if "rope_factors_long.weight" in tensors:
         scaling["rope_type"] = "longrope"
