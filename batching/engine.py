@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -46,32 +45,21 @@ class Running:
 
 
 class Waiting:
-    """Requests without a row yet, in the order in which take_number() gives their numbers, and None
-    behind the last. Groups of ranks that share the requests take from one queue, and none sooner
-    than it has to: what one has taken, no other can."""
+    """Requests without a row yet, in the order in which numbers come, and None behind the last.
+    Groups of ranks that share the requests take from one queue, and none sooner than it has to:
+    what one has taken, no other can."""
 
-    def __init__(
-        self, requests: Sequence[Running], take_number: Callable[[], int | None] | None = None
-    ):
-        if take_number is None:  # all of them, one after the other
-            take_number = partial(next, iter(range(len(requests))), None)
-        self.requests = requests
-        self.take_number = take_number
+    def __init__(self, requests: Sequence[Running], numbers: Iterable[int]):
+        self.requests = map(requests.__getitem__, numbers)
         self.next: Running | None = None
-        self.over = False  # others need not be asked any more
 
     def peek(self) -> Running | None:
         """The next one, None if there is none."""
-        if self.next is None and not self.over:
-            number = self.take_number()
-            self.over = number is None
-            if number is not None:
-                self.next = self.requests[number]
+        self.next = self.next or next(self.requests, None)
         return self.next
 
     def pop(self) -> Running:
-        taken = self.peek()
-        self.next = None
+        taken, self.next = self.peek(), None
         return taken
 
 
@@ -195,7 +183,8 @@ class Engine(PrefixSharer):
         # copies: what processors/ knows of a request goes by its id, and one may be given twice
         own = [copy(request) for request in requests]
         self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(own)]
-        waiting = Waiting(self.wanted, take_number)
+        all_of_them = range(len(self.wanted))
+        waiting = Waiting(self.wanted, iter(take_number, None) if take_number else all_of_them)
         me = self.start([running.request for running in self.wanted])
         self.refuse_lost_prefix(self.wanted)
         self.stats.compile_s += self.prepare_all()
