@@ -996,7 +996,7 @@ def family_of(hf: dict) -> tuple[str, Family]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def load_model(
-    path: str | Path | None = None, *, device: Device = "cpu",
+    path: str | Path | Checkpoint | None = None, *, device: Device = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
     adapter: str | Path | None = None, calibrate: Sequence[int] | None = None,
 ) -> Transformer:
@@ -1204,8 +1204,11 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(path: str | Path | None, device: Device = "cpu") -> Checkpoint:
-    """A checkpoint of any form. ValueError says what is missing or cannot be read."""
+def open_checkpoint(path: str | Path | Checkpoint | None, device: Device = "cpu") -> Checkpoint:
+    """A checkpoint of any form; an open one is itself. ValueError says what is missing or cannot be
+    read."""
+    if isinstance(path, Checkpoint):
+        return path
     folder = Path(path or "")
     here = path is not None and os.path.exists(folder / "config.json")
     plain = here and any(folder.glob("model*.safetensors"))

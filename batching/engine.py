@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -49,32 +48,21 @@ class Running:
 
 
 class Waiting:
-    """Requests without a row yet, in the order in which take_number() gives their numbers, and None
-    behind the last. Groups of ranks that share the requests take from one queue, and none sooner
-    than it has to: what one has taken, no other can."""
+    """Requests without a row yet, in the order in which numbers come, and None behind the last.
+    Groups of ranks that share the requests take from one queue, and none sooner than it has to:
+    what one has taken, no other can."""
 
-    def __init__(
-        self, requests: Sequence[Running], take_number: Callable[[], int | None] | None = None
-    ):
-        if take_number is None:  # all of them, one after the other
-            take_number = partial(next, iter(range(len(requests))), None)
-        self.requests = requests
-        self.take_number = take_number
+    def __init__(self, requests: Sequence[Running], numbers: Iterable[int]):
+        self.requests = map(requests.__getitem__, numbers)
         self.next: Running | None = None
-        self.over = False  # others need not be asked any more
 
     def peek(self) -> Running | None:
         """The next one, None if there is none."""
-        if self.next is None and not self.over:
-            number = self.take_number()
-            self.over = number is None
-            if number is not None:
-                self.next = self.requests[number]
+        self.next = self.next or next(self.requests, None)
         return self.next
 
     def pop(self) -> Running:
-        taken = self.peek()
-        self.next = None
+        taken, self.next = self.peek(), None
         return taken
 
 
@@ -196,7 +184,8 @@ class Engine(PrefixSharer):
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
         window has passed; RuntimeError if another run of this engine has begun meanwhile."""
         self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
-        waiting = Waiting(self.wanted, take_number)
+        numbers = iter(take_number, None) if take_number else range(len(self.wanted))
+        waiting = Waiting(self.wanted, numbers)
         me = self.start([running.request for running in self.wanted])
         self.refuse_lost_prefix(self.wanted)
         self.stats.compile_s += self.prepare_all()

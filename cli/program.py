@@ -25,7 +25,7 @@ from formats.checkpoint import open_checkpoint, resolve
 from generate import (
     NO_TEXT, QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
 )
-from model import ModelConfig, Transformer, first_line
+from model import Checkpoint, ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
 from processors.grammar import Grammar
 from quantize import QuantizedLinear, new_folder, write_quantized
@@ -52,22 +52,22 @@ def run(args: Any, team: Team | None) -> None:
 
 def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
     """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
-    tokenizer, jobs, engine, all_done = None, None, None, False
+    tokenizer, engine = None, None
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
-    more = for_all(args, asked, tokenizer)
-    if args.prompts is not None:  # what is answered already needs no model
-        config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
-        jobs = wanted(args, asked, tokenizer, config)
-        done = file.answers_to(jobs) if isinstance(file, Records) else set()
-        all_done = all(job.error or (job.index, job.sample) in done for job in jobs)
-    if not team.broadcast(all_done):
-        began = time.perf_counter()
-        model = load_fitting(args, tokenizer, team.ranks)
-        load_s = time.perf_counter() - began
-        jobs = jobs or wanted(args, asked, tokenizer, model.config)
+    began = time.perf_counter()
+    checkpoint = open_checkpoint(args.checkpoint_path, args.device)
+    config = checkpoint.empty_model().config
+    check_fit(args, tokenizer, config)
+    more = for_all(args, asked, tokenizer, config)
+    jobs = wanted(args, asked, tokenizer, config)
+    done = file.answers_to(jobs) if isinstance(file, Records) else set()
+    answered = [job.error or (job.index, job.sample) in done for job in jobs]
+    if not team.broadcast(args.prompts is not None and all(answered)):  # which needs no model
         for job in jobs:
             job.settings.update(more)
+        model = load(args, team.ranks, checkpoint, args.quantize, args.adapter)
+        load_s = time.perf_counter() - began
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
     settings = more | {name: getattr(args, name, None) for name in SETTINGS}
@@ -92,12 +92,13 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         say_run(args, engine)
 
 
-def for_all(args: Any, asked: Asked, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def for_all(
+    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
+) -> dict[str, Any]:
     """What flags alone can set of all requests."""
     processors = []
     if asked.grammar is not None and tokenizer is not None:
         kind = "grammar" if args.json_schema is None else "json_schema"
-        config = open_checkpoint(args.checkpoint_path, args.device).empty_model().config
         processors.append(Grammar(kind, asked.grammar, tokenizer, config.vocab_size))
     return {"processors": tuple(processors), "echo": args.echo or None}
 
@@ -126,34 +127,31 @@ def read_asked(args: Any) -> Asked:
 
 
 def load(
-    args: Any, ranks: Ranks, path: str | Path | None, quantize: str, calibrate: str | None = None,
-    adapter: str | None = None,
+    args: Any, ranks: Ranks, source: Checkpoint | str, quantize: str, adapter: str | None = None,
+    calibrated: bool = True,
 ) -> Transformer:
-    """A model; args.dtype becomes the one that it has. calibrate: a file with a text."""
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    """A model; args.dtype becomes the one that it has. calibrated: by the text of --calibrate."""
     ids = None
-    if calibrate is not None:
-        ids = load_tokenizer(path).encode(read_text(f"@{calibrate}", "the text of --calibrate"))
+    if calibrated and args.calibrate is not None:
+        text = read_text(f"@{args.calibrate}", "the text of --calibrate")
+        ids = load_tokenizer(args.checkpoint_path).encode(text)
     model = load_model(
-        path, ranks, device=args.device, dtype=dtype, quantize=quantize, group_size=args.group_size,
-        adapter=adapter, calibrate=ids,
+        source, ranks, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
+        quantize=quantize, group_size=args.group_size, adapter=adapter, calibrate=ids,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
 
 
-def load_fitting(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
-    """The model. ValueError: its tokenizer does not fit, or --max_seq_len does not."""
-    given = args.quantize, args.calibrate, args.adapter
-    model = load(args, ranks, args.checkpoint_path, *given)
+def check_fit(args: Any, tokenizer: Tokenizer | None, config: ModelConfig) -> None:
+    """ValueError: the model's tokenizer does not fit, or --max_seq_len does not."""
     if tokenizer is not None:
-        tokenizer.check_fit(model.config.vocab_size)
-    context = model.config.max_seq_len
+        tokenizer.check_fit(config.vocab_size)
+    context = config.max_seq_len
     if args.max_seq_len is not None and args.max_seq_len > context:
         raise ValueError(
             f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
         )
-    return model
 
 
 def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
@@ -167,7 +165,7 @@ def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transfor
                 f"the draft {path} has another tokenizer than the model: its proposals would be "
                 "tokens of other words; give one of the same family"
             )
-    return load(args, ranks, path, args.draft_quantize or "auto")
+    return load(args, ranks, path, args.draft_quantize or "auto", calibrated=False)
 
 
 def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Job]:
@@ -277,10 +275,9 @@ def answer_prompt(engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], 
         say(NO_TEXT)
 
 
-def check_room(args: Any, folder: Path) -> None:
-    """ValueError where the disk has less room than --save takes at least."""
-    weights = open_checkpoint(args.checkpoint_path).empty_model().parameters()
-    needed = sum(w.numel() for w in weights) * (1 if args.quantize == "int8" else 0.5)
+def check_room(args: Any, folder: Path, model: Transformer) -> None:
+    """ValueError where the disk has less room than --save takes at least. model: on meta."""
+    needed = sum(w.numel() for w in model.parameters()) * (1 if args.quantize == "int8" else 0.5)
     if shutil.disk_usage(folder).free < needed:
         raise ValueError(f"{args.save} takes at least {needed / 1e6:.1f} MB, which its disk lacks")
 
@@ -292,9 +289,9 @@ def save(args: Any) -> None:
     try:
         with new_folder(args.save) as folder:  # what cannot be written shows before the long work
             save_tokenizer(args.checkpoint_path, folder)
-            check_room(args, folder)
-            given = args.quantize, args.calibrate, args.adapter
-            model = load(args, ALONE, args.checkpoint_path, *given)
+            checkpoint = open_checkpoint(args.checkpoint_path, args.device)
+            check_room(args, folder, checkpoint.empty_model())
+            model = load(args, ALONE, checkpoint, args.quantize, args.adapter)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

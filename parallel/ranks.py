@@ -143,7 +143,7 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
 
 @torch.no_grad()
 def load_model(
-    path: str | Path | None, ranks: Ranks, *, device: torch.device | str = "cpu",
+    path: str | Path | Checkpoint | None, ranks: Ranks, *, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
     adapter: str | Path | None = None, calibrate: list[int] | None = None,
 ) -> Transformer:
