@@ -48,11 +48,12 @@ class Running:
 
 
 class Waiting:
-    """Requests without a row yet, in the order in which numbers come, and None behind the last.
-    Groups of ranks that share the requests take from one queue, and none sooner than it has to:
-    what one has taken, no other can."""
+    """Requests without a row yet, in the order in which take_number() gives their numbers, and None
+    behind the last. Groups of ranks that share the requests take from one queue, and none sooner
+    than it has to: what one has taken, no other can."""
 
-    def __init__(self, requests: Sequence[Running], numbers: Iterable[int]):
+    def __init__(self, requests: Sequence[Running], take_number: Callable[[], int | None] | None):
+        numbers = iter(take_number, None) if take_number else range(len(requests))
         self.requests = map(requests.__getitem__, numbers)
         self.next: Running | None = None
 
@@ -184,8 +185,7 @@ class Engine(PrefixSharer):
         ValueError if one has no room for a token, or builds upon cached tokens that a sliding
         window has passed; RuntimeError if another run of this engine has begun meanwhile."""
         self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
-        numbers = iter(take_number, None) if take_number else range(len(self.wanted))
-        waiting = Waiting(self.wanted, numbers)
+        waiting = Waiting(self.wanted, take_number)
         me = self.start([running.request for running in self.wanted])
         self.refuse_lost_prefix(self.wanted)
         self.stats.compile_s += self.prepare_all()
