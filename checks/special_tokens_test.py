@@ -279,15 +279,18 @@ def write_gguf(
     return path
 
 
-def pieces_gguf(path: Path, pieces: Path, added: list[str], kind: int, *extra: tuple) -> Path:
+def pieces_gguf(
+    path: Path, pieces: Path, added: list[str], kind: int, *extra: tuple, eos: int = 2
+) -> Path:
     """The pieces of a tokenizer.model and added tokens of one type."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
     ids = range(model.get_piece_size())
     types = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i)
              else 1 for i in ids]
+    types[2] = 3 if eos == 2 else 4
     return write_gguf(
         path, [*(model.id_to_piece(i) for i in ids), *added], [*types, *[kind] * len(added)],
-        ("add_tokenizer_model", "llama"), ("add_eos_token_id", 2), ("add_unk_token_id", 0),
+        ("add_tokenizer_model", "llama"), ("add_eos_token_id", eos), ("add_unk_token_id", 0),
         ("add_token_scores", [*(model.get_score(i) for i in ids), *[-1e3] * len(added)]), *extra)
 
 
@@ -313,6 +316,24 @@ def test_phi3s_tokens_take_in_the_line_break_whatever_the_file_is_called(
     (tmp_path / "saved").mkdir()
     save_tokenizer(path, tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").chat(TALK) == want
+
+
+def test_phi3s_end_of_llama_is_a_text_that_takes_in_blanks(tmp_path: Path, pieces: Path) -> None:
+    """As in its folder, where it is no special token, but rstrip."""
+    names = ["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>"]
+    added = {i: flags(name, True, rstrip=i > 400) for i, name in enumerate(names, start=400)}
+    end = {2: flags("</s>", False, rstrip=True)}
+    model_folder(tmp_path, pieces, added_tokens_decoder=added | end, legacy=True,
+                 eos_token="<|endoftext|>")
+    path = pieces_gguf(tmp_path / "any.gguf", pieces, names, 3, eos=400)
+    reference, tokenizer = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(path)
+    for text in ("a</s>b", "a </s>  b</s>", "a</s> "):
+        want = reference.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text) == want
+        assert load_tokenizer(tmp_path).encode(text, bos=False) == want
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(path, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode(text) == want
 
 
 def test_the_end_of_a_line_through_text_ends_no_text(tmp_path: Path, pieces: Path) -> None:

@@ -86,8 +86,12 @@ def test_ids_are_those_that_llama_cpp_expects(vocabulary: Vocabulary) -> None:
 
 
 def test_ids_are_llama_cpps(llama_cpp: ModuleType, vocabulary: Vocabulary) -> None:
+    """But for </s> of Phi-3, a text by its folder and its file: llama.cpp holds it for an end, of
+    which a text has none."""
     encode = llama_cpp_encoder(llama_cpp, vocabulary.path)
     for text in awkward_texts(500):
+        if "</s>" in text and vocabulary.tokenizer.added:
+            continue
         assert vocabulary.tokenizer.encode(text) == encode(text), text
 
 

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from formats.checkpoint import InFile
-from formats.integers import Affine, Blocks, twice_e2m1
+from formats.integers import TWICE_E2M1_AND_16, Affine, Blocks, twice_e2m1
 from model import first_line
 
 
@@ -114,6 +114,13 @@ def mxfp4(blocks: Tensor) -> Affine:
     return twice_e2m1(planes(blocks[:, 1:]), blocks[:, :1])
 
 
+def nvfp4(blocks: Tensor) -> Affine:
+    """4 FP8s, 64 nibbles: E2M1 numbers times one for each 16."""
+    scale = blocks[:, :4].contiguous().view(torch.float8_e4m3fn).float() / 2
+    q = TWICE_E2M1_AND_16[planes(blocks[:, 4:].unflatten(1, (4, 8))).int()]  # (n, 4, 16)
+    return Affine(q.flatten(1), scale, -16 * scale)
+
+
 def whole_numbers(blocks: Tensor, kind: GGML) -> Affine:
     """What gguf reads, over the unit of each group: what it reads where one number is everywhere."""
     bits, group_size, number, start, kept = UNITS[kind]
@@ -160,6 +167,7 @@ TYPES: dict[GGML, tuple[int, int, Callable[[Tensor], Affine]]] = {
     GGML.IQ4_NL: (8, 32, iq4),
     GGML.IQ4_XS: (8, 32, iq4),
     GGML.MXFP4: (5, 32, mxfp4),
+    GGML.NVFP4: (5, 16, nvfp4),
     **{kind: (*row[:2], partial(whole_numbers, kind=kind)) for kind, row in UNITS.items()},
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)

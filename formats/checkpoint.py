@@ -24,6 +24,7 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
+from formats.floats import Floats
 from formats.integers import Blocks, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
 from formats.packed import settle_quantized
@@ -69,6 +70,9 @@ class CheckedCheckpoint(Checkpoint):
         self, model: Transformer, quantize: str | None, device: torch.device | str
     ) -> Callable[[], None]:
         nothing_more = super().put_layers(model, quantize, device)
+        for tensor in self.tensors.values():
+            if isinstance(tensor, Floats):
+                tensor.dtype = model.dtype  # at once: no layer lies in memory in two
         plan = self.plan(model)
         self.check_names(name for parts in plan.values() for name in parts)
         if quantize != "auto" or "gpt_flash" in self.config:

@@ -1,105 +1,76 @@
-"""Weights that a folder has in FP8, NVFP4 or bitsandbytes' layouts: small numbers times scales.
+"""Weights that a folder has in FP8 or bitsandbytes' layouts: small numbers times scales.
 
 They are dequantized while loading. On SmolLM2-135M, 8 bits in groups of 32 would add 0.0021 to
 0.0030 to the mean KL from the dequantized model, and weights in bfloat16 add 0.0001 to 0.0002."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from formats.integers import TWICE_E2M1, Blocks, check_shape, mxfp4_blocks, read
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+from formats.integers import check_shape, nvfp4_blocks, read
 
 
 @dataclass
 class Floats:
-    """Such a matrix in a file, or a stack of them: to a checkpoint a tensor of float32, read when
-    it is asked for."""
+    """Such a matrix in a file, or a stack of them: to a checkpoint a tensor of plain numbers, read
+    when it is asked for."""
 
     weight: Any  # an InFile of formats/checkpoint.py, or a tensor
     shape: tuple[int, ...]  # [N, K], or [E, N, K]
     scales: Any  # as weight: [N / n, K / k], rounded up, or [E, ...]; a dimension of 1 may lack
     block: tuple[int, int]  # n and k
     pairs: Tensor | None = None  # [256, 2]: what a byte stands for
-    factor: Tensor = torch.ones(1)  # of all numbers, or [E]
-    dtype = torch.float32
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        *stack, N, K = self.shape
+        n, k = self.block
+        each = (*stack, -(-N // n), -(-K // k))
+        check_shape("its scale", self.scales.shape, each[:len(self.scales.shape)])
 
     def __getitem__(self, i: int) -> Floats:
         """One of those that are stacked."""
-        factor = self.factor[i:i + 1] if len(self.factor) > 1 else self.factor
-        return replace(self, weight=self.weight[i], shape=self.shape[1:], scales=self.scales[i],
-                       factor=factor)
+        return replace(self, weight=self.weight[i], shape=self.shape[1:], scales=self.scales[i])
 
     def read(self) -> Tensor:
         (N, K), (n, k) = self.shape, self.block
-        stored, scales = read(self.weight), read(self.scales)
-        if scales.dtype == torch.uint8:  # powers of two
-            scales = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
-        scales = scales.float().view(-(-N // n), -(-K // k)) * self.factor
+        stored, scales = read(self.weight), read(self.scales).float().view(-(-N // n), -(-K // k))
         w = stored.float() if self.pairs is None else self.pairs[stored.int()].flatten(1)
-        rows = scales.repeat_interleave(n, 0)[:N]
-        return w.mul_(rows.repeat_interleave(k, 1)[:, :K])
+        size = math.gcd(K, k)  # of a group
+        groups = scales.repeat_interleave(n, 0)[:N].repeat_interleave(k // size, 1)[:, :K // size]
+        w.unflatten(1, (-1, size)).mul_(groups[..., None])
+        return w.to(self.dtype)
 
 
 def read_floats(name: str, weight: Any, tensors: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A weight with what is beside it, which is taken out of tensors; plain numbers as they are.
-    bitsandbytes' int8 is times SCB / 127 for each row."""
+
+    bitsandbytes' int8 is times SCB / 127 for each row. FP8 is times NAME_scale, or NAME_scale_inv,
+    which is no inverse: one, one for each row or one for each block. NVFP4, which stays, is times
+    an FP8 for 16 inputs and NAME_scale_2, or over NAME_global_scale."""
     if f"{name}.quant_map" in tensors:
         return four_bits(name, weight, tensors)
     if weight.dtype == torch.int8:
         scales = read(tensors.pop(f"{name.removesuffix('weight')}SCB")) / 127
-        return with_scales(weight, weight.shape, scales, (1, weight.shape[1]))
-    if weight.dtype not in (torch.uint8, *FP8):
+        return Floats(weight, weight.shape, scales, (1, weight.shape[1]))
+    if weight.dtype == torch.uint8:
+        divisor = tensors.pop(f"{name}_global_scale", None)
+        factor = read(tensors.pop(f"{name}_scale_2")) if divisor is None else 1 / read(divisor)
+        return nvfp4_blocks(name, weight, tensors.pop(f"{name}_scale"), factor.item())
+    if weight.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         return weight
-    scales = tensors.pop(f"{name}_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
-    if weight.dtype in FP8:
-        return fp8(weight, scales, settings.get("weight_block_size") or (128, 128))
-    return fp4(name, weight, scales, tensors)
-
-
-def with_scales(weight: Any, shape: tuple[int, ...], scales: Any, *more: Any) -> Floats:
-    """ValueError: the scales are not one for each block."""
-    (n, k), *_ = more
-    *stack, N, K = shape
-    check_shape("its scale", scales.shape, (*stack, -(-N // n), -(-K // k))[:len(scales.shape)])
-    return Floats(weight, tuple(shape), scales, *more)
-
-
-def fp8(weight: Any, scales: Any, block: tuple[int, int]) -> Floats:
-    """Times NAME_scale, or NAME_scale_inv, which is no inverse: one, one for each row, or one for
-    each block; powers of two (bytes) for 32 inputs."""
     *stack, N, K = weight.shape
-    each = scales.shape[len(stack):]
-    if each in ((), (1,), (1, 1)):
-        block = N, K
-    elif each in ((N,), (N, 1)):
-        block = 1, K
-    elif scales.dtype == torch.uint8:
-        block = 1, 32
-    return with_scales(weight, weight.shape, scales, block)
-
-
-def fp4(name: str, weight: Any, scales: Any, tensors: dict[str, Any]) -> Floats | Blocks:
-    """E2M1 numbers, the even input in the low nibble. NVFP4: times an FP8 for 16 inputs and
-    NAME_scale_2, or over NAME_global_scale. MXFP4 stays: its scales are bytes, for 32 inputs."""
-    *stack, N, half = weight.shape
-    if scales.dtype == torch.uint8:
-        check_shape("its scale", scales.shape, (N, half // 16))
-        groups = replace(weight, shape=(N, half // 16, 16), row_bytes=16)
-        return mxfp4_blocks(name, groups, scales, range(N))
-    if f"{name}_scale_2" in tensors:
-        factor = read(tensors.pop(f"{name}_scale_2")).float().view(-1)
-    else:
-        factor = 1 / read(tensors.pop(f"{name}_global_scale")).float().view(-1)
-    if len(factor) > 1:
-        check_shape("its second scale", factor.shape, tuple(stack))
-    pairs = torch.cartesian_prod(TWICE_E2M1 / 2, TWICE_E2M1 / 2).flip(1)
-    return with_scales(weight, (*stack, N, 2 * half), scales, (1, 16), pairs, factor)
+    scales = tensors.pop(f"{name}_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
+    rows, *columns = (*scales.shape[len(stack):], 1)[:2]
+    block = settings.get("weight_block_size") or (128, 128)
+    if rows in (1, N) and columns in ([], [1]):
+        block = N // rows, K
+    return Floats(weight, weight.shape, scales, block)
 
 
 def four_bits(name: str, weight: Any, tensors: dict[str, Any]) -> Floats:
@@ -120,4 +91,4 @@ def four_bits(name: str, weight: Any, tensors: dict[str, Any]) -> Floats:
     check_shape("quant_map", table.shape, (16,))
     rows = replace(weight, shape=(N, K // 2), row_bytes=K // 2)
     pairs = torch.cartesian_prod(table, table)
-    return with_scales(rows, (N, K), scales.view(N, -1), (1, block), pairs)
+    return Floats(rows, (N, K), scales.view(N, -1), (1, block), pairs)

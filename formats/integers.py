@@ -31,7 +31,7 @@ class Blocks:
     rows: range  # of the whole matrix, as are columns
     columns: range
     read: Callable[[range], Affine]  # some rows, with all columns
-    group_size: int = 32  # inputs of a group: 32, 64 or 128, or 16, of which two are joined
+    group_size: int = 32  # inputs of a group that stays one: 16, 32, 64 or 128
     hold: Callable[[], Callable[[range], Affine]] | None = None  # -> a read that has all in memory
 
     @property
@@ -42,7 +42,7 @@ class Blocks:
         """A part of it, as of a tensor. ValueError if that cuts a group of inputs in two."""
         if dim == 0:
             return replace(self, rows=self.rows[start:start + length])
-        if start % 32 or length % 32:  # Q6_K's groups are smaller, but layers have none of these
+        if start % 32 or length % 32:  # groups of 16 are two at least
             raise ValueError(f"{length} inputs, a part of {len(self.columns)}, do not divide into "
                              f"the groups of 32 of {self.name}: take fewer ranks")
         group_size = math.gcd(self.group_size, start, length)
@@ -78,7 +78,7 @@ def read(tensor: Any) -> Tensor:
     return tensor if isinstance(tensor, Tensor) else tensor.read()
 
 
-# --- MXFP4: E2M1 numbers in nibbles, times a power of two for every 32 ---
+# --- E2M1 numbers in nibbles: MXFP4, times a power of two for every 32, and NVFP4 ---
 
 TWICE_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 TWICE_E2M1_AND_16 = (TWICE_E2M1 + 16).to(torch.uint8)
@@ -98,3 +98,17 @@ def mxfp4_blocks(name: str, packed: Any, exponents: Any, of: range) -> Blocks:
         return twice_e2m1(unpack_nibbles(packed.read(some).flatten(1)), exponents.read(some))
 
     return Blocks(name, "MXFP4", 5, range(len(of)), range(32 * packed.shape[1]), read)
+
+
+def nvfp4_blocks(name: str, packed: Any, scales: Any, factor: float) -> Blocks:
+    """packed [N, K / 2] uint8, whose byte c has input 2c in its low nibble; scales [N, K / 16] FP8,
+    times a factor."""
+    N, half = packed.shape
+    check_shape("its scale", scales.shape, (N, half // 8))
+
+    def read(rows: range) -> Affine:
+        scale = scales.read(rows).float() * (factor / 2)
+        q = TWICE_E2M1_AND_16[unpack_nibbles(packed.read(rows)).int()]
+        return Affine(q, scale, -16 * scale)
+
+    return Blocks(name, "NVFP4", 5, range(N), range(2 * half), read, 16)

@@ -26,11 +26,7 @@ class FileInt4Linear(Int4Linear):
     def take(self, rows: slice, q: Tensor, scale: Tensor, zero: Tensor, middle: int) -> None:
         """From q * scale + zero, q [rows, K] uint8, scale and zero [rows, K/group_size] float32:
         only the rounding of scales and zeros is lost. middle: half of q's range; that is where our
-        zeros are taken, since they are small there, and so is their rounding. Groups may be smaller
-        than ours, as those of Q6_K: they are joined."""
-        if scale.shape[1] > self.scales.shape[1]:
-            q, scale, zero = in_larger_groups(q, scale, zero, self.group_size)
-            middle = 128
+        zeros are taken, since they are small there, and so is their rounding."""
         # the middle of q comes to MIDDLE, if all of q + shift is in range
         largest_q = 2 * middle - 1
         shift = min(self.MIDDLE - middle, 16**self.nibbles - 1 - largest_q)
@@ -41,7 +37,7 @@ class FileInt4Linear(Int4Linear):
 
 
 class AffineInt8Linear(FileInt4Linear):
-    """8-bit weights in affine groups, of 32 for what is stored with 5 to 8 bits in a file.
+    """8-bit weights in affine groups, of 16 or 32 for what a file has with 5 to 8 bits.
 
     No operator of PyTorch takes int8 in groups. But a byte is two nibbles, and so K such weights
     are 2K of int4's: byte b = 16 * high + low is high times 16 x plus low times x. It is also as
@@ -148,21 +144,6 @@ def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
         model.lm_head = table
 
 
-def in_larger_groups(
-    q: Tensor, scales: Tensor, zeros: Tensor, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Affine weights, q [rows, K] uint8, scales and zeros [rows, groups] float32, in fewer groups,
-    of group_size inputs each, and in 8 bits -> (q, scales, zeros). A step of Q6_K in groups of 32
-    is about a quarter of what it was, so that this adds a sixteenth to the square of the error that
-    the file has itself."""
-    w = q.view(*scales.shape, -1) * scales[..., None]
-    w = w.add_(zeros[..., None]).view(len(q), -1, group_size)
-    low, high = w.aminmax(dim=-1, keepdim=True)  # (rows, groups, 1)
-    steps = ((high - low) / 254).bfloat16().float()  # as stored; 254: their rounding needs room
-    q = w.sub_(low).div_(steps.clamp_min(1e-30)).round_()
-    return q.flatten(1).to(torch.uint8), steps.squeeze(-1), low.squeeze(-1)
-
-
 # --- filling them ---
 
 def fill_layers(
@@ -205,14 +186,13 @@ def fill_layers(
 
 def form_for(parts: list[Blocks], device: torch.device | str) -> tuple[str, int]:
     """The smallest quantized layer for the integers of all parts, and its groups. It holds them as
-    they are; but groups of 16, as Q6_K's, are joined."""
+    they are."""
     if torch.device(device).type == "cuda" and {part.kind for part in parts} == {"MXFP4"}:
         return "mxfp4", 32  # no operator of a CPU takes it
     group_size = math.gcd(*(part.group_size for part in parts))
     if group_size >= 32 and all(part.bits <= 4 for part in parts):
         return "int4", group_size
-    # operators have 128 nibbles in a group at most
-    return "int8_grouped", max(32, min(group_size, 64))
+    return "int8_grouped", min(group_size, 64)  # operators have 128 nibbles in a group at most
 
 
 def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.device | str) -> None:
@@ -221,13 +201,14 @@ def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.de
         setattr(layer, name, torch.empty(meta.shape, dtype=meta.dtype, device=device))
     at_once = 64 * max(1, 2**13 // layer.in_features)  # rows that a CPU's cache holds
     first = 0
-    each = layer.group_size // 32  # of the groups of 32 that a file has, or is said to have
+    first_inputs = torch.arange(0, layer.in_features, layer.group_size)
     for part in parts:
         part = part.held()
         for rows in part.slices(at_once):
             ours = slice(first + rows.start, first + rows.stop)
             q, scale, zero = part.affine(rows)
-            layer.take(ours, q, scale[:, ::each], zero[:, ::each], middle=2 ** (part.bits - 1))
+            group = first_inputs // (layer.in_features // scale.shape[1])  # of the file's, for ours
+            layer.take(ours, q, scale[:, group], zero[:, group], middle=2 ** (part.bits - 1))
         first += part.shape[0]
     for name, tensor in layer.named_buffers():
         if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):

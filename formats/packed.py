@@ -26,7 +26,7 @@ KNOWN = {  # what settings may be; some files have some for each group of layers
     "bits": (4, 8), "num_bits": (4, 8), "type": ("int", "float"), "zero_point": (None, True),
     "format": (None, "gptq", "gptq_v2", "gemm", "pack-quantized", "int-quantized",
                "mixed-precision", "dense", "float-quantized", "naive-quantized",
-               "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+               "nvfp4-pack-quantized"),
     "checkpoint_format": (None, "gptq", "gptq_v2", "gemm"), "version": (None, "gemm", "GEMM"),
     "is_marlin_format": (None, False),
     "strategy": ("group", "channel", "tensor", "block", "tensor_group"),
@@ -37,8 +37,8 @@ MATRIX = re.compile(r"(.*\.)((q)?weight(_packed)?|experts\.(gate_up|down)_proj)"
 # scales of activations and of the cache, and what says nothing
 LEFT_OUT = re.compile(r".*[._]((input|output|activation|[qkv]|kv)(_global)?_scale|weight_format"
                       "|input_zero_point)")
-# what gives some rows of the integers [N, K]; scales and zeros [N or 1, groups]
-Loaded = tuple[Callable[[range], Tensor], Tensor, Tensor]
+# integers [N, K]; scales and zeros [N or 1, groups]
+Loaded = tuple[Tensor, Tensor, Tensor]
 
 
 def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -118,13 +118,7 @@ def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
         return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).reshape(x.shape) if is_awq else x
 
     def load() -> Loaded:
-        whole = read(words)
-
-        def q(rows: range) -> Tensor:
-            some = whole[:, rows.start // n:-(-rows.stop // n)]
-            some = turned(some) if is_awq else unpack(some.t(), bits)
-            return some[rows.start % n:][:len(rows)]
-
+        q = turned(read(words)) if is_awq else unpack(read(words).t(), bits)
         ones = (2**32 - 1) // (2**bits - 1)  # one in each integer, which may carry
         return q, read(scales).t(), turned(read(zeros) + is_less * ones)
 
@@ -142,11 +136,11 @@ def by_outputs(name: str, words: Any, tensors: dict[str, Any]) -> Blocks:
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
 
     def load() -> Loaded:
-        whole, scale = read(words), read(scales).reshape(-1, groups)
+        scale = read(scales).reshape(-1, groups)
         z = torch.full_like(scale, 2 ** (bits - 1))
         if zeros is not None:
             z = unpack(read(zeros).t(), bits).t()[:N].reshape(-1, groups)
-        return (lambda rows: unpack(whole[rows.start:rows.stop], bits)), scale, z
+        return unpack(read(words), bits), scale, z
 
     return blocks(name, bits, (N, K, groups), load, order)
 
@@ -168,9 +162,10 @@ def blocks(
         q, scales, zeros = load()
         lines = scales.float().expand(N, -1), (-zeros.float() * scales).expand(N, -1)
         ids = index[::min(size, 32)]
-        return lambda rows: Affine(q(rows), *(x[rows.start:rows.stop][:, ids] for x in lines))
+        lines = q, *(x[:, ids] for x in lines)
+        return lambda rows: Affine(*(x[rows.start:rows.stop] for x in lines))
 
-    return Blocks(name, kind, bits if size >= 32 else None, range(N), range(K),
+    return Blocks(name, kind, bits if size >= 16 else None, range(N), range(K),
                   lambda rows: hold()(rows), size, hold)
 
 

@@ -384,8 +384,10 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     if has_pictures(path, whole):
         tokenizer.pictures = any_of(filter(PICTURE.search, special))
     if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
-        names = special.keys() - {"<s>", "<unk>", "<|endoftext|>"}
-        tokenizer.flags = {name: AddedToken(name, rstrip=True, special=True) for name in names}
+        tokenizer.added = {tokens[2]: 2} if types[2] == USER_DEFINED else {}  # </s>, a text here
+        names = {*special, *tokenizer.added} - {"<s>", "<unk>", "<|endoftext|>"}
+        tokenizer.flags = {name: AddedToken(name, rstrip=True, special=name in special)
+                           for name in names}
     return tokenizer
 
 
@@ -472,7 +474,7 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         "chat_template": tokenizer.chat_template,
         "legacy": tokenizer.legacy,
         "added_tokens_decoder": {
-            tokenizer.special[name]: flags.__getstate__()
+            (tokenizer.added | tokenizer.special)[name]: flags.__getstate__()
             for name, flags in tokenizer.flags.items()},
     }
     text = json.dumps(config, indent=2)
