@@ -160,6 +160,12 @@ CASES = {
     "qwen3_moe with pictures": Case(
         "qwen3vlmoe", "Qwen3Moe", dict(norm_topk_prob=True, **EXPERTS),
         [*DEEP, *MOE, ("add_expert_feed_forward_length", 32)], OF_EXPERTS, tol=1e-3),
+    "lfm2": Case(
+        "lfm2", "Lfm2", dict(
+            layer_types=["conv", "full_attention", "conv"], conv_L_cache=3, block_multiple_of=8,
+            block_auto_adjust_ff_dim=False),
+        [("add_head_count_kv", [0, 2, 0]), ("add_shortconv_l_cache", 3),
+         ("add_layer_norm_rms_eps", 1e-5)], ["conv_L_cache", "windows"]),
     "glm4_moe": Case(
         "glm4moe", "Glm4Moe", dict(
             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
