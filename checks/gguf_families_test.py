@@ -286,6 +286,28 @@ def test_the_model_is_hugging_faces(written: Written) -> None:
     close(model(tokens, torch.zeros(1, dtype=torch.int32)), hf_logits(written.hf, tokens))
 
 
+def test_the_inputs_of_gemmas_layers_stay_integers(tmp_path: Path) -> None:
+    case = CASES["gemma4_text"]
+    sizes = dict(BASE, hidden_size=96, intermediate_size=96, pad_token_id=0, **case.settings)
+    sizes["hidden_size_per_layer_input"] = 32
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(**copy.deepcopy(sizes))
+    hf = transformers.Gemma4ForCausalLM(config)
+    hf.config.allow_global_per_layer_attribute_access = True
+    extra = [*case.extra, ("add_feed_forward_length", [96, 96, 192, 192]),
+             ("add_embedding_length_per_layer_input", 32)]
+    path = write_gguf(tmp_path / "m.gguf", hf.config, hf.state_dict(), "gemma4", extra,
+                      lambda name: GGML.Q8_0)
+    logits = []
+    for quantize in "auto", "none":
+        model = load_model(path, dtype=torch.float32, quantize=quantize)
+        model.setup_caches(1, 32)
+        logits.append(model(torch.arange(3, 27)[None], torch.zeros(1, dtype=torch.int32)))
+    close(*logits, 3e-2)  # inputs are rounded to int8
+    tables = load_model(path).embed_tokens_per_layer, load_model(path).embed_tokens
+    assert all(hasattr(each, "table") for each in tables)
+
+
 def baichuan_file(path: Path, n_layer: int) -> tuple[Path, Tensor]:
     """A GGUF file of a Baichuan of that many layers -> it, and W_pack of the first one."""
     q, k, v = torch.randn(3, 64, 64).unbind()
