@@ -319,6 +319,8 @@ def as_converted(
             tensor = tensor + 1
         if name.endswith(("sinks", "layer_scalar")):
             name = f"{name}.weight"
+        if name.endswith("conv.conv.weight"):
+            tensor = tensor.squeeze(1)
         name = name.replace("_correction_bias", "_correction.bias")
         name = name.replace(".gate.moe_statics.", ".moe_statics.")
         if module == "experts":

@@ -160,6 +160,12 @@ CASES = {
     "qwen3_moe with pictures": Case(
         "qwen3vlmoe", "Qwen3Moe", dict(norm_topk_prob=True, **EXPERTS),
         [*DEEP, *MOE, ("add_expert_feed_forward_length", 32)], OF_EXPERTS, tol=1e-3),
+    "lfm2": Case(
+        "lfm2", "Lfm2", dict(
+            layer_types=["conv", "full_attention", "conv"], conv_L_cache=3, block_multiple_of=8,
+            block_auto_adjust_ff_dim=False),
+        [("add_head_count_kv", [0, 2, 0]), ("add_shortconv_l_cache", 3),
+         ("add_layer_norm_rms_eps", 1e-5)], ["conv_L_cache", "windows"]),
     "glm4_moe": Case(
         "glm4moe", "Glm4Moe", dict(
             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16,
@@ -278,6 +284,28 @@ def test_the_model_is_hugging_faces(written: Written) -> None:
     model = load_model(written.path, dtype=torch.float32)
     model.setup_caches(1, 32)
     close(model(tokens, torch.zeros(1, dtype=torch.int32)), hf_logits(written.hf, tokens))
+
+
+def test_the_inputs_of_gemmas_layers_stay_integers(tmp_path: Path) -> None:
+    case = CASES["gemma4_text"]
+    sizes = dict(BASE, hidden_size=96, intermediate_size=96, pad_token_id=0, **case.settings)
+    sizes["hidden_size_per_layer_input"] = 32
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(**copy.deepcopy(sizes))
+    hf = transformers.Gemma4ForCausalLM(config)
+    hf.config.allow_global_per_layer_attribute_access = True
+    extra = [*case.extra, ("add_feed_forward_length", [96, 96, 192, 192]),
+             ("add_embedding_length_per_layer_input", 32)]
+    path = write_gguf(tmp_path / "m.gguf", hf.config, hf.state_dict(), "gemma4", extra,
+                      lambda name: GGML.Q8_0)
+    logits = []
+    for quantize in "auto", "none":
+        model = load_model(path, dtype=torch.float32, quantize=quantize)
+        model.setup_caches(1, 32)
+        logits.append(model(torch.arange(3, 27)[None], torch.zeros(1, dtype=torch.int32)))
+    close(*logits, 3e-2)  # inputs are rounded to int8
+    tables = load_model(path).embed_tokens_per_layer, load_model(path).embed_tokens
+    assert all(hasattr(each, "table") for each in tables)
 
 
 def baichuan_file(path: Path, n_layer: int) -> tuple[Path, Tensor]:

@@ -19,7 +19,7 @@ from families.experts import (
 from families.rings import RingKVCache
 from families.settings import (
     by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
-    ropes_in_windows, ropes_of_part, stretched_ropes, windows_of, yarn,
+    ropes_in_windows, ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
 )
 from model import (
     ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Attention, Block, Family,
@@ -108,7 +108,7 @@ DEEPSEEK_V2 = dict(attention_bias=False, n_shared_experts=2, topk_method="greedy
                    first_k_dense_replace=0)
 DEEPSEEK_V3 = dict(attention_bias=False, n_shared_experts=1, first_k_dense_replace=3,
                    norm_topk_prob=True)
-GLM4_LITE = DEEPSEEK_V3 | dict(first_k_dense_replace=1, rms_norm_eps=1e-5)
+GLM4_LITE = DEEPSEEK_V3 | dict(first_k_dense_replace=1, rms_norm_eps=1e-5, n_group=1, topk_group=1)
 GLM4_MOE = GLM4_LITE | dict(num_key_value_heads=8, partial_rotary_factor=0.5)
 MISTRAL4 = DEEPSEEK_V3 | dict(
     q_lora_rank=1024, first_k_dense_replace=0, max_position_embeddings=2**20,
@@ -143,7 +143,8 @@ GEMMA4_PARTS = dict(
 )
 LFM2_PARTS = dict(
     fields=dict(
-        windows=lfm2.windows, ropes=lfm2.ropes, ffn_dim=lfm2.ffn_dim, moe=lfm2.experts,
+        windows=lfm2.windows, ropes=partial(ropes_outside, windows=lfm2.windows),
+        ffn_dim=lfm2.ffn_dim, moe=lfm2.experts,
         norm_eps=partial(positive, key="norm_eps", kind=float), qk_norm=True,
     ),
     attention=by_rope(Attention, lfm2.ShortConvolution), mlp=mlp_or_moe,
@@ -160,7 +161,8 @@ DEEPSEEK = dict(attention=mla.LatentAttention, mlp=mlp_or_moe,
                 convert=mla.latent_halves_first, stored_as=SHARED_EXPERTS)
 MOE_OF_FFN_DIM = {"moe": partial(mixture_of_experts, ffn_dim="intermediate_size")}
 
-DELTA_FIELDS = dict(windows=deltanet.windows, ropes=deltanet.ropes, qk_norm=True)
+DELTA_FIELDS = dict(windows=deltanet.windows, qk_norm=True,
+                    ropes=partial(ropes_outside, windows=deltanet.windows))
 DELTA_CLASSES = dict(
     norm=GemmaNorm, attention=by_rope(deltanet.GatedAttention, deltanet.GatedDeltaNet),
     block=by_rope(Block, deltanet.LinearBlock), model=deltanet.DeltaTransformer,
@@ -185,14 +187,13 @@ FAMILIES |= {
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
     "gemma4_text": Family(
-        GEMMA4, **GEMMA4_PARTS, gguf=dict(
-            name="gemma4", means=GELU, complete=gguf.gemma4, settings=dict(
-                global_head_dim="attention.key_length", head_dim="attention.key_length_swa",
-                num_kv_shared_layers="attention.shared_kv_layers",
-                hidden_size_per_layer_input="embedding_length_per_layer_input",
-                value_dim="attention.value_length_swa", turned="rope.dimension_count_swa",
-            ),
-        ),
+        GEMMA4, **GEMMA4_PARTS,
+        gguf=dict(name="gemma4", means=GELU, complete=gguf.gemma4, settings=dict(
+            global_head_dim="attention.key_length", head_dim="attention.key_length_swa",
+            num_kv_shared_layers="attention.shared_kv_layers",
+            hidden_size_per_layer_input="embedding_length_per_layer_input",
+            value_dim="attention.value_length_swa", turned="rope.dimension_count_swa",
+        )),
     ),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
@@ -221,11 +222,14 @@ FAMILIES |= {
         stored_as={"qkv_proj": ("W_pack",)}, convert=normalize_head,
         gguf=dict(
             name="baichuan", interleaved=True, complete=gguf.baichuan,
-            # what lies in parts in these files
             parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
         ),
     ),
-    "lfm2": Family(LFM2, **LFM2_PARTS),
+    "lfm2": Family(
+        LFM2, **LFM2_PARTS, gguf=dict(name="lfm2", complete=gguf.lfm2, settings=dict(
+            conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon",
+        ), means={"block_auto_adjust_ff_dim": False}),
+    ),
     "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
@@ -281,15 +285,13 @@ FAMILIES |= {
         {"qkv_bias": True, "moe": mixture_of_experts,
          "windows": partial(windows_of, full_layers=every_other_and_last)},
         mlp=mlp_or_moe,
-        gguf=dict(
-            name="qwen2moe", means=NO_WINDOW | {"norm_topk_prob": False}, complete=gguf.qwen_moe
-        ),
+        gguf=dict(name="qwen2moe", complete=gguf.qwen_moe,
+                  means=NO_WINDOW | {"norm_topk_prob": False}),
     ),
     "qwen3_moe": Family(  # whose windows are everywhere, whatever a file says of layers
         QWEN3_MOE, {"qk_norm": True, "moe": mixture_of_experts}, mlp=mlp_or_moe,
-        gguf=dict(
-            name="qwen3moe", means=NO_WINDOW | {"norm_topk_prob": True}, complete=gguf.qwen_moe
-        ),
+        gguf=dict(name="qwen3moe", complete=gguf.qwen_moe,
+                  means=NO_WINDOW | {"norm_topk_prob": True}),
     ),
     "gpt_oss": Family(
         GPT_OSS, LAYERWISE | MOE_OF_FFN_DIM, attention=SinkAttention,
@@ -309,15 +311,12 @@ FAMILIES |= {
     "glm4_moe": Family(
         GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": lambda hf: bool(hf.get("use_qk_norm"))},
         mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
-        gguf=dict(
-            name="glm4moe", means=dict(n_group=1, topk_group=1), complete=gguf.glm4_moe,
-            settings=dict(
-                n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
-                first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
-                routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
-                num_nextn_predict_layers="nextn_predict_layers",
-            ),
-        ),
+        gguf=dict(name="glm4moe", complete=gguf.glm4_moe, settings=dict(
+            n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
+            first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
+            routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
+            num_nextn_predict_layers="nextn_predict_layers",
+        )),
     ),
     "minimax_m2": Family(
         MINIMAX,

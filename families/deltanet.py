@@ -13,10 +13,10 @@ from torch import Tensor
 from families import delta_rule
 from families.blocks import RenamedBlock
 from families.delta_rule import Memory
-from families.settings import last_ones, layer_kinds, ropes_of
+from families.settings import last_ones, layer_kinds
 from model import (
     FAMILIES, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places, Positions,
-    Rope, Transformer, apply_rope, positive, rope_settings,
+    Transformer, apply_rope, positive,
 )
 from quantize import Linear
 
@@ -29,10 +29,6 @@ def windows(hf: dict) -> tuple[int | None, ...]:
     attends = partial(last_ones, key="full_attention_interval")
     kinds = layer_kinds(hf, attends, "linear_attention")
     return tuple(None if kind == "full_attention" else 1 for kind in kinds)
-
-
-def ropes(hf: dict) -> tuple[Rope | None, ...]:
-    return ropes_of(rope_settings(hf), (window is None for window in windows(hf)))
 
 # --- layers with a state ---
 

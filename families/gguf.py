@@ -13,8 +13,7 @@ def windows(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> 
     if isinstance(pattern, int):
         config["sliding_window_pattern"] = pattern
     elif pattern:
-        kinds = ["sliding_attention" if window else "full_attention" for window in pattern]
-        config["layer_types"] = kinds
+        config["layer_types"] = ["sliding_attention" if x else "full_attention" for x in pattern]
 
 
 def gemma(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -51,14 +50,20 @@ def gemma4(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> N
 def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     """Layers without a router have no experts."""
     layers = range(config.get("num_hidden_layers") or 0)
-    without = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
-    config["mlp_only_layers"] = without
+    config["mlp_only_layers"] = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
 
 
 def glm4_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     """The last layers may be such that guess further tokens."""
     config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
     config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
+
+
+def lfm2(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """A layer without keys is a convolution."""
+    heads = config["num_key_value_heads"]
+    config["layer_types"] = ["full_attention" if n else "conv" for n in heads]
+    config["num_key_value_heads"] = max(heads)
 
 
 def gpt_oss(config: dict, settings: dict, tensors: dict[str, Any]) -> None:

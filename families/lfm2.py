@@ -10,10 +10,8 @@ from torch import Tensor
 
 from families.blocks import RenamedBlock
 from families.experts import MoEConfig, mixture_of_experts
-from families.settings import layer_kinds, ropes_of
-from model import (
-    Device, KVCache, LayerCache, ModelConfig, Places, Positions, Rope, positive, rope_settings,
-)
+from families.settings import layer_kinds
+from model import Device, KVCache, LayerCache, ModelConfig, Places, Positions, positive
 from quantize import Linear
 
 STORED_AS = {
@@ -29,10 +27,6 @@ def windows(hf: dict) -> tuple[int | None, ...]:
     attends = [given is None or i in given for i in range(positive(hf, "num_hidden_layers"))]
     kinds = layer_kinds(hf, lambda hf: attends, "conv")
     return tuple(n_seen if kind == "conv" else None for kind in kinds)
-
-
-def ropes(hf: dict) -> tuple[Rope | None, ...]:
-    return ropes_of(rope_settings(hf), (n_seen is None for n_seen in windows(hf)))
 
 
 def ffn_dim(hf: dict) -> int:

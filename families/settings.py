@@ -150,6 +150,11 @@ def ropes_of_part(hf: dict, key: str) -> tuple[Rope | None, ...]:
     return ropes_of(rope_settings(hf) | own)
 
 
+def ropes_outside(hf: dict, windows: Callable[[dict], Iterable[Any]]) -> tuple[Rope | None, ...]:
+    """Layers that see some tokens only know no positions."""
+    return ropes_of(rope_settings(hf), (window is None for window in windows(hf)))
+
+
 def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
     """Hunyuan's: files say "dynamic", but with alpha it is one larger base for all lengths."""
     settings = rope_settings(hf)

@@ -88,8 +88,9 @@ class GGUFCheckpoint(CheckedCheckpoint):
     def read_alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The same of a tensor that the file does not have in parts."""
         stored = self.part_of(self.stored_name(name), name)
-        check_shape(stored.name, stored.shape, shape)
-        tensor = dequantized(stored)
+        flat = shape[:1] + shape[2:] if len(shape) == 3 else shape  # of a convolution's weight
+        check_shape(stored.name, stored.shape, flat)
+        tensor = dequantized(stored).view(shape)
         shift = self.file.get("norm_shift", 0)
         if name.endswith("norm.weight") and shift:
             tensor = tensor - shift

@@ -126,21 +126,22 @@ class QuantizedEmbedding(nn.Module):
 
 # what a file's integers are put into, and a saved model can consist of
 FORMS = {**MODES, "int4": FileInt4Linear, "int8_grouped": AffineInt8Linear, "mxfp4": MXFP4Linear}
-TABLE = "embed_tokens.table"  # of a QuantizedEmbedding
+TABLE = ".table"  # behind an embedding's name: that of a QuantizedEmbedding
 
 
 def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
-    """quantize.put_layer with all FORMS, also for the embedding's table, which a tied output layer
-    shares."""
-    if name != TABLE:
+    """quantize.put_layer with all FORMS, also for an embedding's table; a tied output layer shares
+    that of tokens."""
+    prefix = name.removesuffix(TABLE)
+    if prefix == name:
         layer = FORMS[mode](model.get_submodule(name), group_size)
         model.set_submodule(name, layer)
         return
-    weight = model.embed_tokens.weight  # (vocab_size, dim)
+    weight = model.get_submodule(prefix).weight  # (vocab_size, dim)
     vocab_size, dim = weight.shape
     table = FORMS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
-    model.embed_tokens = QuantizedEmbedding(table, weight.dtype)
-    if model.config.tied:
+    model.set_submodule(prefix, QuantizedEmbedding(table, weight.dtype))
+    if model.config.tied and prefix == "embed_tokens":
         model.lm_head = table
 
 
@@ -159,8 +160,8 @@ def fill_layers(
         if any(part.bits is None for part in parts):
             lost |= {part.name: part for part in parts}
             continue
-        if name == "embed_tokens":
-            name = TABLE
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            name += TABLE
         put(model, name, *form_for(parts, device))
         kept[name] = parts
     if lost:
