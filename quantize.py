@@ -80,7 +80,7 @@ class QuantizedLinear(Packable):
         many = T  # of them, which are not for the layout's product
         exact = self.is_head and x.dtype == torch.float32
         if self.layout is not None and exact:
-            many = T - T % BLOCK
+            many = T if T > 16 else 0  # more than a step has
         elif self.layout is not None:
             many = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
         if 0 < many < T:
@@ -239,7 +239,8 @@ class Layout(Protocol):
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [rows, in_features] times the weight -> [rows, out_features]. x is bfloat16, or float32
-        for a layer that gives logits: of these at least the likeliest are to be float32's."""
+        for a layer that gives logits: of these at least the likeliest are to be float32's. (More
+        than 16 of a text are dense's, and all are float32's.)"""
 
 
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here
