@@ -80,7 +80,7 @@ class QuantizedLinear(Packable):
         whole = T  # leading tokens that a dequantized weight multiplies
         exact = self.is_head and x.dtype == torch.float32
         if self.layout is not None and exact:
-            whole = T - T % BLOCK
+            whole = T if T > 16 else 0  # more than a step has
         elif self.layout is not None:
             whole = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
         if 0 < whole < T:

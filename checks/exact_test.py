@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batching import Engine
 from checks.common import close
-from generate import Request
+from generate import Request, generate
 from kernels import flash_decode
 from model import Transformer, load_model, prefill_attention
 from quantize import LAYOUTS, Linear, quantize_linear
@@ -96,6 +96,18 @@ def test_the_likeliest_logits_are_those_of_float32(default_model: Transformer, m
     close(logits.logsumexp(-1), want.logsumexp(-1), 0.03)
     close(head(x.view(1, n, -1)), want.view(1, n, -1), 1e-4)
     assert torch.equal(head(x[:1]), logits[:1])
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_float32(default_model: Transformer) -> None:
+    """Of tokens that nobody would have drawn, too."""
+    prompts = [[5, 40000, 77, 12000, 9], [8, 30001], list(range(100, 600, 7))]
+    answers = generate(default_model, prompts, 1, logprobs=0, echo=True)
+    weight = torch.cat(list(default_model.lm_head.dense(torch.float32)))
+    for ids, answer in zip(prompts, answers):
+        start = torch.zeros(1, dtype=torch.int32)
+        x = default_model.norm(default_model.prefill(torch.tensor([ids]), start, hidden=True)[0])
+        known = F.linear(x, weight).log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        assert answer.prompt_logprobs[1:] == pytest.approx(known.tolist(), abs=1e-3)
 
 
 def test_a_float32_product_of_one_row_is_that_of_many() -> None:

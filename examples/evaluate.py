@@ -57,11 +57,10 @@ class GptFlash(TemplateLM):
         max_length: int | None = None, kv_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.model = model
-        self.text = tokenizer
-        self.batch_size = batch_size
+        self.model, self.text = model, tokenizer
+        self.batch_size, self.kv_dtype = batch_size, kv_dtype
+        self.at_once = 64 if model.device.type == "cpu" else 2**16  # tokens: more are padded more
         self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
-        self.kv_dtype = kv_dtype
         for name in ("eos_token", "bos_token"):
             token = tokenizer.special.get(tokenizer.special_text.get(name))
             self.prefix_token_id = self.prefix_token_id if token is None else token
@@ -96,7 +95,7 @@ class GptFlash(TemplateLM):
         many = Counter(context[:ALIKE] for context in wanted)  # of them begin so
         order = sorted(wanted, key=lambda c: (c[:ALIKE] if many[c[:ALIKE]] > 1 else (), -len(c), c))
         for first in range(0, len(order), self.batch_size):
-            contexts = order[first:first + self.batch_size]
+            contexts = sorted(order[first:first + self.batch_size], key=len, reverse=True)
             self.read(contexts)
             rows = [(context, read) for context in contexts for read in wanted[context]]
             rows.sort(key=lambda row: -len(row[1]))
@@ -119,9 +118,10 @@ class GptFlash(TemplateLM):
         sums = torch.zeros(len(texts), device=tokens.device)
         likeliest = torch.ones(len(texts), dtype=torch.bool, device=tokens.device)
         # few at a time, as in decoding: attention sees those before as the cache keeps them
-        for start in range(0, tokens.shape[1], MAX_DECODE_TOKENS):
+        width = min(MAX_DECODE_TOKENS, max(1, self.at_once // len(rows)))
+        for start in range(0, tokens.shape[1], width):
             n = sum(len(read) > start for _, read in rows)  # those that go on, the first ones
-            piece = slice(start, start + MAX_DECODE_TOKENS)
+            piece = slice(start, start + width)
             logits = self.model(tokens[:n, piece], input_pos[:n] + start)
             logp = logits.float().log_softmax(-1)  # (n, t, V)
             of = row[row < n]
@@ -141,10 +141,11 @@ class GptFlash(TemplateLM):
             cached = len(alike)
             for row in range(1, len(contexts)):
                 copy_row(self.cache, self.batch_size, self.batch_size + row, cached)
-        texts = [Request(list(context[cached:]), 1, cached=cached) for context in contexts]
-        if any(text.prompt for text in texts):
-            upper = slice(self.batch_size, self.batch_size + len(texts))
-            prefill = self.decoder.prefill(upper, texts)
+        texts = [Request(list(c[cached:]), 1, cached=cached) for c in contexts if len(c) > cached]
+        n = max(1, 4 * self.at_once // max((len(text.prompt) for text in texts), default=1))
+        for first in range(0, len(texts), n):
+            part, row = texts[first:first + n], self.batch_size + first
+            prefill = self.decoder.prefill(slice(row, row + len(part)), part)
             while not self.decoder.read_on(prefill):
                 pass
         self.held = contexts[0]
@@ -200,8 +201,7 @@ class GptFlash(TemplateLM):
         eos = self.text.special_text.get("eos_token")
         stop = [text for text in utils.handle_stop_sequences(known.pop("until"), eos) if text]
         n = known.pop("max_gen_toks")
-        names = ("temperature", "top_k", "top_p", "min_p")
-        drawn = {name: known.pop(name) for name in names if name in known}
+        drawn = {k: known.pop(k) for k in ("temperature", "top_k", "top_p", "min_p") if k in known}
         others = {name for name, value in known.items() if value != 1} - {"do_sample"}  # 1: off
         if others or n >= self.max_length:
             raise ValueError(f"no text can be made with {settings} in {self.max_length} tokens")

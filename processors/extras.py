@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from weakref import proxy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from generate import Decoder, Drawn, Request, Tokens, settings_of
+from model import MAX_DECODE_TOKENS
 
 HEAD_TOKENS = 512  # most positions whose logits are held at once for a prompt's log probabilities
 Function = Callable[[Tensor, Tensor], Tensor]  # one of Request.processors
@@ -123,7 +125,11 @@ class Extras:
             before, wanted = torch.cat([self.last, before], 1), tokens
         step = max(1, HEAD_TOKENS // len(x))
         for i in range(0, wanted.shape[1], step):
-            logits = head(before[:, i:i + step])
+            n, t = wanted[:, i:i + step].shape
+            together = before[:, i:i + step].reshape(1, n * t, -1)
+            # of more than a step has, the head of a float32 model gives all logits as float32 does
+            more = max(0, MAX_DECODE_TOKENS + 1 - n * t)
+            logits = head(F.pad(together, (0, 0, 0, more)))[:, :n * t].view(n, t, -1)
             self.parts.append(self.logprobs_of(logits, wanted[:, i:i + step]))
         self.last = x[:, -1:]
         return head(x[torch.arange(len(x), device=x.device), last][:, None])[:, 0]
