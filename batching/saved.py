@@ -21,7 +21,7 @@ def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> No
         raise ValueError(f"{len(ids)} tokens are not cached: the row has {cache.cached[row]}")
     cache.refuse_lost(slice(row, row + 1), len(ids))
     tensors = {name: x.contiguous() for name, x in parts_of_row(cache, row, len(ids)).items()}
-    said = {"ids": json.dumps(ids), "model": fingerprint(model)}
+    said = {"ids": json.dumps(ids), "model": fingerprint(model), "sums": sums_of(tensors)}
     save_file(tensors, file, said)
 
 
@@ -33,6 +33,8 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     ids, of, tensors = read_row(file, model.device)
     if of != fingerprint(model):
         raise ValueError(f"{file} was written with another model, or with other settings of it")
+    if not all(0 <= i < model.config.vocab_size for i in ids):
+        raise ValueError(f"{file} has ids that are no tokens of the model")
     cache.refuse_overflow([len(ids)], 1)
     for row in range(cache.max_batch_size):
         here = parts_of_row(cache, row, len(ids))
@@ -52,7 +54,10 @@ def read_row(
         with safe_open(file, "pt", device=str(device)) as stored:
             said = stored.metadata() or {}
             ids = [int(i) for i in json.loads(said["ids"])]
-            return ids, said["model"], {name: stored.get_tensor(name) for name in stored.keys()}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        if said["sums"] != sums_of(tensors):
+            raise ValueError("it is damaged")
+        return ids, said["model"], tensors
     except Exception as e:  # of safetensors, JSON and the file system
         raise ValueError(f"cannot read what a row holds from {file}: {first_line(e)}") from None
 
@@ -81,14 +86,28 @@ def parts_of_row(cache: KVCache, row: int, length: int) -> dict[str, Tensor]:
 
 
 def fingerprint(model: Transformer) -> str:
-    """What tells a model from another: its settings, how keys turn where its cache has that room,
-    and some values of each of its tensors."""
+    """What tells a model from another: its settings, those of its layers, how keys turn where its
+    cache has that room, and its weights."""
     ropes = filter(None, dict.fromkeys(model.config.ropes))
     turns = [rope_frequencies(rope, model.cache.max_seq_len)[0].tolist() for rope in ropes]
-    digest = sha256(json.dumps([model.config.hf, turns], sort_keys=True, default=str).encode())
-    for name, x in model.state_dict().items():
-        values = x.detach().flatten()
-        some = values[::max(1, len(values) // 64)].cpu().contiguous()
-        digest.update(name.encode())
-        digest.update(bytes(some.view(torch.uint8).tolist()))
-    return digest.hexdigest()
+    plain = [
+        (name, key, value) for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, str)) and key != "training"
+    ]
+    said = [model.config.hf, turns, plain, sums_of(model.state_dict())]
+    return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def sums_of(tensors: dict[str, Tensor]) -> str:
+    """A hash of all their bits, added up in 64 parts of each: at the speed at which these are read,
+    where they are."""
+    sums = {}
+    for name, x in tensors.items():
+        content = x.detach().flatten().view(torch.uint8)
+        if content.storage_offset() % 8:  # of a part, no beginning of an int64
+            content = content.clone()
+        end = len(content) // 512 * 512
+        words = content[:end].view(torch.int64)
+        sums[name] = words.view(64, -1).sum(1).tolist() + content[end:].tolist()
+    return sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,12 @@
 """What prompts begin with alike is read once, whoever has it; the texts are the same."""
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from batching import Engine, load_row, save_row
@@ -132,8 +135,26 @@ def test_a_row_of_another_model_or_cache_is_refused(
     model.setup_caches(1, 40)
     with pytest.raises(ValueError, match="40 cached and 1 new tokens exceed the cache of 40"):
         load_row(model, file)
-    model.layers[1].mlp.down_proj.weight[0] += 1
-    with pytest.raises(ValueError, match="was written with another model"):
+    model.setup_caches(1, 96)
+    for tensor in (model.layers[1].mlp.down_proj.weight, model.embed_tokens.weight):
+        number = tensor[7, 9].clone()
+        tensor[7, 9] += 1  # one number of many
+        with pytest.raises(ValueError, match="was written with another model"):
+            load_row(model, file)
+        tensor[7, 9] = number
+    scale, model.layers[0].self_attn.softmax_scale = model.layers[0].self_attn.softmax_scale, 0.5
+    with pytest.raises(ValueError, match="was written with another model, or with other settings"):
+        load_row(model, file)
+    model.layers[0].self_attn.softmax_scale = scale
+    tensors = load_file(file)
+    with safe_open(file, "pt") as stored:
+        said = stored.metadata()
+    save_file(tensors, file, said | {"ids": json.dumps([10**6] * 40)})
+    with pytest.raises(ValueError, match="has ids that are no tokens of the model"):
+        load_row(model, file)
+    next(iter(tensors.values())).view(-1)[99] += 1
+    save_file(tensors, file, said)
+    with pytest.raises(ValueError, match="cannot read what a row holds.*it is damaged"):
         load_row(model, file)
     file.write_bytes(b"mine")
     with pytest.raises(ValueError, match="cannot read what a row holds"):

@@ -2,8 +2,8 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from cli.prompts import check_messages, check_template, check_text, read_text, w
 from cli.stats import NO_TIME, plural
 from formats.text import TextStream
 from generate import RANGES, Request, Tokenizer, generate, say
-from model import Transformer, first_line
+from model import first_line
 
 Message = dict[str, str]  # role and content
 
@@ -245,10 +245,15 @@ class Chat:
         name, _, also = argument.rpartition(" ")
         file = named_file(name if also == "+cache" else argument)
         messages = with_system(self.system, self.messages)
-        write_conversation(file, messages)
+        text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
+        with in_place_of(file, read_conversation) as new:
+            new.write_text(text, encoding="utf-8")
         say(f"{len(messages)} messages are in {file}")
         if also == "+cache":
-            write_cache(self.engine.model, self.held, cache_of(file))
+            file = cache_of(file)
+            with in_place_of(file, read_row) as new:
+                save_row(self.engine.model, self.held, new)
+            say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")
 
     def load(self, argument: str) -> None:
         file = named_file(argument)
@@ -323,33 +328,23 @@ def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
     return system, messages
 
 
-def write_conversation(file: Path, messages: list[Message]) -> None:
-    """Write messages as JSON, whole or not at all. ValueError: it cannot be written, or is there
-    and something else."""
-    text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
+@contextmanager
+def in_place_of(file: Path, read: Callable[[Path], Any]) -> Iterator[Path]:
+    """A path to write to, which takes the place of a file at the end, whole or not at all.
+    ValueError: it cannot be written, or is there and something else than `read` reads."""
     try:
-        if file.exists():
-            read_conversation(file)
-        with new_file(file) as new:
-            new.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise ValueError(f"cannot write {file}: {e.strerror}") from None
+        if os.path.exists(file):
+            read(file)
     except ValueError as e:
         raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
+    try:
+        with new_file(file) as new:
+            yield new
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or first_line(e)
+        raise ValueError(f"cannot write {file}: {reason}") from None
 
 
 def cache_of(file: Path) -> Path:
     """Beside a conversation's file, what the cache holds of it."""
     return file.with_name(file.name + ".cache")
-
-
-def write_cache(model: Transformer, ids: list[int], file: Path) -> None:
-    """As write_conversation does."""
-    try:
-        if file.exists():
-            read_row(file)
-        with new_file(file) as new:
-            save_row(model, ids, new)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"cannot write {file}: {first_line(e)}") from None
-    say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")

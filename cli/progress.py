@@ -30,15 +30,14 @@ def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
                 total=len(layers), desc=f"reading {n_tokens} tokens", unit="layer", disable=None,
                 leave=False, delay=0.5,
             )
-        ended = True
+        y = None
         try:
             y = block_forward(block, x, *rest)
             bar.update()
-            ended = block is layers[-1]
-            return y
         finally:
-            if ended:  # by Ctrl-C too
+            if y is None or block is layers[-1]:  # by Ctrl-C too
                 bar.close()
+        return y
 
     return counted
 

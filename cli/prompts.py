@@ -3,6 +3,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -199,8 +200,7 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict; ValueError where a key comes twice."""
     entry = dict(pairs)
     if len(entry) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        [(double, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"key {brief(double)} comes more than once")
     return entry
 

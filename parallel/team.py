@@ -69,15 +69,12 @@ class Team:
             world_size=self.n, timeout=PATIENCE,
         )
         self.everyone = Ranks(self.number, self.n, control=dist.group.WORLD)
-        # every process takes part in making every group
-        for first in range(0, self.n, tp):
-            members = list(range(first, first + tp))
-            control = dist.new_group(members, timeout=PATIENCE, backend="gloo")
-            tensors = control
-            if device == "cuda":
-                tensors = dist.new_group(members, timeout=PATIENCE, backend="nccl")
-            if self.number in members:
-                self.ranks = Ranks(self.number - first, tp, tensors, control)
+        # each of tp neighbours
+        control, _ = dist.new_subgroups(tp, timeout=PATIENCE, backend="gloo")
+        tensors = control
+        if device == "cuda":
+            tensors, _ = dist.new_subgroups(tp, timeout=PATIENCE, backend="nccl")
+        self.ranks = Ranks(self.number % tp, tp, tensors, control)
 
     def wait_for_all(self) -> None:
         there = self.store.add("joined", 1)
