@@ -366,15 +366,6 @@ HALVES = {
     GGML.Q5_K: {0: 1e-4, 2: 1.5e-3},
     GGML.Q6_K: {208: 4e-5},
     GGML.MXFP4: {},  # a byte with an exponent
-    GGML.NVFP4: {},  # four bytes of FP8
-    GGML.TQ1_0: {52: 0.05},
-    GGML.TQ2_0: {64: 0.05},
-    GGML.IQ1_S: {0: 6e-3},
-    GGML.IQ1_M: {},  # in four parts
-    GGML.IQ2_XXS: {0: 1e-3},
-    GGML.IQ2_XS: {0: 1e-3},
-    GGML.IQ2_S: {0: 1e-3},
-    GGML.IQ3_XXS: {0: 5e-4},
     GGML.IQ3_S: {0: 4e-4},
     GGML.IQ4_NL: {0: 8e-4},
     GGML.IQ4_XS: {0: 5e-5},
@@ -392,10 +383,6 @@ def random_blocks(shape: tuple[int, int], kind: GGML) -> np.ndarray:
         data[:, start:start + 2] = scales.astype(np.float16).view(np.uint8)
     if kind == GGML.MXFP4:
         data[:, 0] = random.integers(119, 122, len(data))
-    if kind == GGML.NVFP4:
-        data[:, :4] = random.integers(0x0c, 0x14, (len(data), 4))
-    if kind == GGML.IQ1_M:
-        data[:, 49:57:2] = data[:, 49:57:2] & 15 | np.array([0x40, 0x20, 0xE0, 0x10], np.uint8)
     return data.reshape(N, -1)
 
 

@@ -36,7 +36,7 @@ from products.linear import int4_linear_reference
 from quantize import Linear, say_once, save_quantized
 
 NAMES = [kind.name for kind in TYPES]
-OF_16 = ["Q2_K", "Q3_K", "Q6_K", "NVFP4", "IQ1_M", "IQ2_XS", "IQ2_S"]  # inputs of a group
+OF_16 = ["Q2_K", "Q3_K", "Q6_K"]  # inputs of a group
 MIXED = "Q4_K_M"  # as llama.cpp mixes: v and down of some layers in 6 bits, and the vocabulary
 
 
@@ -134,7 +134,7 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     scale = (torch.rand(N, K // group_size) + 0.5).bfloat16().float()
     zero = -2.0**(bits - 1) * scale
     w = (q.view(N, -1, group_size) * scale[..., None] + zero[..., None]).flatten(1)
-    layer = AffineInt8Linear(Linear(K, N, False), 32)
+    layer = AffineInt8Linear(Linear(K, N, False), group_size)
     layer.take(slice(0, N), q, scale, zero, 2**(bits - 1))
 
     # the kernels for int4 read a byte as two nibbles
@@ -142,15 +142,14 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     pairs = torch.stack((x, 16 * x), -1).flatten(1)
     y = int4_linear_reference(pairs, layer.weight, layer.scales, layer.zeros)
     expected = F.linear(x.float(), w)
-    bound = 6e-3 if group_size == 32 else 1e-2
-    assert (y - expected).norm() < bound * expected.norm()
+    assert (y - expected).norm() < 6e-3 * expected.norm()
 
     # also as a GPU's has them
     on_gpu = copy.deepcopy(layer)
     on_gpu.layout = Int4OnGPU()
     assert on_gpu.layout.pack(on_gpu)
     y = on_gpu.layout.product(on_gpu, x)
-    assert (y - expected).norm() < bound * expected.norm()
+    assert (y - expected).norm() < 6e-3 * expected.norm()
     for name, tensor in on_gpu.stored().items():
         assert torch.equal(tensor, getattr(layer, name))
     index = torch.tensor([[N - 1, 0]])
@@ -160,14 +159,14 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     # and so does a CPU's operator
     layer.pack()
     dense = torch.cat(list(layer.dense(torch.float32)))
-    # a part of a step: what a zero is rounded by, or half a step of larger groups
-    assert (dense - w).abs().max() < (0.04 if group_size == 32 else 0.13) * scale.max()
+    # a part of a step: what a zero is rounded by
+    assert (dense - w).abs().max() < 0.04 * scale.max()
     embedding = QuantizedEmbedding(layer, torch.float32)
     assert torch.equal(embedding(index), dense[index])
     for rows in (1, 3, 128, 129):
         x = torch.randn(rows, K)
         expected = F.linear(x, w)
-        assert (layer(x) - expected).norm() < bound * expected.norm()
+        assert (layer(x) - expected).norm() < 1e-2 * expected.norm()
 
 
 # --- models ---
@@ -191,7 +190,7 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
     layers = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj,
               block.mlp.down_proj, model.lm_head, model.embed_tokens.table]
     small = layers[1:3] if mix == MIXED else []
-    if mix in ("Q4_0", "Q4_1", "Q4_K", "TQ1_0", "TQ2_0"):
+    if mix in ("Q4_0", "Q4_1", "Q4_K"):
         small = layers
     for layer in layers:
         assert type(layer) is (FileInt4Linear if layer in small else AffineInt8Linear)
@@ -202,7 +201,7 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
     if mix == "MXFP4":  # its scales are powers of two
         assert torch.equal(kept, exact)
     else:
-        assert 0 < (kept - exact).norm() < 3e-3 * exact.norm()
+        assert (kept - exact).norm() < 3e-3 * exact.norm()
     assert 0 < mean_kl(model, dequantized) < 5e-4
 
 
@@ -220,6 +219,18 @@ def test_one_table_serves_a_tied_output_layer(
     assert again.lm_head is again.embed_tokens.table
     again.setup_caches(1, 128)
     assert generate(again, [[1, 2, 3]], 8) == tokens
+
+
+def test_types_that_no_layer_holds_are_dequantized_and_said(
+    file_of: Callable[[str, bool], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, with what they take in memory."""
+    say_once.cache_clear()
+    model = load_model(file_of("IQ3_S"), dtype=torch.bfloat16)
+    said = capsys.readouterr().err
+    assert said.count("IQ3_S weights are dequantized") == 1 and said.count("2.7 MB") == 1
+    assert type(model.layers[0].mlp.down_proj) is Linear
+    assert mean_kl(model, load_model(file_of("IQ3_S"), quantize="none")) == 0
 
 
 @pytest.mark.parametrize("mix, dtype", [("F32", torch.bfloat16), ("Q4_0", torch.float32)])
@@ -449,8 +460,7 @@ def llama_cpp_logits(llama_cpp: ModuleType, path: Path, ids: list[int]) -> Tenso
 
 
 @pytest.mark.parametrize("mix", [
-    "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ3_S", "IQ4_NL",
-    "IQ4_XS", "TQ2_0",
+    "Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ3_S", "IQ4_NL", "IQ4_XS",
 ])
 def test_files_of_llama_cpps_quantizer(
     llama_cpp: ModuleType, float_file: Path, tmp_path: Path, mix: str

@@ -3,7 +3,6 @@ ggml-common.h."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import gguf
 import numpy as np
@@ -12,7 +11,7 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from formats.checkpoint import InFile
-from formats.integers import TWICE_E2M1_AND_16, Affine, Blocks, twice_e2m1
+from formats.integers import Affine, Blocks, twice_e2m1
 from model import first_line
 
 
@@ -29,7 +28,7 @@ def of_32(blocks: Tensor) -> Affine:
     integers = blocks[:, -4 * bits:]
     if bits == 8:
         return Affine(integers ^ 128, d, zero)
-    q = planes(integers[:, -16:])
+    q = pieces(integers[:, -16:], 4).flatten(1)
     if bits == 5:
         q = q | pieces(integers[:, :4], 1).mT.flatten(1) << 4
     return Affine(q, d, zero)
@@ -46,22 +45,19 @@ def of_256(blocks: Tensor) -> Affine:
     last_minimum = low >> 4 | minimum >> 2 & 48
     scales = torch.cat((scale & 63, last_scale), 1)
     minima = torch.cat((minimum & 63, last_minimum), 1)
-    d = half(blocks, 0)
-    m = half(blocks, 2)
-    q = planes(blocks[:, -128:].view(-1, 4, 32)).view(-1, 8, 32)
+    q = pieces(blocks[:, -128:].view(-1, 4, 32), 4).view(-1, 8, 32)
     fifth = blocks[:, 16:-128]  # (n, 32), or none
     if fifth.numel():
         q = q | pieces(fifth, 1) << 4
-    return Affine(q.flatten(1), d * scales.float(), -m * minima.float())
+    return Affine(q.flatten(1), half(blocks, 0) * scales.float(), -half(blocks, 2) * minima.float())
 
 
 def q6_k(blocks: Tensor) -> Affine:
     """256 low nibbles, 256 upper pairs of bits, 16 signed scales, half d: (q - 32) * d * scale."""
-    low = planes(blocks[:, :128].view(-1, 2, 64))  # (n, 2, 128)
+    low = pieces(blocks[:, :128].view(-1, 2, 64), 4)  # (n, 2, 2, 64)
     upper = pieces(blocks[:, 128:192].view(-1, 2, 32), 2)  # (n, 2, 4, 32)
     q = low.view(-1, 2, 4, 32) | upper << 4
-    signed = blocks[:, 192:208].view(torch.int8)
-    scale = half(blocks, 208) * signed.float()  # (n, 16)
+    scale = half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()  # (n, 16)
     return Affine(q.flatten(1), scale, -32 * scale)
 
 
@@ -90,7 +86,7 @@ def iq4(blocks: Tensor) -> Affine:
         upper = pieces(blocks[:, 2:4], 2).mT.flatten(1)
         low = pieces(blocks[:, 4:8], 4).mT.flatten(1)
         scale = scale * ((low | upper << 4).float() - 32)
-    nibbles = planes(blocks[:, -16 * scale.shape[1]:].unflatten(1, (-1, 16)))
+    nibbles = pieces(blocks[:, -16 * scale.shape[1]:].unflatten(1, (-1, 16)), 4)
     q = IQ4[nibbles.int()].view(len(blocks), -1)
     return Affine(q, scale, -128 * scale)
 
@@ -104,33 +100,9 @@ def pieces(packed: Tensor, bits: int) -> Tensor:
     return torch.stack(shifted, -2).view(torch.uint8)
 
 
-def planes(packed: Tensor) -> Tensor:
-    """[..., n] bytes -> [..., 2n]: their low nibbles, then their high ones."""
-    return pieces(packed, 4).flatten(-2)
-
-
 def mxfp4(blocks: Tensor) -> Affine:
     """A byte e, then 32 nibbles: E2M1 numbers times 2 ** (e - 127)."""
-    return twice_e2m1(planes(blocks[:, 1:]), blocks[:, :1])
-
-
-def nvfp4(blocks: Tensor) -> Affine:
-    """4 FP8s, 64 nibbles: E2M1 numbers times one for each 16."""
-    scale = blocks[:, :4].contiguous().view(torch.float8_e4m3fn).float() / 2
-    q = TWICE_E2M1_AND_16[planes(blocks[:, 4:].unflatten(1, (4, 8))).int()]  # (n, 4, 16)
-    return Affine(q.flatten(1), scale, -16 * scale)
-
-
-def whole_numbers(blocks: Tensor, kind: GGML) -> Affine:
-    """What gguf reads, over the unit of each group: what it reads where one number is everywhere."""
-    bits, group_size, number, start, kept = UNITS[kind]
-    same = blocks.clone()
-    same[:, start:start + len(kept)] &= torch.tensor(list(kept), dtype=torch.uint8)
-    w, unit = (torch.from_numpy(gguf.dequantize(x.numpy(), kind)).unflatten(1, (-1, group_size))
-               for x in (blocks, same))  # (n, groups, group_size)
-    unit = unit[..., 0] / number
-    q = w / unit.where(unit != 0, 1)[..., None] + 2 ** (bits - 1)
-    return Affine(q.round().to(torch.uint8).flatten(1), unit, -2 ** (bits - 1) * unit)
+    return twice_e2m1(pieces(blocks[:, 1:], 4).flatten(1), blocks[:, :1])
 
 
 def half(blocks: Tensor, start: int) -> Tensor:
@@ -139,36 +111,18 @@ def half(blocks: Tensor, start: int) -> Tensor:
 
 
 IQ4 = torch.tensor(gguf.quants.IQ4_NL.kvalues).add(128).to(torch.uint8)
-# Whole numbers times a unit, without a zero. By type: bits of an integer, inputs of a group, and the
-# number that is everywhere if from some byte on only these bits are kept, which are those of scales
-UNITS = {
-    GGML.TQ1_0: (2, 32, -1, 0, bytes(52)),
-    GGML.TQ2_0: (3, 32, -1, 0, bytes(64)),
-    GGML.IQ1_S: (5, 32, -7, 2, bytes(32) + b"\0\x70" * 8),
-    GGML.IQ1_M: (5, 16, -7, 0, bytes(48)),
-    GGML.IQ2_XXS: (7, 32, 8, 2, b"\0\0\0\0\0\0\0\xf0" * 8),
-    GGML.IQ2_XS: (7, 16, 8, 2, bytes(64)),
-    GGML.IQ2_S: (7, 16, 8, 2, bytes(72)),
-    GGML.IQ3_XXS: (7, 32, 4, 2, bytes(64) + b"\0\0\0\xf0" * 8),
-    GGML.IQ3_S: (5, 32, 1, 2, bytes(104)),
-}
 # by type: bits of an integer, inputs of a group, and what unpacks blocks
 TYPES: dict[GGML, tuple[int, int, Callable[[Tensor], Affine]]] = {
     GGML.Q2_K: (2, 16, q2_k),
     GGML.Q3_K: (3, 16, q3_k),
-    GGML.Q4_0: (4, 32, of_32),
-    GGML.Q4_1: (4, 32, of_32),
-    GGML.Q5_0: (5, 32, of_32),
-    GGML.Q5_1: (5, 32, of_32),
+    **dict.fromkeys((GGML.Q4_0, GGML.Q4_1), (4, 32, of_32)),
+    **dict.fromkeys((GGML.Q5_0, GGML.Q5_1), (5, 32, of_32)),
     GGML.Q8_0: (8, 32, of_32),
     GGML.Q4_K: (4, 32, of_256),
     GGML.Q5_K: (5, 32, of_256),
     GGML.Q6_K: (6, 16, q6_k),
-    GGML.IQ4_NL: (8, 32, iq4),
-    GGML.IQ4_XS: (8, 32, iq4),
+    **dict.fromkeys((GGML.IQ4_NL, GGML.IQ4_XS), (8, 32, iq4)),
     GGML.MXFP4: (5, 32, mxfp4),
-    GGML.NVFP4: (5, 16, nvfp4),
-    **{kind: (*row[:2], partial(whole_numbers, kind=kind)) for kind, row in UNITS.items()},
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantize import unpack_nibbles
+from quantize import say_once, unpack_nibbles
 
 
 class Affine(NamedTuple):
@@ -71,6 +71,12 @@ def check_shape(name: str, stored: tuple[int, ...], shape: tuple[int, ...]) -> N
     stored = tuple(stored)  # a tensor's is torch.Size
     if stored != shape:
         raise ValueError(f"tensor {name} has shape {stored}, expected {shape}")
+
+
+def say_dequantized(kinds: str, nbytes: int) -> None:
+    if nbytes:
+        say_once(f"{kinds} weights are dequantized, as no quantized layer holds them: "
+                 f"{nbytes / 1e6:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
 
 
 def read(tensor: Any) -> Tensor:

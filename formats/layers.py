@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import quantize
-from formats.integers import TWICE_E2M1, Blocks
+from formats.integers import TWICE_E2M1, Blocks, say_dequantized
 from quantize import (
-    MODES, Int4Linear, Linear, QuantizedLinear, affine, pack_nibbles, say_once, unpack_nibbles,
+    MODES, Int4Linear, Linear, QuantizedLinear, affine, pack_nibbles, unpack_nibbles,
 )
 
 
@@ -164,11 +164,8 @@ def fill_layers(
             name += TABLE
         put(model, name, *form_for(parts, device))
         kept[name] = parts
-    if lost:
-        kinds = sorted({part.kind for part in lost.values() if part.bits is None})
-        size = sum(2 * math.prod(part.shape) for part in lost.values()) / 1e6
-        say_once(f"{', '.join(kinds)} weights are dequantized, as no quantized layer holds them: "
-                 f"{size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
+    kinds = sorted({part.kind for part in lost.values() if part.bits is None})
+    say_dequantized(", ".join(kinds), sum(2 * math.prod(part.shape) for part in lost.values()))
 
     def fill_one(name: str) -> None:
         repack(model.get_submodule(name), name, kept[name], device)

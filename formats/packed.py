@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from formats.floats import Floats, read_floats
-from formats.integers import Affine, Blocks, check_shape, read
+from formats.integers import Affine, Blocks, check_shape, read, say_dequantized
 from formats.settings import check_settings, read_json
 from model import first_line
-from quantize import say_once, unpack_nibbles
+from quantize import unpack_nibbles
 
 METHODS = "awq bitsandbytes compressed-tensors fbgemm_fp8 fp8 gptq modelopt mxfp4".split()
 KNOWN = {  # what settings may be; some files have some for each group of layers
@@ -29,7 +29,6 @@ KNOWN = {  # what settings may be; some files have some for each group of layers
                "nvfp4-pack-quantized"),
     "checkpoint_format": (None, "gptq", "gptq_v2", "gemm"), "version": (None, "gemm", "GEMM"),
     "is_marlin_format": (None, False),
-    "strategy": ("group", "channel", "tensor", "block", "tensor_group"),
     "quant_algo": (None, "FP8", "FP8_PB_WO", "FP8_BLOCK_SCALES", "FP8_PER_CHANNEL_PER_TOKEN",
                    "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"),
 }
@@ -37,8 +36,6 @@ MATRIX = re.compile(r"(.*\.)((q)?weight(_packed)?|experts\.(gate_up|down)_proj)"
 # scales of activations and of the cache, and what says nothing
 LEFT_OUT = re.compile(r".*[._]((input|output|activation|[qkv]|kv)(_global)?_scale|weight_format"
                       "|input_zero_point)")
-# integers [N, K]; scales and zeros [N or 1, groups]
-Loaded = tuple[Tensor, Tensor, Tensor]
 
 
 def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
@@ -67,12 +64,9 @@ def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, An
         tensors[f"{matrix}_packed" if isinstance(found, Blocks) else matrix] = found
     if "lm_head.weight_packed" in tensors:
         config["tie_word_embeddings"] = False  # this one counts
-    size = sum(2 * math.prod(x.shape) for x in tensors.values() if isinstance(x, Floats)) / 1e6
-    if size:
-        kind = settings.get("quant_algo") or settings.get("format")
-        stated = "/".join(filter(None, (method, kind)))
-        say_once(f"{folder} has weights in {stated}, which no layer here holds: read as plain "
-                 f"numbers, {size:,.1f} MB in bfloat16, or less by --quantize int8 or int4")
+    size = sum(2 * math.prod(x.shape) for x in tensors.values() if isinstance(x, Floats))
+    kinds = filter(None, (method, settings.get("quant_algo") or settings.get("format")))
+    say_dequantized("/".join(kinds), size)
 
 
 def check_known(method: str, settings: dict[str, Any]) -> None:
@@ -117,7 +111,7 @@ def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) ->
         x = unpack(packed, bits).t()
         return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).reshape(x.shape) if is_awq else x
 
-    def load() -> Loaded:
+    def load() -> tuple[Tensor, Tensor, Tensor]:
         q = turned(read(words)) if is_awq else unpack(read(words).t(), bits)
         ones = (2**32 - 1) // (2**bits - 1)  # one in each integer, which may carry
         return q, read(scales).t(), turned(read(zeros) + is_less * ones)
@@ -135,7 +129,7 @@ def by_outputs(name: str, words: Any, tensors: dict[str, Any]) -> Blocks:
     check_shape(name, words.shape, (N, K if sizes is None else K * bits // 32))
     groups = scales.shape[1] if len(scales.shape) == 2 else 1
 
-    def load() -> Loaded:
+    def load() -> tuple[Tensor, Tensor, Tensor]:
         scale = read(scales).reshape(-1, groups)
         z = torch.full_like(scale, 2 ** (bits - 1))
         if zeros is not None:
@@ -146,9 +140,11 @@ def by_outputs(name: str, words: Any, tensors: dict[str, Any]) -> Blocks:
 
 
 def blocks(
-    name: str, bits: int, shape: tuple[int, int, int], load: Callable[[], Loaded], order: Any
+    name: str, bits: int, shape: tuple[int, int, int],
+    load: Callable[[], tuple[Tensor, Tensor, Tensor]], order: Any,
 ) -> Blocks:
-    """shape: N, K, groups. order: the group of each input, None: one after the other."""
+    """shape: N, K, groups. load: gives integers [N, K], scales and zeros [N or 1, groups]. order:
+    the group of each input, None: one after the other."""
     N, K, groups = shape
     size = K // groups
     index = torch.arange(K) // size if order is None else read(order).long()

@@ -22,7 +22,7 @@ from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
-from formats.wrappers import PICTURE, has_pictures, is_wrapper
+from formats.wrappers import PICTURE, has_pictures
 from generate import Printer, Tokenizer
 from model import first_line, is_number
 
@@ -234,7 +234,7 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
     if is_number(n, int) and all(i in surplus for i in range(n, tokenizer.vocab_size)):
         tokenizer.vocab_size = min(n, tokenizer.vocab_size)
-    if "wrapper" in settings or is_wrapper(settings):
+    if {"wrapper", "text_config", "vision_config"} & settings.keys():
         tokenizer.pictures = any_of(filter(PICTURE.search, tokenizer.special))
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name

@@ -48,18 +48,13 @@ LEFT_OUT = "{} holds a {}, of which pictures and sound are left out"
 PICTURE = re.compile("image|video|vision|audio|IMG", re.IGNORECASE)
 
 
-def is_wrapper(config: dict[str, Any]) -> bool:
-    known = {*OWN, *" ".join(ANY.values()).split()}
-    made = str(config.get("architectures") or "ForConditionalGeneration")
-    return config.get("model_type") in known and "ForConditionalGeneration" in made
-
-
 def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The configuration of the model of texts, said once; one that is of texts alone as it is."""
-    if not is_wrapper(config):
-        return config
-    kind = config["model_type"]
+    kind = str(config.get("model_type"))
     any_kind = [text for text, wrappers in ANY.items() if kind in wrappers.split()]
+    made = str(config.get("architectures") or "ForConditionalGeneration")
+    if not (kind in OWN or any_kind) or "ForConditionalGeneration" not in made:
+        return config
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config  # older files have all settings there
     model_type = OWN.get(kind) or text.get("model_type") or any_kind[0]
