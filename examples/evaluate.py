@@ -59,7 +59,7 @@ class GptFlash(TemplateLM):
         super().__init__()
         self.model, self.text = model, tokenizer
         self.batch_size, self.kv_dtype = batch_size, kv_dtype
-        self.at_once = 64 if model.device.type == "cpu" else 2**16  # tokens: more are padded more
+        self.at_once = 128 if model.device.type == "cpu" else 2**16  # tokens: more are padded more
         self.max_length = min(max_length or model.config.max_seq_len, model.config.max_seq_len)
         for name in ("eos_token", "bos_token"):
             token = tokenizer.special.get(tokenizer.special_text.get(name))
@@ -142,7 +142,7 @@ class GptFlash(TemplateLM):
             for row in range(1, len(contexts)):
                 copy_row(self.cache, self.batch_size, self.batch_size + row, cached)
         texts = [Request(list(c[cached:]), 1, cached=cached) for c in contexts if len(c) > cached]
-        n = max(1, 4 * self.at_once // max((len(text.prompt) for text in texts), default=1))
+        n = max(1, 2 * self.at_once // max((len(text.prompt) for text in texts), default=1))
         for first in range(0, len(texts), n):
             part, row = texts[first:first + n], self.batch_size + first
             prefill = self.decoder.prefill(slice(row, row + len(part)), part)
