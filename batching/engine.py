@@ -1,4 +1,4 @@
-"""Rows that are refilled: requests in the rows of a cache, one after the other, and speculation.
+"""Continuous batching: rows of a cache that are refilled, one request after the other.
 
 Engine.run turns requests into tokens. A step is the Decoder's of generate.py, or one that checks
 proposals."""
@@ -96,9 +96,9 @@ class Reading:
 class Speculation:
     """What proposals brought."""
 
-    checked: int = 0  # row-steps that checked some
-    tokens: int = 0  # of texts that those brought
-    accepted: list[int] = field(default_factory=list)  # by position: of how many they were right
+    checked: int = 0  # rows times steps that checked proposals
+    tokens: int = 0  # that answers got from those
+    accepted: list[int] = field(default_factory=list)  # how often proposal i was right
     checking_s: list[float] = field(default_factory=list)  # per step that checked some
     plain_s: list[float] = field(default_factory=list)  # per step that checked none
 
@@ -244,7 +244,7 @@ class Engine(PrefixSharer):
     def next_prompts(self, waiting: Waiting) -> Reading:
         """Begin with the requests that wait, in as many neighbouring free rows as pay."""
         B = self.cache.max_batch_size
-        first = waiting.peek().number  # where there are rows for all, a caller may rely on its own
+        first = waiting.peek().number  # with rows for all, request i has row i
         if self.refills:
             first = next(row for row in range(B) if row not in self.running)
         rows = {first: waiting.pop()}
@@ -331,8 +331,8 @@ class Engine(PrefixSharer):
         self.cache.cached[last] = request.cached
 
     def free(self, running: Running) -> None:
-        """Let go of a request's row. One that serves one request after the other goes where steps
-        cost it least; any other keeps its text, for a caller who continues it."""
+        """Let go of a request's row. One that is refilled goes back to its cached tokens, where
+        steps cost it least; any other keeps its text, for a caller who continues it."""
         row = running.row
         if self.running.get(row) is running:
             del self.running[row]

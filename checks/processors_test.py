@@ -338,7 +338,7 @@ def test_lines_have_settings_of_their_own_and_log_probabilities(
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, out, err = run_cli(
         capfd, "--checkpoint_path", tiny, "--device", "cpu", "--prompts", file, "--json",
-        "--max_new_tokens", 6, "--logprobs", 0, "--echo",
+        "--max_new_tokens", 24, "--logprobs", 0, "--echo",
     )
     assert code == 0, err
     one, other = sorted(map(json.loads, out.splitlines()[:2]), key=lambda record: record["index"])

@@ -192,11 +192,12 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add("--save", metavar="FOLDER", type=Path,
         help="write what --quantize makes to this new folder and end; default: nothing written")
     add("--speculate_k", metavar="K", type=number(int, 0, 15), default=0,
-        help="check K proposed tokens a step, 0 to 15: those of --draft_checkpoint_path, or what "
-        "followed in prompt and answer before; the text stays the same; default: 0")
+        help="check K proposed tokens a step, 0 to 15: those of --draft_checkpoint_path, of a "
+        "layer of the checkpoint's own, or what followed in prompt and answer before; the text "
+        "stays the same; default: 0")
     add("--draft_checkpoint_path", metavar="PATH",
         help="with --speculate_k: a smaller model with the same tokenizer that proposes; default: "
-        "none, but prompt and answer themselves")
+        "none, but the checkpoint itself, or prompt and answer")
     add("--draft_quantize", choices=MODES,
         help="quantize the draft's weights while loading; default: as the file has them")
     add = parser.add_argument_group("measuring").add_argument

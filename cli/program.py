@@ -34,9 +34,9 @@ from quantize import QuantizedLinear, new_folder, write_quantized
 def run(args: Any, team: Team | None) -> None:
     """Read what is asked, and do what the flags ask for. team: None: this process is alone."""
     team = team or Team()
-    alone = [flag for flag in ("calibrate", "save", "profile") if getattr(args, flag) is not None]
-    if team.n > 1 and alone:
-        raise ValueError(f"--{alone[0]} takes one process: run it without torchrun")
+    single = [flag for flag in ("calibrate", "save", "profile") if getattr(args, flag) is not None]
+    if team.n > 1 and single:
+        raise ValueError(f"--{single[0]} takes one process: run it without torchrun")
     if args.save is not None:
         return save(args)
     team.form_groups(args.tp, args.device.type)
@@ -95,7 +95,7 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
 def for_all(
     args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
 ) -> dict[str, Any]:
-    """What flags alone can set of all requests."""
+    """Settings that flags give to every request, whatever its line of --prompts says."""
     processors = []
     if asked.grammar is not None and tokenizer is not None:
         kind = "grammar" if args.json_schema is None else "json_schema"
@@ -179,7 +179,7 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
         n_samples *= args.batch_size
 
     if args.prompt and args.prompt.isdecimal():
-        n = min(int(args.prompt), room)  # for which there is no room already
+        n = min(int(args.prompt), room)  # more do not fit anyway
         generator = torch.Generator().manual_seed(args.seed or 0)
         prompt = torch.randint(config.vocab_size, (n,), generator=generator).tolist()
         Request(prompt, 1).budget(config.vocab_size, room)
@@ -247,7 +247,7 @@ def make_engine(
     if team.n_groups > 1 and args.prompts is not None:
         rows = min(rows, math.ceil(len(jobs) / team.n_groups))
     kv_dtype = torch.int8 if args.kv_dtype == "int8" else None
-    # steps that check proposals write as far behind the last token
+    # a step that checks proposals writes as many places behind the last token
     size = room + args.speculate_k
     size = few_sizes(size) if args.compile and args.max_seq_len is None else size
     model.setup_caches(rows, size, kv_dtype, args.attention)

@@ -35,9 +35,10 @@ NO_TIME = 1e-9  # seconds that stand for none, where a clock has not moved
 
 def weight_bytes(model: Transformer, rows: int = 1) -> int:
     """Bytes of weights that a decode step of so many tokens reads: all but embeddings, whose rows
-    are few, and, of experts, as many as Experts.share expects the tokens to choose."""
-    tables = [each for name, each in model.named_children() if name.startswith("embed_tokens")]
-    nbytes = module_bytes(model) - sum(map(module_bytes, tables))
+    are few, and a layer that only proposes, and of experts as many as Experts.share expects the
+    tokens to choose."""
+    others = [each for name, each in model.named_children() if name.startswith(("embed_", "mtp"))]
+    nbytes = module_bytes(model) - sum(map(module_bytes, others))
     for module in model.modules():
         if hasattr(module, "share"):
             nbytes -= module_bytes(module) * (1 - module.share(rows))

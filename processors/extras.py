@@ -3,8 +3,8 @@ is drawn, and log probabilities noted.
 
 A row of PROCESSORS is a function of tensors on the device and part of the compiled, captured step;
 its setting is a field of Request of the same name. Request.processors are called on the host, for
-one row after the other: a step that has some is not captured. Both see the tokens in front of each
-place, those that a step only proposes too."""
+one row after the other: a step that has some is not captured. Both see all tokens before a place,
+also proposals that may turn out wrong."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Texts(NamedTuple):
 
 
 def penalize_repetition(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
-    """Those of tokens that have come are divided by it where positive, others multiplied."""
+    """Logits of tokens that have come: divided by it where positive, else multiplied."""
     penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
     return torch.where(texts.counts(logits.shape[1]) > 0, penalized, logits)
 
@@ -119,7 +119,7 @@ class Extras:
         """Log probabilities of a chunk of prompts, tokens [n, T] of which the model's head is given
         x [n, T, dim] -> the logits [n, V] of the `last` ones, [n]."""
         head = self.decoder.model.head
-        # each token's are of what stands before it, the very first one's of nothing
+        # a token's come from the logits of the token before it; the very first has none
         before, wanted = x[:, :-1], tokens[:, 1:]
         if self.last is not None:
             before, wanted = torch.cat([self.last, before], 1), tokens
@@ -147,7 +147,7 @@ class Extras:
         return self.change(rows, logits[:, None], 0)[:, 0]
 
     def keep_echoes(self, requests: Sequence[Request]) -> None:
-        """What was noted of the requests' prompts is theirs, until they are told."""
+        """Keep what was noted of each prompt until its first token is told."""
         none = [torch.zeros(len(requests), 0, 1)] * 2  # of prompts of one token
         logprobs, ids = [torch.cat(each, 1).cpu() for each in zip(*self.parts)] or none
         for i, request in enumerate(requests):
@@ -205,7 +205,7 @@ class Extras:
         return torch.stack(changed)
 
     def note(self, tokens: Tensor) -> None:
-        """Tokens [B, T] or [B] were drawn for what change was given."""
+        """Keep tokens [B, T] or [B] that were drawn from what `change` gave last."""
         tokens = tokens.view_as(self.places)
         self.history_here.scatter_(1, self.places, tokens)
         if self.n_likeliest is not None:
