@@ -1004,11 +1004,10 @@ def load_model(
     or, for benchmarks, a bare config.json, which gives random weights. None: the default model.
 
     quantize: "int8" or "int4" (in groups of group_size), layer by layer while loading; "auto": as
-    the file is, so that the integers of a GGUF file stay what they are, but for Q6_K's, whose
-    groups are joined in 8 bits; "none": dequantized. dtype None: bfloat16, on a CPU float32 where
-    the integers of a file stay. adapter: a folder with a LoRA of PEFT's, which is added to the
-    weights before they are quantized. calibrate: token ids of a text on which "int8" and "int4" are
-    calibrated. ValueError says what is wrong."""
+    the file is, so that the integers of a GGUF file stay what they are; "none": dequantized. dtype
+    None: bfloat16, on a CPU float32 where the integers of a file stay. adapter: a folder with a
+    LoRA of PEFT's, which is added to the weights before they are quantized. calibrate: token ids of
+    a text on which "int8" and "int4" are calibrated. ValueError says what is wrong."""
     check_target(device, dtype, quantize)
     checkpoint = open_checkpoint(path, device)
     if adapter is not None:
