@@ -13,7 +13,7 @@ if __name__ == "__main__":
     if sys.flags.safe_path:  # python -P and -I leave out the folder that a script is in
         sys.path.insert(0, here)
     sys.modules["generate"] = sys.modules["__main__"]  # for folders, which import this module
-    if os.path.exists(os.path.join(here, "cli")):
+    if os.path.exists(os.path.join(here, "cli", "__init__.py")):
         importlib.import_module("cli").begin()  # before the imports below, which take seconds
 
 import argparse
@@ -855,9 +855,7 @@ def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = Non
     add("--checkpoint_path", metavar="PATH",
         help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
         "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT",
-        help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
-        "text with @; default: a question")
+    add("--prompt", metavar="TEXT", help="default: a question")
     add("--max_new_tokens", metavar="N", type=number("max_new_tokens"), default=200,
         help="most new tokens, from 1; default: 200")
     add("--temperature", metavar="T", type=number("temperature"), default=0.0,
