@@ -325,6 +325,7 @@ class Decoder:
     host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling. context:
     most tokens of a row, by default all that the cache and the model have room for."""
 
+    @torch.inference_mode(False)  # what is kept is written into outside of it too
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
         context: int | None = None,
@@ -542,6 +543,7 @@ class Decoder:
     def budget(self, request: Request) -> int:
         return request.budget(self.model.config.vocab_size, self.context)
 
+    @torch.inference_mode(False)
     def start(self, requests: Sequence[Request]) -> object:
         """Take the rows for these requests, whatever they did -> what stands for this run."""
         cached = self.cache.cached
