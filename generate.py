@@ -135,7 +135,7 @@ def decoder_for(
         model.decode_block = model.prefill_block = run_block
         model.decode_head = run_head
     model.compiled = model.compiled if compile is None else compile
-    fit_cache(model, requests, k)
+    fit_cache(model, requests, Range(int, 0).check("speculate_k", k))
     known = any(request.logprobs is not None for request in requests)
     needed = k > 0 or draft is not None or stats is not None or known
     batching = extension("batching", required=needed) if needed or len(requests) > 1 else None

@@ -154,6 +154,7 @@ def test_a_text_ends_with_the_models_context(model: Transformer) -> None:
     ("max_new_tokens", [0, -1, 1.5, "3", None]),
     ("eos_ids", [5, [None], ["a"], "ab"]),
     ("stop", ["abc", [""], [3]]),
+    ("speculate_k", [-1, 16, 1.5, "3"]),
 ])
 def test_arguments_that_make_no_sense_are_refused_by_name(
     model: Transformer, name: str, values: list[object]
