@@ -51,7 +51,8 @@ PICTURE = re.compile("image|video|vision|audio|IMG", re.IGNORECASE)
 def is_wrapper(config: dict[str, Any]) -> bool:
     known = {*OWN, *" ".join(ANY.values()).split()}
     made = str(config.get("architectures") or "ForConditionalGeneration")
-    return config.get("model_type") in known and "ForConditionalGeneration" in made
+    kind = str(config.get("model_type"))  # a damaged file may have anything there
+    return kind in known and "ForConditionalGeneration" in made
 
 
 def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
