@@ -275,7 +275,7 @@ class Request:
         for i in (min(self.prompt), max(self.prompt)):
             if not 0 <= i < vocab_size:
                 raise ValueError(f"a prompt has token {i}, outside the vocabulary of {vocab_size}")
-        n, room = len(self.prompt), context - self.cached
+        n, room = len(self.prompt), max(0, context - self.cached)
         if n >= room:
             room = f"{room} places that are left" if self.cached else f"context of {room}"
             raise ValueError(f"a prompt of {n} tokens leaves no room for a new one in the {room}")

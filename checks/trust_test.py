@@ -85,6 +85,8 @@ def test_cached_tokens_are_kept_or_refused(model: Transformer) -> None:
         generate(model, [more], 1, cached=37)
     model.setup_caches(2, 64)
     generate(model, [PROMPT], 8)
+    with pytest.raises(ValueError, match="no room for a new one in the 0 places that are left"):
+        generate(model, [more], 8, cached=200)
     with pytest.raises(ValueError, match="one row has 0"):
         generate(model, [more, more], 8, cached=20)
 
