@@ -75,6 +75,14 @@ def test_an_int4_product_sums_each_row_in_one_order(default_model: Transformer, 
     close(y, F.linear(x, weight), 0.02 * float(y.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_of_an_int4_model_gives_a_step_the_same_in_any_company(dtype: torch.dtype) -> None:
+    head = quantize_linear(Linear(576, 300, bias=False), "int4", name="lm_head").pack()
+    x = torch.randn(70, 1, 576, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for n in (1, 24, 25, 69):
+        assert torch.equal(head(x[:n]), head(x)[:n])
+
+
 @pytest.mark.parametrize("mode", ["int8_grouped", "int8"])
 def test_the_likeliest_logits_are_those_of_float32(default_model: Transformer, mode: str) -> None:
     """So that none of them tie where operators round to bfloat16, alone and beside other rows."""
