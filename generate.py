@@ -13,7 +13,7 @@ if __name__ == "__main__":
     if sys.flags.safe_path:  # python -P and -I leave out the folder that a script is in
         sys.path.insert(0, here)
     sys.modules["generate"] = sys.modules["__main__"]  # for folders, which import this module
-    if os.path.exists(os.path.join(here, "cli")):
+    if os.path.exists(os.path.join(here, "cli", "__init__.py")):
         importlib.import_module("cli").begin()  # before the imports below, which take seconds
 
 import argparse
@@ -135,7 +135,7 @@ def decoder_for(
         model.decode_block = model.prefill_block = run_block
         model.decode_head = run_head
     model.compiled = model.compiled if compile is None else compile
-    fit_cache(model, requests, k)
+    fit_cache(model, requests, Range(int, 0).check("speculate_k", k))
     known = any(request.logprobs is not None for request in requests)
     needed = k > 0 or draft is not None or stats is not None or known
     batching = extension("batching", required=needed) if needed or len(requests) > 1 else None
@@ -275,7 +275,7 @@ class Request:
         for i in (min(self.prompt), max(self.prompt)):
             if not 0 <= i < vocab_size:
                 raise ValueError(f"a prompt has token {i}, outside the vocabulary of {vocab_size}")
-        n, room = len(self.prompt), context - self.cached
+        n, room = len(self.prompt), max(0, context - self.cached)
         if n >= room:
             room = f"{room} places that are left" if self.cached else f"context of {room}"
             raise ValueError(f"a prompt of {n} tokens leaves no room for a new one in the {room}")
@@ -325,6 +325,7 @@ class Decoder:
     host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling. context:
     most tokens of a row, by default all that the cache and the model have room for."""
 
+    @torch.inference_mode(False)  # what is kept is written into outside of it too
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
         context: int | None = None,
@@ -542,6 +543,7 @@ class Decoder:
     def budget(self, request: Request) -> int:
         return request.budget(self.model.config.vocab_size, self.context)
 
+    @torch.inference_mode(False)
     def start(self, requests: Sequence[Request]) -> object:
         """Take the rows for these requests, whatever they did -> what stands for this run."""
         cached = self.cache.cached
@@ -855,9 +857,7 @@ def add_flags(add: Callable[..., Any], number: Callable[[str], Any] | None = Non
     add("--checkpoint_path", metavar="PATH",
         help="Hugging Face folder or hub id, .gguf file, folder that --save wrote, or a bare "
         "config.json for random weights; default: SmolLM2-135M-Instruct, fetched once")
-    add("--prompt", metavar="TEXT",
-        help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
-        "text with @; default: a question")
+    add("--prompt", metavar="TEXT", help="default: a question")
     add("--max_new_tokens", metavar="N", type=number("max_new_tokens"), default=200,
         help="most new tokens, from 1; default: 200")
     add("--temperature", metavar="T", type=number("temperature"), default=0.0,

@@ -79,7 +79,7 @@ class QuantizedLinear(Packable):
         rows = x.reshape(-1, self.in_features)
         whole = T  # leading tokens that a dequantized weight multiplies
         exact = self.is_head and x.dtype == torch.float32
-        if self.layout is not None and exact:
+        if self.layout is not None and self.is_head:
             whole = T if T > 16 else 0  # more than a step has
         elif self.layout is not None:
             whole = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block

@@ -93,7 +93,7 @@ def fingerprint(model: Transformer) -> str:
     plain = [
         (name, key, value) for name, module in model.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key != "training"
+        if isinstance(value, (int, float, str)) and key not in ("training", "compiled", "error")
     ]
     said = [model.config.hf, turns, plain, sums_of(model.state_dict())]
     return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

@@ -277,6 +277,7 @@ class Speculator(Decoder):
     speculate_k: that many, of a draft model or of prompt lookup. context: most tokens of a row;
     steps that check proposals need room for k more."""
 
+    @torch.inference_mode(False)
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
         speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,

@@ -54,16 +54,16 @@ def run(args: argparse.Namespace) -> None:
     cannot be read."""
     source = args.checkpoint_path
     tokenizer = load_tokenizer(source)
-    ids = None if args.perplexity is None else tokenizer.encode(read_text(f"@{args.perplexity}"))
+    ids, other_ids = (
+        None if file is None else tokenizer.encode(read_text(f"@{file}", "a text"))
+        for file in (args.perplexity, args.calibrate)
+    )
     load = partial(
         load_model, source, device=args.device, dtype=getattr(torch, args.dtype),
         group_size=args.group_size,
     )
     reference = load(quantize="none")
     ids = ids or own_text(reference, tokenizer, args.own_text)
-    other_ids = None
-    if args.calibrate is not None:
-        other_ids = tokenizer.encode(read_text(f"@{args.calibrate}"))
     context = min(CONTEXT, reference.config.max_seq_len, len(ids))
     print(f"{len(ids)} tokens, {context} at a time; MB: weights and cache that a token reads")
     print("        weights       cache  perplexity   change   mean KL    max KL changed        MB")

@@ -13,7 +13,7 @@ from batching import Engine
 from checks.common import close
 from generate import Request, generate
 from kernels import flash_decode
-from model import Transformer, load_model, prefill_attention
+from model import Transformer, load_model, prefill_attention, use_products
 from quantize import LAYOUTS, Linear, quantize_linear
 
 LENGTHS = [3, 17, 140, 40, 9, 257, 31, 7]  # some are read in blocks, and some in chunks
@@ -73,6 +73,16 @@ def test_an_int4_product_sums_each_row_in_one_order(default_model: Transformer, 
     assert torch.equal(layer(x[:, many:].flatten(0, 1)), y[:, many:].flatten(0, 1))
     weight = torch.cat(list(layer.dense(torch.float32)))
     close(y, F.linear(x, weight), 0.02 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_of_an_int4_model_gives_a_step_the_same_in_any_company(dtype: torch.dtype) -> None:
+    use_products(torch.device("cpu"))
+    torch.manual_seed(0)
+    head = quantize_linear(Linear(576, 300, bias=False), "int4", name="lm_head").pack()
+    x = torch.randn(70, 1, 576, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for n in (1, 24, 25, 69):
+        assert torch.equal(head(x[:n]), head(x)[:n])
 
 
 @pytest.mark.parametrize("mode", ["int8_grouped", "int8"])

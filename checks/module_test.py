@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +19,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils import parametrize, prune
 
+from batching import Engine
 from checks.common import HERE, hf_folder
 from cpu.products import Packed
-from generate import compile_model, generate
+from generate import Decoder, Request, compile_model, generate
 from model import Transformer, load_model
 from quantize import (
     LAYOUTS, PLAIN, Int4Linear, Linear, QuantizedLinear, save_quantized,
@@ -260,6 +262,22 @@ def test_inference_mode_may_be_around_anything(load: Load, inside: str) -> None:
     edited(copy.deepcopy(model))
     assert torch.equal(logits(model), before)
     assert not torch.equal(logits(edited(model)), before)
+
+
+@pytest.mark.parametrize("make", [Decoder, Engine, partial(Engine, speculate_k=2)])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.1}])
+def test_a_decoder_of_inference_mode_is_used_outside_too(
+    load: Load, make: Callable[..., Decoder], settings: dict[str, float]
+) -> None:
+    model, prompts = load(), [*PROMPT, [9], [7, 8]]
+    wanted = generate(model, prompts, 9, **settings)
+    model.setup_caches(3, 64)
+    with torch.inference_mode():
+        decoder = make(model)
+        assert generate(model, prompts, 9, engine=decoder, **settings) == wanted
+    assert generate(model, prompts, 9, engine=decoder, **settings) == wanted
+    for number, _ in decoder.run([Request(prompt, 9, **settings) for prompt in prompts]):
+        decoder.end(number)
 
 
 def test_defaults_of_pytorch_do_not_matter(load: Load) -> None:

@@ -13,7 +13,7 @@ from batching import Engine, load_row, save_row
 from checks.chat_test import Letters
 from checks.common import PROMPTS
 from cli.chat import Chat
-from generate import Request, generate
+from generate import Request, compile_model, generate
 from model import Transformer, load_model
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
@@ -117,6 +117,18 @@ def test_a_row_goes_on_from_a_file(
     ids = load_row(model, tmp_path / "prefix.safetensors")
     assert ids == PREFIX
     assert generate(model, tails, 8, cached=len(ids)) == whole
+
+
+def test_a_row_serves_a_model_that_is_compiled_or_was_saved_meanwhile(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    loaded = load_model(checkpoint("llama")[0], dtype=torch.float32, quantize="int8")
+    loaded.setup_caches(1, 96)
+    generate(loaded, [PREFIX], 1)
+    save_row(loaded, PREFIX, tmp_path / "row")
+    compile_model(loaded)
+    loaded.layers[0].mlp.down_proj.error = 0.0  # which no file says
+    assert load_row(loaded, tmp_path / "row") == PREFIX
 
 
 def test_a_row_of_another_model_or_cache_is_refused(

@@ -241,6 +241,16 @@ def test_one_prompt_needs_neither_batching_nor_parallel(
     assert run_copy(program, *words)[:2] == cli(*words)[:2]
 
 
+def test_a_copy_without_cli_needs_nothing_of_its_folder(tiny: Path, tmp_path: Path) -> None:
+    """Which git leaves with what Python has put there; and its help says what it can."""
+    program = copy_without(["cli"], tmp_path)
+    (program.parent / "cli" / "__pycache__").mkdir(parents=True)
+    words = ["--checkpoint_path", tiny, "--prompt", "@one"]
+    assert run_copy(program, *words)[0] == 0
+    code, out, _ = run_copy(program, "--help")
+    assert code == 0 and "stdin" not in out and "@FILE" not in out
+
+
 @pytest.mark.parametrize("command", [
     [sys.executable, "-I"],  # which -P is a part of
     ["bash", "-c", 'exec "$0" "$@" 2>&-', sys.executable],  # stderr is closed

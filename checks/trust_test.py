@@ -77,7 +77,7 @@ def test_cached_tokens_are_kept_or_refused(model: Transformer) -> None:
     want = generate(model, [PROMPT + whole[:7] + more], 8)
     model.cache = None
     generate(model, [PROMPT], 20)  # makes a cache that holds these and no more
-    with pytest.raises(ValueError, match="no cache with 27 tokens has 1 rows with room"):
+    with pytest.raises(ValueError, match="behind 27 cached tokens these prompts need a cache of 1 x"):
         generate(model, [more], 30, cached=27)
     generate(model, [PROMPT], 8)
     assert generate(model, [more], 8, cached=27) == want
@@ -85,6 +85,8 @@ def test_cached_tokens_are_kept_or_refused(model: Transformer) -> None:
         generate(model, [more], 1, cached=37)
     model.setup_caches(2, 64)
     generate(model, [PROMPT], 8)
+    with pytest.raises(ValueError, match="no room for a new one in the 0 places that are left"):
+        generate(model, [more], 8, cached=200)
     with pytest.raises(ValueError, match="one row has 0"):
         generate(model, [more, more], 8, cached=20)
 
@@ -154,6 +156,7 @@ def test_a_text_ends_with_the_models_context(model: Transformer) -> None:
     ("max_new_tokens", [0, -1, 1.5, "3", None]),
     ("eos_ids", [5, [None], ["a"], "ab"]),
     ("stop", ["abc", [""], [3]]),
+    ("speculate_k", [-1, 16, 1.5, "3"]),
 ])
 def test_arguments_that_make_no_sense_are_refused_by_name(
     model: Transformer, name: str, values: list[object]

@@ -35,11 +35,22 @@ def stop_text(text: str) -> str:
     return text
 
 
+# what only this folder reads
+MORE = {"--prompt": dict(
+    help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
+    "text with @; default: a question")}
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = OurParser(
         "generate.py", description="Generate text from a Hugging Face or GGUF checkpoint."
     )
-    add_flags(parser.add_argument_group("a prompt and its answer").add_argument, number)
+    group = parser.add_argument_group("a prompt and its answer")
+
+    def add(flag: str, **options: Any) -> None:
+        group.add_argument(flag, **options | MORE.get(flag, {}))
+
+    add_flags(add, number)
     add_asking(parser)
     add_drawing(parser)
     add_running(parser)

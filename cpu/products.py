@@ -29,7 +29,8 @@ from quantize import (
 
 class Int8OnCPU:
     """Takes Int8Linear's tensors as they are. For a step of many rows, dequantizing is a third
-    faster, so that what a row gets depends on whether there are more than 24."""
+    faster, so that what a row gets depends on whether there are more than 24; but not of a head,
+    which int4 models have too."""
 
     few_rows, block = 24, 1
 
