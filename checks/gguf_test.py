@@ -142,14 +142,15 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     pairs = torch.stack((x, 16 * x), -1).flatten(1)
     y = int4_linear_reference(pairs, layer.weight, layer.scales, layer.zeros)
     expected = F.linear(x.float(), w)
-    assert (y - expected).norm() < 6e-3 * expected.norm()
+    bound = 6e-3 if N > 1 else 1e-2  # few numbers in bfloat16
+    assert (y - expected).norm() < bound * expected.norm()
 
     # also as a GPU's has them
     on_gpu = copy.deepcopy(layer)
     on_gpu.layout = Int4OnGPU()
     assert on_gpu.layout.pack(on_gpu)
     y = on_gpu.layout.product(on_gpu, x)
-    assert (y - expected).norm() < 6e-3 * expected.norm()
+    assert (y - expected).norm() < bound * expected.norm()
     for name, tensor in on_gpu.stored().items():
         assert torch.equal(tensor, getattr(layer, name))
     index = torch.tensor([[N - 1, 0]])
@@ -198,7 +199,7 @@ def test_the_integers_of_a_file_stay(file_of: Callable[[str, bool], Path], mix: 
     # nothing is lost but the precision of scales: q and k are in Hugging Face's order too
     exact = dequantized.layers[0].self_attn.qkv_proj.stored()["weight"]
     kept = torch.cat(list(block.self_attn.qkv_proj.dense(torch.float32)))
-    if mix == "MXFP4":  # its scales are powers of two
+    if mix in ("MXFP4", "NVFP4"):  # their scales have few bits
         assert torch.equal(kept, exact)
     else:
         assert (kept - exact).norm() < 3e-3 * exact.norm()

@@ -13,7 +13,7 @@ LIMITS = {
     "lines of quantize.py": 520,
     "lines of tests.py": 700,
     "lines of the core": 4222,
-    "lines but for tests and benchmarks": 15294,
+    "lines but for tests and benchmarks": 15307,
     "longest class": 300,
     "longest function": 50,
     "files of a decode step": 6,
