@@ -151,7 +151,7 @@ def test_int4_packed_for_a_gpu_is_the_same_layer(
     layer = quantize_linear(random_linear(70, K), "int4", group_size)
     stored = {name: tensor.clone() for name, tensor in layer.stored().items()}
     weight = whole(layer)
-    x = torch.randn(3, K)
+    x = torch.randn(3, K).bfloat16()
     expected = int4_linear(x, *layer.stored().values())
     assert layer.pack().layout is not None
     for name, tensor in layer.stored().items():
