@@ -936,9 +936,9 @@ class Family:
     # fields of ModelConfig, whatever config.json says: values, or functions of its entries
     fields: dict[str, Any] = field(default_factory=dict)
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
-    attention: type[nn.Module] = Attention  # called with (config, layer), as the next two
+    attention: Callable[[ModelConfig, int], nn.Module] = Attention  # of (config, layer number)
     mlp: Callable[[ModelConfig, int], nn.Module] = MLP
-    block: type[nn.Module] = Block
+    block: type[nn.Module] = Block  # called with the same
     model: type[Transformer] = Transformer  # called with (config)
     # names of our modules in checkpoints, where they differ; several: ours is these, joined
     stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict)
