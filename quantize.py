@@ -78,8 +78,9 @@ class QuantizedLinear(Packable):
         T = x.shape[-2] if x.dim() > 2 else 1  # experts give single tokens
         rows = x.reshape(-1, self.in_features)
         whole = T  # leading tokens that a dequantized weight multiplies
-        exact = self.is_head and x.dtype == torch.float32
-        if self.layout is not None and self.is_head:
+        gives_logits = self.is_head and (self.layout is None or self.layout.exact_heads)
+        exact = gives_logits and x.dtype == torch.float32
+        if self.layout is not None and gives_logits:
             whole = T if T > 16 else 0  # more than a step has
         elif self.layout is not None:
             whole = 0 if len(rows) <= self.layout.few_rows else T - T % self.layout.block
@@ -88,9 +89,8 @@ class QuantizedLinear(Packable):
         if whole == 0:
             y = self.layout.product(self, rows if exact else rows.bfloat16())
         else:
-            dtype = x.dtype if exact else many_rows_dtype(x.device)
-            rows = rows.to(dtype)
-            y = torch.cat([F.linear(rows, weight) for weight in self.dense(dtype)], -1)
+            rows = rows.to(x.dtype if exact else many_rows_dtype(x.device))
+            y = torch.cat([F.linear(rows, weight) for weight in self.dense(rows.dtype)], -1)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -236,10 +236,10 @@ class Layout(Protocol):
 
     few_rows: int  # the most rows of x for which product was measured faster than dequantizing
     block: int  # where there are more, whole blocks of so many tokens are for the dequantized one
+    exact_heads: bool  # of heads it takes x in float32, and gives the likeliest logits in float32
 
     def product(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """x [rows, in_features] times the weight -> [rows, out_features]. x is bfloat16, or float32
-        for a layer that gives logits, of which a CPU's layouts give the likeliest in float32."""
+        """x [rows, in_features] times the weight -> [rows, out_features]."""
 
 
 # by mode ("float" for Linear) and device type; cpu/ and products/ put theirs here

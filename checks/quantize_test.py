@@ -673,3 +673,21 @@ def test_mistakes_in_measuring_quality_are_one_line(arguments: list[str], says: 
     assert done.stdout == ""
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_gpu_multiplies_a_prompts_logits_by_its_own_product(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dequantizes within: the whole head in plain operators would be held twice."""
+    layer = quantize_linear(random_linear(70, 64), mode)
+    layer.is_head, layer.layout = True, quantize.LAYOUTS[mode, "cuda"]
+    given = []
+
+    def product(layer: torch.nn.Module, x: Tensor) -> Tensor:
+        given.append(x)
+        return x.new_zeros(len(x), layer.out_features)
+
+    monkeypatch.setattr(layer.layout, "product", product)
+    layer(torch.randn(2, 40, 64))
+    assert [(x.dtype, x.shape) for x in given] == [(torch.bfloat16, (80, 64))]

@@ -32,7 +32,7 @@ class Int8OnCPU:
     faster, so that what a row gets depends on whether there are more than 24; but not of a head,
     which int4 models have too."""
 
-    few_rows, block = 24, 1
+    few_rows, block, exact_heads = 24, 1, True
 
     def pack(self, layer: Int8Linear) -> bool:
         return layer.in_features % 16 == 0  # the operator reads 16 inputs at a time, unasked
@@ -50,7 +50,7 @@ class Int4OnCPU:
     With few_rows = 128 and block = 1 many short prompts are read together a third faster, and what
     one gets depends on which are."""
 
-    few_rows, block = 0, BLOCK
+    few_rows, block, exact_heads = 0, BLOCK, True
     names = ("weight", "scales", "zeros")
     tiling: tuple[int, int] | None = None  # asked for while packing, where nothing is compiled
 

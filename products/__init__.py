@@ -18,13 +18,12 @@ from quantize import LAYOUTS, Int4Linear, Int8Linear
 class Int8OnGPU:
     """Takes Int8Linear's tensors as they are."""
 
-    few_rows, block = sys.maxsize, 1  # the operator dequantizes for many
+    few_rows, block, exact_heads = sys.maxsize, 1, False  # the operator dequantizes for many
 
     def pack(self, layer: Int8Linear) -> bool:
         return True
 
     def product(self, layer: Int8Linear, x: Tensor) -> Tensor:
-        x = x.bfloat16()
         widens = layer.in_features <= layer.out_features
         if len(x) == 1 and torch.compiler.is_compiling() and widens:
             # a launch less a layer: Inductor fuses one row with the norm before it. It spends 4 to
@@ -38,7 +37,7 @@ class Int8OnGPU:
 class Int4OnGPU:
     """weight and scales are what linear.pack_int4 returns, the zeros again with the scales."""
 
-    few_rows, block = sys.maxsize, 1
+    few_rows, block, exact_heads = sys.maxsize, 1, False
 
     def pack(self, layer: Int4Linear) -> bool:
         layer.weight, layer.scales = linear.pack_int4(layer.weight, layer.scales, layer.zeros)
@@ -50,7 +49,6 @@ class Int4OnGPU:
         return linear.unpack_int4(layer.weight[rows], layer.scales[:, rows], inputs)
 
     def product(self, layer: Int4Linear, x: Tensor) -> Tensor:
-        x = x.bfloat16()
         if layer.nibbles == 2:
             if len(x) > linear.MOST_ROWS // 2:  # the kernel has twice the work
                 K = layer.in_features
@@ -62,7 +60,7 @@ class Int4OnGPU:
 class MXFP4OnGPU:
     """weight is what linear.pack_planes returns; the kernel is for stacks of experts."""
 
-    few_rows, block = 0, 1
+    few_rows, block, exact_heads = 0, 1, False
 
     def pack(self, layer: nn.Module) -> bool:
         layer.weight = linear.pack_planes(layer.weight)
