@@ -77,7 +77,8 @@ def test_cached_tokens_are_kept_or_refused(model: Transformer) -> None:
     want = generate(model, [PROMPT + whole[:7] + more], 8)
     model.cache = None
     generate(model, [PROMPT], 20)  # makes a cache that holds these and no more
-    with pytest.raises(ValueError, match="behind 27 cached tokens these prompts need a cache of 1 x"):
+    message = "behind 27 cached tokens these prompts need a cache of 1 x"
+    with pytest.raises(ValueError, match=message):
         generate(model, [more], 30, cached=27)
     generate(model, [PROMPT], 8)
     assert generate(model, [more], 8, cached=27) == want

@@ -2,7 +2,7 @@
 compressed-tensors pack them.
 
 These are (q - zero) * scale, with a scale and a zero for each group of inputs. An int32 has several
-integers, the first in its lowest bits. What is left out keeps its precision: activations, caches."""
+integers, the first in its lowest bits. Activations and caches keep their precision."""
 from __future__ import annotations
 
 import math
