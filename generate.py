@@ -322,20 +322,15 @@ class Decoder:
     """Rows of one cache that decode together, each at its own position with its own request.
 
     Tokens, positions and sampling settings live on the device, so a step needs nothing from the
-    host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling. context:
-    most tokens of a row, by default all that the cache and the model have room for."""
+    host; a compiled decoder captures it in a CUDA graph, one for each kind of sampling."""
 
     @torch.inference_mode(False)  # what is kept is written into outside of it too
     def __init__(
-        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
-        context: int | None = None,
+        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False
     ):
         self.model = model
         self.cache = model.check_cache(1, cache)
-        room = self.cache.max_seq_len
-        self.context = context or min(room, model.config.max_seq_len)
-        if self.context > room:
-            raise ValueError(f"a context of {context} does not fit into a cache of {room}")
+        self.context = min(self.cache.max_seq_len, model.config.max_seq_len)  # of a row, at most
         self.compiled = compiled
         self.device = model.device
         B = self.cache.max_batch_size
@@ -351,7 +346,6 @@ class Decoder:
         # by step_key: where prepared steps put what they draw, and their graphs
         self.prepared: dict[Any, Drawn] = {}
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self.owner: object = None  # the run that drives the rows
         self.lag = LAG if self.device.type == "cuda" else 0
         self.sample = sample
         if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
@@ -507,31 +501,31 @@ class Decoder:
         self.model.check_cache(len(requests), self.cache)  # a row for each
         if len({request.cached for request in requests}) != 1:
             raise ValueError("a Decoder's requests have the same number of tokens cached")
-        me = self.start(requests)
+        self.start(requests)
         self.prepare()
         prefill = self.prefill(slice(0, len(requests)), requests)
         while not self.read_on(prefill):
             pass
-        self.running = dict(enumerate(requests))
+        self.running = running = dict(enumerate(requests))
         pending = deque([self.to_host(self.token)])
         n_launched = 1
-        while self.running:
-            longest = max(budgets[row] for row in self.running)
+        while running:
+            longest = max(budgets[row] for row in running)
             if len(pending) <= self.lag and n_launched < longest:
                 pending.append(self.to_host(self.step().tokens))
                 n_launched += 1
                 continue
             tokens = pending.popleft()()
             n = n_launched - len(pending)  # of each request's tokens this is the n-th
-            for row, request in list(self.running.items()):
-                if row not in self.running:  # its caller has ended it meanwhile
+            for row, request in list(running.items()):
+                if row not in running:  # its caller has ended it meanwhile
                     continue
                 self.cache.cached[row] = request.cached + len(request.prompt) + n - 1
                 reason = request.ends_with(tokens[row], n, budgets[row])
                 if reason is not None:
                     self.end(row, reason)
                 yield row, [tokens[row]]
-                if self.owner is not me:
+                if self.running is not running:
                     raise RuntimeError("another run of this decoder has begun")
 
     def end(self, number: int, reason: str = "stop") -> None:
@@ -544,15 +538,15 @@ class Decoder:
         return request.budget(self.model.config.vocab_size, self.context)
 
     @torch.inference_mode(False)
-    def start(self, requests: Sequence[Request]) -> object:
-        """Take the rows for these requests, whatever they did -> what stands for this run."""
+    def start(self, requests: Sequence[Request]) -> None:
+        """Take the rows for these requests, whatever they did."""
         cached = self.cache.cached
         if len(requests) > len(cached):  # a request's row may be any
             cached = [min(cached)] * len(requests)
         for request, there in zip(requests, cached):
             if request.cached > there:
                 raise ValueError(f"{request.cached} tokens are not cached: one row has {there}")
-        self.running.clear()
+        self.running = {}  # the run before sees that it is no longer its own
         self.finish_reasons.clear()
         self.active.zero_()
         # rows without a request, and trials, write after what is cached
@@ -563,8 +557,6 @@ class Decoder:
         if wanted or self.extras is not None:
             self.extras = self.extras or extension("processors").Extras(self)
             self.extras.start(requests)
-        self.owner = object()
-        return self.owner
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copy tensors in one transfer, which a GPU's host need not wait for. Those of 8-byte

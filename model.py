@@ -959,16 +959,12 @@ LLAMA = dict(attention_bias=False, mlp_bias=False, max_position_embeddings=2048)
 MISTRAL = dict(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 QWEN2 = dict(num_key_value_heads=32, max_position_embeddings=32768, use_sliding_window=False,
              sliding_window=4096, max_window_layers=28, layer_types=None)
-NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
 # By the model_type of config.json; families/ has the others.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(LLAMA, gguf=dict(name="llama", interleaved=True)),
+    "llama": Family(LLAMA),
     "mistral": Family(MISTRAL),
-    "qwen2": Family(QWEN2, {"qkv_bias": True}, gguf=dict(name="qwen2", means=NO_WINDOW)),
-    "qwen3": Family(
-        QWEN2 | {"head_dim": 128, "attention_bias": False}, {"qk_norm": True},
-        gguf=dict(name="qwen3", means=NO_WINDOW),
-    ),
+    "qwen2": Family(QWEN2, {"qkv_bias": True}),
+    "qwen3": Family(QWEN2 | {"head_dim": 128, "attention_bias": False}, {"qk_norm": True}),
 }
 
 

@@ -186,7 +186,8 @@ class Engine(PrefixSharer):
         window has passed; RuntimeError if another run of this engine has begun meanwhile."""
         self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(self.wanted, take_number)
-        me = self.start([running.request for running in self.wanted])
+        self.start([running.request for running in self.wanted])
+        rows = self.running
         self.refuse_lost_prefix(self.wanted)
         self.stats.compile_s += self.prepare_all()
         began = time.perf_counter()
@@ -216,17 +217,16 @@ class Engine(PrefixSharer):
             pending += launches
             while len(pending) > (self.lag if launches else 0):
                 yield from self.read(pending.popleft())
-                if self.owner is not me:
+                if self.running is not rows:
                     raise RuntimeError("another run of this engine has begun")
         self.stats.wall_s += time.perf_counter() - began
 
-    def start(self, requests: Sequence[Request]) -> object:
+    def start(self, requests: Sequence[Request]) -> None:
         self.started.clear()
         self.held.clear()  # others may have had the cache since
-        owner = super().start(requests)
+        super().start(requests)
         self.ends = self.input_pos.tolist()
         self.refills = len(requests) > self.cache.max_batch_size
-        return owner
 
     def refuse_lost_prefix(self, wanted: Sequence[Running]) -> None:
         """ValueError if rows serve one request after the other behind the same cached tokens, and

@@ -274,15 +274,19 @@ class Gauge:
 class Speculator(Decoder):
     """A Decoder whose steps may check proposals for a row's next tokens.
 
-    speculate_k: that many, of a draft model or of prompt lookup. context: most tokens of a row;
-    steps that check proposals need room for k more."""
+    speculate_k: that many, of a draft model or of prompt lookup. context: most tokens of a row, by
+    default all that cache and model have room for; steps that check proposals need k more."""
 
     @torch.inference_mode(False)
     def __init__(
         self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
         speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
     ):
-        super().__init__(model, cache, compiled=compiled, context=context)
+        super().__init__(model, cache, compiled=compiled)
+        self.context = context or self.context
+        if self.context > self.cache.max_seq_len:
+            room = self.cache.max_seq_len
+            raise ValueError(f"a context of {context} does not fit into a cache of {room}")
         self.k = speculate_k
         self.k_now = 0  # proposals that the next step checks
         self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)

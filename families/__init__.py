@@ -22,8 +22,7 @@ from families.settings import (
     ropes_in_windows, ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
 )
 from model import (
-    ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, NO_WINDOW, QWEN2, ROPES, Attention, Block, Family,
-    positive,
+    ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, QWEN2, ROPES, Attention, Block, Family, positive,
 )
 
 __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
@@ -151,6 +150,7 @@ LFM2_PARTS = dict(
     block=by_rope(Block, lfm2.ConvolutionBlock), stored_as=lfm2.STORED_AS,
 )
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, lambda hf: hf["use_bias"])
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))

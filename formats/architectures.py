@@ -26,6 +26,12 @@ from formats.settings import check_settings
 from model import FAMILIES, extension, is_number
 
 Tensors = dict[str, InFile]
+# of the families of model.py
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama": dict(name="llama", interleaved=True),
+    "qwen2": dict(name="qwen2", means={"sliding_window": None}),
+    "qwen3": dict(name="qwen3", means={"sliding_window": None}),
+}
 
 
 # Hugging Face's name of a setting -> its name in a GGUF file, behind the architecture's
@@ -123,7 +129,7 @@ def family_of(name: str | None, settings: dict) -> tuple[str, dict[str, Any]]:
     """The model_type of the files of an architecture, and the "gguf" of its family; ValueError if
     it is not known."""
     extension("families", required=False)
-    files = {kind: row.gguf for kind, row in FAMILIES.items() if row.gguf is not None}
+    files = LLAMAS | {kind: row.gguf for kind, row in FAMILIES.items() if row.gguf is not None}
     found = [
         (kind, file) for kind, file in files.items()
         if file["name"] == name and ("when" not in file or settings.get(file["when"]))
