@@ -164,6 +164,13 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
         settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
     return ropes_of(settings)
 
+
+def neox_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """GPT-NeoX's, whose older files have names of their own."""
+    older = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
+    given = {key: value for key, value in rope_settings(hf).items() if value is not None}
+    return ropes_of(older | given)
+
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
 
