@@ -188,9 +188,10 @@ CHECKPOINTS |= {
     "starcoder2": ("Starcoder2", dict(hidden_size=96, sliding_window=9)),
     "stablelm": ("StableLm", dict(hidden_size=96, use_qkv_bias=True)),
     "phi": ("Phi", dict(hidden_size=96)),
-    "neox": ("GPTNeoX", dict(hidden_size=96)),
+    "neox": ("GPTNeoX", dict(hidden_size=96, num_key_value_heads=6)),
     "neox-in-turn": ("GPTNeoX", dict(
-        hidden_size=96, use_parallel_residual=False, rotary_pct=0.5, rotary_emb_base=3000.0)),
+        hidden_size=96, num_key_value_heads=6, use_parallel_residual=False, rotary_pct=0.5,
+        rotary_emb_base=3000.0)),
     "apertus": ("Apertus", dict(rope_parameters=dict(LLAMA3_ROPE, rope_theta=12e6))),
     "hunyuan-moe": ("HunYuanMoEV1", dict(num_experts=8, moe_topk=[3] * 3, rope_parameters=dict(
         rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0, mscale_all_dim=1.0))),

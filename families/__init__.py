@@ -10,8 +10,8 @@ from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
     GemmaTransformer, GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock,
-    ParallelBlock, PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer,
-    SinkAttention, SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head,
+    PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
+    SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head, parallel_or_not,
 )
 from families.experts import (
     ClampedExperts, deepseek_moe, ernie_moe, hunyuan_moe, mixture_of_experts, mlp_or_moe,
@@ -91,8 +91,8 @@ STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding
                   use_bias=True, tie_word_embeddings=True)
 STABLELM = dict(partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
-NEOX = dict(hidden_act="gelu", attention_bias=True, rotary_emb_base=1e4, rotary_pct=0.25,
-            partial_rotary_factor=None, use_parallel_residual=True)
+NEOX = dict(hidden_act="gelu", rotary_emb_base=None, rotary_pct=None, partial_rotary_factor=0.25,
+            use_parallel_residual=True)
 APERTUS = dict(
     hidden_act="xielu", attention_bias=False, rms_norm_eps=1e-5, rope_theta=12e6,
     rope_parameters=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -300,17 +300,13 @@ FAMILIES |= {
         gguf=dict(name="phi2"),
     ),
     "gpt_neox": Family(
-        NEOX,
-        {
-            "ropes": neox_ropes, "n_kv_head": partial(positive, key="num_attention_heads"),
-            "mlp_bias": True, **LAYER_NORM_EPS,
-        },
-        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP, block=ParallelBlock,
-        stored_as={"model": ("gpt_neox",), "embed_tokens": ("embed_in",), "norm": ("final_layer_norm",),
-                   "lm_head": ("embed_out",), "self_attn": ("attention",), "o_proj": ("dense",),
-                   "up_proj": ("dense_h_to_4h",), "down_proj": ("dense_4h_to_h",)},
-        gguf=dict(name="gptneox", complete=lambda config, *_: config.update(attention_bias=True),
-                  settings=dict(use_parallel_residual="use_parallel_residual")),
+        NEOX, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS | {"ropes": neox_ropes},
+        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP, block=parallel_or_not,
+        stored_as={"model": ("gpt_neox",), "embed_tokens": ("embed_in",), "o_proj": ("dense",),
+                   "lm_head": ("embed_out",), "norm": ("final_layer_norm",),
+                   "self_attn": ("attention",), "up_proj": ("dense_h_to_4h",),
+                   "down_proj": ("dense_4h_to_h",)},
+        gguf=dict(name="gptneox", settings=dict(use_parallel_residual="use_parallel_residual")),
     ),
     "apertus": Family(
         APERTUS, {"qk_norm": True, "act": lambda hf: hf["hidden_act"].replace("xielu", "silu")},

@@ -273,8 +273,20 @@ class PostNormBlock(SandwichBlock):
         self.pre_feedforward_layernorm = nn.Identity()
 
 
+class ParallelBlock(Block):
+    """GPT-NeoX's: attention and MLP have the same input, each with a norm of its own."""
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + y + self.mlp(self.post_attention_layernorm(x))
+
+
+def parallel_or_not(config: ModelConfig, layer: int) -> Block:
+    return (ParallelBlock if config.hf["use_parallel_residual"] else Block)(config, layer)
+
+
 class OneNormBlock(Block):
-    """Phi's and Cohere's: attention and MLP have the same input."""
+    """Phi's and Cohere's: or one norm for both."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -283,18 +295,6 @@ class OneNormBlock(Block):
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         y = self.input_layernorm(x)
         return x + self.self_attn(y, positions, cache) + self.mlp(y)
-
-
-class ParallelBlock(Block):
-    """GPT-NeoX's: the MLP does not wait for attention, unless a file says so."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
-        self.is_parallel = config.hf["use_parallel_residual"]
-
-    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = x + self.self_attn(self.input_layernorm(x), positions, cache)
-        return y + self.mlp(self.post_attention_layernorm(x if self.is_parallel else y))
 
 
 class ScaledBlock(Block):
@@ -324,16 +324,15 @@ class PlainMLP(nn.Module):
 
 
 class XIELU(nn.Module):
-    """Apertus's activation, of which two slopes are trained (arXiv 2411.13010), and the other two
-    numbers that files have are the same everywhere. GGUF files have them among their settings."""
+    """Apertus's activation, of which two slopes are trained (arXiv 2411.13010). GGUF files have
+    them among their settings."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         for name in ("alpha_p", "alpha_n"):
-            slope, given = torch.empty(1), of_layers(config.hf, f"xielu_{name}")
-            if given is not None:
-                slope = torch.full((1,), given[layer], dtype=torch.float32, device="cpu")
-            setattr(self, name, nn.Parameter(slope))
+            given = of_layers(config.hf, f"xielu_{name}")
+            x = torch.empty(1) if given is None else torch.full((1,), given[layer], device="cpu")
+            setattr(self, name, nn.Parameter(x))
 
     def forward(self, x: Tensor) -> Tensor:
         above = F.softplus(self.alpha_p) * x * x

@@ -111,9 +111,9 @@ def ernie_moe(hf: dict) -> MoEConfig | None:
 
 
 def hunyuan_moe(hf: dict) -> MoEConfig | None:
-    """A file may have a number for each layer, which has to be the same."""
+    """Files may have a number for each layer, which has to be the same."""
     n_expert, n_active = (
-        x[0] if isinstance(x, list) and x.count(x[0]) == len(x) else x
+        x[0] if isinstance(x, list) and x == x[:1] * len(x) else x
         for x in (hf["num_experts"], hf["moe_topk"])
     )
     return mixture_of_experts(hf | dict(

@@ -166,10 +166,9 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
 
 
 def neox_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """GPT-NeoX's, whose older files have names of their own."""
+    """GPT-NeoX's first files have names of their own."""
     older = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
-    given = {key: value for key, value in rope_settings(hf).items() if value is not None}
-    return ropes_of(older | given)
+    return ropes_of(rope_settings(hf | {key: x for key, x in older.items() if x is not None}))
 
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
