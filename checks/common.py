@@ -188,6 +188,13 @@ CHECKPOINTS |= {
     "starcoder2": ("Starcoder2", dict(hidden_size=96, sliding_window=9)),
     "stablelm": ("StableLm", dict(hidden_size=96, use_qkv_bias=True)),
     "phi": ("Phi", dict(hidden_size=96)),
+    "neox": ("GPTNeoX", dict(hidden_size=96, num_key_value_heads=6)),
+    "neox-in-turn": ("GPTNeoX", dict(
+        hidden_size=96, num_key_value_heads=6, use_parallel_residual=False, rotary_pct=0.5,
+        rotary_emb_base=3000.0)),
+    "apertus": ("Apertus", dict(rope_parameters=dict(LLAMA3_ROPE, rope_theta=12e6))),
+    "hunyuan-moe": ("HunYuanMoEV1", dict(num_experts=8, moe_topk=[3] * 3, rope_parameters=dict(
+        rope_type="dynamic", rope_theta=1e4, alpha=50.0, factor=1.0, mscale_all_dim=1.0))),
 }
 LATENT = dict(
     kv_lora_rank=24, q_lora_rank=40, qk_nope_head_dim=12, qk_rope_head_dim=8, head_dim=8,
@@ -286,6 +293,10 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
+    for kind in ("alpha_p", "alpha_n"):  # of Apertus's activation
+        numbers = [x.item() for name, x in state.items() if name.endswith(f"act_fn.{kind}")]
+        if numbers:
+            getattr(writer, f"add_xielu_{kind}")(numbers)
     [gguf_arch] = [number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     names = gguf.get_tensor_name_map(gguf_arch, config.num_hidden_layers)
     for name, tensor in as_converted(state, config, arch):
@@ -317,6 +328,13 @@ def as_converted(
             tensor = interleave(tensor, heads[module])
         if arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
+        if module == "act_fn":
+            continue
+        if module == "query_key_value":  # of a head together: all heads of each
+            by_head = tensor.unflatten(0, (config.num_attention_heads, 3, -1))
+            tensor = by_head.transpose(0, 1).flatten(0, 2)
+        if name.endswith("expert_bias"):
+            name = f"{name}.bias"
         if name.endswith(("sinks", "layer_scalar")):
             name = f"{name}.weight"
         if name.endswith("conv.conv.weight"):

@@ -39,7 +39,7 @@ MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 # families with something of their own, in one build of each
 NAMES = [
     "gemma", "gemma2", "gemma3", "gemma4", "phi3", "phi4", "olmo2", "olmo3", "smollm3", "granite",
-    "ministral3", "hunyuan", "cohere2", "phi", "lfm2",
+    "ministral3", "hunyuan", "hunyuan-moe", "cohere2", "phi", "neox", "apertus", "lfm2",
 ]
 
 
@@ -180,7 +180,7 @@ def test_embeddings_are_scaled_as_in_training(
 
 @pytest.mark.parametrize("name", [
     "gemma2", "gemma4", "gemma4-moe", "phi3", "olmo2", "smollm3", "phi", "glm4", "deepseek-v3",
-    "lfm2", "qwen3.5", "qwen3-next",
+    "lfm2", "qwen3.5", "qwen3-next", "neox", "apertus", "hunyuan-moe",
 ])
 def test_a_quantized_model_of_a_family_is_saved_and_loaded(
     checkpoint: MakeCheckpoint, name: str, tmp_path: Path
@@ -439,6 +439,20 @@ def test_the_first_files_of_lfm2_have_another_name_for_a_size() -> None:
     del hf["intermediate_size"]
     assert ModelConfig.from_hf(hf).ffn_dim == 8192
 
+
+def test_the_first_files_of_gpt_neox_have_other_names_for_its_rope() -> None:
+    hf = class_settings("gpt_neox") | dict(rotary_pct=0.5, rotary_emb_base=3000)
+    [rope] = set(ModelConfig.from_hf(hf | {"rope_parameters": None}).ropes)
+    assert (rope.dim, rope.theta) == (48, 3000)
+    [rope] = set(ModelConfig.from_hf(hf).ropes)  # where a file has both
+    assert (rope.dim, rope.theta) == (24, 10000)
+
+
+def test_files_of_hunyuan_mixtures_may_have_a_number_for_each_layer() -> None:
+    hf = class_settings("hunyuan_v1_moe") | dict(num_experts=[8] * 32, moe_topk=[3] * 32)
+    moe = ModelConfig.from_hf(hf).moe
+    assert (moe.n_expert, moe.n_active) == (8, 3)
+
 # --- rotary embeddings ---
 
 
@@ -540,11 +554,11 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # written beside layer_types, which are read
 HARMLESS = set("""
     _name_or_path _sliding_window_pattern attention_dropout bos_token_id
-    chunk_size_feed_forward dtype embd_pdrop embedding_dropout eod_token_id eos_token_id
-    hidden_dropout id2label initializer_range is_encoder_decoder label2id moe_norm_min
+    chunk_size_feed_forward classifier_dropout dtype embd_pdrop embedding_dropout eod_token_id eos_token_id
+    hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id moe_norm_min
     num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
     pad_token_id pretraining_tp problem_type qk_head_dim resid_pdrop residual_dropout return_dict
-    router_aux_loss_coef router_jitter_noise transformers_version use_cache
+    router_aux_loss_coef router_jitter_noise sep_token_id transformers_version use_cache
 """.split())
 
 
@@ -749,6 +763,21 @@ def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None
     ("qwen2_moe", dict(num_experts=2048, num_hidden_layers=33, layer_types=None),
      "num_experts = 2048 in each of 33 layers: there may be 65536"),
     ("granite", dict(quantization_config={"quant_method": "fp8"}), "fp8"),
+    ("gpt_neox", dict(rope_parameters=None, rotary_pct="0.5"), "partial_rotary_factor = '0.5'"),
+    ("gpt_neox", dict(rope_parameters=None, rotary_emb_base=0), "rope_theta = 0"),
+    ("gpt_neox", dict(layer_norm_eps=-1), "layer_norm_eps = -1"),
+    ("gpt_neox", dict(hidden_act="relu2"), "hidden_act 'relu2'"),
+    ("apertus", dict(hidden_act="relu2"), "hidden_act 'relu2'"),
+    ("apertus", dict(hidden_act=None), "makes no sense"),
+    ("apertus", dict(xielu_alpha_p=[0.5]), "xielu_alpha_p = .*each of 32 layers"),
+    ("apertus", dict(xielu_alpha_p=["x"] * 32), "makes no sense"),
+    ("apertus", dict(rope_parameters=dict(rope_type="llama3")), "low_freq_factor = None"),
+    ("hunyuan_v1_moe", dict(moe_topk=[1, 2]), r"num_experts_per_tok = \[1, 2\]"),
+    ("hunyuan_v1_moe", dict(moe_topk=[]), "makes no sense"),
+    ("hunyuan_v1_moe", dict(moe_topk=2), "num_experts_per_tok is 2"),
+    ("hunyuan_v1_moe", dict(num_experts=None), "neither num_experts nor"),
+    ("hunyuan_v1_moe", dict(num_experts=[10**9] * 2), "there may be 65536"),
+    ("lfm2_moe", dict(num_dense_layers="2"), "makes no sense"),
 ])
 def test_what_would_go_wrong_is_refused(family: str, change: dict, message: str) -> None:
     """Before any tensor is read."""

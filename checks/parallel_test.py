@@ -34,8 +34,8 @@ SHARED = dict(THREE, num_key_value_heads=2)  # four ranks have two copies of eac
 PLAIN = dict(quantize=None, int8_kv=False, attention="auto", compile=False, options={})
 SAMPLED = dict(temperature=1.0, seed=3)
 FAMILIES = [
-    "gemma2", "olmo2", "phi", "phi3", "glm4", "granite", "gpt-oss", "qwen2-moe", "qwen3-moe",
-    "deepseek-v3",
+    "gemma2", "olmo2", "phi", "neox", "phi3", "glm4", "granite", "gpt-oss", "qwen2-moe",
+    "qwen3-moe", "deepseek-v3",
 ]
 CASES = [
     *((family, PLAIN) for family in FAMILIES),
@@ -69,7 +69,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_quantized(load_model(made["seven"], quantize="int8"), made["seven-int8"])
     for name in FAMILIES:
         made[name] = folder / name
-        heads = dict(num_attention_heads=12, num_key_value_heads=4, hidden_size=96)
+        heads = dict(num_attention_heads=12, num_key_value_heads=4, hidden_size=192)
+        if name == "neox":  # which has as many of keys
+            heads["num_key_value_heads"] = 12
         random_hf(name, **heads).save_pretrained(made[name])
     return made
 

@@ -9,16 +9,16 @@ import torch.nn as nn
 from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
-    GemmaTransformer, GraniteTransformer, LateNormAttention, OneNormBlock, PlainMLP, PostNormBlock,
-    SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention, SoftcapAttention,
-    baichuan_ropes, by_rope, halves_first, normalize_head,
+    GemmaTransformer, GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock,
+    PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
+    SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head, parallel_or_not,
 )
 from families.experts import (
-    ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe,
+    ClampedExperts, deepseek_moe, ernie_moe, hunyuan_moe, mixture_of_experts, mlp_or_moe,
 )
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, query_scale,
+    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, neox_ropes, query_scale,
     ropes_in_windows, ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
 )
 from model import (
@@ -90,6 +90,14 @@ STARCODER2 = dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=2, sliding
                   use_bias=True, tie_word_embeddings=True)
 STABLELM = dict(partial_rotary_factor=0.25)
 PHI = dict(hidden_act="gelu_new", partial_rotary_factor=0.5)
+NEOX = dict(hidden_act="gelu", rotary_emb_base=None, rotary_pct=None, partial_rotary_factor=0.25,
+            use_parallel_residual=True)
+APERTUS = dict(
+    hidden_act="xielu", attention_bias=False, rms_norm_eps=1e-5, rope_theta=12e6,
+    rope_parameters=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                         original_max_position_embeddings=8192),
+)
+HUNYUAN_MOE = OLMO2 | EXPERTS | dict(num_experts=1, moe_topk=1)
 MIXTRAL = MISTRAL | EXPERTS | dict(rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None)
 QWEN_MOE = EXPERTS | dict(decoder_sparse_step=1, mlp_only_layers=None, norm_topk_prob=False)
 QWEN2_MOE = QWEN2 | QWEN_MOE | dict(num_key_value_heads=16, moe_intermediate_size=1408,
@@ -149,6 +157,8 @@ LFM2_PARTS = dict(
     attention=by_rope(Attention, lfm2.ShortConvolution), mlp=mlp_or_moe,
     block=by_rope(Block, lfm2.ConvolutionBlock), stored_as=lfm2.STORED_AS,
 )
+LFM2_SETTINGS = dict(  # names in GGUF files
+    conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon")
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
@@ -226,11 +236,18 @@ FAMILIES |= {
         ),
     ),
     "lfm2": Family(
-        LFM2, **LFM2_PARTS, gguf=dict(name="lfm2", complete=gguf.lfm2, settings=dict(
-            conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon",
-        ), means={"block_auto_adjust_ff_dim": False}),
+        LFM2, **LFM2_PARTS, gguf=dict(
+            name="lfm2", complete=gguf.lfm2, settings=LFM2_SETTINGS,
+            means={"block_auto_adjust_ff_dim": False},
+        ),
     ),
-    "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS),
+    "lfm2_moe": Family(
+        LFM2_MOE, **LFM2_PARTS, gguf=dict(
+            name="lfm2moe", complete=gguf.lfm2, means={"routed_scaling_factor": 1.0},
+            settings=LFM2_SETTINGS | dict(
+                num_dense_layers="leading_dense_block_count", scoring="expert_gating_func"),
+        ),
+    ),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
@@ -254,6 +271,12 @@ FAMILIES |= {
         OLMO2, {"ropes": stretched_ropes}, attention=LateNormAttention,
         gguf=dict(name="hunyuan-dense"),
     ),
+    "hunyuan_v1_moe": Family(
+        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": hunyuan_moe}, attention=LateNormAttention,
+        mlp=mlp_or_moe, stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
+        gguf=dict(name="hunyuan-moe", settings=dict(
+            moe_topk="expert_used_count", num_shared_expert="expert_shared_count")),
+    ),
     "ernie4_5": Family(ERNIE, USE_BIAS, convert=halves_first, gguf=dict(name="ernie4_5")),
     "cohere2": Family(
         COHERE2, LAYERWISE | {"ropes": ropes_in_windows} | LAYER_NORM_EPS,
@@ -275,6 +298,23 @@ FAMILIES |= {
         stored_as={"o_proj": ("dense",), "up_proj": ("fc1",), "down_proj": ("fc2",),
                    "norm": ("final_layernorm",)},
         gguf=dict(name="phi2"),
+    ),
+    "gpt_neox": Family(
+        NEOX, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS | {"ropes": neox_ropes},
+        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP, block=parallel_or_not,
+        stored_as={"model": ("gpt_neox",), "embed_tokens": ("embed_in",), "o_proj": ("dense",),
+                   "lm_head": ("embed_out",), "norm": ("final_layer_norm",),
+                   "self_attn": ("attention",), "up_proj": ("dense_h_to_4h",),
+                   "down_proj": ("dense_4h_to_h",)},
+        gguf=dict(name="gptneox", settings=dict(use_parallel_residual="use_parallel_residual")),
+    ),
+    "apertus": Family(
+        APERTUS, {"qk_norm": True, "act": lambda hf: hf["hidden_act"].replace("xielu", "silu")},
+        mlp=PlainMLP,
+        stored_as={"input_layernorm": ("attention_layernorm",), "act": ("act_fn",),
+                   "post_attention_layernorm": ("feedforward_layernorm",)},
+        gguf=dict(name="apertus", settings={
+            f"xielu_{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")}),
     ),
     "mixtral": Family(
         MIXTRAL, MOE_OF_FFN_DIM, mlp=mlp_or_moe,

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from families.settings import maybe_positive, ropes_of
+from families.settings import maybe_positive, of_layers, ropes_of
 from model import (
     ACTIVATIONS, FAMILIES, Attention, Block, LayerCache, ModelConfig, Positions, Rope, Transformer,
     fake_prefill_attention, in_tiles, positive, rope_settings, visible,
@@ -78,6 +78,18 @@ class FarQueryAttention(Attention):
         scale = 1 + self.beta * (positions.index // self.original_context).float().log1p()
         q = q * scale[:, None, :, None].to(q.dtype)
         return super().attend(q, k, v, positions, *rest)
+
+
+class HeadwiseAttention(Attention):
+    """GPT-NeoX's: the file has q, k and v of a head together, head after head."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.query_key_value = self._modules.pop("qkv_proj")
+
+    def qkv_proj(self, x: Tensor) -> Tensor:
+        qkv = self.query_key_value(x).unflatten(-1, (self.n_head, 3, -1))
+        return qkv.transpose(2, 3).flatten(2)  # (B, T, 3 H D)
 
 
 def halves_first(config: ModelConfig, name: str) -> Callable[[Tensor], Tensor] | None:
@@ -261,8 +273,20 @@ class PostNormBlock(SandwichBlock):
         self.pre_feedforward_layernorm = nn.Identity()
 
 
+class ParallelBlock(Block):
+    """GPT-NeoX's: attention and MLP have the same input, each with a norm of its own."""
+
+    def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + y + self.mlp(self.post_attention_layernorm(x))
+
+
+def parallel_or_not(config: ModelConfig, layer: int) -> Block:
+    return (ParallelBlock if config.hf["use_parallel_residual"] else Block)(config, layer)
+
+
 class OneNormBlock(Block):
-    """Phi's and Cohere's: attention and MLP have the same input."""
+    """Phi's and Cohere's: or one norm for both."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
@@ -284,17 +308,36 @@ class ScaledBlock(Block):
         x = x + self.scale * self.self_attn(self.input_layernorm(x), positions, cache)
         return x + self.scale * self.mlp(self.post_attention_layernorm(x))
 
+
 class PlainMLP(nn.Module):
     """A feed-forward network without a gate."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.act = ACTIVATIONS[config.act]
+        has_xielu = config.hf.get("hidden_act") == "xielu"
+        self.act = XIELU(config, layer) if has_xielu else ACTIVATIONS[config.act]
         self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.up_proj(x)))
+
+
+class XIELU(nn.Module):
+    """Apertus's activation, of which two slopes are trained (arXiv 2411.13010). GGUF files have
+    them among their settings."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        for name in ("alpha_p", "alpha_n"):
+            given = of_layers(config.hf, f"xielu_{name}")
+            x = torch.empty(1) if given is None else torch.full((1,), given[layer], device="cpu")
+            setattr(self, name, nn.Parameter(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = F.softplus(self.alpha_p) * x * x
+        below = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + F.softplus(self.alpha_n))
+        return torch.where(x > 0, above, below) + 0.5 * x
 
 # --- embedding and head ---
 

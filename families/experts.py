@@ -109,6 +109,18 @@ def ernie_moe(hf: dict) -> MoEConfig | None:
         routed_scaling_factor=1.0,
     ), bias_dims=2)
 
+
+def hunyuan_moe(hf: dict) -> MoEConfig | None:
+    """Files may have a number for each layer, which has to be the same."""
+    n_expert, n_active = (
+        x[0] if isinstance(x, list) and x == x[:1] * len(x) else x
+        for x in (hf["num_experts"], hf["moe_topk"])
+    )
+    return mixture_of_experts(hf | dict(
+        num_experts=n_expert, num_local_experts=None, num_experts_per_tok=n_active,
+        shared_expert_intermediate_size=hf["intermediate_size"],
+    ), "intermediate_size", gated_share=False)
+
 # --- the layers ---
 
 

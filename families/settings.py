@@ -164,6 +164,12 @@ def stretched_ropes(hf: dict) -> tuple[Rope | None, ...]:
         settings |= {"rope_type": "default", "rope_theta": rope.theta * larger}
     return ropes_of(settings)
 
+
+def neox_ropes(hf: dict) -> tuple[Rope | None, ...]:
+    """GPT-NeoX's first files have names of their own."""
+    older = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
+    return ropes_of(rope_settings(hf | {key: x for key, x in older.items() if x is not None}))
+
 # --- kinds of rope: rows of model.ROPES, after transformers' modeling_rope_utils ---
 
 

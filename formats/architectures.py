@@ -95,7 +95,8 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
     name = meta.get("general.architecture")
     prefix = f"{name}."
     settings = {
-        key.removeprefix(prefix): value for key, value in meta.items() if key.startswith(prefix)
+        key.removeprefix(prefix): value for key, value in meta.items()
+        if key.startswith((prefix, "xielu."))
     }
     model_type, file = family_of(name, settings)
     own = file.get("settings", {})

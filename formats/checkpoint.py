@@ -35,7 +35,8 @@ from quantize import Linear, affine, say_once
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
-            "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight")
+            "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
+            "act_fn.beta", "act_fn.eps")
 IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
 
 

@@ -63,7 +63,10 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def stored_name(self, name: str) -> str:
         name = EXPERT_NUMBER.sub("", name).replace("_correction_bias", "_correction.bias")
-        stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        name = name.replace("feed_forward.gate.e_score_correction.", "feed_forward.expert_bias.")
+        known = (self.names.get_name(each, try_suffixes=(".weight", ".bias"))
+                 for each in (name, name.removeprefix("model.")))  # LFM2's experts have none
+        stored = next(filter(None, known), name)
         if stored not in self.tensors and f"{stored}.weight" in self.tensors:
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
         return stored
@@ -117,8 +120,12 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def row_order(self, name: str, N: int) -> Tensor | None:
         """The file's row of each of the N rows that Hugging Face has; None where it is the same.
-        In files of Llamas the two halves of a head of q or k, which rotate together, interleave."""
+        In files of Llamas the two halves of a head of q or k, which rotate together, interleave;
+        where Hugging Face has q, k and v of a head together, files have all heads of each."""
         module = name.split(".")[-2]
+        if module == "query_key_value":
+            heads = torch.arange(N).view(3, self.config["num_attention_heads"], -1)
+            return heads.transpose(0, 1).flatten()
         if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
             return None
         n_head = self.config["num_attention_heads"]
