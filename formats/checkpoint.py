@@ -25,7 +25,7 @@ from torch import Tensor
 
 from formats.default import default_model
 from formats.floats import Floats
-from formats.integers import Blocks, check_shape, mxfp4_blocks, read
+from formats.integers import Affine, Blocks, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
 from formats.packed import settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
@@ -129,14 +129,14 @@ class CheckedCheckpoint(Checkpoint):
             layer = model.get_submodule(prefix)
             if kind != "weight" or not isinstance(layer, (Linear, nn.Embedding)):
                 continue
-            if FAMILIES[model.config.family].convert(model.config, name) is not None:
-                continue  # they would not stay
             blocks = []
             for part, shape in parts.items():
                 blocks += self.blocks(part, shape) or [None]
             if None not in blocks:
-                stored[prefix] = self.cut(name, blocks, tuple(layer.weight.shape))
-        return stored
+                blocks = self.cut(name, blocks, tuple(layer.weight.shape))
+                convert = FAMILIES[model.config.family].convert(model.config, name)
+                stored[prefix] = blocks if convert is None else converted(blocks, convert)
+        return {prefix: blocks for prefix, blocks in stored.items() if blocks}
 
     def parameter(
         self, model: Transformer, name: str, x: Tensor, device: torch.device | str = "cpu"
@@ -231,6 +231,29 @@ class RandomCheckpoint(CheckedCheckpoint):
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
+
+
+def converted(blocks: list[Blocks], convert: Callable[[Tensor], Tensor]) -> list[Blocks]:
+    """A matrix with its rows where a family's convert takes them, which are of the same part; []
+    where it does more than that, so that integers would not stay."""
+    numbers = [len(part.rows) for part in blocks]
+    order = convert(torch.arange(sum(numbers))[:, None])[:, 0]
+    if order.is_floating_point():
+        return []
+    orders = [rows - rows.min() for rows in order.split(numbers)]
+    return [reordered(part, rows) for part, rows in zip(blocks, orders)]
+
+
+def reordered(part: Blocks, order: Tensor) -> Blocks:
+    """A matrix with its rows in another order, for which all of it is in memory."""
+    def hold() -> Callable[[range], Affine]:
+        held = part.held()
+        whole = [held.affine(rows) for rows in held.slices(256)]
+        whole = [torch.cat(slices)[order] for slices in zip(*whole)]
+        return lambda rows: Affine(*(x[rows.start:rows.stop] for x in whole))
+
+    N, K = part.shape
+    return replace(part, rows=range(N), columns=range(K), read=lambda rows: hold()(rows), hold=hold)
 
 
 @contextmanager

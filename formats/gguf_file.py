@@ -54,7 +54,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
     def alone(self, name: str) -> list[str]:
         """The names of the tensors that lie in the file in place of one, joined in that order."""
         for module, parts in self.file.get("parts", {}).items():
-            if f".{module}." in name:
+            if f".{module}." in name and self.stored_name(name) not in self.tensors:
                 return [name.replace(module, part) for part in parts]
         return [name]
 
@@ -63,6 +63,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def stored_name(self, name: str) -> str:
         name = EXPERT_NUMBER.sub("", name).replace("_correction_bias", "_correction.bias")
+        name = name.replace(".dt_bias", ".dt_proj.bias")
         stored = self.names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if stored not in self.tensors and f"{stored}.weight" in self.tensors:
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
@@ -81,21 +82,30 @@ class GGUFCheckpoint(CheckedCheckpoint):
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
         ValueError if it has another shape or cannot be read."""
         parts = self.alone(name)
-        size = shape[0] // len(parts)
-        tensors = [self.read_alone(part, (size, *shape[1:])) for part in parts]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if len(parts) == 1:
+            return self.read_alone(name, shape)
+        tensors = [self.read_alone(part) for part in parts]  # of all heads, or of each
+        with making_sense_of(self.path):
+            tensor = torch.cat(tensors, -2).flatten(0, -2)
+        check_shape(name, tensor.shape, shape)
+        return tensor
 
-    def read_alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The same of a tensor that the file does not have in parts."""
+    def read_alone(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The same of a tensor that the file does not have in parts. None: whatever shape it has
+        there, where a dimension of 1 may be missing."""
         stored = self.part_of(self.stored_name(name), name)
-        flat = shape[:1] + shape[2:] if len(shape) == 3 else shape  # of a convolution's weight
-        check_shape(stored.name, stored.shape, flat)
+        shape = stored.shape if shape is None else shape
+        check_shape(stored.name, *(tuple(n for n in x if n > 1) for x in (stored.shape, shape)))
         tensor = dequantized(stored).view(shape)
         shift = self.file.get("norm_shift", 0)
-        if name.endswith("norm.weight") and shift:
+        if name.endswith("norm.weight") and ".linear_attn." not in name:
             tensor = tensor - shift
-        order = self.row_order(name, shape[0])
-        return tensor if order is None else tensor[order]
+        if name.endswith(".A_log"):
+            tensor = (-tensor).log()
+        if ".k_b_proj." in name:  # what makes keys of a vector, for each head
+            tensor = tensor.mT
+        dim, order = self.order(name, shape)
+        return tensor if order is None else tensor.index_select(dim, order)
 
     def default_dtype(self, quantize: str | None, device: torch.device) -> torch.dtype:
         """On a CPU float32 where integers are kept: on SmolLM2 in Q4_1 a mean KL of 8.9e-4 from the
@@ -106,26 +116,31 @@ class GGUFCheckpoint(CheckedCheckpoint):
         return torch.float32 if kept else torch.bfloat16
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
-        """None also where the file has a tensor in parts."""
-        if self.alone(name) != [name]:
+        """None also where one part of it is stored in floating point."""
+        names = self.alone(name)
+        parts = [self.part_of(self.stored_name(part), part) for part in names]
+        if any(stored.dtype in FLOATS for stored in parts):
             return None
-        stored = self.part_of(self.stored_name(name), name)
-        if stored.dtype in FLOATS:
-            return None
-        check_shape(stored.name, stored.shape, shape)
-        return [file_blocks(stored, self.row_order(name, shape[0]))]
+        rows = [stored.shape[0] for stored in parts[:-1]]
+        blocks = []
+        for part, stored, n in zip(names, parts, [*rows, shape[0] - sum(rows)]):
+            check_shape(stored.name, stored.shape, (n, *shape[1:]))
+            blocks.append(file_blocks(stored, *self.order(part, stored.shape)))
+        return blocks
 
-    def row_order(self, name: str, N: int) -> Tensor | None:
-        """The file's row of each of the N rows that Hugging Face has; None where it is the same.
+    def order(self, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor | None]:
+        """A dimension, and the file's place along it of each of Hugging Face's; None: the same.
         In files of Llamas the two halves of a head of q or k, which rotate together, interleave."""
+        if "order" in self.file:
+            return self.file["order"](self.config, name, shape)
         module = name.split(".")[-2]
         if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
-            return None
+            return 0, None
         n_head = self.config["num_attention_heads"]
         if module == "k_proj":
             n_head = self.config.get("num_key_value_heads") or n_head
-        pairs = torch.arange(N).view(n_head, -1, 2)  # (H, D/2, 2)
-        return pairs.transpose(1, 2).flatten()
+        pairs = torch.arange(shape[0]).view(n_head, -1, 2)  # (H, D/2, 2)
+        return 0, pairs.transpose(1, 2).flatten()
 
 
 # --- reading ---
