@@ -102,7 +102,7 @@ def delta(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     has_state = [f"blk.{i}.ssm_a" in tensors for i in layers]
     config["layer_types"] = ["linear_attention" if x else "full_attention" for x in has_state]
     config["linear_value_head_dim"] = config["inner_size"] // config["linear_num_value_heads"]
-    config["in_parts"] = "blk.0.attn_qkv.weight" in tensors  # older files are as Hugging Face's
+    config["in_parts"] = any("attn_qkv" in name for name in tensors)  # older files: as by_part says
 
 
 DELTA = dict(norm_shift=1.0, complete=delta, settings=dict(
@@ -114,17 +114,17 @@ DELTA = dict(norm_shift=1.0, complete=delta, settings=dict(
 ))
 
 
-def value_heads(config: dict, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor | None]:
+def value_heads(config: dict, name: str, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
     """Qwen3.5's files have the first value head of each key head, then the second ones. The order
     of rows, or of out_proj's columns, as GGUFCheckpoint.order gives it."""
     n_k, n_v = config["linear_num_key_heads"], config["linear_num_value_heads"]
     if ".linear_attn." not in name or name.endswith(".norm.weight") or n_k == n_v:
-        return 0, None
+        return None, 0
     dim = int(".out_proj." in name)
     has_keys = ".in_proj_qkv." in name or ".conv1d." in name
     first = 2 * n_k * config["linear_key_head_dim"] * has_keys
     values = torch.arange(first, shape[dim]).view(n_v // n_k, n_k, -1).transpose(0, 1)
-    return dim, torch.cat([torch.arange(first), values.flatten()])
+    return torch.cat([torch.arange(first), values.flatten()]), dim
 
 
 SIGMOID = 2  # of expert_gating_func

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from formats.checkpoint import InFile
-from formats.integers import Affine, Blocks, twice_e2m1
+from formats.integers import Affine, Blocks, Rows, twice_e2m1
 from model import first_line
 
 
@@ -137,37 +136,14 @@ def dequantized(stored: InFile) -> Tensor:
         raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
 
 
-def file_blocks(stored: InFile, dim: int, order: Tensor | None) -> Blocks:
-    """A quantized matrix of a GGUF file. order: the file's row of each, or with dim 1 its column,
-    of which 32 move together; None: as they lie."""
+def file_blocks(stored: InFile) -> Blocks:
+    """A quantized matrix of a GGUF file."""
     N, K = stored.shape
     bits, group_size, unpack = TYPES.get(stored.dtype, (None, 32, None))
     _, block_bytes = gguf.GGML_QUANT_SIZES[stored.dtype]
-    groups = None
-    if dim == 1:
-        order, groups = None, order.view(-1, 32) // 32
-        if groups.diff().any():
-            raise ValueError(f"the inputs of {stored.name} do not move in whole groups of 32")
-        groups = groups[:, 0]
 
-    def read(rows: range) -> Affine:
-        parts = unpack(read_rows(stored, order, rows).view(-1, block_bytes))
-        parts = [part.view(len(rows), -1) for part in parts]
-        if groups is not None:
-            parts = [x.unflatten(1, (len(groups), -1))[:, groups].flatten(1) for x in parts]
-        return Affine(*parts)
+    def read(rows: Rows) -> Affine:
+        parts = unpack(stored.read(rows).view(-1, block_bytes))
+        return Affine(*(part.view(len(rows), -1) for part in parts))
 
     return Blocks(stored.name, stored.dtype.name, bits, range(N), range(K), read, group_size)
-
-
-def read_rows(stored: InFile, order: Tensor | None, rows: range) -> Tensor:
-    """The bytes of some rows, [rows, bytes of a row]."""
-    if order is None:
-        return stored.read(rows)
-    wanted = order.numpy()[rows.start:rows.stop]
-    parts = []
-    for near in np.split(wanted, 1 + np.flatnonzero(abs(np.diff(wanted)) > 512)):
-        # the rows that they lie among: where heads are interleaved, a few more
-        first = int(near.min())
-        parts.append(stored.read(range(first, int(near.max()) + 1))[near - first])
-    return torch.cat(parts)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from formats.default import default_model
 from formats.floats import Floats
-from formats.integers import Affine, Blocks, check_shape, mxfp4_blocks, read
+from formats.integers import Blocks, Rows, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
 from formats.packed import settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
@@ -241,19 +241,7 @@ def converted(blocks: list[Blocks], convert: Callable[[Tensor], Tensor]) -> list
     if order.is_floating_point():
         return []
     orders = [rows - rows.min() for rows in order.split(numbers)]
-    return [reordered(part, rows) for part, rows in zip(blocks, orders)]
-
-
-def reordered(part: Blocks, order: Tensor) -> Blocks:
-    """A matrix with its rows in another order, for which all of it is in memory."""
-    def hold() -> Callable[[range], Affine]:
-        held = part.held()
-        whole = [held.affine(rows) for rows in held.slices(256)]
-        whole = [torch.cat(slices)[order] for slices in zip(*whole)]
-        return lambda rows: Affine(*(x[rows.start:rows.stop] for x in whole))
-
-    N, K = part.shape
-    return replace(part, rows=range(N), columns=range(K), read=lambda rows: hold()(rows), hold=hold)
+    return [part.reordered(rows) for part, rows in zip(blocks, orders)]
 
 
 @contextmanager
@@ -323,8 +311,12 @@ class InFile:
         part = replace(self, shape=self.shape[1:])
         return replace(part, offset=self.offset + i * part.nbytes)
 
-    def read(self, rows: range | None = None) -> Tensor:
+    def read(self, rows: Rows | None = None) -> Tensor:
         """All of it, or some rows; of a type of GGUF's bytes. ValueError: the file ends there."""
+        if isinstance(rows, Tensor):  # near ones at once: the two halves of a head may interleave
+            far = 1 + (rows.diff().abs() > 512).nonzero()[:, 0]
+            spans = [(x, range(int(x.min()), int(x.max()) + 1)) for x in rows.tensor_split(far)]
+            return torch.cat([self.read(span)[x - span.start] for x, span in spans])
         stored = (*self.shape[:-1], self.row_bytes)
         rows = range(stored[0]) if rows is None else rows
         shape = rows[-1] + 1 - rows[0], *stored[1:]

@@ -84,9 +84,8 @@ class GGUFCheckpoint(CheckedCheckpoint):
         parts = self.alone(name)
         if len(parts) == 1:
             return self.read_alone(name, shape)
-        tensors = [self.read_alone(part) for part in parts]  # of all heads, or of each
-        with making_sense_of(self.path):
-            tensor = torch.cat(tensors, -2).flatten(0, -2)
+        with making_sense_of(self.path):  # parts of all heads, or of each
+            tensor = torch.cat([self.read_alone(part) for part in parts], -2).flatten(0, -2)
         check_shape(name, tensor.shape, shape)
         return tensor
 
@@ -95,7 +94,8 @@ class GGUFCheckpoint(CheckedCheckpoint):
         there, where a dimension of 1 may be missing."""
         stored = self.part_of(self.stored_name(name), name)
         shape = stored.shape if shape is None else shape
-        check_shape(stored.name, *(tuple(n for n in x if n > 1) for x in (stored.shape, shape)))
+        flat = shape if stored.shape == shape else tuple(n for n in shape if n > 1)
+        check_shape(stored.name, stored.shape, flat)
         tensor = dequantized(stored).view(shape)
         shift = self.file.get("norm_shift", 0)
         if name.endswith("norm.weight") and ".linear_attn." not in name:
@@ -104,7 +104,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
             tensor = (-tensor).log()
         if ".k_b_proj." in name:  # what makes keys of a vector, for each head
             tensor = tensor.mT
-        dim, order = self.order(name, shape)
+        order, dim = self.order(name, shape)
         return tensor if order is None else tensor.index_select(dim, order)
 
     def default_dtype(self, quantize: str | None, device: torch.device) -> torch.dtype:
@@ -125,22 +125,24 @@ class GGUFCheckpoint(CheckedCheckpoint):
         blocks = []
         for part, stored, n in zip(names, parts, [*rows, shape[0] - sum(rows)]):
             check_shape(stored.name, stored.shape, (n, *shape[1:]))
-            blocks.append(file_blocks(stored, *self.order(part, stored.shape)))
+            order, dim = self.order(part, stored.shape)
+            block = file_blocks(stored)
+            blocks.append(block if order is None else block.reordered(order, dim))
         return blocks
 
-    def order(self, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor | None]:
-        """A dimension, and the file's place along it of each of Hugging Face's; None: the same.
+    def order(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
+        """The file's place of each of Hugging Face's, None where it is the same, and the dimension.
         In files of Llamas the two halves of a head of q or k, which rotate together, interleave."""
         if "order" in self.file:
             return self.file["order"](self.config, name, shape)
         module = name.split(".")[-2]
         if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
-            return 0, None
+            return None, 0
         n_head = self.config["num_attention_heads"]
         if module == "k_proj":
             n_head = self.config.get("num_key_value_heads") or n_head
         pairs = torch.arange(shape[0]).view(n_head, -1, 2)  # (H, D/2, 2)
-        return 0, pairs.transpose(1, 2).flatten()
+        return pairs.transpose(1, 2).flatten(), 0
 
 
 # --- reading ---
