@@ -326,7 +326,8 @@ def as_converted(
         module = name.split(".")[-2]
         if arch in INTERLEAVED and module in heads:
             tensor = interleave(tensor, heads[module])
-        if arch in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
+        shifted = arch in ("gemma", "gemma2", "gemma3", "qwen35", "qwen35moe", "qwen3next")
+        if shifted and name.endswith("norm.weight") and ".linear_attn." not in name:
             tensor = tensor + 1
         if module == "act_fn":
             continue
@@ -337,14 +338,49 @@ def as_converted(
             name = f"{name}.bias"
         if name.endswith(("sinks", "layer_scalar")):
             name = f"{name}.weight"
-        if name.endswith("conv.conv.weight"):
+        if name.endswith(("conv.conv.weight", "conv1d.weight")):
             tensor = tensor.squeeze(1)
+        if ".linear_attn." in name:
+            yield from delta_tensors(name, tensor, config, arch)
+            continue
+        if module == "kv_b_proj":
+            parts = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
+            k, v = parts.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+            yield name.replace("kv_b_proj", "k_b_proj"), k.mT
+            yield name.replace("kv_b_proj", "v_b_proj"), v
+            continue
         name = name.replace("_correction_bias", "_correction.bias")
         name = name.replace(".gate.moe_statics.", ".moe_statics.")
         if module == "experts":
             yield from stacks(name, tensor, arch)
         else:
             yield name, tensor
+
+
+def delta_tensors(
+    name: str, tensor: Tensor, config: transformers.PreTrainedConfig, arch: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Those of a layer with a state: Qwen3.5's value heads go round the key heads, Qwen3-Next's
+    inputs are the queries of all heads, then their keys, and so on."""
+    n_k, n_v = config.linear_num_key_heads, config.linear_num_value_heads
+    k_dim, v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    keys = n_k * k_dim * 2
+    if name.endswith("A_log"):
+        tensor = -tensor.exp()
+    if "in_proj_qkvz" in name:
+        v = n_v // n_k * v_dim
+        parts = tensor.unflatten(0, (n_k, -1)).split([k_dim, k_dim, v, v], 1)
+        q, k, v, z = (part.flatten(0, 1) for part in parts)
+        yield name.replace("qkvz", "qkv"), torch.cat([q, k, v])
+        yield name.replace("qkvz", "z"), z
+        return
+    if arch != "qwen3next" and not name.endswith("norm.weight"):
+        dim = int("out_proj" in name)
+        first = keys if "conv1d" in name or "in_proj_qkv" in name else 0
+        rest = tensor.narrow(dim, first, tensor.shape[dim] - first)
+        rest = rest.unflatten(dim, (n_k, n_v // n_k, -1)).transpose(dim, dim + 1)
+        tensor = torch.cat([tensor.narrow(dim, 0, first), rest.flatten(dim, dim + 2)], dim)
+    yield name.replace(".dt_bias", ".dt_proj.bias"), tensor
 
 
 def stacks(name: str, tensor: Tensor, arch: str) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from checks.common import BASE, close, hf_logits, interleave, random_blocks, write_gguf
+from families.deltanet import by_part
 from formats.architectures import hf_config
 from formats.checkpoint import open_checkpoint
 from formats.gguf_file import GGUFCheckpoint
@@ -56,6 +57,26 @@ SIGMOID = ("add_expert_gating_func", gguf.ExpertGatingFuncType.SIGMOID)
 OF_GRANITE = ["embedding_multiplier", "attention_multiplier", "residual_multiplier",
               "logits_scaling"]
 SECTIONS = ("add_rope_dimension_sections", [3, 3, 2, 0])
+DELTA = dict(
+    linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16,
+    linear_value_head_dim=16, linear_conv_kernel_dim=4, head_dim=32)
+OF_DELTA = [
+    ("add_ssm_conv_kernel", 4), ("add_ssm_state_size", 16), ("add_ssm_group_count", 2),
+    ("add_ssm_time_step_rank", 6), ("add_ssm_inner_size", 96), ("add_rope_dimension_count", 8),
+    ("add_full_attention_interval", 4), ("add_value_length", 32)]
+SHARING = dict(EXPERTS, shared_expert_intermediate_size=40)
+OF_SHARING = [*MOE, ("add_expert_feed_forward_length", 32),
+              ("add_expert_shared_feed_forward_length", 40)]
+LATENT = dict(
+    q_lora_rank=40, kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=16,
+    head_dim=8, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32,
+    n_shared_experts=1, first_k_dense_replace=1, num_key_value_heads=6)
+OF_LATENT = [
+    ("add_head_count_kv", 1), ("add_q_lora_rank", 40), ("add_kv_lora_rank", 24), ("add_key_length", 32),
+    ("add_value_length", 24), ("add_key_length_mla", 20), ("add_value_length_mla", 16),
+    ("add_rope_dimension_count", 8), ("add_expert_count", 8), ("add_expert_used_count", 3),
+    ("add_expert_feed_forward_length", 32), ("add_expert_shared_count", 1),
+    ("add_leading_dense_block_count", 1)]
 DEEP = [SECTIONS, ("add_num_deepstack_layers", 1)]
 CASES = {
     "mixtral": Case("llama", "Mixtral", dict(num_local_experts=4), MOE,
@@ -202,6 +223,32 @@ CASES = {
         "minimax-m2", "MiniMaxM2", dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8),
         [*MOE, SIGMOID, ("add_expert_feed_forward_length", 72),
          ("add_rope_dimension_count", HALF)], ["moe", "rotary_dim"]),
+    "qwen3_5_text": Case(
+        "qwen35", "Qwen3_5", dict(DELTA, num_hidden_layers=5),
+        [*OF_DELTA, ("add_rope_dimension_sections", [2, 1, 1, 0])], ["windows"]),
+    "qwen3_5_moe_text": Case(
+        "qwen35moe", "Qwen3_5Moe", dict(DELTA, num_hidden_layers=5, **SHARING),
+        [*OF_DELTA, ("add_rope_dimension_sections", [2, 1, 1, 0]), *OF_SHARING],
+        ["windows", "moe"]),
+    "qwen3_next": Case(
+        "qwen3next", "Qwen3Next", dict(DELTA, num_hidden_layers=5, **SHARING),
+        [*OF_DELTA, *OF_SHARING], ["windows", "moe"]),
+    "deepseek_v3": Case(
+        "deepseek2", "DeepseekV3", dict(
+            LATENT, n_group=4, topk_group=2, routed_scaling_factor=2.5, rope_parameters=dict(
+                rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=24,
+                beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0)),
+        [*OF_LATENT, SIGMOID, ("add_expert_weights_norm", True), ("add_expert_weights_scale", 2.5),
+         ("add_expert_group_count", 4), ("add_expert_group_used_count", 2),
+         ("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0),
+         ("add_rope_scaling_orig_ctx_len", 24), ("add_rope_scaling_yarn_beta_fast", 32.0),
+         ("add_rope_scaling_yarn_beta_slow", 1.0), ("add_rope_scaling_yarn_log_mul", 0.1)],
+        ["moe", "q_lora_rank", "kv_lora_rank", "v_head_dim"]),
+    "deepseek_v2": Case(
+        "deepseek2", "DeepseekV2", dict(
+            LATENT, routed_scaling_factor=1.0, n_group=1, topk_group=1, topk_method="greedy"),
+        [*OF_LATENT, ("add_expert_weights_scale", 1.0)],
+        ["moe", "q_lora_rank", "kv_lora_rank", "v_head_dim"]),
     "ernie4_5_moe": Case(
         "ernie4_5-moe", "Ernie4_5_Moe",
         dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=32, head_dim=16),
@@ -230,9 +277,8 @@ class Written(NamedTuple):
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     case = CASES[request.param]
     sizes = dict(BASE, hidden_size=96, pad_token_id=0)  # phi3 has no head_dim but dim / n_head
-    config_class = getattr(transformers, f"{case.transformers}Config", None)
-    if case.transformers in ("Gemma3", "Gemma4"):
-        config_class = getattr(transformers, f"{case.transformers}TextConfig")
+    config_class = getattr(transformers, f"{case.transformers}TextConfig", None)
+    config_class = config_class or getattr(transformers, f"{case.transformers}Config")
     config = config_class(**copy.deepcopy({**sizes, **case.settings}))
     torch.manual_seed(0)
     hf = getattr(transformers, f"{case.transformers}ForCausalLM")(config).eval()
@@ -298,6 +344,9 @@ def test_every_tensor_is_hugging_faces(written: Written) -> None:
             wanted |= dict(expert_tensors(name, tensor, case_of(written).arch))
         elif ".act_fn." in name:  # which is read from the settings
             continue
+        elif name.endswith("in_proj_qkvz.weight"):
+            config = ModelConfig.from_hf(written.hf.config.to_dict())
+            wanted[name] = by_part(config, name)(tensor)
         elif name != "lm_head.weight" or not written.hf.config.tie_word_embeddings:
             name = name.replace(".moe_statics", "")
             wanted[name.replace(".expert_bias", ".gate.e_score_correction_bias")] = tensor

@@ -87,7 +87,7 @@ def test_blocks_are_exactly_what_gguf_reads(
     path = file_of(name)
     _, tensors = read_gguf(path)
     stored = tensors["blk.1.ffn_down.weight"]
-    blocks = file_blocks(stored, None)
+    blocks = file_blocks(stored)
     parts = [blocks.affine(rows) for rows in blocks.slices(100)]
     q, scale, zero = [torch.cat(part) for part in zip(*parts)]
     assert q.shape == blocks.shape == (256, 512)

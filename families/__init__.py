@@ -342,7 +342,24 @@ FAMILIES |= {
         DEEPSEEK_V2, mla.LATENT | {"moe": partial(deepseek_moe, best_of_group=1, normalize=False)},
         **DEEPSEEK,
     ),
-    "deepseek_v3": Family(DEEPSEEK_V3, mla.LATENT | BIASED_MOE, **DEEPSEEK),
+    "deepseek_v3": Family(
+        DEEPSEEK_V3, mla.LATENT | BIASED_MOE, **DEEPSEEK, gguf=dict(
+            name="deepseek2", complete=gguf.deepseek2,
+            parts={"kv_b_proj": ("k_b_proj", "v_b_proj")},
+            means=dict(n_group=1, topk_group=1, first_k_dense_replace=0, norm_topk_prob=False,
+                       routed_scaling_factor=1.0),
+            settings=dict(
+                n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
+                first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
+                routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
+                n_group="expert_group_count", topk_group="expert_group_used_count",
+                q_lora_rank="attention.q_lora_rank", kv_lora_rank="attention.kv_lora_rank",
+                qk_rope_head_dim="rope.dimension_count", key_size="attention.key_length_mla",
+                value_size="attention.value_length_mla",
+                num_nextn_predict_layers="nextn_predict_layers",
+            ),
+        ),
+    ),
     "glm4_moe_lite": Family(GLM4_LITE, mla.LATENT | BIASED_MOE, **DEEPSEEK),
     "mistral4": Family(
         MISTRAL4, mla.LATENT | {"moe": deepseek_moe},
@@ -382,11 +399,17 @@ FAMILIES |= {
     "qwen3_next": Family(
         DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},
         mlp=mlp_or_moe, **NEXT_CLASSES,
+        gguf=dict(gguf.DELTA, name="qwen3next",
+                  parts={"in_proj_qkvz": ("in_proj_qkv", "in_proj_z")}),
     ),
-    "qwen3_5_text": Family(DELTA | dict(num_key_value_heads=4), DELTA_FIELDS, **DELTA_CLASSES),
+    "qwen3_5_text": Family(
+        DELTA | dict(num_key_value_heads=4), DELTA_FIELDS, **DELTA_CLASSES,
+        gguf=dict(gguf.DELTA, name="qwen35", order=gguf.value_heads),
+    ),
     "qwen3_5_moe_text": Family(
         DELTA_MOE | dict(num_experts_per_tok=8), DELTA_FIELDS | {"moe": mixture_of_experts},
         mlp=mlp_or_moe, **DELTA_CLASSES,
+        gguf=dict(gguf.DELTA, name="qwen35moe", order=gguf.value_heads),
     ),
 }
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]

@@ -123,7 +123,8 @@ class NextDeltaNet(GatedDeltaNet):
 
 
 def by_part(config: ModelConfig, name: str) -> Any:
-    """Qwen3-Next's files have the rows of all parts beside each other for each key head."""
+    """Qwen3-Next's files have the rows of all parts beside each other for each key head; newer
+    GGUF files have in_proj_qkvz in parts."""
     hf = config.hf
     n_k, k_dim = hf["linear_num_key_heads"], hf["linear_key_head_dim"]
     group = hf["linear_num_value_heads"] // n_k
@@ -131,7 +132,7 @@ def by_part(config: ModelConfig, name: str) -> Any:
     sizes = {"in_proj_qkvz": [k_dim, k_dim, v, v], "in_proj_ba": [group] * 2}.get(
         name.split(".")[-2]
     )
-    if sizes is None:
+    if sizes is None or hf.get("in_parts") and ".in_proj_qkvz." in name:
         return None
     return lambda x: torch.cat([
         part.flatten(0, 1) for part in x.view(n_k, -1, x.shape[-1]).split(sizes, 1)

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def windows(config: dict, settings: dict[str, Any], tensors: dict[str, Any]) -> None:
     """A file may say which layers have a window: a list of them, or every how many have none."""
@@ -90,3 +93,55 @@ def baichuan(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     for the context."""
     if config.get("num_hidden_layers") == 40:
         config["model_max_length"] = config.pop("max_position_embeddings", None)
+
+
+def delta(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """A layer with a decay has a state. The last layers may be such that guess further tokens."""
+    config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
+    layers = range(config["num_hidden_layers"])
+    has_state = [f"blk.{i}.ssm_a" in tensors for i in layers]
+    config["layer_types"] = ["linear_attention" if x else "full_attention" for x in has_state]
+    config["linear_value_head_dim"] = config["inner_size"] // config["linear_num_value_heads"]
+    config["in_parts"] = any("attn_qkv" in name for name in tensors)  # older files: as by_part says
+
+
+DELTA = dict(norm_shift=1.0, complete=delta, settings=dict(
+    linear_conv_kernel_dim="ssm.conv_kernel", linear_key_head_dim="ssm.state_size",
+    linear_num_key_heads="ssm.group_count", linear_num_value_heads="ssm.time_step_rank",
+    inner_size="ssm.inner_size", full_attention_interval="full_attention_interval",
+    recurrent_layers="attention.recurrent_layers", sections="rope.dimension_sections",
+    num_nextn_predict_layers="nextn_predict_layers",
+))
+
+
+def value_heads(config: dict, name: str, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
+    """Qwen3.5's files have the first value head of each key head, then the second ones. The order
+    of rows, or of out_proj's columns, as GGUFCheckpoint.order gives it."""
+    n_k, n_v = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if ".linear_attn." not in name or name.endswith(".norm.weight") or n_k == n_v:
+        return None, 0
+    dim = int(".out_proj." in name)
+    has_keys = ".in_proj_qkv." in name or ".conv1d." in name
+    first = 2 * n_k * config["linear_key_head_dim"] * has_keys
+    values = torch.arange(first, shape[dim]).view(n_v // n_k, n_k, -1).transpose(0, 1)
+    return torch.cat([torch.arange(first), values.flatten()]), dim
+
+
+SIGMOID = 2  # of expert_gating_func
+
+
+def deepseek2(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
+    """Older files have what makes keys and values in one, and sizes of heads where newer ones have
+    those of what is cached. DeepSeek V2's experts are not chosen by a bias."""
+    config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
+    size, config["v_head_dim"] = (
+        settings.get(f"attention.{x}_length_mla") or settings[f"attention.{x}_length"]
+        for x in ("key", "value"))
+    config |= {"head_dim": config["qk_rope_head_dim"], "partial_rotary_factor": None}
+    config["qk_nope_head_dim"] = size - config["head_dim"]
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    scaling = config["rope_scaling"]
+    scaling |= {key: 10 * scaling[key] for key in ("mscale", "mscale_all_dim") if key in scaling}
+    biased = any("exp_probs_b" in name for name in tensors)
+    if (config.get("scoring") or SIGMOID * biased) != SIGMOID:
+        config |= {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
 
 from formats.checkpoint import InFile
-from formats.integers import Affine, Blocks, twice_e2m1
+from formats.integers import Affine, Blocks, Rows, twice_e2m1
 from model import first_line
 
 
@@ -137,25 +136,14 @@ def dequantized(stored: InFile) -> Tensor:
         raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
 
 
-def file_blocks(stored: InFile, order: Tensor | None) -> Blocks:
-    """A quantized matrix of a GGUF file. order [N]: the file's row of each, None: as they lie."""
+def file_blocks(stored: InFile) -> Blocks:
+    """A quantized matrix of a GGUF file."""
     N, K = stored.shape
     bits, group_size, unpack = TYPES.get(stored.dtype, (None, 32, None))
     _, block_bytes = gguf.GGML_QUANT_SIZES[stored.dtype]
 
-    def read(rows: range) -> Affine:
-        parts = unpack(read_rows(stored, order, rows).view(-1, block_bytes))
+    def read(rows: Rows) -> Affine:
+        parts = unpack(stored.read(rows).view(-1, block_bytes))
         return Affine(*(part.view(len(rows), -1) for part in parts))
 
     return Blocks(stored.name, stored.dtype.name, bits, range(N), range(K), read, group_size)
-
-
-def read_rows(stored: InFile, order: Tensor | None, rows: range) -> Tensor:
-    """The bytes of some rows, [rows, bytes of a row]."""
-    wanted = np.array(rows)
-    if order is not None:
-        wanted = order.numpy()[wanted]
-    # the rows that they lie among: where heads are interleaved, a few more
-    first = int(wanted.min())
-    data = stored.read(range(first, int(wanted.max()) + 1))
-    return data if order is None else data[wanted - first]

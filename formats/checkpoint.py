@@ -25,7 +25,7 @@ from torch import Tensor
 
 from formats.default import default_model
 from formats.floats import Floats
-from formats.integers import Blocks, check_shape, mxfp4_blocks, read
+from formats.integers import Blocks, Rows, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
 from formats.packed import settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
@@ -130,14 +130,14 @@ class CheckedCheckpoint(Checkpoint):
             layer = model.get_submodule(prefix)
             if kind != "weight" or not isinstance(layer, (Linear, nn.Embedding)):
                 continue
-            if FAMILIES[model.config.family].convert(model.config, name) is not None:
-                continue  # they would not stay
             blocks = []
             for part, shape in parts.items():
                 blocks += self.blocks(part, shape) or [None]
             if None not in blocks:
-                stored[prefix] = self.cut(name, blocks, tuple(layer.weight.shape))
-        return stored
+                blocks = self.cut(name, blocks, tuple(layer.weight.shape))
+                convert = FAMILIES[model.config.family].convert(model.config, name)
+                stored[prefix] = blocks if convert is None else converted(blocks, convert)
+        return {prefix: blocks for prefix, blocks in stored.items() if blocks}
 
     def parameter(
         self, model: Transformer, name: str, x: Tensor, device: torch.device | str = "cpu"
@@ -234,6 +234,17 @@ class RandomCheckpoint(CheckedCheckpoint):
         return torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
 
 
+def converted(blocks: list[Blocks], convert: Callable[[Tensor], Tensor]) -> list[Blocks]:
+    """A matrix with its rows where a family's convert takes them, which are of the same part; []
+    where it does more than that, so that integers would not stay."""
+    numbers = [len(part.rows) for part in blocks]
+    order = convert(torch.arange(sum(numbers))[:, None])[:, 0]
+    if order.is_floating_point():
+        return []
+    orders = [rows - rows.min() for rows in order.split(numbers)]
+    return [part.reordered(rows) for part, rows in zip(blocks, orders)]
+
+
 @contextmanager
 def making_sense_of(path: Path) -> Iterator[None]:
     """ValueError where a configuration's settings fail together."""
@@ -301,8 +312,12 @@ class InFile:
         part = replace(self, shape=self.shape[1:])
         return replace(part, offset=self.offset + i * part.nbytes)
 
-    def read(self, rows: range | None = None) -> Tensor:
+    def read(self, rows: Rows | None = None) -> Tensor:
         """All of it, or some rows; of a type of GGUF's bytes. ValueError: the file ends there."""
+        if isinstance(rows, Tensor):  # near ones at once: the two halves of a head may interleave
+            far = 1 + (rows.diff().abs() > 512).nonzero()[:, 0]
+            spans = [(x, range(int(x.min()), int(x.max()) + 1)) for x in rows.tensor_split(far)]
+            return torch.cat([self.read(span)[x - span.start] for x, span in spans])
         stored = (*self.shape[:-1], self.row_bytes)
         rows = range(stored[0]) if rows is None else rows
         shape = rows[-1] + 1 - rows[0], *stored[1:]

@@ -54,7 +54,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
     def alone(self, name: str) -> list[str]:
         """The names of the tensors that lie in the file in place of one, joined in that order."""
         for module, parts in self.file.get("parts", {}).items():
-            if f".{module}." in name:
+            if f".{module}." in name and self.stored_name(name) not in self.tensors:
                 return [name.replace(module, part) for part in parts]
         return [name]
 
@@ -63,6 +63,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def stored_name(self, name: str) -> str:
         name = EXPERT_NUMBER.sub("", name).replace("_correction_bias", "_correction.bias")
+        name = name.replace(".dt_bias", ".dt_proj.bias")
         name = name.replace("feed_forward.gate.e_score_correction.", "feed_forward.expert_bias.")
         known = (self.names.get_name(each, try_suffixes=(".weight", ".bias"))
                  for each in (name, name.removeprefix("model.")))  # LFM2's experts have none
@@ -84,21 +85,30 @@ class GGUFCheckpoint(CheckedCheckpoint):
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
         ValueError if it has another shape or cannot be read."""
         parts = self.alone(name)
-        size = shape[0] // len(parts)
-        tensors = [self.read_alone(part, (size, *shape[1:])) for part in parts]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if len(parts) == 1:
+            return self.read_alone(name, shape)
+        with making_sense_of(self.path):  # parts of all heads, or of each
+            tensor = torch.cat([self.read_alone(part) for part in parts], -2).flatten(0, -2)
+        check_shape(name, tensor.shape, shape)
+        return tensor
 
-    def read_alone(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The same of a tensor that the file does not have in parts."""
+    def read_alone(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The same of a tensor that the file does not have in parts. None: whatever shape it has
+        there, where a dimension of 1 may be missing."""
         stored = self.part_of(self.stored_name(name), name)
-        flat = shape[:1] + shape[2:] if len(shape) == 3 else shape  # of a convolution's weight
+        shape = stored.shape if shape is None else shape
+        flat = shape if stored.shape == shape else tuple(n for n in shape if n > 1)
         check_shape(stored.name, stored.shape, flat)
         tensor = dequantized(stored).view(shape)
         shift = self.file.get("norm_shift", 0)
-        if name.endswith("norm.weight") and shift:
+        if name.endswith("norm.weight") and ".linear_attn." not in name:
             tensor = tensor - shift
-        order = self.row_order(name, shape[0])
-        return tensor if order is None else tensor[order]
+        if name.endswith(".A_log"):
+            tensor = (-tensor).log()
+        if ".k_b_proj." in name:  # what makes keys of a vector, for each head
+            tensor = tensor.mT
+        order, dim = self.order(name, shape)
+        return tensor if order is None else tensor.index_select(dim, order)
 
     def default_dtype(self, quantize: str | None, device: torch.device) -> torch.dtype:
         """On a CPU float32 where integers are kept: on SmolLM2 in Q4_1 a mean KL of 8.9e-4 from the
@@ -109,30 +119,37 @@ class GGUFCheckpoint(CheckedCheckpoint):
         return torch.float32 if kept else torch.bfloat16
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
-        """None also where the file has a tensor in parts."""
-        if self.alone(name) != [name]:
+        """None also where one part of it is stored in floating point."""
+        names = self.alone(name)
+        parts = [self.part_of(self.stored_name(part), part) for part in names]
+        if any(stored.dtype in FLOATS for stored in parts):
             return None
-        stored = self.part_of(self.stored_name(name), name)
-        if stored.dtype in FLOATS:
-            return None
-        check_shape(stored.name, stored.shape, shape)
-        return [file_blocks(stored, self.row_order(name, shape[0]))]
+        rows = [stored.shape[0] for stored in parts[:-1]]
+        blocks = []
+        for part, stored, n in zip(names, parts, [*rows, shape[0] - sum(rows)]):
+            check_shape(stored.name, stored.shape, (n, *shape[1:]))
+            order, dim = self.order(part, stored.shape)
+            block = file_blocks(stored)
+            blocks.append(block if order is None else block.reordered(order, dim))
+        return blocks
 
-    def row_order(self, name: str, N: int) -> Tensor | None:
-        """The file's row of each of the N rows that Hugging Face has; None where it is the same.
+    def order(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
+        """The file's place of each of Hugging Face's, None where it is the same, and the dimension.
         In files of Llamas the two halves of a head of q or k, which rotate together, interleave;
         where Hugging Face has q, k and v of a head together, files have all heads of each."""
+        if "order" in self.file:
+            return self.file["order"](self.config, name, shape)
         module = name.split(".")[-2]
         if module == "query_key_value":
-            heads = torch.arange(N).view(3, self.config["num_attention_heads"], -1)
-            return heads.transpose(0, 1).flatten()
+            heads = torch.arange(shape[0]).view(3, self.config["num_attention_heads"], -1)
+            return heads.transpose(0, 1).flatten(), 0
         if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
-            return None
+            return None, 0
         n_head = self.config["num_attention_heads"]
         if module == "k_proj":
             n_head = self.config.get("num_key_value_heads") or n_head
-        pairs = torch.arange(N).view(n_head, -1, 2)  # (H, D/2, 2)
-        return pairs.transpose(1, 2).flatten()
+        pairs = torch.arange(shape[0]).view(n_head, -1, 2)  # (H, D/2, 2)
+        return pairs.transpose(1, 2).flatten(), 0
 
 
 # --- reading ---

@@ -21,6 +21,9 @@ class Affine(NamedTuple):
     zero: Tensor  # [rows, K / group_size] float32
 
 
+Rows = range | Tensor  # which rows of a matrix
+
+
 @dataclass
 class Blocks:
     """A quantized matrix of a file, or a part of one. Its rows are read when they are asked for."""
@@ -28,11 +31,11 @@ class Blocks:
     name: str  # of the tensor
     kind: str  # how the file stores it
     bits: int | None  # of an integer, None: integers cannot be read
-    rows: range  # of the whole matrix, as are columns
-    columns: range
-    read: Callable[[range], Affine]  # some rows, with all columns
+    rows: Rows  # of the whole matrix, in this order, as are columns
+    columns: Rows
+    read: Callable[[Rows], Affine]  # some rows, with all columns
     group_size: int = 32  # inputs of a group that stays one: 16, 32, 64 or 128
-    hold: Callable[[], Callable[[range], Affine]] | None = None  # -> a read that has all in memory
+    hold: Callable[[], Callable[[Rows], Affine]] | None = None  # -> a read that has all in memory
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,6 +50,14 @@ class Blocks:
                              f"the groups of 32 of {self.name}: take fewer ranks")
         group_size = math.gcd(self.group_size, start, length)
         return replace(self, columns=self.columns[start:start + length], group_size=group_size)
+
+    def reordered(self, order: Tensor, dim: int = 0) -> Blocks:
+        """With its rows, or columns, in another order. ValueError if that divides a group."""
+        if dim == 0:
+            return replace(self, rows=torch.tensor(self.rows)[order])
+        if (order.view(-1, 32) // 32).diff().any():
+            raise ValueError(f"inputs of {self.name} do not move in whole groups of 32")
+        return replace(self, columns=order)
 
     def held(self) -> Blocks:
         """For reading all of it, where its rows do not lie one after the other in the file."""
@@ -63,7 +74,11 @@ class Blocks:
         parts = []
         for part in whole:
             inputs = K // part.shape[1]  # to each of its values
-            parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
+            if isinstance(self.columns, Tensor):
+                groups = self.columns[::32] // 32
+                parts.append(part.unflatten(1, (K // 32, -1))[:, groups].flatten(1))
+            else:
+                parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
         return Affine(*parts)
 
 
