@@ -346,9 +346,9 @@ def contents(holder: type | ModuleType) -> str:
 def held(holder: type | ModuleType) -> dict[str, Any]:
     """Functions and numbers of a class or a module: of PyTorch's, to which other packages add some,
     those that matter."""
-    found = {}
+    found, of_torch = {}, is_torch(holder)
     for name, value in vars(holder).items():
-        if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
+        if name == "progress" or of_torch and name not in ("__call__", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
         if is_number or isinstance(behind(value), FunctionType):
