@@ -804,7 +804,7 @@ def test_a_second_run_goes_on(
     ("--prompt x --output x", "--output goes with --prompts"),
     ("--interactive --output x", "--output goes with --prompts"),
     ("--prompts {p} --output x --profile y", "--output goes with --prompts and without --profile"),
-    ("--prompt x --stop=", "argument --stop: an empty text would end every answer at once"),
+    ("--prompt x --stop=", "--stop takes no empty text, which would end every answer at once"),
     ("--benchmark --stop x", "--stop goes without --benchmark"),
     ("--prompt x --temperature inf", "inf is not at least 0 and at most 1000"),
     ("--prompt x --temperature 1 --top_k 99999999999999999999", "--top_k"),
