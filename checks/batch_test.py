@@ -20,7 +20,7 @@ import torch
 from batching import Engine
 from batching.engine import Launch
 from checks.common import CPU_ENV, HERE, run_cli
-from cli.batch import InOrder, Records, answer_file, answer_live, work_off
+from cli.batch import InOrder, Records, answer_jobs, print_record, work_off
 from cli.program import files_of
 from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
 from generate import NO_TEXT, Request, generate, load_tokenizer
@@ -296,25 +296,25 @@ def test_answers_are_printed_in_the_order_of_their_prompts(
 ) -> None:
     engine = Shouter(rows)
     headed = [f"[{i}] {word}\n{word.upper()}\n\n" for i, word in enumerate(WORDS)]
-    answers = answer_live(plain_jobs(*WORDS), engine, Letters(), as_json=False)
-    assert [answer["text"] for answer in answers] == [word.upper() for word in WORDS]
+    answers = answer_jobs(plain_jobs(*WORDS), engine, Letters())
+    assert {answer["text"] for answer in answers} == {word.upper() for word in WORDS}
     assert capsys.readouterr().out == "".join(headed)
-    answer_file(plain_jobs(*WORDS), engine, Letters(), as_json=False, records=None, team=ALONE)
+    answer_jobs(plain_jobs(*WORDS), engine, Letters(), team=ALONE)
     assert capsys.readouterr().out == "".join(headed)
 
 
 def test_answers_as_json_are_printed_as_they_end(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = answer_live(plain_jobs(*WORDS), Shouter(), Letters(), as_json=True)
-    assert [answer["text"] for answer in answers] == [word.upper() for word in WORDS]
+    answers = answer_jobs(plain_jobs(*WORDS), Shouter(), Letters(), write=print_record)
+    assert {answer["text"] for answer in answers} == {word.upper() for word in WORDS}
     printed = list(map(json.loads, capsys.readouterr().out.split("\n")[:-1]))
-    assert sorted(printed, key=lambda record: record["index"]) == answers
+    assert printed == answers
 
 
 def test_without_a_tokenizer_there_are_answers_and_no_text(
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = answer_live(plain_jobs("ab", "c"), Shouter(), None, as_json=False)
-    assert [answer["new_tokens"] for answer in answers] == [2, 1]
+    answers = answer_jobs(plain_jobs("ab", "c"), Shouter(), None)
+    assert sorted(answer["new_tokens"] for answer in answers) == [1, 2]
     assert [answer["text"] for answer in answers] == ["", ""]
     assert capsys.readouterr().out == ""
 
@@ -335,19 +335,19 @@ def test_the_first_text_that_has_not_ended_is_printed_as_it_comes(
 def test_a_stop_string_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     jobs = samples(0, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "O"]}, 1)
     jobs += samples(1, "", list(b"one two"), {**DEFAULTS, "stop": ["E T", "WW"]}, 1)
-    answer_live(jobs, Shouter(), Letters(), as_json=False)
+    answer_jobs(jobs, Shouter(), Letters())
     assert capsys.readouterr().out == "[0] \n\n\n[1] \nON\n\n"
 
 
 def test_several_answers_to_a_prompt_have_headings(capsys: pytest.CaptureFixture[str]) -> None:
     """On the screen as in a file of them; the only answer of a run needs none."""
     jobs = plain_jobs("ab", "c", n=2)
-    answer_file(jobs, Shouter(), Letters(), as_json=False, records=None, team=ALONE)
+    answer_jobs(jobs, Shouter(), Letters(), team=ALONE)
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert heads == ["[0, sample 0] ab", "[0, sample 1] ab", "[1, sample 0] c", "[1, sample 1] c"]
-    answer_live(plain_jobs("ab", n=2), Shouter(), Letters(), as_json=False)
+    answer_jobs(plain_jobs("ab", n=2), Shouter(), Letters())
     assert capsys.readouterr().out == "[0, sample 0] ab\nAB\n\n[0, sample 1] ab\nAB\n\n"
-    answer_live(plain_jobs("ab"), Shouter(), Letters(), as_json=False)
+    answer_jobs(plain_jobs("ab"), Shouter(), Letters())
     assert capsys.readouterr().out == "AB\n"
 
 
@@ -355,7 +355,7 @@ def test_records_come_as_answers_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobs = jobs_of(FILE.encode() + b"\n\xff\n", tmp_path)
-    answer_file(jobs, Shouter(), Letters(), as_json=True, records=None, team=ALONE)
+    answer_jobs(jobs, Shouter(), Letters(), write=print_record, team=ALONE)
     out, err = capsys.readouterr()
     found = [json.loads(line) for line in out.splitlines()]
     assert [record["index"] for record in found] == [6, 1, 3, 2, 4, 0, 5]
@@ -372,8 +372,8 @@ def test_records_come_as_answers_end(
 def test_a_bad_line_leaves_a_gap_among_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer_file(jobs_of(b"one\n\xff\ntwo\n\xfe", tmp_path), Shouter(), Letters(), as_json=False,
-                records=None, team=ALONE)
+    jobs = jobs_of(b"one\n\xff\ntwo\n\xfe", tmp_path)
+    answer_jobs(jobs, Shouter(), Letters(), team=ALONE)
     out, err = capsys.readouterr()
     assert out == "[0] one\nONE\n\n[2] two\nTWO\n\n"
     assert err.count("not UTF-8") == 2
@@ -386,8 +386,9 @@ def answer_into(
 ) -> list[dict[str, object]]:
     """What a run leaves in a file of records."""
     with Records(str(file)) as records:
-        answer_file(
-            jobs, engine or Shouter(), Letters(), as_json=False, records=records, team=ALONE
+        answer_jobs(
+            jobs, engine or Shouter(), Letters(), write=records.append,
+            done=records.answers_to(jobs), team=ALONE,
         )
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -803,7 +804,7 @@ def test_a_second_run_goes_on(
     ("--prompt x --output x", "--output goes with --prompts"),
     ("--interactive --output x", "--output goes with --prompts"),
     ("--prompts {p} --output x --profile y", "--output goes with --prompts and without --profile"),
-    ("--prompt x --stop=", "argument --stop: an empty text would end every answer at once"),
+    ("--prompt x --stop=", "--stop takes no empty text, which would end every answer at once"),
     ("--benchmark --stop x", "--stop goes without --benchmark"),
     ("--prompt x --temperature inf", "inf is not at least 0 and at most 1000"),
     ("--prompt x --temperature 1 --top_k 99999999999999999999", "--top_k"),

@@ -201,11 +201,8 @@ def multiplier() -> SimpleNamespace:
 
 
 def test_profile(
-    multiplier: SimpleNamespace, ten_gb_s: None, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    multiplier: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    parts = {"q_proj": 20_000_000, "attention": 5_000_000.0, "of all layers: lm_head": 100_000_000}
-    monkeypatch.setattr(cli.stats, "bytes_of_parts", lambda engine: parts)
     file = tmp_path / "trace.json"
     with new_trace(str(file)) as new:
         profile(multiplier, new)
@@ -213,13 +210,7 @@ def test_profile(
     assert lines[0].startswith("a decode step takes 1000 us, the kernels ")
     product = next(line for line in lines if line.endswith("aten::mm"))
     assert "%    1.0 x " in product
-    assert lines[-5:] == [
-        "open the trace in chrome://tracing or ui.perfetto.dev",
-        "what a layer's parts take at the 10 GB/s that this machine copies at:",
-        "    2000.0 us     20.00 MB  q_proj",
-        "     500.0 us      5.00 MB  attention",
-        "   10000.0 us    100.00 MB  of all layers: lm_head",
-    ]
+    assert lines[-1] == "open the trace in chrome://tracing or ui.perfetto.dev"
     assert json.loads(file.read_text())["traceEvents"]
 
 
@@ -387,7 +378,7 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--output", "x", "--prompt", "x"], OUTPUT),
     (["--output", "x", "--interactive"], OUTPUT),
     (["--output", "x", "--prompts", "y", "--profile", "x"], OUTPUT),
-    (["--stop", ""], "argument --stop: an empty text would end every answer at once"),
+    (["--stop", ""], "--stop takes no empty text, which would end every answer at once"),
     (["--system", "x"], "--system goes with --interactive or --chat"),
     (["--threads", "0"], "argument --threads: 0 is not at least 1 and at most 1024"),
     (["--compile_prefill"], "--compile_prefill goes with --compile"),

@@ -134,11 +134,7 @@ def test_int4_linear(N: int, K: int, rows: int, group: int, dtype: torch.dtype) 
     weights = int4_weights(N, K, group)
     packed = linear.pack_int4(*weights)
     expected = linear.int4_linear_reference(x.float(), *weights)
-    for y in (
-        run_linear_kernel(x, *packed),
-        linear.int4_linear(x, *weights),
-        linear.packed_int4_linear(x, *packed),
-    ):
+    for y in (run_linear_kernel(x, *packed), linear.packed_int4_linear(x, *packed)):
         assert y.dtype == dtype
         check_linear(y, expected)
 
@@ -224,7 +220,6 @@ def test_no_vectors_give_no_outputs() -> None:
         x = torch.empty(2, 0, 96, dtype=dtype, device=DEVICE)
         for y in (
             linear.int8_linear(x, *int8_weights(24, 96)),
-            linear.int4_linear(x, *int4),
             linear.packed_int4_linear(x, *linear.pack_int4(*int4)),
         ):
             assert y.shape == (2, 0, 24)
@@ -371,9 +366,9 @@ def test_linear_layouts_are_what_they_are_said_to_be() -> None:
     one = torch.ones(1, 1)
     zero = torch.zeros(1, 1)
     # the even input in the low nibble, the odd one in the high nibble, each minus 8
-    y = linear.int4_linear(x, w, one, zero)
+    y = linear.int4_linear_reference(x, w, one, zero)
     assert y.flatten().tolist() == [7, -7, -8, 0] + [0] * 28
-    y = linear.int4_linear(x, w, one * 2, one)
+    y = linear.int4_linear_reference(x, w, one * 2, one)
     assert y.flatten()[:4].tolist() == [15, -13, -15, 1]
 
 
@@ -383,8 +378,6 @@ def test_linear_arguments_are_checked() -> None:
     packed, lines = linear.pack_int4(w, scales, zeros)
     with pytest.raises(ValueError, match="int8_linear: needs x"):
         linear.int8_linear(x, packed.flatten(1), scales)
-    with pytest.raises(ValueError, match="int4_linear: needs x"):
-        linear.int4_linear(x, w[:, :8], scales, zeros)
     with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
         linear.packed_int4_linear(x[..., :32], packed, lines[:, :, :0])
     with pytest.raises(ValueError, match="packed_int4_linear: needs x"):

@@ -28,13 +28,6 @@ def number(*limits: Any) -> Callable[[str], int | float]:
     return parse
 
 
-def stop_text(text: str) -> str:
-    """An argparse type: a text that is not empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("an empty text would end every answer at once")
-    return text
-
-
 # what only this folder reads
 MORE = {"--prompt": dict(
     help="text, @FILE, - for stdin, or a number of random tokens, as in gpt-fast; @@ begins a "
@@ -142,7 +135,7 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
         "default: 1")
     add("--batch_size", metavar="N", type=number(int, 1, 4096), default=1,
         help="rows at once, 1 to 4096; default: 1")
-    add("--stop", metavar="TEXT", type=stop_text, action="append", default=[],
+    add("--stop", metavar="TEXT", action="append", default=[],
         help="end an answer in front of this text; may be given several times; default: none")
 
 
@@ -257,6 +250,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         "--draft_quantize goes with --draft_checkpoint_path":
             args.draft_quantize is not None and args.draft_checkpoint_path is None,
         "--stop goes without --benchmark and --profile": args.stop and measures,
+        "--stop takes no empty text, which would end every answer at once": "" in args.stop,
         "--benchmark takes its --prompt as a number of random tokens":
             args.benchmark and (args.prompts is not None or not is_number),
     }

@@ -6,8 +6,8 @@ import re
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -25,9 +25,7 @@ Record = dict[str, Any]  # an answer as far as it has come, as --json and --outp
 
 
 def new_record(job: Job) -> Record:
-    return {
-        "index": job.index,
-        "sample": job.sample,
+    record = {
         "text": "",
         "prompt_tokens": len(job.prompt),
         "new_tokens": 0,
@@ -35,15 +33,20 @@ def new_record(job: Job) -> Record:
         "queued_s": 0.0,  # until it got its row
         "first_token_s": 0.0,  # from then on until its first token
         "total_s": 0.0,  # and until its last
-        "digest": job.digest,
-        **job.passed,
     }
+    answer = record if job.error is None else {"error": job.error}
+    place = {"index": job.index, "sample": job.sample}
+    return place | answer | {"digest": job.digest, **job.passed}
 
 
 def as_line(record: Record) -> str:
     """A record as a line of JSON, in UTF-8 but for what some take for the end of a line."""
     text = json.dumps(record, ensure_ascii=False, default=str)
     return text.translate({end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)})
+
+
+def print_record(record: Record) -> None:
+    print(as_line(record), flush=True)
 
 
 def work_off(
@@ -101,126 +104,102 @@ def add_logprobs(
             record.setdefault(f"{name}logprobs", []).append(told)
 
 
-# --- answers on the screen ---
-
 class InOrder:
     """Prints several texts in the order of their numbers, those of jobs under their headings,
-    though their pieces come as they like: those of the first text that has not ended at once."""
+    though their pieces come as they like: those of the first text that has not ended at once, or
+    (whole) when it ends."""
 
-    def __init__(self, jobs: list[Job]) -> None:
+    def __init__(self, jobs: list[Job], whole: bool = False) -> None:
         self.turn = 0  # the number of the text that is being printed
         self.held: dict[int, str] = defaultdict(str, enumerate(job.heading for job in jobs))
         self.ended: set[int] = set()
+        self.whole = whole
 
     def push(self, number: int, piece: str, ended: bool) -> None:
         self.held[number] += piece
         if ended:
             self.ended.add(number)
-        while True:
+        while self.turn in self.ended or not self.whole:
             print(self.held.pop(self.turn, ""), end="", flush=True)
             if self.turn not in self.ended:
                 break
             self.turn += 1
 
 
-def answer_live(
-    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, as_json: bool
+def answer_jobs(
+    jobs: list[Job], engine: Engine | None, tokenizer: Tokenizer | None, *,
+    write: Callable[[Record], None] | None = None, done: Collection[tuple[int, int]] = (),
+    team: Team | None = None,
 ) -> list[Record]:
-    """Print answers as they come, one after the other, and each of several under a heading, or
-    (as_json) a line each -> their records. tokenizer: None makes no text."""
-    one = len(jobs) == 1
-    screen = InOrder([] if one else jobs)
-    records = {}
-    for number, _, piece, record in work_off(jobs, engine, tokenizer):
-        records[number] = record
-        ended = record["finish_reason"] is not None
-        if ended:
-            piece += "\n" if one else "\n\n"
-        if tokenizer is not None and not as_json:
-            screen.push(number, piece, ended)
-        elif tokenizer is not None and ended:
-            print(as_line(record), flush=True)
-    return [records[number] for number in range(len(jobs))]
+    """Answer prompts, and report the lines that are none -> their records, as they ended.
 
+    write takes each record; None prints the texts in the prompts' order, those of several under
+    their headings. tokenizer: None makes no text. done: (index, sample) of jobs that have their
+    answers already. team: its groups share the jobs, with a bar of progress if stderr is a
+    terminal, and give the first process what they have; None: all are answered here, and a text is
+    printed as it comes."""
+    one = team is None and len(jobs) == 1
+    screen = InOrder([] if one else jobs, whole=team is not None)
+    ended = []
 
-# --- the answers to a file ---
-
-def answer_file(
-    jobs: list[Job], engine: Engine, tokenizer: Tokenizer, *, as_json: bool,
-    records: "Records | None", team: Team,
-) -> list[Record]:
-    """Answer a file's prompts and report the lines that are none, with a bar of progress if
-    stderr is a terminal -> what was written. All processes of the team do this together; the first
-    one writes.
-
-    records: the file that answers are appended to, which may have some already; None prints them,
-    as they come, a line each (as_json), or in the prompts' order, each under a heading."""
-    screen = InOrder(jobs)
-    written = []
-
-    def write(number: int, record: Record) -> None:
-        written.append(record)
-        if records is not None:
-            records.append(record)
-        elif as_json:
-            print(as_line(record), flush=True)
-        else:
-            screen.push(number, f"{record['text']}\n\n" if "text" in record else "", ended=True)
+    def show(number: int, piece: str, record: Record) -> None:
+        ends = record.get("finish_reason", "error") is not None
+        if ends:
+            ended.append(record)
+        if write is None and tokenizer is not None:
+            if ends and "text" in record:
+                piece += "\n" if one else "\n\n"
+            screen.push(number, piece, ends)
+        elif write is not None and ends:
+            write(record)
 
     left = []
-    if team.is_first:
-        done = set() if records is None else records.answers_to(jobs)
-        for number, job in enumerate(jobs):
-            if (job.index, job.sample) in done:
-                continue
+    for number, job in enumerate(jobs):
+        if (job.index, job.sample) not in done:
             if job.error is None:
                 left.append(number)
             else:  # a line that is no prompt is done by saying so
                 say(job.error)
-                write(number, {
-                    "index": job.index, "sample": job.sample, "error": job.error,
-                    "digest": job.digest, **job.passed,
-                })
-        if done:
-            say(f"{records.path} has {plural(len(done), 'answer')} already; {len(left)} are left")
-    left = team.broadcast(left)
+                show(number, "", new_record(job))
     if left:
-        answer_left(jobs, left, engine, tokenizer, write, team)
-    return written
+        answer_left(jobs, left, engine, tokenizer, show, team)
+    return ended
 
 
 def answer_left(
-    jobs: list[Job], left: list[int], engine: Engine, tokenizer: Tokenizer,
-    write: Callable[[int, Record], None], team: Team,
+    jobs: list[Job], left: list[int], engine: Engine, tokenizer: Tokenizer | None,
+    show: Callable[[int, str, Record], None], team: Team | None,
 ) -> None:
-    """Answer the jobs of these numbers, and write each record as it comes."""
+    """Answer the jobs of these numbers, and show what is new of each as it comes."""
+    wanted = [jobs[number] for number in left]
+    n_tokens, began = 0, time.perf_counter()
     with tqdm(
-        total=len(jobs), initial=len(jobs) - len(left), unit="prompt", miniters=0, disable=None,
+        total=len(jobs), initial=len(jobs) - len(left), unit="prompt", miniters=0,
+        disable=team is None or None,  # None: unless stderr is a terminal
         nrows=20,  # a terminal without a size says that it has none, which would hide the bar
     ) as bar:
-        n_tokens = 0
-        began = time.perf_counter()
-        wanted = [jobs[number] for number in left]
-        for number, n_new, record in answers_of_all(wanted, engine, tokenizer, team):
+        for number, n_new, piece, record in answers_of_all(wanted, engine, tokenizer, team):
+            ended = record["finish_reason"] is not None
             n_tokens += n_new
             speed = n_tokens / max(time.perf_counter() - began, NO_TIME)
             bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
-            bar.update(0)  # draws it anew if that is due
-            if record["finish_reason"] is not None:
-                with bar.external_write_mode():
-                    write(left[number], record)
-                bar.update(1)
-    if team.n_groups > 1:
+            with bar.external_write_mode() if ended else nullcontext():
+                show(left[number], piece, record)
+            bar.update(ended)  # draws it anew if that is due
+    if team is not None and team.n_groups > 1:
         seconds = time.perf_counter() - began
         say(f"{team.n_groups} groups: {n_tokens} new tokens in {seconds:.2f} s; the first of them:")
 
 
 def answers_of_all(
-    jobs: list[Job], engine: Engine, tokenizer: Tokenizer, team: Team
-) -> Iterator[tuple[int, int, Record]]:
-    """Work jobs off with the other groups of the team -> in the first process: (a job's number, how
-    many of its tokens are new, its record), as they come; the others send it what they have."""
+    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, team: Team | None
+) -> Iterator[tuple[int, int, str, Record]]:
+    """What work_off gives, of all groups of the team in the first process: the others send it what
+    they have."""
     ours = work_off(jobs, engine, tokenizer, team)
+    if team is None or team.n_groups == 1:
+        yield from ours
+        return
     if not team.is_first:
         for number, _, _, record in ours:
             if record["finish_reason"] is not None:
@@ -232,14 +211,13 @@ def answers_of_all(
         news = next(ours, None)
         working = news is not None
         if working:
-            number, n_new, _, record = news
-            n_left -= record["finish_reason"] is not None
-            yield number, n_new, record
+            n_left -= news[-1]["finish_reason"] is not None
+            yield news
         elif n_left:
             time.sleep(0.01)  # others are still at work
         for number, record in team.receive():
             n_left -= 1
-            yield number, record["new_tokens"], record
+            yield number, record["new_tokens"], record["text"], record
 
 
 def is_begun(line: bytes) -> bool:

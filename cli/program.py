@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from batching import Engine, Stats
-from cli.batch import Records, answer_file, answer_live, as_line, work_off
+from cli.batch import Records, answer_jobs, print_record, work_off
 from cli.chat import Chat
 from cli.progress import say_library, watch_prompts
 from cli.prompts import (
@@ -61,9 +61,13 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     check_fit(args, tokenizer, config)
     more = for_all(args, asked, tokenizer, config)
     jobs = wanted(args, asked, tokenizer, config)
-    done = file.answers_to(jobs) if isinstance(file, Records) else set()
+    done = file.answers_to(jobs) if isinstance(file, Records) else ()
+    if done:
+        n_left = len(jobs) - len(done)
+        say(f"{file.path} has {plural(len(done), 'answer')} already; {n_left} are left")
+    done = {(index, sample) for index, sample in team.broadcast(list(done))}
     answered = [job.error or (job.index, job.sample) in done for job in jobs]
-    if not team.broadcast(args.prompts is not None and all(answered)):  # which needs no model
+    if args.prompts is None or not all(answered):  # which needs no model
         for job in jobs:
             job.settings.update(more)
         model = load(args, team.ranks, checkpoint, args.quantize, args.adapter)
@@ -80,16 +84,37 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
         settings["max_new_tokens"] = 16  # to warm up
         generate(model, prompts, stats=engine.stats, engine=engine, **settings)
         profile(engine, file)
-    elif args.prompts is not None:
-        written = answer_file(jobs, engine, tokenizer, as_json=args.json, records=file, team=team)
-        say_cuts([record.get("finish_reason", "error") for record in written])
-        if all(job.error for job in jobs):
-            n = plural(len(jobs), "prompt")
-            raise ValueError(f"none of the {n} of {args.prompts} could be answered")
     else:
-        answer_prompt(engine, tokenizer, jobs, args)
+        answer_prompts(args, jobs, engine, tokenizer, file, done, team)
     if engine is not None:
         say_run(args, engine)
+
+
+def answer_prompts(
+    args: Any, jobs: list[Job], engine: Engine | None, tokenizer: Tokenizer | None,
+    file: Records | None, done: set[tuple[int, int]], team: Team,
+) -> None:
+    """One prompt, or those of a file, and what is to be said of all answers."""
+    if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
+        for _ in work_off(jobs[:args.batch_size], engine, tokenizer):
+            pass
+        engine.stats = Stats(load_s=engine.stats.load_s, compile_s=engine.stats.compile_s)
+    elif args.prompts is None:
+        watch_prompts(engine)
+    write = print_record if args.json and tokenizer is not None else None
+    records = answer_jobs(
+        jobs, engine, tokenizer, write=write if file is None else file.append, done=done,
+        team=None if args.prompts is None else team,
+    )
+    reasons = [record.get("finish_reason", "error") for record in records]
+    if not args.benchmark:
+        say_cuts(reasons)
+    if all(job.error for job in jobs):
+        n = plural(len(jobs), "prompt")
+        raise ValueError(f"none of the {n} of {args.prompts} could be answered")
+    ended_at_once = any(r == "eos" and x["new_tokens"] == 1 for r, x in zip(reasons, records))
+    if ended_at_once and tokenizer.chat_template and args.prompt and not args.chat:
+        say(NO_TEXT)
 
 
 def for_all(
@@ -109,7 +134,7 @@ def say_run(args: Any, engine: Engine) -> None:
     summary = (summarize(engine, args.benchmark) or {}) if measured else {}
     summary["library"] = say_library(engine.model)
     if args.json:
-        print(as_line(vars(args) | summary), flush=True)
+        print_record(vars(args) | summary)
 
 
 def read_asked(args: Any) -> Asked:
@@ -257,22 +282,6 @@ def make_engine(
     for each in filter(None, (model, draft)):
         compiled = prepare_steps(each, args.compile, rows, args.compile_prefill)
     return Engine(model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room)
-
-
-def answer_prompt(engine: Engine, tokenizer: Tokenizer | None, jobs: list[Job], args: Any) -> None:
-    """Continue one prompt, once or several times."""
-    if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
-        for _ in work_off(jobs[:args.batch_size], engine, tokenizer):
-            pass
-        engine.stats = Stats(load_s=engine.stats.load_s, compile_s=engine.stats.compile_s)
-    else:
-        watch_prompts(engine)
-    records = answer_live(jobs, engine, tokenizer, as_json=args.json)
-    if not args.benchmark:
-        say_cuts([record["finish_reason"] for record in records])
-    ended = {(record["new_tokens"], record["finish_reason"]) for record in records}
-    if (1, "eos") in ended and tokenizer.chat_template and args.prompt and not args.chat:
-        say(NO_TEXT)
 
 
 def check_room(args: Any, folder: Path, model: Transformer) -> None:

@@ -57,7 +57,8 @@ def show_loading() -> None:
 @afterthought()
 def say_library(model: Transformer) -> bool:
     """Say whether steps ran by a library that --compile makes -> the same."""
-    ran = getattr(model.decode_block, "first", None) is not None
+    libraries = getattr(model.decode_block, "libraries", {})
+    ran = any(library is not None for library in libraries.values())
     if ran:
         say("decoded by the library that --compile made")
     elif getattr(model.decode_block, "missing", False):

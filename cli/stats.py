@@ -191,8 +191,8 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
 
 
 def profile(engine: Engine, file: Path) -> None:
-    """Trace warm decode steps, say what a step consists of and must take, and write a Chrome trace.
-    OSError: it cannot be written."""
+    """Trace warm decode steps, say what a step consists of, and write a Chrome trace. OSError: it
+    cannot be written."""
     with torch.profiler.profile() as trace:
         seconds = engine.timed_steps(PROFILED)
     say_kernels(trace, 1e6 * sum(seconds) / PROFILED, len(engine.model.layers), engine.device)
@@ -200,29 +200,6 @@ def profile(engine: Engine, file: Path) -> None:
     if file.suffix != ".gz" and b'"traceName"' not in file.read_bytes()[-9999:]:
         raise OSError(ENOSPC, os.strerror(ENOSPC), str(file))  # of which PyTorch says nothing
     say("open the trace in chrome://tracing or ui.perfetto.dev")
-    with afterthought():
-        bandwidth = copy_bandwidth(engine.device, 2**28)
-        speed = f"{bandwidth / 1e9:.0f} GB/s that this machine copies at"
-        say(f"what a layer's parts take at the {speed}:")
-        for name, nbytes in bytes_of_parts(engine).items():
-            least_us = nbytes / bandwidth * 1e6
-            say(f"  {least_us:8.1f} us  {nbytes / 1e6:8.2f} MB  {name}")
-
-
-def bytes_of_parts(engine: Engine) -> dict[str, float]:
-    """What a step reads at least of each part of a layer, and of the output head."""
-    layers, cache = engine.model.layers, engine.cache
-    parts = {}
-    for name, module in layers[0].named_modules():
-        if name.endswith("_proj"):
-            parts[name] = module_bytes(module)
-            if "experts." in name:  # of which a step reads some
-                experts = layers[0].get_submodule(name.partition("experts.")[0] + "experts")
-                parts[name] *= experts.share(cache.max_batch_size)
-    live = sum(bytes_read(cache, length) for length in engine.input_pos.tolist())
-    parts["attention"] = live / len(layers)
-    parts["of all layers: lm_head"] = module_bytes(engine.model.lm_head)
-    return parts
 
 
 def new_trace(path: str) -> AbstractContextManager[Path]:

@@ -5,12 +5,12 @@ they can be and called from C++. torch.export and AOTInductor make it in some 15
 the weights as arguments, so that all layers of a kind share one, and lies in the user's cache
 folder under a fingerprint of the block: later runs need no compiler.
 
-A library runs only where it gives what the Python gives now. A block has one only if all that it
-does is written in files and in plain settings, which the fingerprint covers. A hook or a replaced
-method of a class is noticed at the next step. Anything else that is replaced is noticed at the next
-text, which prefill or forward begins: weights too. From then on Python runs. Nobody notices what
-changes inside a table, a tensor or an object that a function reads by a name of its module, or
-other functions that are put into torch.nn.functional: call compile_model, which has no library."""
+A library runs only where it gives what the Python gives now. All that its block does has to be
+written in files and in plain settings, of which the fingerprint is made; and each text, which
+prefill or forward begins, looks at the blocks anew. A hook or a replaced method of a class is
+noticed at the next step. Nobody notices what changes inside a table, a tensor or an object that a
+function reads by a name of its module, or other functions that are put into torch.nn.functional:
+call compile_model, which has no library."""
 from __future__ import annotations
 
 import contextlib
@@ -58,23 +58,20 @@ class AheadOfTime:
     """Runs blocks from their libraries; meant for Transformer.decode_block.
 
     Libraries are for steps of one token of one row with a plain cache. Everything else goes to
-    `otherwise`: a block without a library, unless `build` says to make it, and all blocks once
-    anything of one has changed, until compile_model is called again."""
+    `otherwise`: a block without a library, unless `build` says to make it."""
 
     def __init__(self, otherwise: BlockForward, build: bool = False, folder: Path | None = None):
         self.otherwise = otherwise
         self.build = build
         self.folder = folder
-        # a layer's cache -> its block, and the same with its library if it has one
+        # a layer's cache -> its block, and that as it was looked at if it has a library
         self.ready: WeakKeyDictionary[LayerCache, tuple[nn.Module, Step | None]]
         self.ready = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
-        self.first: nn.Module | None = None  # the block before which all of them are looked at
-        self.shared: dict[type | ModuleType, dict[str, tuple]] = {}  # what these held
+        self.first: nn.Module | None = None  # the block before which a step asks what has changed
         self.methods: dict[tuple[type, str], Any] = {}  # and numbers of classes, by their names
-        self.sign: tuple[int, int] | None = None  # of what calls for a look at everything
+        self.sign: tuple[int, int] | None = None  # of the text for which blocks were looked at
         self.missing = False  # whether a block goes elsewhere because nobody built its library
-        self.changed = False
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # a copy finds its libraries anew
         return AheadOfTime, (self.otherwise, self.build, self.folder)
@@ -83,69 +80,54 @@ class AheadOfTime:
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
         modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-        if self.changed or modes or x.shape[0] * x.shape[1] > 1:  # modes see each operator
+        if modes or x.shape[0] * x.shape[1] > 1:  # modes see each operator
             return self.otherwise(block, x, positions, cache)
+        if block is self.first or self.first is None:
+            self.look_if_changed(block)
         known, step = self.ready.get(cache, (None, None))
         if known is not block:
             return self.first_time(block, x, positions, cache)
-        if block is self.first and self.has_changed():
-            self.changed = True
-            self.ready.clear()  # it holds the weights that were replaced
-            say_once("what a step runs was changed: its libraries rest until compile_model")
-        if self.changed or step is None:
+        if step is None:
             return self.otherwise(block, x, positions, cache)
         where = [value for value in positions if isinstance(value, Tensor)]
         [y] = step.library.run([x, *where, *step.tensors])
         return y
 
-    def first_time(
-        self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
-    ) -> Tensor:
-        """Find the library of a block; if there is one, see what Python leaves behind."""
-        step = self.find(block, x, positions, cache)
-        self.ready[cache] = block, step
-        if step is None:
-            return self.otherwise(block, x, positions, cache)
-        y = run_block(block, x, positions, cache)
-        if step.has_changed():  # it has a state
-            self.ready[cache] = block, None
-        elif self.first is None:
-            self.first = block
-        return y
-
-    def find(
-        self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
-    ) -> Step | None:
-        try:
-            step = Step(block, x, positions, cache)
-        except NoLibrary:
-            return None
-        name = step.fingerprint()
-        if name not in self.libraries:
-            function = FunctionOfTensors(block, positions)
-            with torch.inference_mode(False), torch.no_grad():
-                self.libraries[name] = self.library(name, function, function.examples(x, cache.kv))
-        step.library = self.libraries[name]
-        if step.library is None:
-            return None
-        self.shared |= {each: held(each) for each in step.holders - self.shared.keys()}
-        for kind in (each for each in step.holders if isinstance(each, type)):
-            for name in chain(*map(held, kind.__mro__)):
-                self.methods.setdefault((kind, name), getattr(kind, name))
-        return step
-
-    def has_changed(self) -> bool:
-        """Whether anything of a block was replaced, as far as each step asks, or each text."""
+    def look_if_changed(self, first: nn.Module) -> None:
+        """Forget what blocks did where a text has begun, a hook come, or a method been replaced."""
         sign = Transformer.n_texts, RemovableHandle.next_id  # of all hooks that there were
-        if sign == self.sign:
-            return any(map(ne, starmap(getattr, self.methods), self.methods.values()))
-        self.sign = sign
-        if any(held(each) != was for each, was in self.shared.items()):
-            return True
-        return any(step.has_changed() for _, step in self.ready.values() if step is not None)
+        replaced = map(ne, starmap(getattr, self.methods), self.methods.values())
+        if sign != self.sign or any(replaced):
+            self.first, self.sign = first, sign
+            self.ready.clear()
+            self.methods.clear()
+            for seen in (contents, surroundings):
+                seen.cache_clear()
 
-    def library(self, name: str, function: FunctionOfTensors, examples: list[Tensor]) -> Any | None:
-        """The library of that fingerprint, None if there is none or it cannot be made."""
+    def first_time(self, *given: Any) -> Tensor:
+        """Look at a block as __call__ is given it, and find its library. The first of a kind runs
+        in Python, to see what that leaves behind."""
+        block, *_, cache = given
+        step, y = step_of(*given), None
+        self.ready[cache] = block, None
+        if step is None:
+            return self.otherwise(*given)
+        if step.name not in self.libraries:
+            y = run_block(*given)
+            again = step_of(*given)
+            has_state = again is None or again.name != step.name
+            self.libraries[step.name] = None if has_state else self.library(step.name, *given)
+        step.library = self.libraries[step.name]
+        if step.library is not None:
+            self.ready[cache] = block, step
+        for kind in step.kinds - {kind for kind, _ in self.methods}:
+            for name in chain(*map(held, kind.__mro__)):
+                self.methods[kind, name] = getattr(kind, name)
+        return self(*given) if y is None else y
+
+    def library(self, name: str, *given: Any) -> Any | None:
+        """The library of a block with that fingerprint, None if there is none or it cannot be
+        made."""
         try:
             path = (self.folder or cache_folder() / "blocks") / f"{name}.pt2"
             if path.exists():
@@ -153,11 +135,15 @@ class AheadOfTime:
             if not self.build:
                 self.missing = True
                 return None
-            compile_to(path, function, examples)
-            library = load(path)
-            if not function.agrees(library, examples):
-                path.unlink()
-                raise ValueError("a library gives something else than the Python")
+            block, x, positions, cache = given
+            function = FunctionOfTensors(block, positions)
+            with torch.inference_mode(False), torch.no_grad():
+                examples = function.examples(x, cache.kv)
+                compile_to(path, function, examples)
+                library = load(path)
+                if not function.agrees(library, examples):
+                    path.unlink()
+                    raise ValueError("a library gives something else than the Python")
             return library
         except Exception as error:  # of what a block does, of a compiler, or of a file system
             say_once(f"no step is compiled ahead of time: {first_line(error)}")
@@ -255,16 +241,23 @@ def weights_of(block: nn.Module) -> list[Tensor]:
 
 
 SETTINGS = (type(None), bool, int, float, str, torch.dtype)
-OF_ALL_MODULES = vars(nn.Module()).keys()
+NOT_SETTINGS = vars(nn.Module()).keys() - {"training"} | {"order"}
 
 
 class NoLibrary(Exception):
     """A block is not plainly a function of tensors."""
 
 
+def step_of(*given: Any) -> Step | None:
+    """What Step makes of a block; None where it has no library."""
+    try:
+        return Step(*given)
+    except NoLibrary:
+        return None
+
+
 class Step:
-    """A block with its cache and its library: all that it does, in files and in lines, and the
-    classes and modules that have these.
+    """A block with its cache, as they are now: its tensors, and by a fingerprint all that it does.
 
     Raises NoLibrary if that cannot be all: of what no file has, of hooks, of experts, which Python
     chooses, and of options of attention, which are operators in Python."""
@@ -273,56 +266,37 @@ class Step:
 
     def __init__(self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache):
         kv = cache.kv
-        plain = type(cache) is LayerCache and type(cache.places) is Places and cache.flash
-        if not plain or not kv.is_cpu or kv.dtype != x.dtype:
+        plain = LayerCache([kv], Places(kv.shape[3]), flash=True)
+        for ours, usual in ((cache, plain), (cache.places, plain.places)):
+            if type(ours) is not type(usual) or vars(ours).keys() != vars(usual).keys():
+                raise NoLibrary
+        if not cache.flash or not kv.is_cpu or kv.dtype != x.dtype:
             raise NoLibrary
-        self.lines = {f"x {describe(x)}", f"cache {rows_around(kv)} {kv.shape[2]} {kv.shape[4]}"}
-        for name, value in positions._asdict().items():
-            self.lines.add(f"{name} {describe(value) if torch.is_tensor(value) else value}")
-        self.files = {__file__, str(Path(model.__file__).with_name("generate.py"))}
-        self.holders: set[type | ModuleType] = set()
-        for module in (model, kernels, quantize, products):
-            self.add_source(module)
-        for each in (cache, cache.places):
-            self.add_class(type(each))
-        hooks = [of_all._global_forward_hooks, of_all._global_forward_pre_hooks]
-        own = [vars(cache), vars(cache.places)]
+        self.tensors = [kv, *weights_of(block)]
+        self.lines = [f"cache {rows_around(kv)} {kv.shape[2]} {kv.shape[4]}"]
+        for name, value in [("x", x), *positions._asdict().items(), *enumerate(self.tensors[1:])]:
+            self.lines.append(f"{name} {describe(value) if torch.is_tensor(value) else value}")
+        self.kinds: set[type] = {LayerCache, Places}
+        self.modules: set[ModuleType] = set()
+        if of_all._global_forward_hooks or of_all._global_forward_pre_hooks:
+            raise NoLibrary
         for name, module in block.named_modules():
             self.add_part(name, module)
-            hooks += [module._forward_hooks, module._forward_pre_hooks]
-            own += [vars(module), module._parameters, module._buffers, module._modules]
-        if any(hooks):
-            raise NoLibrary
-        for holder in self.holders:
-            self.add_names(holder)
-        self.block = block
-        self.tensors = [kv, *weights_of(block)]
-        self.seen = [(each, dict(each)) for each in hooks + own]
-        self.formats = self.formats_now()
-
-    def has_changed(self) -> bool:
-        """Whether the block or its cache has another object now: what is in a list or a dictionary
-        of theirs is not looked at. Weights may have been looked at, and are packed anew."""
-        self.tensors[1:] = weights_of(self.block)
-        return self.formats != self.formats_now() or not all(
-            len(now) == len(then)
-            and all(now.get(key) is value for key, value in then.items() if key != "order")
-            for now, then in self.seen
-        )
-
-    def formats_now(self) -> list[Any]:
-        kinds = map(type, self.block.modules())
-        return [*switches(), *kinds, *map(describe, self.tensors[1:])]
+        every = chain(self.modules, *(kind.__mro__[:-1] for kind in self.kinds))
+        text = [surroundings(), *sorted(self.lines), *sorted(map(contents, set(every)))]
+        self.name = hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
 
     def add_part(self, name: str, module: nn.Module) -> None:
         options = module.options() if isinstance(module, Attention) else {}
         has_options = any(v is not None for key, v in options.items() if key != "scale")
-        if has_options or hasattr(module, "stack"):
+        has_hooks = module._forward_hooks or module._forward_pre_hooks
+        if has_options or has_hooks or hasattr(module, "stack"):
             raise NoLibrary
-        self.add_class(type(module))
+        self.kinds.add(type(module))
+        self.lines.append(f"{name} is a {type(module)}")
         for key, value in vars(module).items():
-            if key == "training" or key not in OF_ALL_MODULES | {"order"}:
-                self.lines.add(f"{name}.{key} = {self.described(value)}")
+            if key not in NOT_SETTINGS:
+                self.lines.append(f"{name}.{key} = {self.described(value)}")
 
     def described(self, value: Any) -> str:
         """A setting, of which nothing changes unless it is replaced."""
@@ -333,61 +307,52 @@ class Step:
         if isinstance(value, partial):
             return self.described((value.func, value.args, *value.keywords.items()))
         if isinstance(value, FunctionType):
-            self.add_source(home(value))
+            self.modules.add(home(value))
         elif type(value) in map(type, LAYOUTS.values()):
-            self.add_class(type(value))
+            self.kinds.add(type(value))
             return self.described((type(value).__qualname__, *vars(value).items()))
         elif not isinstance(value, BuiltinFunctionType) or not is_torch(value):
             raise NoLibrary
         return f"{value.__module__}.{value.__qualname__}"
 
-    def add_class(self, kind: type) -> None:
-        for each in kind.__mro__[:-1]:
-            self.holders.add(each)
-            self.add_source(sys.modules[each.__module__])
 
-    def add_source(self, module: ModuleType) -> None:
-        if module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
-            raise NoLibrary  # a script's names change all the time
-        found = os.stat(module.__file__)
-        if max(found.st_mtime, found.st_ctime) > IMPORTED:  # the first may be a copied file's
-            raise NoLibrary  # it may run as it was, or be reloaded
-        self.files.add(module.__file__)
-        if not module.__name__.startswith("torch."):
-            self.holders.add(module)
-
-    def add_names(self, holder: type | ModuleType) -> None:
-        """What a class or a module holds: functions of its own file, or imported, and numbers."""
-        for name, (value, *_) in held(holder).items():
-            function = behind(value)
-            if not isinstance(function, FunctionType):
-                self.lines.add(f"{holder.__name__}.{name} = {value!r}")
-                continue
-            module = home(function)
-            self.files.add(module.__file__)
-            self.lines.add(f"{holder.__name__}.{name} is a {type(value).__name__}")
-            foreign = module.__name__ != getattr(holder, "__module__", holder.__name__)
-            if foreign and (isinstance(holder, type) or name != function.__name__):
-                raise NoLibrary  # in the place of another
-
-    def fingerprint(self) -> str:
-        now = [torch.__version__, torch.__config__.show(), processor(), *self.formats]
-        text = [*map(str, now), *map(read, sorted(self.files)), *sorted(self.lines)]
-        return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
+@lru_cache(maxsize=None)
+def contents(holder: type | ModuleType) -> str:
+    """What a class or a module holds when a text begins: functions of its own file, or imported,
+    and numbers. NoLibrary: no file has all of it."""
+    own = sys.modules[holder.__module__] if isinstance(holder, type) else holder
+    if own.__name__ == "__main__" or getattr(own, "__file__", None) is None:
+        raise NoLibrary  # a script's names change all the time
+    found = os.stat(own.__file__)
+    if max(found.st_mtime, found.st_ctime) > IMPORTED:  # the first may be a copied file's
+        raise NoLibrary  # it may run as it was, or be reloaded
+    lines = [f"{own.__name__} {holder.__name__} {read(own.__file__)}"]
+    if own is not holder and not is_torch(own):
+        lines.append(contents(own))
+    for name, value in held(holder).items():
+        function = behind(value)
+        if not isinstance(function, FunctionType):
+            lines.append(f"{name} = {value!r}")
+            continue
+        code, defaults = function.__code__, function.__defaults__ or ()
+        plain = [each if isinstance(each, SETTINGS) else type(each) for each in defaults]
+        module = home(function)
+        lines += [f"{name} {type(value)} {code.co_firstlineno} {plain}", read(module.__file__)]
+        if module is not own and (isinstance(holder, type) or name != function.__name__):
+            raise NoLibrary  # in the place of another
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def held(holder: type | ModuleType) -> dict[str, tuple[Any, ...]]:
-    """Functions and numbers of a class or a module, and a function's code, which notebooks replace:
-    of PyTorch's, to which other packages add some, those that matter."""
-    found = {}
+def held(holder: type | ModuleType) -> dict[str, Any]:
+    """Functions and numbers of a class or a module: of PyTorch's, to which other packages add some,
+    those that matter."""
+    found, of_torch = {}, is_torch(holder)
     for name, value in vars(holder).items():
-        if name == "progress" or is_torch(holder) and name not in ("__call__", "forward"):
+        if name == "progress" or of_torch and name not in ("__call__", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
-        function = behind(value)
-        if is_number or isinstance(function, FunctionType):
-            code, defaults = (getattr(function, key, None) for key in ("__code__", "__defaults__"))
-            found[name] = value, code, defaults
+        if is_number or isinstance(behind(value), FunctionType):
+            found[name] = value
     return found
 
 
@@ -404,7 +369,6 @@ def rows_around(kv: Tensor) -> int:
     return n_rows
 
 
-@lru_cache(maxsize=None)
 def home(function: FunctionType) -> ModuleType:
     """The module of a function. NoLibrary: it is written elsewhere, as one that was put into the
     place of another is, or it has values of its own, as closures have."""
@@ -419,7 +383,8 @@ def home(function: FunctionType) -> ModuleType:
 
 
 def is_torch(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).startswith("torch.")
+    where = getattr(thing, "__module__", None) or getattr(thing, "__name__", "")  # of a module
+    return str(where).startswith("torch.")
 
 
 def describe(tensor: Tensor) -> str:
@@ -427,13 +392,19 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {strides} {tensor.layout}"
 
 
-def switches() -> tuple[Any, ...]:
-    """What PyTorch's operators heed, and a library perhaps not."""
-    return (
+@lru_cache
+def surroundings() -> str:
+    """What all blocks are in when a text begins: the core, PyTorch, what its operators heed, and a
+    library perhaps not, and the machine."""
+    core = map(contents, (model, kernels, quantize, products))
+    ours = map(read, (__file__, str(Path(model.__file__).with_name("generate.py"))))
+    switches = (
         torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"),
     )
+    of_torch = [torch.__version__, torch.__config__.show(), str(switches)]
+    return "\n".join([*core, *ours, *of_torch, processor()])
 
 
 @lru_cache

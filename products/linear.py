@@ -2,8 +2,7 @@
 experts that each token chose.
 
     int8_linear(x, w, scales)             a scale for each output
-    int4_linear(x, w, scales, zeros)      a scale and a zero for 32, 64 or 128 inputs
-    packed_int4_linear(x, packed, lines)  the same, of what pack_int4 returned once
+    packed_int4_linear(x, packed, lines)  a scale and a zero for 32, 64 or 128 inputs: pack_int4
     experts_linear(x, ids, w, scales)     of a stack of weights, in any of these forms or MXFP4
     dense_weight(w, scales, K, dtype)     the numbers themselves, for many vectors
 
@@ -47,27 +46,9 @@ def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     return torch.ops.gpt_flash.quantized_linear(x, w, scales)
 
 
-def int4_linear(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """x [..., K] times w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the
-    high one, and scales and zeros [N, K / group] for groups of 32, 64 or 128:
-    weight = (nibble - 8) * scale + zero. Result [..., N].
-
-    Every call packs w anew: call packed_int4_linear where that counts."""
-    N, groups = scales.shape
-    K = x.shape[-1]
-    grouped = K in (32 * groups, 64 * groups, 128 * groups)
-    if not grouped or zeros.shape != scales.shape or w.shape != (N, K // 2):
-        raise ValueError("int4_linear: needs x [..., K], w [N, K / 2], scales and zeros "
-                         "[N, K / group], group 32, 64 or 128, "
-                         f"got {[list(t.shape) for t in (x, w, scales, zeros)]}")
-    if scales.dtype == zeros.dtype == torch.bfloat16:
-        return packed_int4_linear(x, *pack_int4(w, scales, zeros))
-    return int4_linear_reference(x, w, scales, zeros)  # packing would round them
-
-
 def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
-    """int4_linear with weights of pack_int4: x [..., K] -> [..., N]. On a GPU up to 64 vectors are
-    taken in 16-bit steps, as said below."""
+    """x [..., K] times weights of pack_int4 -> [..., N]. On a GPU up to 64 vectors are taken in
+    16-bit steps, as said below."""
     if lines.dim() != 3 or not _fit_experts(x.shape[-1], packed[None], lines[None]):
         raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
                          f"got {[list(t.shape) for t in (x, packed, lines)]}")
@@ -127,6 +108,7 @@ def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
 
 
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """x [..., K] times what pack_int4 takes."""
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
     weight = _line_reference(nibbles, scales, zeros)
     return F.linear(x.float(), weight).to(x.dtype)
@@ -185,7 +167,9 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
 def pack_int4(w: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """int4_linear's weights, scales and zeros in bfloat16, for packed_int4_linear:
+    """w, uint8 [N, K / 2] with the even k in the low nibble and the odd k in the high one, scales
+    and zeros, bfloat16 [N, K / group] for groups of 32, 64 or 128 inputs, where a weight is
+    (nibble - 8) * scale + zero, for packed_int4_linear:
 
     packed [N, blocks, 32] int8: byte c of a block of 64 inputs has input c in its low and input
         32 + c in its high nibble, as two's complements; zeros behind the last input
