@@ -392,7 +392,7 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         tensors = plain_names(tensors, config)
         with making_sense_of(folder):
             settle_quantized(folder, config, tensors)
-        settle_head(config, tensors)
+            settle_head(config, tensors)
     return CheckedCheckpoint(folder, config, tensors)
 
 
