@@ -712,20 +712,15 @@ def test_what_a_killed_run_left_goes_and_what_another_uses_stays(tmp_path: Path)
     assert not mine.exists()
 
 
-@pytest.mark.parametrize("pip, free, message", [
-    ("exit 1", 10**12, "this Python has no pip that works"),
-    ('[ "$4" = --version ]', 10**7, "has 10 MB free, and it takes 300"),
-    ('[ "$4" = --version ]', 10**12, "pip could not reach the package index, or refused what it"),
-])
 def test_a_failed_download_says_why_and_what_to_do_offline(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: str,
-    free: int, message: str,
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", pip))
+    why = "echo 'No space left on device' >&2; exit 1"
+    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", why))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
     code, _, err = run_cli(capfd, "--device", "cpu")
-    assert code == 2 and message in err and "Offline: on a machine" in err
+    assert code == 2 and "No space left on device\n" in err
+    assert "pip says why above. Offline: on a machine" in err
     assert list((tmp_path / "cache" / "gpt-flash").iterdir()) == []
 
 
