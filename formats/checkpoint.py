@@ -24,10 +24,9 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.floats import Floats
 from formats.integers import Blocks, check_shape, mxfp4_blocks, read
 from formats.layers import fill_layers, put
-from formats.packed import settle_quantized
+from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
 from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
