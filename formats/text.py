@@ -125,7 +125,5 @@ class Channels:
 
 def overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text are the start of a stop string, not all of it."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -23,7 +23,7 @@ from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
 from formats.wrappers import PICTURE, has_pictures
-from generate import Printer, Tokenizer
+from generate import Tokenizer
 from model import first_line, is_number
 
 # nobody knows it: what stands, with its id, for a special token that a message has
@@ -62,6 +62,7 @@ class ChatTokenizer(Tokenizer):
     pictures: str = "(?!)"  # an expression for the tokens of pictures and sound that are left out
     # whether the text behind such and special tokens begins with a blank as a text's first word
     legacy: bool = True
+    printer = StreamPrinter  # what generate.run prints with
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """ValueError for a token that stands for a picture, where these are left out."""
@@ -92,11 +93,6 @@ class ChatTokenizer(Tokenizer):
         tokens = {str(i): token for token, i in self.special.items()}
         show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: tokens[found[1]])
         return self.ids([show(piece) for piece in pieces])
-
-    @property
-    def printer(self) -> type[Printer]:
-        """What generate.run prints with."""
-        return StreamPrinter if "<|channel|>" in self.special else Printer
 
     def ids(self, pieces: list[str]) -> list[int]:
         """The ids of a text in pieces, of which every second one is a token. ValueError for one
@@ -168,10 +164,7 @@ class JSONTokenizer(ChatTokenizer):
         """Control tokens left out. (An added token is text, though its letters may be those that
         ByteLevel has for bytes.)"""
         control = set(self.special.values())
-        ids = [i for i in ids if i not in control]
-        if not self.mistaken:
-            return ask(self.backend.decode, ids)
-        runs = groupby(ids, self.mistaken.get)
+        runs = groupby((i for i in ids if i not in control), self.mistaken.get)
         return "".join(
             ask(self.backend.decode, list(run)) if text is None else text * len(list(run))
             for text, run in runs)
