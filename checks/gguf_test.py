@@ -28,7 +28,7 @@ from cpu.products import tile, tiling, untile, untile_rows
 from formats.blocks import TYPES, dequantized, file_blocks, unpack
 from formats.default import default_model
 from formats.gguf_file import read_gguf
-from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
+from formats.integers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
 from generate import Tokenizer, generate, load_tokenizer
 from model import Transformer, load_model, open_checkpoint
 from products import Int4OnGPU
