@@ -25,10 +25,10 @@ from checks.common import (
 )
 from checks.hostile import GGUF, hostile_gguf
 from cpu.products import tile, tiling, untile, untile_rows
-from formats.blocks import TYPES, dequantized, file_blocks
+from formats.blocks import TYPES, dequantized, file_blocks, unpack
 from formats.default import default_model
 from formats.gguf_file import read_gguf
-from formats.layers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
+from formats.integers import AffineInt8Linear, FileInt4Linear, QuantizedEmbedding
 from generate import Tokenizer, generate, load_tokenizer
 from model import Transformer, load_model, open_checkpoint
 from products import Int4OnGPU
@@ -102,9 +102,8 @@ def test_a_single_block_is_read_like_many(kind: GGML) -> None:
     """Its parts count as contiguous wherever they begin."""
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     data = torch.from_numpy(random_blocks((3, block), kind)).view(3, nbytes)
-    *_, unpack = TYPES[kind]
-    one_by_one = [unpack(row[None]) for row in data]
-    for part, parts in zip(unpack(data), zip(*one_by_one)):
+    one_by_one = [unpack(kind, row[None]) for row in data]
+    for part, parts in zip(unpack(kind, data), zip(*one_by_one)):
         assert torch.equal(part, torch.cat(parts))
 
 

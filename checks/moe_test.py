@@ -15,8 +15,7 @@ from torch._subclasses import FakeTensorMode
 from checks.common import BASE, close, hf_logits, random_hf
 from cli.stats import weight_bytes
 from families.experts import Experts
-from formats.integers import Blocks, mxfp4_blocks
-from formats.layers import FORMS
+from formats.integers import FORMS, Blocks, mxfp4_blocks
 from generate import compile_model
 from model import ModelConfig, Transformer, load_model
 from products.linear import mxfp4_values

@@ -17,8 +17,9 @@ from checks.common import PROMPTS, run_cli
 from checks.engine_test import collect, engine_of, loaded, random_prompt
 from generate import Decoder, Request, Tokenizer, Tokens, generate, load_tokenizer
 from model import Transformer
-from processors import PROCESSORS, BadWords, LogitBias, MinNewTokens, NoRepeatNgram, Processor
-from processors.grammar import Grammar
+from processors import (
+    PROCESSORS, BadWords, Grammar, LogitBias, MinNewTokens, NoRepeatNgram, Processor,
+)
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
 N = 40  # new tokens

@@ -275,32 +275,31 @@ WINDOW = dict(model_type="qwen2", use_sliding_window=True, sliding_window=8)
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(model_type=["llama"]), r'model_type = \["llama"\]: it must be a text'),
-    (dict(architectures=5), "architectures = 5: it must be a list of texts"),
-    (dict(layer_types="x"), 'layer_types = "x": it must be a list of texts'),
+    (dict(model_type=["llama"]), "makes no sense .*unhashable type: 'list'"),
+    (dict(architectures=5), "makes no sense .*'int' object is not iterable"),
+    (dict(WINDOW, layer_types="x"), "layer_types = 'x', not an entry for each of 2"),
     (dict(WINDOW, layer_types=["foo", "bar"]), "'bar'.*: only full_attention and sliding_attent"),
     (dict(WINDOW, layer_types=["full_attention"]), "layer_types = .*, not an entry for each of 2"),
     (dict(model_type="jamba", layer_types=["linear_attention", "full_attention"]),
      "unsupported architecture"),
     (dict(num_experts=2**12), "num_experts = 4096: it must be at most 2048"),
     (dict(moe_intermediate_size=2**25), "moe_intermediate_size = 33554432: it must be at most"),
-    (dict(rope_parameters=dict(full_attention=dict(rope_type=["x"]))), "rope_type = .*a text"),
     (dict(max_position_embeddings=None, model_max_length=10**30), "model_max_length = 10+: it"),
     (dict(max_window_layers=-3), "max_window_layers = -3: it must be a whole number from 0"),
     (dict(max_window_layers=1.5), "max_window_layers = 1.5: it must be a whole number"),
     (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000: it must be at most 2048"),
     (dict(rope_theta=-10**30), "rope_theta = -10+: it must be at most"),
     (dict(vocab_size=10**30), r"vocab_size = 10+: it must be at most"),
-    (dict(rope_theta=10**400), r"rope_theta = 10+\.\.\.: it must be at most"),
-    (dict(rope_theta=float("inf")), "rope_theta = Infinity: it must be a finite number"),
-    (dict(use_sliding_window="no"), 'use_sliding_window = "no": it must be true or false'),
+    (dict(rope_theta=10**400), "rope_theta = 10+: it must be at most"),
+    (dict(rope_theta=float("inf")), "rope_theta = inf: it must be a finite number"),
+    (dict(use_sliding_window="no"), "use_sliding_window = 'no': it must be true or false"),
     (dict(tie_word_embeddings="false"), "tie_word_embeddings = .*true or false"),
-    (dict(rope_scaling=dict(type=["x"])), r'type = \["x"\]: it must be a text'),
+    (dict(rope_scaling=dict(type=["x"])), "unsupported rope type .*'x'"),
     (dict(rope_scaling=dict(type="linear", factors=[0] * 8)), "factors = .*numbers above 0"),
     (dict(rope_scaling=dict(type="linear", factors="abc")), "factors = .*numbers above 0"),
     (dict(rope_scaling=dict(type="linear", factors=[1.0, 2])), "makes no sense"),
-    (dict(rope_scaling=dict(type="yarn", factor=float("nan"))), "factor = NaN"),
-    (dict(hidden_act=["silu"]), "hidden_act = .*it must be a text"),
+    (dict(rope_scaling=dict(type="yarn", factor=float("nan"))), "factor = nan"),
+    (dict(hidden_act=["silu"]), r"unsupported hidden_act \['silu'\]"),
 ])
 def test_settings_that_make_no_sense_are_refused(
     copied: Path, changes: dict[str, object], message: str
@@ -713,20 +712,15 @@ def test_what_a_killed_run_left_goes_and_what_another_uses_stays(tmp_path: Path)
     assert not mine.exists()
 
 
-@pytest.mark.parametrize("pip, free, message", [
-    ("exit 1", 10**12, "this Python has no pip that works"),
-    ('[ "$4" = --version ]', 10**7, "has 10 MB free, and it takes 300"),
-    ('[ "$4" = --version ]', 10**12, "pip could not reach the package index, or refused what it"),
-])
 def test_a_failed_download_says_why_and_what_to_do_offline(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: str,
-    free: int, message: str,
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", pip))
+    why = "echo 'No space left on device' >&2; exit 1"
+    monkeypatch.setattr(sys, "executable", script(tmp_path / "python", why))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
     code, _, err = run_cli(capfd, "--device", "cpu")
-    assert code == 2 and message in err and "Offline: on a machine" in err
+    assert code == 2 and "No space left on device\n" in err
+    assert "pip says why above. Offline: on a machine" in err
     assert list((tmp_path / "cache" / "gpt-flash").iterdir()) == []
 
 

@@ -27,7 +27,7 @@ from generate import (
 )
 from model import Checkpoint, ModelConfig, Transformer, first_line
 from parallel import ALONE, Ranks, Team, load_model
-from processors.grammar import Grammar
+from processors import Grammar
 from quantize import QuantizedLinear, new_folder, write_quantized
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from generate import Tokenizer, generate, load_tokenizer
 from model import Transformer, load_model
-from processors import BadWords
-from processors.grammar import Grammar
+from processors import BadWords, Grammar
 
 
 def without(model: Transformer, text: Tokenizer, prompt: str, words: Sequence[str]) -> str:

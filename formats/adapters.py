@@ -12,7 +12,7 @@ from torch import Tensor
 
 from formats.checkpoint import CheckedCheckpoint, making_sense_of, open_tensors
 from formats.integers import Blocks, check_shape, read
-from formats.settings import is_factor, plain_file, read_json, short
+from formats.settings import is_factor, plain_file, read_json
 from formats.wrappers import plain_names
 from model import FAMILIES, WEIGHT_DTYPES, first_line
 
@@ -55,8 +55,8 @@ def adapt(checkpoint: CheckedCheckpoint, folder: str | Path) -> None:
     def check_names(wanted: Iterable[str]) -> None:
         wanted = list(wanted)
         for name in changes.keys() - wanted:
-            whose = short(adapter.config.get("base_model_name_or_path"))
-            raise ValueError(f"{folder}, an adapter of {whose}, changes {name}, which "
+            whose = adapter.config.get("base_model_name_or_path")
+            raise ValueError(f"{folder}, an adapter of {whose!r:.60}, changes {name}, which "
                              f"{checkpoint.path} does not have")
         check(map(base_of, wanted))
 
@@ -102,7 +102,7 @@ class Adapter:
 
     def refuse(self, keys: list[str]) -> None:
         for key in keys:
-            raise ValueError(f"unsupported {key} {short(self.config.get(key))} of {self.folder}")
+            raise ValueError(f"unsupported {key} {self.config.get(key)!r:.60} of {self.folder}")
 
     def setting(self, name: str, patterns: str, key: str) -> float:
         """Of PEFT's patterns the first that matches the end of a module's name counts."""
@@ -111,7 +111,7 @@ class Adapter:
         found = [own for end, own in given.items() if re.match(rf"(.*\.)?({end})\.weight$", key)]
         value = [*found, self.config.get(name)][0]
         if not is_factor(value):
-            raise ValueError(f"{name} of {self.folder} is {short(value)}, no number above 0")
+            raise ValueError(f"{name} of {self.folder} is {value!r:.60}, no number above 0")
         return value
 
     def change(self, key: str, weight: Tensor) -> Tensor:

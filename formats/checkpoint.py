@@ -24,10 +24,10 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.floats import Floats
-from formats.integers import Blocks, Rows, check_shape, mxfp4_blocks, read
-from formats.layers import fill_layers, put
-from formats.packed import settle_quantized
+from formats.integers import (
+    Blocks, Rows, check_shape, fill_layers, mxfp4_blocks, put, read,
+)
+from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
 from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
@@ -408,7 +408,7 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         tensors = plain_names(tensors, config)
         with making_sense_of(folder):
             settle_quantized(folder, config, tensors)
-        settle_head(config, tensors)
+            settle_head(config, tensors)
     return CheckedCheckpoint(folder, config, tensors)
 
 

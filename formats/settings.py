@@ -18,29 +18,20 @@ LARGEST = {
 LARGEST_INT = 2**53  # of all others: a float holds them exactly
 
 
-def is_list_of(values: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(values, list) and all(map(holds, values))
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def is_factor(value: Any) -> bool:
     return is_number(value) and 0 < value <= LARGEST_INT
 
 
 # keys, what their values are, and that in words
 KINDS: list[tuple[set[str], Callable[[Any], bool], str]] = [
-    ({"model_type", "hidden_act", "rope_type", "type"}, is_text, "a text"),
-    ({"architectures", "layer_types"}, lambda x: is_list_of(x, is_text), "a list of texts"),
     ({"rope_scaling", "rope_parameters", "quantization_config"},
      lambda x: isinstance(x, dict), "an object with settings"),
     ({"attention_bias", "attention_out_bias", "mlp_bias", "tie_word_embeddings", "use_bias",
       "use_qk_norm", "use_qkv_bias", "use_sliding_window"},
      lambda x: isinstance(x, bool), "true or false"),
     ({"factors", "short_factor", "long_factor"},  # of rope's frequencies
-     lambda x: x != [] and is_list_of(x, is_factor), "a list of finite numbers above 0"),
+     lambda x: isinstance(x, list) and x != [] and all(map(is_factor, x)),
+     "a list of finite numbers above 0"),
     ({"max_window_layers", "num_kv_shared_layers"},
      lambda x: is_number(x, int) and x >= 0, "a whole number from 0"),
 ]
@@ -50,25 +41,24 @@ def check_settings(config: dict[str, Any]) -> None:
     """ValueError names the first setting of a Hugging Face style configuration that is of no kind
     or size that a model can have. What is missing, or not supported, the model says."""
     for key, value in entries(config):
-        problem = None if value is None else problem_of(key, value)
+        # it stands in where the other is missing; tokenizers write 10**30 for none
+        is_read = key != "model_max_length" or config.get("max_position_embeddings") is None
+        problem = problem_of(key, value) if is_read and value is not None else None
         if problem is not None:
-            raise ValueError(f"the model's configuration has {key} = {short(value)}: it must be "
+            raise ValueError(f"the model's configuration has {key} = {value!r:.60}: it must be "
                              f"{problem}")
 
 
 def entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The settings that are read, and those of rope, which have a dictionary of their own, or one
     for each kind of layer."""
-    for key, value in config.items():
-        # it stands in where the other is missing; tokenizers write 10**30 for none
-        if key != "model_max_length" or config.get("max_position_embeddings") is None:
-            yield key, value
+    yield from config.items()
     for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(config.get(key), dict):
-            yield from config[key].items()
-            for of_kind in config[key].values():
-                if isinstance(of_kind, dict):
-                    yield from of_kind.items()
+        rope = config.get(key) or {}  # an object: that was seen above
+        yield from rope.items()
+        for of_kind in rope.values():
+            if isinstance(of_kind, dict):
+                yield from of_kind.items()
 
 
 def problem_of(key: str, value: Any) -> str | None:
@@ -82,15 +72,6 @@ def problem_of(key: str, value: Any) -> str | None:
     if isinstance(value, int) and abs(value) > largest:
         return f"at most {largest}"
     return None
-
-
-def short(value: Any) -> str:
-    """A value as JSON, cut to some length."""
-    try:
-        text = json.dumps(value, default=repr)
-    except ValueError:  # an integer of more digits than Python writes
-        text = "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # Settings that would go wrong if ignored, with the value that is supported; any value is in a

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,9 +15,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 10  # that a text may take
@@ -82,16 +81,6 @@ def serve() -> None:
         print(json.dumps([text, error]), flush=True)
 
 
-class Generation(Extension):
-    """{% generation %} marks what an assistant said, for training; its content is written."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """In place of Jinja's own, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
@@ -102,10 +91,17 @@ def refuse(message: str) -> None:
 
 
 TEMPLATES = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 TEMPLATES.filters["tojson"] = to_json
 TEMPLATES.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-compiled = lru_cache(maxsize=8)(TEMPLATES.from_string)
+
+
+@lru_cache(maxsize=8)
+def compiled(source: str) -> Template:
+    """{% generation %} marks what an assistant said, for training; its content is written."""
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    return TEMPLATES.from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
+
 
 if __name__ == "__main__":
     serve()

@@ -23,7 +23,7 @@ class TextStream:
         self.shown = tokenizer.decode(self.ids)
         self.stop = stop
         self.stopped = False
-        self.held: list[tuple[str, bool]] = []  # the start of a stop string, perhaps
+        self.held = ""  # the start of a stop string, perhaps
         special = getattr(tokenizer, "special", {})
         self.named = {i: token for token, i in special.items() if any(token in s for s in stop)}
         self.channels = Channels(tokenizer, special)
@@ -33,8 +33,7 @@ class TextStream:
         """The text that new ids complete; final: no more will come."""
         if self.stopped:
             return ""
-        characters = self.held + self.characters(ids, final)
-        text = "".join(character for character, _ in characters)
+        text = self.held + self.text(ids, final)
         end = len(text)
 
         # a stop string ends the text in front of it
@@ -45,22 +44,20 @@ class TextStream:
             end -= len(stop)
         elif not final:  # what may become a stop string waits
             end -= max((overlap(text, stop) for stop in self.stop), default=0)
-        self.held = characters[end:]
-        return "".join(character for character, is_text in characters[:end] if is_text)
+        self.held = text[end:]
+        text = text[:end]
+        for token in self.named.values():
+            text = text.replace(token, "")
+        return text
 
-    def characters(self, ids: Sequence[int], final: bool) -> list[tuple[str, bool]]:
-        """Those of new ids, and whether each is text: a control token that a stop string names is
-        not."""
-        characters = []
-        begin = 0
+    def text(self, ids: Sequence[int], final: bool) -> str:
+        """That of new ids, with the control tokens that a stop string names."""
+        text, begin = "", 0
         for n, i in enumerate(ids):
             if i in self.named:
-                text = self.decode(ids[begin:n], final=False)
-                characters += [(character, True) for character in text]
-                characters += [(character, False) for character in self.named[i]]
+                text += self.decode(ids[begin:n], final=False) + self.named[i]
                 begin = n
-        text = self.decode(ids[begin:], final)
-        return characters + [(character, True) for character in text]
+        return text + self.decode(ids[begin:], final)
 
     def decode(self, ids: Sequence[int], final: bool) -> str:
         """The text of new ids behind those before; nothing while a character lacks bytes."""
@@ -128,7 +125,5 @@ class Channels:
 
 def overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text are the start of a stop string, not all of it."""
-    for n in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:n]):
-            return n
-    return 0
+    lengths = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)

@@ -23,13 +23,11 @@ from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
 from formats.wrappers import PICTURE, has_pictures
-from generate import Printer, Tokenizer
+from generate import Tokenizer
 from model import first_line, is_number
 
-# nobody knows these: what stands, with its id, for a special token that a message has, and what
-# is put before one of the template's
+# nobody knows it: what stands, with its id, for a special token that a message has
 WRITTEN = f"{secrets.randbits(64)}:"
-MARK = f"{secrets.randbits(64)}:"
 Piece = ModelProto.SentencePiece
 
 
@@ -59,22 +57,17 @@ class ChatTokenizer(Tokenizer):
     # bos_token, pad_token, ... as the settings name them, for a template: encode may begin with
     # none, and a text may end in several ways
     names: dict[str, str] = {}
-    added: dict[str, int] = {}  # tokens beside tokenizer.model that are text, and found in a text
+    added: dict[str, int] = {}  # tokens that are text, and that the backend does not find in one
     flags: dict[str, AddedToken] = {}  # of such and special ones: which white space they take in
     pictures: str = "(?!)"  # an expression for the tokens of pictures and sound that are left out
     # whether the text behind such and special tokens begins with a blank as a text's first word
     legacy: bool = True
+    printer = StreamPrinter  # what generate.run prints with
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """ValueError for a token that stands for a picture, where these are left out."""
-        self.refuse_pictures(text)
-        ids = self.ids(text, self.added)
+        ids = self.ids(re.split(f"({any_of(self.added)})", text))
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
-
-    def refuse_pictures(self, text: str) -> None:
-        found = re.search(self.pictures, text)
-        if found:
-            raise ValueError(f"the text has {found[0]}, but pictures and sound are left out")
 
     def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
         """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
@@ -92,32 +85,22 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        special = any_of(self.special)
-        hide = partial(re.sub, special, lambda found: f"{WRITTEN}{self.special[found[0]]};")
+        hide = partial(
+            re.sub, any_of(self.special), lambda found: f"{WRITTEN}{self.special[found[0]]};")
         hidden = [{name: hide(value) if isinstance(value, str) else value
                    for name, value in message.items()} for message in messages]
+        pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hidden))
         tokens = {str(i): token for token, i in self.special.items()}
+        show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: tokens[found[1]])
+        return self.ids([show(piece) for piece in pieces])
 
-        def show(found: re.Match) -> str:
-            return tokens[found[1]] if found[1] else MARK + found[0]
-
-        text = re.sub(rf"{WRITTEN}(\d+);|{special}", show, self.render(hidden))
-        self.refuse_pictures(text)
-        return self.template_ids(text)
-
-    @property
-    def printer(self) -> type[Printer]:
-        """What generate.run prints with."""
-        return StreamPrinter if "<|channel|>" in self.special else Printer
-
-    def template_ids(self, text: str) -> list[int]:
-        """The ids of a text, in which the special tokens behind MARK are special."""
-        return self.ids(text, [*self.added, *(MARK + token for token in self.special)])
-
-    def ids(self, text: str, tokens: Iterable[str]) -> list[int]:
-        """The ids of a text in which some texts are tokens."""
+    def ids(self, pieces: list[str]) -> list[int]:
+        """The ids of a text in pieces, of which every second one is a token. ValueError for one
+        that stands for a picture, where these are left out."""
+        found = re.search(self.pictures, "".join(pieces))
+        if found:
+            raise ValueError(f"the text has {found[0]}, but pictures and sound are left out")
         known = self.added | self.special
-        pieces = [piece.removeprefix(MARK) for piece in re.split(f"({any_of(tokens)})", text)]
         plain = AddedToken()
         flags = [plain, *(self.flags.get(piece, plain) for piece in pieces), plain]
         ids = []
@@ -127,9 +110,12 @@ class ChatTokenizer(Tokenizer):
                 continue
             piece = piece.lstrip() if flags[n].rstrip else piece
             piece = piece.rstrip() if flags[n + 2].lstrip else piece
-            backend = self.backend if n == 0 or self.legacy else self.without_blank
-            ids += backend.encode(piece)
+            ids += self.plain_ids(piece, self.legacy or n == 0)
         return ids
+
+    def plain_ids(self, text: str, blank: bool) -> list[int]:
+        """The ids of a text without tokens; blank: whether its first word may get one in front."""
+        return (self.backend if blank else self.without_blank).encode(text)
 
     @cached_property
     def without_blank(self) -> SentencePieceProcessor:
@@ -156,20 +142,29 @@ class ChatTokenizer(Tokenizer):
         return known | self.names
 
 
+# of Metaspace, in a tokenizer.json: only a text's first word gets a blank; none does
+PREPENDING = '"prepend_scheme":"first"', '"prepend_scheme":"never"'
+
+
 class JSONTokenizer(ChatTokenizer):
     """By a tokenizers.Tokenizer."""
 
-    def ids(self, text: str, tokens: Iterable[str] = ()) -> list[int]:
-        return ask(lambda: self.backend.encode(text, add_special_tokens=False).ids)
+    def plain_ids(self, text: str, blank: bool) -> list[int]:
+        backend = self.backend if blank else self.without_blank
+        return ask(lambda: backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def without_blank(self) -> tokenizers.Tokenizer:
+        """Another one, as others may be encoding."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str().replace(*PREPENDING))
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, ids: list[int]) -> str:
         """Control tokens left out. (An added token is text, though its letters may be those that
         ByteLevel has for bytes.)"""
         control = set(self.special.values())
-        ids = [i for i in ids if i not in control]
-        if not self.mistaken:
-            return ask(self.backend.decode, ids)
-        runs = groupby(ids, self.mistaken.get)
+        runs = groupby((i for i in ids if i not in control), self.mistaken.get)
         return "".join(
             ask(self.backend.decode, list(run)) if text is None else text * len(list(run))
             for text, run in runs)
@@ -181,34 +176,11 @@ class JSONTokenizer(ChatTokenizer):
         return {i: token.content for i, token in added.items() if not token.special
                 and not token.content.isascii() and "\ufffd" in ask(self.backend.decode, [i])}
 
-    def template_ids(self, text: str) -> list[int]:
-        backend, special = self.knowing
-        ids = ask(lambda: backend.encode(text, add_special_tokens=False).ids)
-        return [special.get(i, i) for i in ids]
-
-    @cached_property
-    def knowing(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A backend to which the special tokens behind MARK are tokens of their own, and what
-        these stand for. It is another one: others may be encoding."""
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
-        backend.encode_special_tokens = True
-        added = backend.get_added_tokens_decoder()
-        backend.add_tokens([
-            changed(added[i], content=MARK + token, special=False)
-            for token, i in self.special.items()
-        ])
-        return backend, {backend.token_to_id(MARK + token): i
-                         for token, i in self.special.items()}
-
 
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return "|".join(re.escape(token) for token in longest_first) or "(?!)"
-
-
-def changed(token: AddedToken, **changes: Any) -> AddedToken:
-    return AddedToken(**(token.__getstate__() | changes))
 
 
 # --- Hugging Face folders ---
@@ -255,14 +227,18 @@ def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
     added = {token.content: token for token in last}  # the last one counts
     for text in settings["special"]:
         if text in added or backend.token_to_id(text) is not None:
-            added[text] = changed(added.get(text, AddedToken(text)), special=True)
+            added.setdefault(text, AddedToken(text)).special = True
     backend.add_tokens(list(added.values()))
-    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items()
-               if token.special}
+    flags = {token.content: token for token in backend.get_added_tokens_decoder().values()
+             if token.special}
+    special = {text: backend.token_to_id(text) for text in flags}
     encoded = backend.encode("a")
     is_put = encoded.special_tokens_mask
     bos_id = encoded.ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
-    return JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
+    tokenizer = JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
+    tokenizer.flags = flags
+    tokenizer.legacy = "prepend_scheme=first" not in str(backend.pre_tokenizer)
+    return tokenizer
 
 
 def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:

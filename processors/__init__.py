@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 from processors.extras import PROCESSORS, Extras, Processor, Texts
-from processors.functions import BadWords, LogitBias, MinNewTokens, NoRepeatNgram
+from processors.functions import BadWords, Grammar, LogitBias, MinNewTokens, NoRepeatNgram
 
 __all__ = [
-    "PROCESSORS", "BadWords", "Extras", "LogitBias", "MinNewTokens", "NoRepeatNgram", "Processor",
-    "Texts",
+    "PROCESSORS", "BadWords", "Extras", "Grammar", "LogitBias", "MinNewTokens", "NoRepeatNgram",
+    "Processor", "Texts",
 ]
