@@ -84,6 +84,29 @@ def test_there_is_a_table_wherever_results_are_cut_off() -> None:
 # --- benchmarks/device.py ---
 
 
+OF_FLASH = dict(part="smoke", name="flash_decode bf16", ok=True)
+OF_PRODUCT = dict(part="smoke", name="product of int8, 1 rows", ok=True)
+LIMIT = dict(part="smoke", ended="limit")
+
+
+@pytest.mark.parametrize("said, works", [
+    ([], True),
+    ([OF_FLASH, OF_PRODUCT], True),
+    ([OF_FLASH, OF_PRODUCT | dict(ok=False)], True),
+    ([OF_FLASH | dict(ok=False), OF_PRODUCT], False),
+    ([OF_FLASH, LIMIT], False),  # it hung in one of its own
+    ([LIMIT], False),
+])
+def test_flash_is_timed_unless_its_own_checks_fail_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[dict[str, Any]], works: bool
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as device.py sets it
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks.device import Job
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    assert Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
+
+
 # as on a machine that has what the core needs, and no more
 DEVICE_COMMAND = """
 import runpy
