@@ -296,8 +296,8 @@ def measure(job: Job, contestants: list[Any], batch: int, context: int) -> None:
 
 
 def decode_steps(job: Job) -> None:
-    """Of each kind of weights, at several contexts in one capacity: single rows first, of all kinds,
-    as compiling one may take a minute."""
+    """Of each kind of weights, at several contexts in one capacity: single rows first, of all kinds:
+    compiling one may take half a minute."""
     for batch, variant in itertools.product(BATCHES, VARIANTS):
         if not job.has(8):
             job.emit(left_out=f"{variant}, batch {batch}: no time left")
