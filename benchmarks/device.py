@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 HERE = Path(__file__).resolve().parent
@@ -144,6 +145,8 @@ def machine(job: Job) -> None:
         facts["memory_gb"] = properties.total_memory / 1e9
         facts["multiprocessors"] = properties.multi_processor_count
         facts["l2_mb"] = properties.L2_cache_size / 1e6
+        x = torch.ones(1, 1, 8, 64, dtype=torch.bfloat16, device=device)
+        F.scaled_dot_product_attention(x, x, x)  # which is where the order is made
         order = torch._C._get_sdp_priority_order()
         facts["sdpa_order"] = [SDPBackend(each).name for each in order]
     job.emit(**facts, copy_gb_s=copy_bandwidth(device, 2**30 if CUDA else 2**24) / 1e9)
@@ -224,17 +227,16 @@ def sanitizer(job: Job) -> None:
     failed = [line["name"] for line in job.lines("smoke") if not line.get("ok", True)]
     if not failed or shutil.which("compute-sanitizer") is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as says:
         command = ["compute-sanitizer", sys.executable, __file__, "--out", folder]
         command += ["--only", failed[0]]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, stdout=says, stderr=subprocess.STDOUT)
         try:
-            says, _ = process.communicate(timeout=job.ends - time.monotonic() - 2)
+            process.wait(job.ends - time.monotonic() - 2)
         except subprocess.TimeoutExpired:
-            process.kill()
-            says, _ = process.communicate()
-    job.emit(name=failed[0], says=says[-3000:])
+            process.kill()  # and not what it runs, for which a pipe would be waited: run_part does
+        says.seek(0)
+        job.emit(name=failed[0], says=says.read()[-3000:])
 
 
 class Reporter:

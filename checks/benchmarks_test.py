@@ -1,6 +1,7 @@
 """The benchmarks run, and their README says what their results say."""
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -105,6 +106,24 @@ def test_flash_is_timed_unless_its_own_checks_fail_or_hang(
     from benchmarks.device import Job
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
     assert Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
+
+
+def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a process that runs another one, which outlives it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks.device import Job, sanitizer
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho Invalid __global__ write\nsleep 9\ntrue\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "results.jsonl").write_text(json.dumps(OF_FLASH | dict(ok=False)) + "\n")
+    began = time.monotonic()
+    sanitizer(Job("sanitizer", tmp_path, tmp_path, None, None, began + 2.5))
+    assert time.monotonic() - began < 2.5
+    assert results_in(tmp_path)[-1]["says"] == "Invalid __global__ write\n"
 
 
 # as on a machine that has what the core needs, and no more
