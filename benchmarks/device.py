@@ -65,6 +65,7 @@ if not CUDA:
 
 from cli.arguments import Parser, number
 from generate import say
+from model import first_line
 
 SHAPE = HERE / "configs" / "Llama-3-8B.json"
 SMALL_SHAPE = dict(
@@ -301,17 +302,22 @@ def decode_steps(job: Job) -> None:
     """Of each kind of weights, at several contexts in one capacity: single rows first, of all kinds:
     compiling one may take half a minute."""
     for batch, variant in itertools.product(BATCHES, VARIANTS):
-        if not job.has(8):
-            job.emit(left_out=f"{variant}, batch {batch}: no time left")
-            continue
-        model = ours(job, variant)
-        for context in CONTEXTS:
-            if job.has(8):
-                measure(job, [model], batch, context)
-            else:
-                job.emit(left_out=f"{variant}, batch {batch}, context {context}: no time left")
-        del model
+        try:
+            steps_of(job, batch, variant)
+        except (ValueError, torch.OutOfMemoryError) as e:  # there may be room for another
+            job.emit(left_out=f"{variant}, batch {batch}: {first_line(e)}")
         free_memory()
+
+
+def steps_of(job: Job, batch: int, variant: str) -> None:
+    if not job.has(8):
+        return job.emit(left_out=f"{variant}, batch {batch}: no time left")
+    model = ours(job, variant)
+    for context in CONTEXTS:
+        if job.has(8):
+            measure(job, [model], batch, context)
+        else:
+            job.emit(left_out=f"{variant}, batch {batch}, context {context}: no time left")
 
 
 def profile(job: Job) -> None:

@@ -108,6 +108,26 @@ def test_flash_is_timed_unless_its_own_checks_fail_or_hang(
     assert Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
 
 
+def test_weights_for_which_there_is_no_room_leave_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks import device
+
+    def ours(job: device.Job, variant: str) -> str:
+        if variant == "bf16":
+            raise ValueError("loading x needs 16.1 GB but cuda has 8.0 GB free; take a smaller one")
+        return variant
+
+    monkeypatch.setattr(device, "ours", ours)
+    monkeypatch.setattr(device, "measure", lambda job, models, *_: job.emit(variant=models[0]))
+    device.decode_steps(device.Job("decode", tmp_path, tmp_path, None, None, 0.0))
+    lines = results_in(tmp_path)
+    assert lines[0]["left_out"].startswith("bf16, batch 1: loading x needs 16.1 GB")
+    assert {line["variant"] for line in lines[1:]} == {"int8", "int4"}
+
+
 def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
