@@ -76,7 +76,8 @@ def flash_decode(
 def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., D] -> int8 of that shape and a float32 scale per vector [...]:
     scale = max|x| / 127, value = x / scale."""
-    scale = x.abs().amax(-1, keepdim=True).float() / 127  # (..., 1)
+    # times 1 / 127, to which PyTorch turns a division by a number on a GPU, and nowhere else
+    scale = x.abs().amax(-1, keepdim=True).float() * (1 / 127)  # (..., 1)
     values = torch.round(x / scale.clamp_min(1e-30))
     return values.to(torch.int8), scale.squeeze(-1)
 
@@ -478,7 +479,7 @@ def _write(x, cache_ptr, scale_ptr, stride_n, pos, mask, mask_d):
     """Write vectors x into the cache at pos, quantized as quantize_kv does."""
     if scale_ptr is not None:
         x = x.to(tl.float32)
-        scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
+        scale = tl.max(tl.abs(x), 1) * (1 / 127)
         x = tl.div_rn(x, tl.maximum(scale, 1e-30)[:, None])
         x = (x + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds to nearest, ties to even
         tl.store(scale_ptr + pos, scale, mask)

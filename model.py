@@ -368,6 +368,7 @@ def prefill_attention(
         window = None
     whole = window is None and q.shape[2] == keys.shape[2]  # all that AMD's kernel takes
     suits = in_order and not q.is_cpu and (whole or torch.version.hip is None)
+    suits = suits and q.shape[3] % 8 == 0  # which PyTorch does not ask below
     parameters = SDPAParams(q, keys, values, None, 0.0, False, True)
     if suits and torch.backends.cuda.can_use_flash_attention(parameters):
         # its mask ends with the last query and key, which F.scaled_dot_product_attention hides

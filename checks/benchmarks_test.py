@@ -1,6 +1,7 @@
 """The benchmarks run, and their README says what their results say."""
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -82,6 +83,67 @@ def test_there_is_a_table_wherever_results_are_cut_off() -> None:
         render.device_section(lines[:n])
 
 # --- benchmarks/device.py ---
+
+
+OF_FLASH = dict(part="smoke", name="flash_decode bf16", ok=True)
+OF_PRODUCT = dict(part="smoke", name="product of int8, 1 rows", ok=True)
+LIMIT = dict(part="smoke", ended="limit")
+
+
+@pytest.mark.parametrize("said, works", [
+    ([], True),
+    ([OF_FLASH, OF_PRODUCT], True),
+    ([OF_FLASH, OF_PRODUCT | dict(ok=False)], True),
+    ([OF_FLASH | dict(ok=False), OF_PRODUCT], False),
+    ([OF_FLASH, LIMIT], False),  # it hung in one of its own
+    ([LIMIT], False),
+])
+def test_flash_is_timed_unless_its_own_checks_fail_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[dict[str, Any]], works: bool
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as device.py sets it
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks.device import Job
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    assert Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
+
+
+def test_weights_for_which_there_is_no_room_leave_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks import device
+
+    def ours(job: device.Job, variant: str) -> str:
+        if variant == "bf16":
+            raise ValueError("loading x needs 16.1 GB but cuda has 8.0 GB free; take a smaller one")
+        return variant
+
+    monkeypatch.setattr(device, "ours", ours)
+    monkeypatch.setattr(device, "measure", lambda job, models, *_: job.emit(variant=models[0]))
+    device.decode_steps(device.Job("decode", tmp_path, tmp_path, None, None, 0.0))
+    lines = results_in(tmp_path)
+    assert lines[0]["left_out"].startswith("bf16, batch 1: loading x needs 16.1 GB")
+    assert {line["variant"] for line in lines[1:]} == {"int8", "int4"}
+
+
+def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a process that runs another one, which outlives it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks.device import Job, sanitizer
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho Invalid __global__ write\nsleep 9\ntrue\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "results.jsonl").write_text(json.dumps(OF_FLASH | dict(ok=False)) + "\n")
+    began = time.monotonic()
+    sanitizer(Job("sanitizer", tmp_path, tmp_path, None, None, began + 2.5))
+    assert time.monotonic() - began < 2.5
+    assert results_in(tmp_path)[-1]["says"] == "Invalid __global__ write\n"
 
 
 # as on a machine that has what the core needs, and no more

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -268,6 +269,24 @@ def test_quantize_kv() -> None:
     assert values[0].abs().amax(-1).eq(127).all()
     step = scale[..., None]
     assert ((values * step - x).abs() <= step / 2 + 1e-6).all()
+
+class DivideAsOnAGPU(TorchDispatchMode):
+    """By a number: times its reciprocal, as in PyTorch's BinaryDivTrueKernel.cu."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.aten.div.Tensor and not isinstance(args[1], Tensor):
+            return args[0] * (1 / torch.tensor(args[1], dtype=args[0].dtype))
+        return func(*args, **kwargs or {})
+
+
+def test_quantize_kv_has_the_same_bits_on_a_gpu() -> None:
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0))
+    with DivideAsOnAGPU():
+        on_a_gpu = quantize_kv(x)
+    for ours, theirs in zip(quantize_kv(x), on_a_gpu):
+        assert torch.equal(ours, theirs)
 
 # --- both implementations against the reference ---
 

@@ -202,6 +202,24 @@ def test_a_prompt_asks_the_host_nothing(gpu_layouts: None, mode: str | None) -> 
         assert experts(x, weights, ids).shape == x.shape
 
 
+@pytest.mark.parametrize("rows, by_kernel", [(64, True), (2048, False)])
+def test_the_kernels_grid_is_one_that_a_gpu_takes(
+    gpu_layouts: None, monkeypatch: pytest.MonkeyPatch, rows: int, by_kernel: bool
+) -> None:
+    """A grid's second dimension has at most 65,535 programs, here one for a token's expert."""
+    experts = small_experts().bfloat16()
+    for stack in (experts.gate_up_proj, experts.down_proj):
+        stack.stack()
+    monkeypatch.setattr(Experts, "in_groups", lambda experts, x, *_: x)
+    pairs = []
+    monkeypatch.setattr(type(experts.gate_up_proj), "forward", lambda _, x, ids: (
+        pairs.append(ids.numel()) or x.new_zeros(*ids.shape, 192 if x.dim() == 2 else 64)))
+    x = torch.zeros(rows, 16, 64).bfloat16()
+    ids = torch.zeros(rows, 16, 2, dtype=torch.int64)
+    assert experts(x, torch.ones(rows, 16, 2).bfloat16(), ids).shape == x.shape
+    assert bool(pairs) == by_kernel and all(n < 2**16 for n in pairs)
+
+
 def random_layer(linear: Linear, mode: str | None) -> torch.nn.Module:
     """A Linear in that form, not packed."""
     if mode is None:

@@ -116,6 +116,7 @@ def flash_of_a_gpu(
 ) -> tuple[Tensor, ...]:
     """aten._flash_attention_forward, as flash-attention defines its masks."""
     assert (max_q, max_k) == (q.shape[1], keys.shape[1]) and dropout_p == 0
+    assert q.shape[3] % 8 == 0, "head_size must be a multiple of 8"  # as flash_api.cpp says
     distance = torch.arange(max_k - max_q, max_k)[:, None] - torch.arange(max_k)  # (T, S)
     right = 0 if is_causal else window_size_right
     seen = distance >= -right
@@ -126,17 +127,9 @@ def flash_of_a_gpu(
     return y.transpose(1, 2), *(torch.empty(0) for _ in range(4))
 
 
-@pytest.mark.parametrize("name, flash", [
-    # a call a layer for each of two chunks; of rings, whose places go round, for the first alone
-    ("llama", 6), ("qwen3", 6), ("mistral", 3), ("qwen2-window", 4), ("gemma2", 0),
-])
-def test_a_gpus_flash_kernel_takes_chunks_and_windows(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, name: str, flash: int
-) -> None:
-    folder, hf = checkpoint(name)
-    model = load_model(folder, dtype=torch.float32)
-    model.setup_caches(2, 64)
-    tokens = random_tokens(2, 60)
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Prefill's attention believes in a GPU -> the calls of its flash kernel."""
     calls = []
 
     class OnGPU(torch.Tensor):
@@ -156,11 +149,35 @@ def test_a_gpus_flash_kernel_takes_chunks_and_windows(
     monkeypatch.setattr(model_module, "SDPAParams", lambda *args: args)
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda parameters: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", called)
+    return calls
+
+
+@pytest.mark.parametrize("name, flash", [
+    # a call a layer for each of two chunks; of rings, whose places go round, for the first alone
+    ("llama", 6), ("qwen3", 6), ("mistral", 3), ("qwen2-window", 4), ("gemma2", 0),
+])
+def test_a_gpus_flash_kernel_takes_chunks_and_windows(
+    checkpoint: Checkpoint, flash_calls: list[tuple], name: str, flash: int
+) -> None:
+    folder, hf = checkpoint(name)
+    model = load_model(folder, dtype=torch.float32)
+    model.setup_caches(2, 64)
+    tokens = random_tokens(2, 60)
     close(model.prefill(tokens[:, :40], positions(0, 0)), hf_logits(hf, tokens)[:, :40])
     close(model.prefill(tokens[:, 40:], positions(40, 40)), hf_logits(hf, tokens)[:, 40:])
-    assert len(calls) == flash
+    assert len(flash_calls) == flash
     # rows of different depths have a mask of their own
     behind = torch.stack((tokens[0, 20:50], tokens[1, 9:39]))
     if name in ("llama", "qwen3"):
         close(model.prefill(behind, positions(20, 9))[1:], hf_logits(hf, tokens[1:])[:, 9:39])
-        assert len(calls) == flash
+        assert len(flash_calls) == flash
+
+
+def test_a_gpus_flash_kernel_takes_no_heads_of_100_values(flash_calls: list[tuple]) -> None:
+    """As OpenLLaMA 3B has: PyTorch finds that they suit, and its kernel raises."""
+    q, k, v = torch.randn(3, 1, 2, 9, 100, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(9)[None]
+    options = dict(scale=None, window=None)
+    want = model_module.math_attention(q, k, v, index, index, **options)
+    close(model_module.prefill_attention(q, k, v, index, index, **options, in_order=True), want)
+    assert not flash_calls

@@ -223,7 +223,8 @@ class Experts(nn.Module):
         Up to 16 tokens a row, as in decode, never wait for the host on a GPU. More, as in prefill,
         are grouped by expert, in bfloat16 without the host too, and so is everything on a CPU,
         where the host has the numbers."""
-        if self.gate_up_proj.layout is not None and x.shape[1] <= 16:
+        few = x.shape[1] <= 16 and ids.numel() < 2**16  # programs of a grid's second dimension
+        if self.gate_up_proj.layout is not None and few:
             rows = x.flatten(0, 1)
             ids = ids.flatten(0, 1)
             hidden = self.glu(self.gate_up_proj(rows, ids))  # (B T, n_active, ffn_dim)
