@@ -30,10 +30,12 @@ class Text:
         draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
         self.x, self.weight = draw(B, N, C), draw(C, K)
         self.g, self.beta = -draw(B, N, HV).abs() / 4, draw(B, N, HV).sigmoid()
-        q, k, v = convolved(torch.cat([torch.zeros(B, K - 1, C), self.x], 1), self.weight, memory())
-        q, k = (each.repeat_interleave(HV // HK, 2) for each in (q, k))
-        start = torch.zeros(B, HV, DK, DV)
-        self.out, self.state = reference(q, k, v, self.g, self.beta, start)
+        kept = memory()
+        window = torch.cat([torch.zeros(B, K - 1, C), self.x], 1)
+        heads = convolved(window, self.weight, kept)  # (B, H, 1 or G, N, D)
+        gates = (each.mT.reshape(B, HK, -1, N, 1) for each in (self.g, self.beta))
+        out, self.state = reference(*heads, *gates, kept.state)
+        self.out = out.flatten(1, 2).transpose(1, 2)  # (B, N, HV, DV)
 
     def run(
         self, kind: str, memory: Memory, first: int, last: int, at: int | None = None
@@ -122,7 +124,7 @@ def test_wrong_proposals_leave_nothing_behind(
 def test_a_row_goes_back_and_begins_anew(text: Text, kind: str) -> None:
     kept = memory()
     text.run(kind, kept, 0, 90)
-    kept.keys[:, :, 90 % delta_rule.PLACES] = torch.nan  # nobody's
+    kept.keys[..., 90 % delta_rule.PLACES, :] = torch.nan  # nobody's
     for at in (90 - BLOCK, 90 - BLOCK, 80):
         assert near(text.run(kind, kept, at, at + 3), text.out[:, at:at + 3])
     for part in kept[:4]:
