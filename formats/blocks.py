@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GGML
 from torch import Tensor
