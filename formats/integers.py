@@ -128,19 +128,6 @@ def mxfp4_blocks(name: str, packed: Any, exponents: Any, of: range) -> Blocks:
     return Blocks(name, "MXFP4", 5, range(len(of)), range(32 * packed.shape[1]), read)
 
 
-def nvfp4_blocks(name: str, packed: Any, scales: Any, factor: float) -> Blocks:
-    """packed [N, K / 2] uint8, whose byte c has input 2c in its low nibble; scales [N, K / 16] FP8,
-    times a factor."""
-    N, half = packed.shape
-    check_shape("its scale", scales.shape, (N, half // 8))
-
-    def read(rows: range) -> Affine:
-        scale = scales.read(rows).float() * (factor / 2)
-        q = TWICE_E2M1_AND_16[unpack_nibbles(packed.read(rows)).int()]
-        return Affine(q, scale, -16 * scale)
-
-    return Blocks(name, "NVFP4", 5, range(N), range(2 * half), read, 16)
-
 # --- layers ---
 
 

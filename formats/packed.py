@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from formats.integers import Affine, Blocks, check_shape, nvfp4_blocks, read, say_dequantized
+from formats.integers import (
+    TWICE_E2M1_AND_16, Affine, Blocks, check_shape, read, say_dequantized,
+)
 from formats.settings import check_settings, read_json
 from model import first_line
 from quantize import unpack_nibbles
@@ -198,7 +200,16 @@ def nvfp4(name: str, weight: Any, tensors: dict[str, Any]) -> Blocks:
     over NAME_global_scale."""
     divisor = tensors.pop(f"{name}_global_scale", None)
     factor = read(tensors.pop(f"{name}_scale_2")) if divisor is None else 1 / read(divisor)
-    return nvfp4_blocks(name, weight, tensors.pop(f"{name}_scale"), factor.item())
+    scales = tensors.pop(f"{name}_scale")
+    N, half = weight.shape  # a byte has input 2c in its low nibble
+    check_shape("its scale", scales.shape, (N, half // 8))
+
+    def load(rows: range) -> Affine:
+        scale = scales.read(rows).float() * (factor.item() / 2)
+        q = TWICE_E2M1_AND_16[unpack_nibbles(weight.read(rows)).int()]
+        return Affine(q, scale, -16 * scale)
+
+    return Blocks(name, "NVFP4", 5, range(N), range(2 * half), load, 16)
 
 
 def float8(name: str, weight: Any, tensors: dict[str, Any], block: tuple[int, int]) -> Floats:

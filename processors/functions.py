@@ -82,7 +82,9 @@ class Grammar:
 
     https://github.com/guidance-ai/llguidance says on the host which tokens may come next; what is
     masked are the logits, where they are. A token that a step only proposes is checked under the
-    mask of the tokens in front of it, and the grammar goes back where it was wrong. ValueError: it is none, or llguidance is not installed, or cannot read the tokenizer."""
+    mask of the tokens in front of it, and the grammar goes back where it was wrong.
+
+    ValueError: it is none, or llguidance is not installed, or cannot read the tokenizer."""
 
     def __init__(self, kind: str, text: str, tokenizer: Any, vocab_size: int):
         try:
