@@ -210,6 +210,21 @@ def test_a_special_text_in_a_message_leaves_the_rest_as_it_is(
     assert head[1:] == (without(said, bos=False) if kind == "json" else without(said))
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_text_behind_a_special_token_begins_with_a_blank_where_the_file_wants_one(
+    tmp_path: Path, scheme: str
+) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(
+        [("<unk>", 0.0), *((c, -3.0) for c in "\u2581abcdefghijklmnopqrstuvwxyz.|>?H,WI")], 0))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    backend.add_special_tokens(["<s>", "</s>", "<|user|>", "<|end|>", "<|assistant|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path, config={"model_type": "mistral"}, tokenizer_config={
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": PHI, **NAMES})
+    assert_chats_alike(tmp_path)
+
+
 def test_no_character_stands_for_a_special_token(tmp_path: Path) -> None:
     """In a message, a role or the template; the first private ones and all others alike."""
     odd = "".join(chr(0x100000 + i) for i in range(8)) + "\ue000\ufdd0\ufffe"
