@@ -3,6 +3,7 @@ ggml-common.h. TYPES has them."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import gguf
 import numpy as np
@@ -123,11 +124,18 @@ def dequantized(stored: InFile) -> Tensor:
         raise ValueError(f"cannot read tensor {stored.name}: {first_line(e)}") from None
 
 
-def unpack(kind: GGML, data: Tensor) -> Affine:
-    """Whole blocks [n, bytes of one]."""
-    *_, affine, names, formats = TYPES[kind]
+@cache
+def layout_of(kind: GGML) -> np.dtype:
+    *_, names, formats = TYPES[kind]
     layout = np.dtype(formats)
     layout.names = names.split()
+    return layout
+
+
+def unpack(kind: GGML, data: Tensor) -> Affine:
+    """Whole blocks [n, bytes of one]."""
+    _, _, affine, *_ = TYPES[kind]
+    layout = layout_of(kind)
     blocks = data.numpy().view(layout)[:, 0]
     fields = {name: torch.from_numpy(blocks[name]) for name in layout.names}
     return affine({name: x.float() if name in "dm" else x for name, x in fields.items()})
