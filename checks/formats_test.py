@@ -139,7 +139,7 @@ def test_random_weights_are_announced(
 # --- what is refused, by name ---
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model_type="gpt_neox"), "gpt_neox"),
+    (dict(model_type="bloom"), "bloom"),
     (dict(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
     (dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
     (dict(rope_scaling={"rope_type": "longrope"}), "longrope"),
