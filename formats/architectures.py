@@ -23,6 +23,7 @@ import gguf
 from formats.blocks import dequantized
 from formats.checkpoint import InFile
 from formats.settings import check_settings
+from formats.wrappers import OF_PICTURES, TEXTS
 from model import FAMILIES, extension, is_number
 
 Tensors = dict[str, InFile]
@@ -98,9 +99,9 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
         key.removeprefix(prefix): value for key, value in meta.items()
         if key.startswith((prefix, "xielu."))
     }
-    model_type, file = family_of(name, settings)
+    model_type, file = family_of(TEXTS.get(name, name), settings)
     own = file.get("settings", {})
-    refuse_unknown(prefix, settings, set(own.values()))
+    refuse_unknown(prefix, settings, {*own.values(), *(OF_PICTURES if name in TEXTS else ())})
     config = {"model_type": model_type, "use_sliding_window": True}
     config |= file.get("means", {})
     names = {name: theirs for name, theirs in SETTINGS.items() if theirs not in own.values()}

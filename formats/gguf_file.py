@@ -21,14 +21,17 @@ from formats.blocks import FLOATS, dequantized, file_blocks
 from formats.checkpoint import CheckedCheckpoint, InFile, check_stack, making_sense_of
 from formats.integers import Blocks, check_shape
 from formats.settings import plain_file
-from formats.wrappers import text_metadata
+from formats.wrappers import LEFT_OUT, has_pictures
 from model import first_line, is_number
+from quantize import say_once
 
 
 def read_checkpoint(path: Path) -> GGUFCheckpoint:
     meta, tensors = read_gguf(path)
     with making_sense_of(path):
-        config, file = hf_config(text_metadata(path, meta), tensors)
+        if has_pictures(path, meta):
+            say_once(LEFT_OUT.format(path, meta.get("general.architecture")))
+        config, file = hf_config(meta, tensors)
     return GGUFCheckpoint(path, config, tensors, file)
 
 

@@ -43,6 +43,8 @@ OTHERS = {
 
 # architectures of llama.cpp's: that of texts with pictures, and of texts alone
 TEXTS = {"qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen3vlmoe": "qwen3moe"}
+# their settings for pictures: tokens of texts turn by one position, and no layer adds to them
+OF_PICTURES = {"rope.dimension_sections", "n_deepstack_layers"}
 LEFT_OUT = "{} holds a {}, of which pictures and sound are left out"
 # tokens that stand for them, or around them
 PICTURE = re.compile("image|video|vision|audio|IMG", re.IGNORECASE)
@@ -72,19 +74,6 @@ def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
     """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
     beside = path.parent.glob("*mmproj*.gguf")
     return meta.get("general.architecture") in TEXTS or any(beside)
-
-
-def text_metadata(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of a GGUF file as one of texts alone has it: tokens of texts turn by one
-    position, and no layer adds pictures to them. What is left out is said once."""
-    kind = meta.get("general.architecture")
-    if has_pictures(path, meta):
-        say_once(LEFT_OUT.format(path, kind))
-    if kind not in TEXTS:
-        return meta
-    own = {key.replace(f"{kind}.", f"{TEXTS[kind]}.", 1): value for key, value in meta.items()
-           if not key.endswith((".dimension_sections", ".n_deepstack_layers"))}
-    return own | {"general.architecture": TEXTS[kind]}
 
 
 # what may stand in front of the names of a model of texts, in place of model.
