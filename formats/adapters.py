@@ -26,7 +26,7 @@ KNOWN = set(
 ONLY = {  # what they may be; other starts change the base model too
     "peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]
 }
-PART = re.compile(r"\.lora_((A|B)\.weight|embedding_(A|B)|(magnitude)_vector(\.weight)?)$")
+PART = re.compile(r"\.lora_(embedding_)?(A|B|magnitude)(_vector)?(\.weight)?$")
 ENDLESS = re.compile(r"\)[*+{]|([*+{].*){4}")  # in a pattern, which may take for ever then
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -91,8 +91,8 @@ class Adapter:
             found = PART.search(name)
             key, part = name.replace(".base_layer.", "."), "whole"
             if found:
-                key, part = f"{name[:found.start()]}.weight", found[2] or found[3] or found[4]
-            if found and found[3]:  # of an embedding, which multiplies from the other side
+                key, part = f"{name[:found.start()]}.weight", found[2]
+            if found and found[1]:  # of an embedding, which multiplies from the other side
                 part, x = "BA"[part == "B"], read(x).movedim(0, -1)
             self.changes.setdefault(key, {})[part] = x
         for key, found in self.changes.items():

@@ -249,8 +249,7 @@ def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
     that of tokens."""
     prefix = name.removesuffix(TABLE)
     if prefix == name:
-        layer = FORMS[mode](model.get_submodule(name), group_size)
-        model.set_submodule(name, layer)
+        model.set_submodule(name, FORMS[mode](model.get_submodule(name), group_size))
         return
     weight = model.get_submodule(prefix).weight  # (vocab_size, dim)
     vocab_size, dim = weight.shape

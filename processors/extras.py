@@ -8,7 +8,7 @@ also proposals that may turn out wrong."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import proxy
 
 import torch
@@ -141,7 +141,9 @@ class Extras:
             prompt = torch.tensor(request.prompt, device=self.history.device)
             self.history[row, request.cached:request.cached + len(prompt)] = prompt
             self.settings[row] = self.settings.new_tensor(settings_of(request, PROCESSORS))
-            self.functions[row] = [begun(function, request) for function in request.processors]
+            # what has a method begin makes a function for this answer
+            self.functions[row] = [each.begin(request) if hasattr(each, "begin") else each
+                                   for each in request.processors]
         if self.echo:
             self.keep_echoes(requests)
         return self.change(rows, logits[:, None], 0)[:, 0]
@@ -235,11 +237,6 @@ class Extras:
         for tensor in (self.history, self.begins, self.settings):
             tensor[target] = tensor[source]
         self.functions[target] = self.functions[source]
-
-
-def begun(function: Any, request: Request) -> Function:
-    """One of a request's processors, for its answer: what `begin` makes of those that have it."""
-    return function.begin(request) if hasattr(function, "begin") else function
 
 
 def known_of(logprobs: Tensor, likeliest: Tensor, request: Request) -> dict[str, list]:
