@@ -332,11 +332,10 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     tokens = meta["tokens"]
     types = meta.get("token_type") or [1] * len(tokens)
     special_ids = {name: token_id(meta, name, tokens) for name in ("bos", "eos", "eot", "eom")}
-    ends = {i for i, token in enumerate(tokens) if token in ENDS}
-    for i in ends:
-        types[i] = CONTROL  # some files have them as plain text
-    # which is right where </s> ends what HTML strikes through
-    ends |= {i for i, token in enumerate(tokens) if token == "</s>" and types[i] == CONTROL}
+    # some files have them as plain text, which is right where </s> ends what HTML strikes through
+    types = [CONTROL if token in ENDS else given for token, given in zip(tokens, types)]
+    special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL and token}
+    ends = {special[token] for token in special.keys() & {*ENDS, "</s>"}}
     if kind == "gpt2":
         backend = byte_level_bpe(tokens, meta["merges"], types, pre)
         takes_bos = pre in WHOLE_WORDS
@@ -346,7 +345,6 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
         backend = sentencepiece_bpe(tokens, meta["scores"], types, unknown, space_prefix)
         takes_bos = True
     bos_id = special_ids["bos"] if meta.get("add_bos_token", takes_bos) else None
-    special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL and token}
     if {"<|return|>", "<|call|>"} <= special.keys():
         ends.discard(special.get("<|end|>"))  # of a message, behind which gpt-oss goes on
     ends |= {special_ids[name] for name in ("eos", "eot", "eom")} - {None}
