@@ -432,12 +432,17 @@ def save_tokenizer(source: Path, folder: Path) -> None:
         return
     tokenizer = load_tokenizer(source)
     backend = tokenizer.backend
+    special_text = tokenizer.special_text
     if isinstance(backend, tokenizers.Tokenizer):
+        if tokenizer.bos_id is not None:
+            bos = special_text["bos_token"]
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                f"{bos} $A", None, [(bos, tokenizer.bos_id)])
         backend.save(str(folder / "tokenizer.json"))
     else:
         (folder / "tokenizer.model").write_bytes(backend.serialized_model_proto())
     config = {
-        **tokenizer.special_text,
+        **special_text,
         "add_bos_token": tokenizer.bos_id is not None,
         "eos_token_id": sorted(tokenizer.eos_ids),
         "chat_template": tokenizer.chat_template,
