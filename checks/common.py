@@ -275,9 +275,10 @@ INTERLEAVED = ("llama", "smollm3", "granite", "baichuan", "mistral3")  # archite
 
 def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
                arch: str = "llama", extra: Sequence[tuple] = (),
-               kind_of: Callable[[str], GGML] = lambda name: GGML.F32) -> Path:
+               kind_of: Callable[[str], GGML] = lambda name: GGML.F32, older: bool = False) -> Path:
     """A GGUF file as llama.cpp's converter writes it. extra: further (method of gguf.GGUFWriter,
-    *its arguments). kind_of: a matrix's name in the file -> its type; quantized ones are random."""
+    *its arguments). kind_of: a matrix's name in the file -> its type; quantized ones are random.
+    older: one that has in_proj_qkvz and kv_b_proj whole."""
     writer = gguf.GGUFWriter(path, arch)
     rope = config.rope_parameters
     writer.add_block_count(config.num_hidden_layers)
@@ -299,7 +300,7 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
             getattr(writer, f"add_xielu_{kind}")(numbers)
     [gguf_arch] = [number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch]
     names = gguf.get_tensor_name_map(gguf_arch, config.num_hidden_layers)
-    for name, tensor in as_converted(state, config, arch):
+    for name, tensor in as_converted(state, config, arch, older):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         kind = kind_of(theirs) if tensor.dim() == 2 else GGML.F32
         if kind == GGML.F32:
@@ -316,7 +317,7 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
 
 
 def as_converted(
-    state: dict[str, Tensor], config: transformers.PreTrainedConfig, arch: str
+    state: dict[str, Tensor], config: transformers.PreTrainedConfig, arch: str, older: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Tensors of transformers as llama.cpp's converter changes them, but for their names."""
     heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
@@ -340,19 +341,19 @@ def as_converted(
             name = f"{name}.weight"
         if name.endswith(("conv.conv.weight", "conv1d.weight")):
             tensor = tensor.squeeze(1)
-        if ".linear_attn." in name:
-            yield from delta_tensors(name, tensor, config, arch)
-            continue
-        if module == "kv_b_proj":
-            parts = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
-            k, v = parts.split([config.qk_nope_head_dim, config.v_head_dim], 1)
-            yield name.replace("kv_b_proj", "k_b_proj"), k.mT
-            yield name.replace("kv_b_proj", "v_b_proj"), v
-            continue
+        if arch == "qwen35moe" and module == "shared_expert_gate":
+            tensor = tensor.squeeze(0)  # as llama.cpp's quantizer does
         name = name.replace("_correction_bias", "_correction.bias")
         name = name.replace(".gate.moe_statics.", ".moe_statics.")
         if module == "experts":
             yield from stacks(name, tensor, arch)
+        elif ".linear_attn." in name and not (older and "in_proj_qkvz" in name):
+            yield from delta_tensors(name, tensor, config, arch)
+        elif module == "kv_b_proj" and not older:
+            parts = tensor.view(config.num_attention_heads, -1, config.kv_lora_rank)
+            k, v = parts.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+            yield name.replace("kv_b_proj", "k_b_proj"), k.mT
+            yield name.replace("kv_b_proj", "v_b_proj"), v
         else:
             yield name, tensor
 

@@ -348,15 +348,11 @@ FAMILIES |= {
             parts={"kv_b_proj": ("k_b_proj", "v_b_proj")},
             means=dict(n_group=1, topk_group=1, first_k_dense_replace=0, norm_topk_prob=False,
                        routed_scaling_factor=1.0),
-            settings=dict(
-                n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
-                first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
-                routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
+            settings=gguf.DEEPSEEK_EXPERTS | dict(
                 n_group="expert_group_count", topk_group="expert_group_used_count",
                 q_lora_rank="attention.q_lora_rank", kv_lora_rank="attention.kv_lora_rank",
-                qk_rope_head_dim="rope.dimension_count", key_size="attention.key_length_mla",
-                value_size="attention.value_length_mla",
-                num_nextn_predict_layers="nextn_predict_layers",
+                qk_rope_head_dim="rope.dimension_count", head_size="attention.key_length_mla",
+                v_head_dim="attention.value_length_mla",
             ),
         ),
     ),
@@ -368,12 +364,7 @@ FAMILIES |= {
     "glm4_moe": Family(
         GLM4_MOE, BIASED_MOE | {"o_bias": False, "qk_norm": lambda hf: bool(hf.get("use_qk_norm"))},
         mlp=mlp_or_moe, stored_as=SHARED_EXPERTS,
-        gguf=dict(name="glm4moe", complete=gguf.glm4_moe, settings=dict(
-            n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
-            first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
-            routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
-            num_nextn_predict_layers="nextn_predict_layers",
-        )),
+        gguf=dict(name="glm4moe", settings=gguf.DEEPSEEK_EXPERTS),
     ),
     "minimax_m2": Family(
         MINIMAX,

@@ -132,7 +132,7 @@ def by_part(config: ModelConfig, name: str) -> Any:
     sizes = {"in_proj_qkvz": [k_dim, k_dim, v, v], "in_proj_ba": [group] * 2}.get(
         name.split(".")[-2]
     )
-    if sizes is None or hf.get("in_parts") and ".in_proj_qkvz." in name:
+    if sizes is None or hf.get("by_part") and ".in_proj_qkvz." in name:
         return None
     return lambda x: torch.cat([
         part.flatten(0, 1) for part in x.view(n_k, -1, x.shape[-1]).split(sizes, 1)

@@ -56,12 +56,6 @@ def qwen_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     config["mlp_only_layers"] = [i for i in layers if f"blk.{i}.ffn_gate_inp.weight" not in tensors]
 
 
-def glm4_moe(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    """The last layers may be such that guess further tokens."""
-    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
-    config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
-
-
 def lfm2(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     """A layer without keys is a convolution."""
     heads = config["num_key_value_heads"]
@@ -96,13 +90,11 @@ def baichuan(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
 
 
 def delta(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    """A layer with a decay has a state. The last layers may be such that guess further tokens."""
-    config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
-    layers = range(config["num_hidden_layers"])
-    has_state = [f"blk.{i}.ssm_a" in tensors for i in layers]
+    """A layer with a decay has a state. Older files of Qwen3-Next have its inputs in one."""
+    has_state = [f"blk.{i}.ssm_a" in tensors for i in range(config["num_hidden_layers"])]
     config["layer_types"] = ["linear_attention" if x else "full_attention" for x in has_state]
     config["linear_value_head_dim"] = config["inner_size"] // config["linear_num_value_heads"]
-    config["in_parts"] = any("attn_qkv" in name for name in tensors)  # older files: as by_part says
+    config["by_part"] = any("attn_qkv" in name for name in tensors)
 
 
 DELTA = dict(norm_shift=1.0, complete=delta, settings=dict(
@@ -110,36 +102,38 @@ DELTA = dict(norm_shift=1.0, complete=delta, settings=dict(
     linear_num_key_heads="ssm.group_count", linear_num_value_heads="ssm.time_step_rank",
     inner_size="ssm.inner_size", full_attention_interval="full_attention_interval",
     recurrent_layers="attention.recurrent_layers", sections="rope.dimension_sections",
-    num_nextn_predict_layers="nextn_predict_layers",
 ))
 
 
-def value_heads(config: dict, name: str, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
-    """Qwen3.5's files have the first value head of each key head, then the second ones. The order
-    of rows, or of out_proj's columns, as GGUFCheckpoint.order gives it."""
+def value_heads(config: dict, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
+    """GGUFCheckpoint.order of Qwen3.5, whose files have the first value head of each key head, then
+    all second ones: rows of what makes them, behind queries and keys, and columns of out_proj."""
     n_k, n_v = config["linear_num_key_heads"], config["linear_num_value_heads"]
-    if ".linear_attn." not in name or name.endswith(".norm.weight") or n_k == n_v:
-        return None, 0
+    if ".linear_attn." not in name or ".norm." in name or n_k == n_v:
+        return None
     dim = int(".out_proj." in name)
-    has_keys = ".in_proj_qkv." in name or ".conv1d." in name
-    first = 2 * n_k * config["linear_key_head_dim"] * has_keys
-    values = torch.arange(first, shape[dim]).view(n_v // n_k, n_k, -1).transpose(0, 1)
-    return torch.cat([torch.arange(first), values.flatten()]), dim
+    order = torch.arange(shape[dim])
+    values = order[-n_v * config["linear_value_head_dim"]:]  # all, where there is one of each head
+    values[:] = values.view(n_v // n_k, n_k, -1).transpose(0, 1).flatten()
+    return dim, order
 
 
-SIGMOID = 2  # of expert_gating_func
+SIGMOID = 2  # as expert_gating_func has it
+DEEPSEEK_EXPERTS = dict(
+    n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
+    first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
+    routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
+)
 
 
 def deepseek2(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
-    """Older files have what makes keys and values in one, and sizes of heads where newer ones have
-    those of what is cached. DeepSeek V2's experts are not chosen by a bias."""
-    config["num_hidden_layers"] -= config.get("num_nextn_predict_layers") or 0
-    size, config["v_head_dim"] = (
-        settings.get(f"attention.{x}_length_mla") or settings[f"attention.{x}_length"]
-        for x in ("key", "value"))
-    config |= {"head_dim": config["qk_rope_head_dim"], "partial_rotary_factor": None}
-    config["qk_nope_head_dim"] = size - config["head_dim"]
-    config["num_key_value_heads"] = config["num_attention_heads"]
+    """Newer files say of heads what is cached, and beside it what they are. DeepSeek V2's experts
+    have softmax for a score, and no bias."""
+    head_dim, config["v_head_dim"] = (
+        settings.get(f"attention.{part}_length_mla") or settings[f"attention.{part}_length"]
+        for part in ("key", "value"))
+    config["qk_nope_head_dim"] = head_dim - config["qk_rope_head_dim"]
+    config["partial_rotary_factor"] = None
     scaling = config["rope_scaling"]
     scaling |= {key: 10 * scaling[key] for key in ("mscale", "mscale_all_dim") if key in scaling}
     biased = any("exp_probs_b" in name for name in tensors)

@@ -10,6 +10,7 @@ in the rows of families, a dictionary:
     means        settings of config.json that go without saying
     complete     a function that completes a configuration: see families/gguf.py
     interleaved  whether the two halves of a head of q and k lie in turns
+    order        a function for another order: see GGUFCheckpoint.order
     norm_shift   what was added to the weights of norms
     parts        a module of Hugging Face's checkpoints, and what it is called in parts"""
 from __future__ import annotations
@@ -61,6 +62,7 @@ SETTINGS = {
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "num_nextn_predict_layers": "nextn_predict_layers",
 }
 ROPE_SETTINGS = {  # of rope_scaling
     "rope_type": "rope.scaling.type",
@@ -106,6 +108,8 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
     config |= file.get("means", {})
     names = {name: theirs for name, theirs in SETTINGS.items() if theirs not in own.values()}
     config |= renamed(settings, names | own)
+    if config.get("num_nextn_predict_layers"):  # the last layers, which guess further tokens
+        config["num_hidden_layers"] -= config["num_nextn_predict_layers"]
     if not config.get("head_dim"):
         config["head_dim"] = None
         with suppress(KeyError, TypeError, ZeroDivisionError):  # the model says what is wrong
@@ -119,6 +123,7 @@ def hf_config(meta: dict, tensors: Tensors) -> tuple[dict, dict[str, Any]]:
     config["attention_bias"] = config["use_qkv_bias"] = "blk.0.attn_q.bias" in tensors
     config["attention_out_bias"] = config["use_bias"] = "blk.0.attn_output.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in tensors
     if "token_embd.weight" in tensors:
         config["vocab_size"] = tensors["token_embd.weight"].shape[0]
     check_settings(config)  # what completes it goes through the layers, as many as it says

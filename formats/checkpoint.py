@@ -242,7 +242,7 @@ def converted(blocks: list[Blocks], convert: Callable[[Tensor], Tensor]) -> list
     if order.is_floating_point():
         return []
     orders = [rows - rows.min() for rows in order.split(numbers)]
-    return [part.reordered(rows) for part, rows in zip(blocks, orders)]
+    return [part.reordered(0, rows) for part, rows in zip(blocks, orders)]
 
 
 @contextmanager

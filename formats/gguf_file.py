@@ -84,22 +84,18 @@ class GGUFCheckpoint(CheckedCheckpoint):
         check_stack(stored, tensor.shape, self.config)
         return tensor[int(expert[1])]
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
-        ValueError if it has another shape or cannot be read."""
+        ValueError if it has another shape, None: whichever it has, or cannot be read."""
         parts = self.alone(name)
-        if len(parts) == 1:
-            return self.read_alone(name, shape)
-        with making_sense_of(self.path):  # parts of all heads, or of each
-            tensor = torch.cat([self.read_alone(part) for part in parts], -2).flatten(0, -2)
-        check_shape(name, tensor.shape, shape)
-        return tensor
-
-    def read_alone(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The same of a tensor that the file does not have in parts. None: whatever shape it has
-        there, where a dimension of 1 may be missing."""
+        if len(parts) > 1:
+            with making_sense_of(self.path):  # parts of all heads, or of each
+                tensor = torch.cat([self.read(part) for part in parts], -2).flatten(0, -2)
+            check_shape(name, tensor.shape, shape)
+            return tensor
         stored = self.part_of(self.stored_name(name), name)
         shape = stored.shape if shape is None else shape
+        # a convolution's weight has one dimension less, and files may leave out any of 1
         flat = shape if stored.shape == shape else tuple(n for n in shape if n > 1)
         check_shape(stored.name, stored.shape, flat)
         tensor = dequantized(stored).view(shape)
@@ -110,8 +106,8 @@ class GGUFCheckpoint(CheckedCheckpoint):
             tensor = (-tensor).log()
         if ".k_b_proj." in name:  # what makes keys of a vector, for each head
             tensor = tensor.mT
-        order, dim = self.order(name, shape)
-        return tensor if order is None else tensor.index_select(dim, order)
+        order = self.order(name, shape)
+        return tensor if order is None else tensor.index_select(*order)
 
     def default_dtype(self, quantize: str | None, device: torch.device) -> torch.dtype:
         """On a CPU float32 where integers are kept: on SmolLM2 in Q4_1 a mean KL of 8.9e-4 from the
@@ -131,28 +127,27 @@ class GGUFCheckpoint(CheckedCheckpoint):
         blocks = []
         for part, stored, n in zip(names, parts, [*rows, shape[0] - sum(rows)]):
             check_shape(stored.name, stored.shape, (n, *shape[1:]))
-            order, dim = self.order(part, stored.shape)
-            block = file_blocks(stored)
-            blocks.append(block if order is None else block.reordered(order, dim))
+            block, order = file_blocks(stored), self.order(part, stored.shape)
+            blocks.append(block if order is None else block.reordered(*order))
         return blocks
 
-    def order(self, name: str, shape: tuple[int, ...]) -> tuple[Tensor | None, int]:
-        """The file's place of each of Hugging Face's, None where it is the same, and the dimension.
-        In files of Llamas the two halves of a head of q or k, which rotate together, interleave;
+    def order(self, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
+        """A dimension, and the file's place along it of each of Hugging Face's; None: the same. In
+        files of Llamas the two halves of a head of q or k, which rotate together, interleave;
         where Hugging Face has q, k and v of a head together, files have all heads of each."""
         if "order" in self.file:
             return self.file["order"](self.config, name, shape)
         module = name.split(".")[-2]
         if module == "query_key_value":
             heads = torch.arange(shape[0]).view(3, self.config["num_attention_heads"], -1)
-            return heads.transpose(0, 1).flatten(), 0
+            return 0, heads.transpose(0, 1).flatten()
         if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
-            return None, 0
+            return None
         n_head = self.config["num_attention_heads"]
         if module == "k_proj":
             n_head = self.config.get("num_key_value_heads") or n_head
         pairs = torch.arange(shape[0]).view(n_head, -1, 2)  # (H, D/2, 2)
-        return pairs.transpose(1, 2).flatten(), 0
+        return 0, pairs.transpose(1, 2).flatten()
 
 
 # --- reading ---

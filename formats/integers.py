@@ -38,8 +38,8 @@ class Blocks:
     name: str  # of the tensor
     kind: str  # how the file stores it
     bits: int | None  # of an integer, None: integers cannot be read
-    rows: Rows  # of the whole matrix, in this order, as are columns
-    columns: Rows
+    rows: Rows  # of the whole matrix
+    columns: range
     read: Callable[[Rows], Affine]  # some rows, with all columns
     group_size: int = 32  # inputs of a group that stays one: 16, 32, 64 or 128
     hold: Callable[[], Callable[[Rows], Affine]] | None = None  # -> a read that has all in memory
@@ -58,13 +58,19 @@ class Blocks:
         group_size = math.gcd(self.group_size, start, length)
         return replace(self, columns=self.columns[start:start + length], group_size=group_size)
 
-    def reordered(self, order: Tensor, dim: int = 0) -> Blocks:
-        """With its rows, or columns, in another order. ValueError if that divides a group."""
+    def reordered(self, dim: int, order: Tensor) -> Blocks:
+        """With its rows, or inputs, in another order. ValueError if that cuts a group in two."""
         if dim == 0:
-            return replace(self, rows=torch.tensor(self.rows)[order])
-        if (order.view(-1, 32) // 32).diff().any():
+            return replace(self, rows=torch.as_tensor(self.rows)[order])
+        groups = order.view(-1, 32) // 32
+        if groups.diff().any():
             raise ValueError(f"inputs of {self.name} do not move in whole groups of 32")
-        return replace(self, columns=order)
+
+        def read(rows: Rows) -> Affine:
+            parts = (part.unflatten(1, (len(groups), -1)) for part in self.read(rows))
+            return Affine(*(part[:, groups[:, 0]].flatten(1) for part in parts))
+
+        return replace(self, read=read)
 
     def held(self) -> Blocks:
         """For reading all of it, where its rows do not lie one after the other in the file."""
@@ -81,11 +87,7 @@ class Blocks:
         parts = []
         for part in whole:
             inputs = K // part.shape[1]  # to each of its values
-            if isinstance(self.columns, Tensor):
-                groups = self.columns[::32] // 32
-                parts.append(part.unflatten(1, (K // 32, -1))[:, groups].flatten(1))
-            else:
-                parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
+            parts.append(part[:, self.columns.start // inputs:self.columns.stop // inputs])
         return Affine(*parts)
 
 
@@ -121,11 +123,10 @@ def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
 def mxfp4_blocks(name: str, packed: Any, exponents: Any, of: range) -> Blocks:
     """As gpt-oss's files have them, of tensors in a file these rows: packed [N, K / 32, 16] uint8,
     whose byte c has input 2c in its low nibble and 2c + 1 above; exponents [N, K / 32] uint8."""
-    def read(rows: range) -> Affine:
-        some = of[rows.start:rows.stop]
-        return twice_e2m1(unpack_nibbles(packed.read(some).flatten(1)), exponents.read(some))
+    def read(rows: Rows) -> Affine:
+        return twice_e2m1(unpack_nibbles(packed.read(rows).flatten(1)), exponents.read(rows))
 
-    return Blocks(name, "MXFP4", 5, range(len(of)), range(32 * packed.shape[1]), read)
+    return Blocks(name, "MXFP4", 5, of, range(32 * packed.shape[1]), read)
 
 
 # --- layers ---

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from formats.integers import (
-    TWICE_E2M1_AND_16, Affine, Blocks, check_shape, read, say_dequantized,
+    TWICE_E2M1_AND_16, Affine, Blocks, Rows, check_shape, read, say_dequantized,
 )
 from formats.settings import check_settings, read_json
 from model import first_line
@@ -172,7 +172,7 @@ def blocks(
     size = math.gcd(size, 128) if in_order else 1  # of groups that can be kept
     kind = f"{bits}-bit {f'groups of {size}:' if in_order else 'act-order'}"
 
-    def hold() -> Callable[[range], Affine]:
+    def hold() -> Callable[[Rows], Affine]:
         q, scales, zeros = load()
         lines = scales.float().expand(N, -1), (-zeros.float() * scales).expand(N, -1)
         ids = index[::min(size, 32)]
