@@ -275,10 +275,12 @@ INTERLEAVED = ("llama", "smollm3", "granite", "baichuan", "mistral3")  # archite
 
 def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[str, Tensor],
                arch: str = "llama", extra: Sequence[tuple] = (),
-               kind_of: Callable[[str], GGML] = lambda name: GGML.F32, older: bool = False) -> Path:
+               kind_of: Callable[[str], GGML] = lambda name: GGML.F32, older: bool = False,
+               changes: dict[str, Tensor] | None = None) -> Path:
     """A GGUF file as llama.cpp's converter writes it. extra: further (method of gguf.GGUFWriter,
     *its arguments). kind_of: a matrix's name in the file -> its type; quantized ones are random.
-    older: one that has in_proj_qkvz and kv_b_proj whole."""
+    older: one that has in_proj_qkvz and kv_b_proj whole. changes: other tensors, by the file's
+    names."""
     writer = gguf.GGUFWriter(path, arch)
     rope = config.rope_parameters
     writer.add_block_count(config.num_hidden_layers)
@@ -302,6 +304,7 @@ def write_gguf(path: Path, config: transformers.PreTrainedConfig, state: dict[st
     names = gguf.get_tensor_name_map(gguf_arch, config.num_hidden_layers)
     for name, tensor in as_converted(state, config, arch, older):
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        tensor = (changes or {}).get(theirs, tensor)
         kind = kind_of(theirs) if tensor.dim() == 2 else GGML.F32
         if kind == GGML.F32:
             writer.add_tensor(theirs, tensor.contiguous().numpy())

@@ -21,6 +21,7 @@ from formats.architectures import hf_config
 from formats.checkpoint import open_checkpoint
 from formats.gguf_file import GGUFCheckpoint
 from model import ModelConfig, load_model
+from quantize import Linear, QuantizedLinear
 
 
 class Case(NamedTuple):
@@ -81,7 +82,7 @@ OF_SIZES = [
     ("add_head_count_kv", 1), ("add_key_length", 32), ("add_value_length", 24),
     ("add_key_length_mla", 20), ("add_value_length_mla", 16)]
 OF_CACHE = ("num_key_value_heads", "head_dim")  # files have what is cached
-SAME_LATENT = ["moe", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"]
+SAME_LATENT = ["moe", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"]
 DEEP = [SECTIONS, ("add_num_deepstack_layers", 1)]
 CASES = {
     "mixtral": Case("llama", "Mixtral", dict(num_local_experts=4), MOE,
@@ -262,9 +263,9 @@ CASES = {
         [*OF_LATENT, ("add_head_count_kv", 6), ("add_key_length", 20), ("add_value_length", 16)],
         SAME_LATENT, None, older=True, other=OF_CACHE),  # it tells those without q_lora_rank by their size
     "glm4_moe_lite": Case(
-        "deepseek2", "Glm4MoeLite", dict(LATENT, n_group=1, topk_group=1, routed_scaling_factor=1.8),
+        "deepseek2", "Glm4MoeLite", dict(LATENT, n_group=1, topk_group=1, routed_scaling_factor=1.75),
         [*OF_LATENT, *OF_SIZES, ("add_expert_weights_norm", True), ("add_q_lora_rank", 40),
-         ("add_expert_weights_scale", 1.8), ("add_vocab_size", 131), SIGMOID],
+         ("add_expert_weights_scale", 1.75), ("add_vocab_size", 131), SIGMOID],
         SAME_LATENT, other=(*OF_CACHE, "model_type")),
     "ernie4_5_moe": Case(
         "ernie4_5-moe", "Ernie4_5_Moe",
@@ -402,6 +403,56 @@ def test_the_inputs_of_gemmas_layers_stay_integers(tmp_path: Path) -> None:
     assert all(hasattr(each, "table") for each in tables)
 
 
+LARGE = dict(hidden_size=256, intermediate_size=256, num_attention_heads=8)
+KEPT = {  # class, architecture, settings, and what their files say
+    "qwen35": ("Qwen3_5", DELTA | dict(linear_num_value_heads=4, linear_value_head_dim=64),
+               [*OF_DELTA, SECTIONS, ("add_ssm_time_step_rank", 4), ("add_ssm_inner_size", 256)]),
+    "qwen3next": ("Qwen3Next", DELTA | EXPERTS | dict(
+        linear_num_value_heads=4, linear_value_head_dim=64, shared_expert_intermediate_size=256,
+    ), [*OF_DELTA, *OF_SHARING, ("add_ssm_time_step_rank", 4), ("add_ssm_inner_size", 256),
+        ("add_expert_shared_feed_forward_length", 256)]),
+    "deepseek2": ("DeepseekV3", LATENT | dict(
+        q_lora_rank=256, num_attention_heads=16, num_key_value_heads=16,
+        moe_intermediate_size=256, n_group=1, topk_group=1,
+    ), [*OF_LATENT, *OF_SIZES, SIGMOID, ("add_q_lora_rank", 256),
+        ("add_expert_feed_forward_length", 256)]),
+    "glm4": ("Glm4", dict(num_attention_heads=16), [("add_rope_dimension_count", HALF)]),
+}
+
+
+def kept_file(folder: Path, arch: str, kind: GGML, changes: dict[str, Tensor] | None = None) -> Path:
+    """A file of KEPT with matrices of that kind, and some tensors replaced."""
+    name, settings, extra = KEPT[arch]
+    kind_of_config = getattr(transformers, f"{name}TextConfig", None)
+    kind_of_config = kind_of_config or getattr(transformers, f"{name}Config")
+    config = kind_of_config(**{**BASE, "pad_token_id": 0, **LARGE, **settings})
+    with torch.device("meta"):
+        hf = getattr(transformers, f"{name}ForCausalLM")(config)
+    state = {name: torch.rand(x.shape) for name, x in hf.state_dict().items()}
+    return write_gguf(
+        folder / "m.gguf", config, state, arch, extra,
+        lambda name: GGML.F32 if "conv1d" in name or "gate_inp" in name else kind,
+        changes=changes)
+
+
+@pytest.mark.parametrize("arch", KEPT)
+@pytest.mark.parametrize("kind", [GGML.Q8_0, GGML.Q4_0, GGML.Q6_K], ids=lambda kind: kind.name)
+def test_integers_stay_whatever_their_order(tmp_path: Path, arch: str, kind: GGML) -> None:
+    """Of every product, and they stand for the numbers that their tensors stand for."""
+    path = kept_file(tmp_path, arch, kind)
+    kept = load_model(path, dtype=torch.float32)
+    plain = load_model(path, dtype=torch.float32, quantize="none")
+    layers = {name: x for name, x in plain.named_modules() if type(x) is Linear}
+    assert len(layers) > 10
+    for name, layer in layers.items():
+        ours = kept.get_submodule(name)
+        if ".experts." not in name:
+            assert isinstance(ours, QuantizedLinear)
+            size = layer.weight.abs().max()
+            values = ours.values(slice(0, len(layer.weight)), torch.float32)
+            close(values / size, layer.weight / size, 1e-2)  # scales are bfloat16
+
+
 def baichuan_file(path: Path, n_layer: int) -> tuple[Path, Tensor]:
     """A GGUF file of a Baichuan of that many layers -> it, and W_pack of the first one."""
     q, k, v = torch.randn(3, 64, 64).unbind()
@@ -461,6 +512,37 @@ def test_an_experts_blocks_are_its_own(tmp_path: Path) -> None:
         checkpoint.read("model.layers.0.mlp.experts.0.up_proj.weight", (64, 32))
 
 
+@pytest.mark.parametrize("arch, name, tensor, message", [
+    ("qwen35", "blk.0.ssm_a", torch.ones(4), "A_log has numbers that are not finite"),
+    ("qwen35", "blk.0.ssm_dt.bias", torch.ones(3), "ssm_dt.bias has shape .3,., expected .4,."),
+    ("deepseek2", "blk.0.attn_k_b.weight", torch.ones(16, 24, 9), "kv_b_proj.* has shape"),
+    ("deepseek2", "blk.0.attn_k_b.weight", torch.ones(16, 9, 12), "makes no sense"),
+    ("deepseek2", "blk.0.attn_v_b.weight", torch.ones(24), "makes no sense"),
+])
+def test_parts_that_do_not_fit_are_refused(
+    tmp_path: Path, arch: str, name: str, tensor: Tensor, message: str
+) -> None:
+    path = kept_file(tmp_path, arch, GGML.Q8_0, {name: tensor})
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_value_heads_that_cut_groups_of_inputs_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    random = random_blocks((64, 96), GGML.Q8_0)
+    writer = gguf.GGUFWriter(path, "qwen35")
+    for add, n in ((writer.add_block_count, 1), (writer.add_ssm_inner_size, 96),
+                   (writer.add_ssm_group_count, 2), (writer.add_ssm_time_step_rank, 4)):
+        add(n)
+    writer.add_tensor("blk.0.ssm_out.weight", random, raw_dtype=GGML.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="ssm_out.weight do not move in whole groups of 32"):
+        open_checkpoint(path).blocks("model.layers.0.linear_attn.out_proj.weight", (64, 96))
+
+
 def metadata(arch: str, settings: dict[str, int]) -> dict[str, int | str]:
     """What a file says of a small model, and these settings."""
     sizes = {
@@ -492,9 +574,15 @@ def test_a_qwen_has_a_window_only_if_its_file_says_so(arch: str, experts: dict[s
     assert 8 in config.windows
 
 
-def test_a_glm_goes_without_layers_that_guess_further_tokens() -> None:
-    settings = {"block_count": 4, "nextn_predict_layers": 1, "expert_count": 4}
-    config, file = hf_config(metadata("glm4moe", settings), {})
+@pytest.mark.parametrize("arch, more", [
+    ("glm4moe", {}),
+    ("qwen35", {"ssm.inner_size": 64, "ssm.time_step_rank": 4}),
+    ("deepseek2", {"rope.dimension_count": 8, "attention.key_length": 20,
+                   "attention.value_length": 16}),
+])
+def test_layers_that_guess_further_tokens_are_left_out(arch: str, more: dict[str, int]) -> None:
+    settings = {"block_count": 4, "nextn_predict_layers": 1, "expert_count": 4, **more}
+    config, file = hf_config(metadata(arch, settings), {})
     assert config["num_hidden_layers"] == 3
     checkpoint = GGUFCheckpoint(Path("m.gguf"), config, {}, file)
     assert checkpoint.is_harmless("blk.3.nextn.eh_proj.weight")
