@@ -19,7 +19,7 @@ from formats.tokenizer import load_tokenizer
 from generate import Tokenizer
 
 VOCABULARIES = ["gpt-2", "llama-bpe", "qwen2", "qwen35", "refact", "starcoder", "mpt", "command-r",
-                "deepseek-coder", "llama-spm", "phi-3", "baichuan"]
+                "deepseek-coder", "deepseek-llm", "llama-spm", "phi-3", "baichuan"]
 PIECES = [  # what awkward texts are put together from
     *AWKWARD, "Hello", " world", "don't", "WE'LL", "it\u2019s", " 'd", "'T", "1", "23", "456",
     "3.14", "1,000,000", "\u0663\u0664", "\u00bd", "\u2167", "\u00b2", " ", "  ", "   ", "\t",
@@ -97,7 +97,7 @@ def test_ids_are_llama_cpps(llama_cpp: ModuleType, vocabulary: Vocabulary) -> No
 
 # one name of each way to split, and of each that takes words which are tokens as they are
 WAYS = {id(way): name for name, way in PRE_TOKENIZERS.items() if name not in WHOLE_WORDS}
-WAYS |= {name: name for name in ("llama-bpe", "tekken")}
+WAYS |= {name: name for name in ("llama-bpe", "tekken", "glm4")}
 
 
 @pytest.mark.parametrize("pre", WAYS.values())

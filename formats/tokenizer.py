@@ -338,7 +338,7 @@ def gguf_tokenizer(path: Path) -> ChatTokenizer:
     ends = {special[token] for token in special.keys() & {*ENDS, "</s>"}}
     if kind == "gpt2":
         backend = byte_level_bpe(tokens, meta["merges"], types, pre)
-        takes_bos = pre in WHOLE_WORDS
+        takes_bos = pre in WHOLE_WORDS and pre != "glm4"
     else:
         unknown = token_id(meta, "unknown", tokens) or 0
         space_prefix = meta.get("add_space_prefix", True)
