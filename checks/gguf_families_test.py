@@ -261,9 +261,10 @@ CASES = {
         "deepseek2", "DeepseekV2",
         dict(LATENT, q_lora_rank=None, n_group=1, topk_group=1, routed_scaling_factor=1.0),
         [*OF_LATENT, ("add_head_count_kv", 6), ("add_key_length", 20), ("add_value_length", 16)],
-        SAME_LATENT, None, older=True, other=OF_CACHE),  # it tells those without q_lora_rank by their size
+        SAME_LATENT, None, older=True, other=OF_CACHE),  # it tells these by how many layers they have
     "glm4_moe_lite": Case(
-        "deepseek2", "Glm4MoeLite", dict(LATENT, n_group=1, topk_group=1, routed_scaling_factor=1.75),
+        "deepseek2", "Glm4MoeLite",
+        dict(LATENT, n_group=1, topk_group=1, routed_scaling_factor=1.75),
         [*OF_LATENT, *OF_SIZES, ("add_expert_weights_norm", True), ("add_q_lora_rank", 40),
          ("add_expert_weights_scale", 1.75), ("add_vocab_size", 131), SIGMOID],
         SAME_LATENT, other=(*OF_CACHE, "model_type")),
@@ -420,7 +421,9 @@ KEPT = {  # class, architecture, settings, and what their files say
 }
 
 
-def kept_file(folder: Path, arch: str, kind: GGML, changes: dict[str, Tensor] | None = None) -> Path:
+def kept_file(
+    folder: Path, arch: str, kind: GGML, changes: dict[str, Tensor] | None = None
+) -> Path:
     """A file of KEPT with matrices of that kind, and some tensors replaced."""
     name, settings, extra = KEPT[arch]
     kind_of_config = getattr(transformers, f"{name}TextConfig", None)
