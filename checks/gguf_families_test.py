@@ -261,7 +261,7 @@ CASES = {
         "deepseek2", "DeepseekV2",
         dict(LATENT, q_lora_rank=None, n_group=1, topk_group=1, routed_scaling_factor=1.0),
         [*OF_LATENT, ("add_head_count_kv", 6), ("add_key_length", 20), ("add_value_length", 16)],
-        SAME_LATENT, None, older=True, other=OF_CACHE),  # it tells these by how many layers they have
+        SAME_LATENT, None, older=True, other=OF_CACHE),  # which it tells by their layers
     "glm4_moe_lite": Case(
         "deepseek2", "Glm4MoeLite",
         dict(LATENT, n_group=1, topk_group=1, routed_scaling_factor=1.75),
