@@ -177,10 +177,14 @@ def blocks(
         lines = scales.float().expand(N, -1), (-zeros.float() * scales).expand(N, -1)
         ids = index[::min(size, 32)]
         lines = q, *(x[:, ids] for x in lines)
-        return lambda rows: Affine(*(x[rows] for x in lines))
+        return lambda rows: Affine(*(at(x, rows) for x in lines))
 
     return Blocks(name, kind, bits if size >= 16 else None, range(N), range(K),
                   lambda rows: hold()(rows), size, hold)
+
+
+def at(x: Tensor, rows: Rows) -> Tensor:
+    return x[rows] if isinstance(rows, Tensor) else x[rows.start:rows.stop]  # no copy
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
