@@ -592,6 +592,18 @@ def test_layers_that_guess_further_tokens_are_left_out(arch: str, more: dict[str
     assert not checkpoint.is_harmless("blk.2.attn_q.bias")
 
 
+def test_deepseeks_experts_are_scored_as_its_file_says() -> None:
+    sizes = {"block_count": 2, "rope.dimension_count": 8, "attention.key_length": 20,
+             "attention.value_length": 16}
+    biased = {"blk.1.exp_probs_b.bias": None}
+    for score, tensors, family in ((0, {}, "deepseek_v2"), (0, biased, "deepseek_v3"),
+                                   (1, {}, "deepseek_v2"), (2, {}, "deepseek_v3")):
+        config, _ = hf_config(metadata("deepseek2", sizes | {"expert_gating_func": score}), tensors)
+        assert config["model_type"] == family
+    with pytest.raises(ValueError, match="unsupported expert_weights_norm"):
+        hf_config(metadata("deepseek2", sizes | {"expert_weights_norm": True}), {})
+
+
 @pytest.mark.parametrize("rope, kind, factor", [
     ({"scaling.factor": 4.0}, "linear", None),  # as llama.cpp takes one without a type
     ({"scaling.factor": 0.0}, "default", None),

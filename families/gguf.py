@@ -139,3 +139,5 @@ def deepseek2(config: dict, settings: dict, tensors: dict[str, Any]) -> None:
     biased = any("exp_probs_b" in name for name in tensors)
     if (config.get("scoring") or SIGMOID * biased) != SIGMOID:
         config |= {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}
+        if config["norm_topk_prob"]:
+            raise ValueError("unsupported expert_weights_norm of experts scored by softmax")

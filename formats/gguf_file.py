@@ -86,7 +86,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
-        ValueError if it has another shape, None: whichever it has, or cannot be read."""
+        ValueError if it has another shape, where one is given, or cannot be read."""
         parts = self.alone(name)
         if len(parts) > 1:
             with making_sense_of(self.path):  # parts of all heads, or of each
