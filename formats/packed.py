@@ -208,7 +208,7 @@ def nvfp4(name: str, weight: Any, tensors: dict[str, Any]) -> Blocks:
     N, half = weight.shape  # a byte has input 2c in its low nibble
     check_shape("its scale", scales.shape, (N, half // 8))
 
-    def load(rows: range) -> Affine:
+    def load(rows: Rows) -> Affine:
         scale = scales.read(rows).float() * (factor.item() / 2)
         q = TWICE_E2M1_AND_16[unpack_nibbles(weight.read(rows)).int()]
         return Affine(q, scale, -16 * scale)
