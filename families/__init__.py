@@ -13,9 +13,7 @@ from families.blocks import (
     PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
     SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head, parallel_or_not,
 )
-from families.experts import (
-    ClampedExperts, deepseek_moe, ernie_moe, hunyuan_moe, mixture_of_experts, mlp_or_moe,
-)
+from families.experts import ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
     by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, neox_ropes, query_scale,
@@ -272,8 +270,12 @@ FAMILIES |= {
         gguf=dict(name="hunyuan-dense"),
     ),
     "hunyuan_v1_moe": Family(
-        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": hunyuan_moe}, attention=LateNormAttention,
-        mlp=mlp_or_moe, stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
+        HUNYUAN_MOE,
+        {"ropes": stretched_ropes, "moe": partial(
+            mixture_of_experts, n_expert="num_experts", n_active="moe_topk", gated_share=False,
+            **dict.fromkeys(("ffn_dim", "shared"), "intermediate_size"))},
+        attention=LateNormAttention, mlp=mlp_or_moe,
+        stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
         gguf=dict(name="hunyuan-moe", settings=dict(
             moe_topk="expert_used_count", num_shared_expert="expert_shared_count")),
     ),

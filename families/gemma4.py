@@ -65,7 +65,7 @@ def proportional(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor
 def experts(hf: dict) -> MoEConfig | None:
     if not hf.get("enable_moe_block"):
         return None
-    return mixture_of_experts(hf | {"num_experts_per_tok": hf["top_k_experts"]})
+    return mixture_of_experts(hf, n_active="top_k_experts")
 
 
 def sources_of_keys(hf: dict) -> list[int]:
