@@ -141,9 +141,11 @@ DELTA_MOE = DELTA | QWEN_MOE | dict(
 
 # layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
+GEMMA_CLASSES = dict(norm=GemmaNorm, model=GemmaTransformer)
+GEMMA2_CLASSES = GEMMA_CLASSES | dict(attention=SoftcapAttention, block=SandwichBlock)
 GEMMA4_PARTS = dict(
-    fields=dict(windows=gemma4.windows, ropes=gemma4.ropes, moe=gemma4.experts, softmax_scale=1.0,
-                qk_norm=True),
+    fields=dict(windows=partial(windows_of, full_layers=gemma4.full_layers), ropes=gemma4.ropes,
+                moe=gemma4.experts, softmax_scale=1.0, qk_norm=True),
     attention=gemma4.Gemma4Attention, mlp=gemma4.mlp, block=gemma4.Gemma4Block, model=gemma4.model,
 )
 LFM2_PARTS = dict(
@@ -155,8 +157,13 @@ LFM2_PARTS = dict(
     attention=by_rope(Attention, lfm2.ShortConvolution), mlp=mlp_or_moe,
     block=by_rope(Block, lfm2.ConvolutionBlock), stored_as=lfm2.STORED_AS,
 )
-LFM2_SETTINGS = dict(  # names in GGUF files
-    conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon")
+LFM2_FILE = dict(
+    complete=gguf.lfm2, means=dict(block_auto_adjust_ff_dim=False, routed_scaling_factor=1.0),
+    settings=dict(
+        conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon",
+        num_dense_layers="leading_dense_block_count", scoring="expert_gating_func",
+    ),
+)
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
@@ -181,17 +188,14 @@ NEXT_CLASSES = DELTA_CLASSES | dict(
 
 FAMILIES |= {
     "gemma": Family(
-        GEMMA, {"act": gelu_tanh}, norm=GemmaNorm, model=GemmaTransformer,
-        gguf=dict(name="gemma", norm_shift=1.0),
+        GEMMA, {"act": gelu_tanh}, **GEMMA_CLASSES, gguf=dict(name="gemma", norm_shift=1.0),
     ),
     "gemma2": Family(
-        GEMMA2, LAYERWISE | {"softmax_scale": query_scale},
-        norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
+        GEMMA2, LAYERWISE | {"softmax_scale": query_scale}, **GEMMA2_CLASSES,
         gguf=dict(name="gemma2", norm_shift=1.0, means=GELU, complete=gguf.gemma),
     ),
     "gemma3_text": Family(
-        GEMMA3, LAYERWISE | {"softmax_scale": query_scale, "qk_norm": True},
-        norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
+        GEMMA3, LAYERWISE | {"softmax_scale": query_scale, "qk_norm": True}, **GEMMA2_CLASSES,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
     "gemma4_text": Family(
@@ -233,19 +237,8 @@ FAMILIES |= {
             parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
         ),
     ),
-    "lfm2": Family(
-        LFM2, **LFM2_PARTS, gguf=dict(
-            name="lfm2", complete=gguf.lfm2, settings=LFM2_SETTINGS,
-            means={"block_auto_adjust_ff_dim": False},
-        ),
-    ),
-    "lfm2_moe": Family(
-        LFM2_MOE, **LFM2_PARTS, gguf=dict(
-            name="lfm2moe", complete=gguf.lfm2, means={"routed_scaling_factor": 1.0},
-            settings=LFM2_SETTINGS | dict(
-                num_dense_layers="leading_dense_block_count", scoring="expert_gating_func"),
-        ),
-    ),
+    "lfm2": Family(LFM2, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2"}),
+    "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2moe"}),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
@@ -270,10 +263,10 @@ FAMILIES |= {
         gguf=dict(name="hunyuan-dense"),
     ),
     "hunyuan_v1_moe": Family(
-        HUNYUAN_MOE,
-        {"ropes": stretched_ropes, "moe": partial(
+        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": partial(
             mixture_of_experts, n_expert="num_experts", n_active="moe_topk", gated_share=False,
-            **dict.fromkeys(("ffn_dim", "shared"), "intermediate_size"))},
+            ffn_dim="intermediate_size", shared="intermediate_size",
+        )},
         attention=LateNormAttention, mlp=mlp_or_moe,
         stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
         gguf=dict(name="hunyuan-moe", settings=dict(
@@ -323,9 +316,10 @@ FAMILIES |= {
         gguf=dict(name="llama", when="expert_count", interleaved=True),
     ),
     "qwen2_moe": Family(
-        QWEN2_MOE,
-        {"qkv_bias": True, "moe": mixture_of_experts,
-         "windows": partial(windows_of, full_layers=every_other_and_last)},
+        QWEN2_MOE, {
+            "qkv_bias": True, "moe": mixture_of_experts,
+            "windows": partial(windows_of, full_layers=every_other_and_last),
+        },
         mlp=mlp_or_moe,
         gguf=dict(name="qwen2moe", complete=gguf.qwen_moe,
                   means=NO_WINDOW | {"norm_topk_prob": False}),
@@ -378,8 +372,7 @@ FAMILIES |= {
         )),
     ),
     "minimax_m2": Family(
-        MINIMAX,
-        {
+        MINIMAX, {
             "ropes": partial(ropes_of_part, key="rotary_dim"),
             "moe": partial(mixture_of_experts, ffn_dim="intermediate_size", **BIASED),
         },

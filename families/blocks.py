@@ -260,8 +260,10 @@ class SandwichBlock(Block):
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), positions, cache)
         x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.feed_forward(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.pre_feedforward_layernorm(x))
 
 
 class PostNormBlock(SandwichBlock):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from families.blocks import GemmaTransformer, SandwichBlock
 from families.experts import Experts, MoEConfig, choose, mixture_of_experts
-from families.settings import by_pattern, layer_kinds, rope_settings_of, windows_of
+from families.settings import by_pattern, layer_kinds, rope_settings_of
 from model import (
     ACTIVATIONS, MLP, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places,
     Positions, Rope, apply_rope, make_rope, positive,
@@ -25,10 +26,6 @@ from quantize import Linear
 def full_layers(hf: dict) -> list[bool]:
     """The last of every few, and the last of all."""
     return [*by_pattern(hf)[:-1], True]
-
-
-def windows(hf: dict) -> tuple[int | None, ...]:
-    return windows_of(hf, full_layers)
 
 
 def settings_of_layers(hf: dict) -> list[dict]:
@@ -165,33 +162,36 @@ class Gemma4Block(SandwichBlock):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
+        norm = partial(nn.RMSNorm, config.dim, config.norm_eps)
         self.layer_scalar = nn.Parameter(torch.empty(1))
-        self.experts, self.per_layer_input_gate = None, None
+        self.experts = None
         if config.moe is not None:
             self.router = Gemma4Router(config)
             self.experts = Experts(config)
-            self.pre_feedforward_layernorm_2 = nn.RMSNorm(config.dim, config.norm_eps)
-            self.post_feedforward_layernorm_1 = nn.RMSNorm(config.dim, config.norm_eps)
-            self.post_feedforward_layernorm_2 = nn.RMSNorm(config.dim, config.norm_eps)
+            self.pre_feedforward_layernorm_2 = norm()
+            self.post_feedforward_layernorm_1 = norm()
+            self.post_feedforward_layernorm_2 = norm()
+        self.per_layer_input_gate = None
         size = config.hf["hidden_size_per_layer_input"]
         if size:
             self.act = ACTIVATIONS[config.act]
             self.per_layer_input_gate = Linear(config.dim, size, bias=False)
             self.per_layer_projection = Linear(size, config.dim, bias=False)
-            self.post_per_layer_input_norm = nn.RMSNorm(config.dim, config.norm_eps)
+            self.post_per_layer_input_norm = norm()
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        if self.experts is not None:
-            z = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
-            y = self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(z)
-        x = x + self.post_feedforward_layernorm(y)
+        x = super().forward(x, positions, cache)
         if self.per_layer_input_gate is not None:
             y = self.act(self.per_layer_input_gate(x)) * positions.of_layer
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(y))
         return x * self.layer_scalar
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        y = super().feed_forward(x)
+        if self.experts is None:
+            return y
+        z = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        return self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(z)
 
 
 class Gemma4Transformer(GemmaTransformer):
