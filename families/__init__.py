@@ -16,8 +16,8 @@ from families.blocks import (
 from families.experts import ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, neox_ropes, query_scale,
-    ropes_in_windows, ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
+    by_pattern, every_other_and_last, layer_ropes, longrope, neox_ropes, ropes_in_windows,
+    ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
 )
 from model import (
     ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, QWEN2, ROPES, Attention, Block, Family, positive,
@@ -32,22 +32,21 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorc
 # --- what a config.json means where it leaves a setting out ---
 
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
+GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, head_dim=256,
              tie_word_embeddings=True)
-GEMMA2 = GEMMA | dict(
-    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, sliding_window=4096,
-    sliding_window_pattern=2, layer_types=None, query_pre_attn_scalar=256,
-    attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+GEMMA2 = GEMMA | GELU | dict(
+    num_key_value_heads=4, sliding_window=4096, sliding_window_pattern=2, layer_types=None,
+    query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
 )
 GEMMA3 = GEMMA2 | dict(
     max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
     rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
 )
-GEMMA4 = GEMMA | EXPERTS | dict(
-    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, max_position_embeddings=131072,
-    sliding_window=512, sliding_window_pattern=6, layer_types=None, global_head_dim=512,
-    hidden_size_per_layer_input=256, final_logit_softcapping=None,
-    use_bidirectional_attention=None, partial_rotary_factor=None,
+GEMMA4 = GEMMA | GELU | EXPERTS | dict(
+    num_key_value_heads=4, max_position_embeddings=131072, sliding_window=512, layer_types=None,
+    sliding_window_pattern=6, global_head_dim=512, hidden_size_per_layer_input=256,
+    final_logit_softcapping=None, use_bidirectional_attention=None, partial_rotary_factor=None,
     rope_parameters=dict(
         sliding_attention=dict(rope_type="default", rope_theta=1e4),
         full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
@@ -124,22 +123,18 @@ MINIMAX = EXPERTS | dict(head_dim=128, num_key_value_heads=8, num_local_experts=
                          rope_theta=5e6, partial_rotary_factor=None)
 ERNIE_MOE = ERNIE | dict(
     head_dim=None, num_key_value_heads=4, moe_num_experts=64, moe_k=6, moe_num_shared_experts=2,
-    moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1,
-)
+    moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1)
 DELTA = dict(
     layer_types=None, full_attention_interval=4, partial_rotary_factor=0.25, head_dim=256,
     num_key_value_heads=2, max_position_embeddings=32768, attention_bias=False,
     linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
     linear_value_head_dim=128, linear_conv_kernel_dim=4,
 )
-DELTA_MOE = DELTA | QWEN_MOE | dict(
-    intermediate_size=5632, norm_topk_prob=True, moe_intermediate_size=512,
-    shared_expert_intermediate_size=512,
-)
+DELTA_MOE = DELTA | QWEN_MOE | dict(intermediate_size=5632, norm_topk_prob=True,
+                                    moe_intermediate_size=512, shared_expert_intermediate_size=512)
 
 # --- the table ---
 
-# layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
 GEMMA_CLASSES = dict(norm=GemmaNorm, model=GemmaTransformer)
 GEMMA2_CLASSES = GEMMA_CLASSES | dict(attention=SoftcapAttention, block=SandwichBlock)
@@ -164,8 +159,9 @@ LFM2_FILE = dict(
         num_dense_layers="leading_dense_block_count", scoring="expert_gating_func",
     ),
 )
-GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
+QUERY_SCALE = {
+    "softmax_scale": lambda hf: positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, lambda hf: hf["use_bias"])
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
@@ -188,14 +184,16 @@ NEXT_CLASSES = DELTA_CLASSES | dict(
 
 FAMILIES |= {
     "gemma": Family(
-        GEMMA, {"act": gelu_tanh}, **GEMMA_CLASSES, gguf=dict(name="gemma", norm_shift=1.0),
+        GEMMA,  # whose first files say gelu, and mean its tanh form
+        {"act": lambda hf: {"gelu": "gelu_pytorch_tanh"}.get(hf["hidden_act"], hf["hidden_act"])},
+        **GEMMA_CLASSES, gguf=dict(name="gemma", norm_shift=1.0),
     ),
     "gemma2": Family(
-        GEMMA2, LAYERWISE | {"softmax_scale": query_scale}, **GEMMA2_CLASSES,
+        GEMMA2, LAYERWISE | QUERY_SCALE, **GEMMA2_CLASSES,
         gguf=dict(name="gemma2", norm_shift=1.0, means=GELU, complete=gguf.gemma),
     ),
     "gemma3_text": Family(
-        GEMMA3, LAYERWISE | {"softmax_scale": query_scale, "qk_norm": True}, **GEMMA2_CLASSES,
+        GEMMA3, LAYERWISE | QUERY_SCALE | {"qk_norm": True}, **GEMMA2_CLASSES,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
     "gemma4_text": Family(

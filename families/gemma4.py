@@ -29,25 +29,27 @@ def full_layers(hf: dict) -> list[bool]:
 
 
 def settings_of_layers(hf: dict) -> list[dict]:
-    """What differs by layer is said for layers that see all, or as transformers writes it."""
+    """The settings as each layer has them. What differs by layer is said for layers that see all,
+    or, as transformers writes it, by the number of each."""
     kinds = layer_kinds(hf, full_layers)
     if kinds[-1] != "full_attention" or hf["use_bidirectional_attention"] not in (None, "vision"):
         raise ValueError("unsupported use_bidirectional_attention, or a window in the last layer")
+    of_full = {"head_dim": hf["global_head_dim"]}
+    if hf.get("attention_k_eq_v") and hf.get("num_global_key_value_heads") is not None:
+        of_full["num_key_value_heads"] = hf["num_global_key_value_heads"]
     given = hf.get("per_layer_config")
     if given is None:
-        own = {"head_dim": hf["global_head_dim"]}
-        if hf.get("attention_k_eq_v") and hf.get("num_global_key_value_heads") is not None:
-            own["num_key_value_heads"] = hf["num_global_key_value_heads"]
-        given = {i: own for i, kind in enumerate(kinds) if kind == "full_attention"}
-    given = {int(i): own for i, own in given.items()}
-    return [hf | given.get(i, {}) | {"kind": kind} for i, kind in enumerate(kinds)]
+        given = {i: of_full for i, kind in enumerate(kinds) if kind == "full_attention"}
+    own = {int(i): settings for i, settings in given.items()}
+    return [hf | own.get(i, {}) | {"kind": kind} for i, kind in enumerate(kinds)]
 
 
 def ropes(hf: dict) -> tuple[Rope, ...]:
-    """Each kind of layer has one."""
-    layers = settings_of_layers(hf)
-    settings = {own["kind"]: own for own in layers}
-    of_kind = {kind: make_rope(rope_settings_of(own, kind)) for kind, own in settings.items()}
+    """Layers of a kind have one together."""
+    of_kind, layers = {}, settings_of_layers(hf)
+    for own in layers:
+        kind = own["kind"]
+        of_kind[kind] = of_kind.get(kind) or make_rope(rope_settings_of(own, kind))
     return tuple(of_kind[own["kind"]] for own in layers)
 
 
@@ -87,19 +89,19 @@ class Gemma4Attention(Attention):
 
     def __init__(self, config: ModelConfig, layer: int):
         own = settings_of_layers(config.hf)[layer]
-        sources = sources_of_keys(config.hf)
-        sizes = dict(head_dim=positive(own, "head_dim"), n_kv_head=own["num_key_value_heads"])
-        config = replace(config, **sizes)
+        head_dim, n_kv_head = positive(own, "head_dim"), own["num_key_value_heads"]
+        config = replace(config, head_dim=head_dim, n_kv_head=n_kv_head)
         config.check()
         super().__init__(config, layer)
+        sources = sources_of_keys(config.hf)
         self.source = sources[layer] if sources[layer] != layer else None
         self.is_source = sources.count(layer) > 1
-        keys_are_values = own["kind"] == "full_attention" and own.get("attention_k_eq_v")
-        kv = [self.n_kv_head] if keys_are_values else [self.n_kv_head] * 2
+        self.heads = [self.n_head, n_kv_head, n_kv_head]  # of queries, keys, and values
+        if own["kind"] == "full_attention" and own.get("attention_k_eq_v"):
+            self.heads.pop()
         if self.source is not None:
-            kv, self.k_norm = [], None
-        self.heads = [self.n_head, *kv]
-        self.rows = [n * self.head_dim for n in self.heads]  # of the product, by its parts
+            self.heads, self.k_norm = [self.n_head], None
+        self.rows = [n * head_dim for n in self.heads]  # of the product, by its parts
         self.qkv_proj = Linear(config.dim, sum(self.rows), bias=config.qkv_bias)
 
     def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
@@ -113,12 +115,13 @@ class Gemma4Attention(Attention):
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        q, *kv = qkv.split(self.heads, dim=2)  # (B, T, H, D) each
-        q = apply_rope(self.q_norm(q), positions.cos, positions.sin).transpose(1, 2)
+        cos, sin = positions.cos, positions.sin
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        q, *kv = heads.split(self.heads, dim=2)  # (B, T, H, D) each
+        q = apply_rope(self.q_norm(q), cos, sin).transpose(1, 2)
         k, v = None, None
-        if kv:
-            k = apply_rope(self.k_norm(kv[0]), positions.cos, positions.sin).transpose(1, 2)
+        if kv:  # of which the values may be the keys
+            k = apply_rope(self.k_norm(kv[0]), cos, sin).transpose(1, 2)
             v = F.rms_norm(kv[-1], (self.head_dim,), eps=self.q_norm.eps).transpose(1, 2)
         y = self.attend(q, k, v, positions, cache)  # (B, Hq, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
