@@ -10,8 +10,8 @@ from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
     GemmaTransformer, GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock,
-    PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
-    SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head, parallel_or_not,
+    ParallelBlock, PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer,
+    SinkAttention, SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head,
 )
 from families.experts import ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
@@ -35,14 +35,12 @@ EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or th
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, head_dim=256,
              tie_word_embeddings=True)
-GEMMA2 = GEMMA | GELU | dict(
-    num_key_value_heads=4, sliding_window=4096, sliding_window_pattern=2, layer_types=None,
-    query_pre_attn_scalar=256, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-)
-GEMMA3 = GEMMA2 | dict(
-    max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
-    rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
-)
+GEMMA2 = GEMMA | GELU | dict(num_key_value_heads=4, sliding_window=4096, sliding_window_pattern=2,
+                             layer_types=None, query_pre_attn_scalar=256,
+                             attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+GEMMA3 = GEMMA2 | dict(max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
+                       rope_local_base_freq=1e4, attn_logit_softcapping=None,
+                       final_logit_softcapping=None)
 GEMMA4 = GEMMA | GELU | EXPERTS | dict(
     num_key_value_heads=4, max_position_embeddings=131072, sliding_window=512, layer_types=None,
     sliding_window_pattern=6, global_head_dim=512, hidden_size_per_layer_input=256,
@@ -139,8 +137,12 @@ LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=laye
 GEMMA_CLASSES = dict(norm=GemmaNorm, model=GemmaTransformer)
 GEMMA2_CLASSES = GEMMA_CLASSES | dict(attention=SoftcapAttention, block=SandwichBlock)
 GEMMA4_PARTS = dict(
-    fields=dict(windows=partial(windows_of, full_layers=gemma4.full_layers), ropes=gemma4.ropes,
-                moe=gemma4.experts, softmax_scale=1.0, qk_norm=True),
+    fields=dict(
+        windows=partial(windows_of, full_layers=gemma4.full_layers), ropes=gemma4.ropes,
+        moe=lambda hf: mixture_of_experts(
+            hf, n_active="top_k_experts") if hf.get("enable_moe_block") else None,
+        softmax_scale=1.0, qk_norm=True,
+    ),
     attention=gemma4.Gemma4Attention, mlp=gemma4.mlp, block=gemma4.Gemma4Block, model=gemma4.model,
 )
 LFM2_PARTS = dict(
@@ -154,10 +156,8 @@ LFM2_PARTS = dict(
 )
 LFM2_FILE = dict(
     complete=gguf.lfm2, means=dict(block_auto_adjust_ff_dim=False, routed_scaling_factor=1.0),
-    settings=dict(
-        conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon",
-        num_dense_layers="leading_dense_block_count", scoring="expert_gating_func",
-    ),
+    settings=dict(conv_L_cache="shortconv.l_cache", num_dense_layers="leading_dense_block_count",
+                  norm_eps="attention.layer_norm_rms_epsilon", scoring="expert_gating_func"),
 )
 NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
 QUERY_SCALE = {
@@ -179,8 +179,7 @@ DELTA_CLASSES = dict(
     block=by_rope(Block, deltanet.LinearBlock), model=deltanet.DeltaTransformer,
 )
 NEXT_CLASSES = DELTA_CLASSES | dict(
-    attention=by_rope(deltanet.GatedAttention, deltanet.NextDeltaNet), convert=deltanet.by_part,
-)
+    attention=by_rope(deltanet.GatedAttention, deltanet.NextDeltaNet), convert=deltanet.by_part)
 
 FAMILIES |= {
     "gemma": Family(
@@ -202,8 +201,7 @@ FAMILIES |= {
             global_head_dim="attention.key_length", head_dim="attention.key_length_swa",
             num_kv_shared_layers="attention.shared_kv_layers",
             hidden_size_per_layer_input="embedding_length_per_layer_input",
-            value_dim="attention.value_length_swa", turned="rope.dimension_count_swa",
-        )),
+            value_dim="attention.value_length_swa", turned="rope.dimension_count_swa")),
     ),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
@@ -230,10 +228,8 @@ FAMILIES |= {
     "baichuan": Family(
         fields={"ropes": baichuan_ropes}, attention=by_rope(Attention, AlibiAttention),
         stored_as={"qkv_proj": ("W_pack",)}, convert=normalize_head,
-        gguf=dict(
-            name="baichuan", interleaved=True, complete=gguf.baichuan,
-            parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
-        ),
+        gguf=dict(name="baichuan", interleaved=True, complete=gguf.baichuan,
+                  parts={"W_pack": ("q_proj", "k_proj", "v_proj")}),
     ),
     "lfm2": Family(LFM2, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2"}),
     "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2moe"}),
@@ -294,7 +290,9 @@ FAMILIES |= {
     ),
     "gpt_neox": Family(
         NEOX, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS | {"ropes": neox_ropes},
-        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP, block=parallel_or_not,
+        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP,
+        block=lambda config, layer: (
+            ParallelBlock if config.hf["use_parallel_residual"] else Block)(config, layer),
         stored_as={"model": ("gpt_neox",), "embed_tokens": ("embed_in",), "o_proj": ("dense",),
                    "lm_head": ("embed_out",), "norm": ("final_layer_norm",),
                    "self_attn": ("attention",), "up_proj": ("dense_h_to_4h",),
@@ -366,8 +364,7 @@ FAMILIES |= {
             n_routed_experts="expert_count", n_shared_experts="expert_shared_count",
             first_k_dense_replace="leading_dense_block_count", scoring="expert_gating_func",
             routed_scaling_factor="expert_weights_scale", norm_topk_prob="expert_weights_norm",
-            num_nextn_predict_layers="nextn_predict_layers",
-        )),
+            num_nextn_predict_layers="nextn_predict_layers")),
     ),
     "minimax_m2": Family(
         MINIMAX, {
@@ -377,8 +374,7 @@ FAMILIES |= {
         attention=AllHeadsAttention, mlp=mlp_or_moe,
         gguf=dict(name="minimax-m2", settings=dict(
             num_local_experts="expert_count", rotary_dim="rope.dimension_count",
-            scoring="expert_gating_func",
-        )),
+            scoring="expert_gating_func")),
     ),
     "ernie4_5_moe": Family(
         ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
@@ -386,8 +382,7 @@ FAMILIES |= {
             moe_num_experts="expert_count", moe_k="expert_used_count",
             moe_num_shared_experts="expert_shared_count",
             moe_layer_interval="interleave_moe_layer_step",
-            moe_layer_start_index="leading_dense_block_count",
-        )),
+            moe_layer_start_index="leading_dense_block_count")),
     ),
     "qwen3_next": Family(
         DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},

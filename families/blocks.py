@@ -283,10 +283,6 @@ class ParallelBlock(Block):
         return x + y + self.mlp(self.post_attention_layernorm(x))
 
 
-def parallel_or_not(config: ModelConfig, layer: int) -> Block:
-    return (ParallelBlock if config.hf["use_parallel_residual"] else Block)(config, layer)
-
-
 class OneNormBlock(Block):
     """Phi's and Cohere's: or one norm for both."""
 

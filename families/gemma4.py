@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families.blocks import GemmaTransformer, SandwichBlock
-from families.experts import Experts, MoEConfig, choose, mixture_of_experts
+from families.experts import Experts, choose
 from families.settings import by_pattern, layer_kinds, rope_settings_of
 from model import (
     ACTIVATIONS, MLP, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places,
@@ -59,12 +59,6 @@ def proportional(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor
     inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     inv_freq[rope.dim // 2:] = 0
     return inv_freq / positive(rope.hf, "factor", 1.0, float), 1.0
-
-
-def experts(hf: dict) -> MoEConfig | None:
-    if not hf.get("enable_moe_block"):
-        return None
-    return mixture_of_experts(hf, n_active="top_k_experts")
 
 
 def sources_of_keys(hf: dict) -> list[int]:
