@@ -772,10 +772,10 @@ def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None
     ("apertus", dict(xielu_alpha_p=[0.5]), "xielu_alpha_p = .*each of 32 layers"),
     ("apertus", dict(xielu_alpha_p=["x"] * 32), "makes no sense"),
     ("apertus", dict(rope_parameters=dict(rope_type="llama3")), "low_freq_factor = None"),
-    ("hunyuan_v1_moe", dict(moe_topk=[1, 2]), r"num_experts_per_tok = \[1, 2\]"),
+    ("hunyuan_v1_moe", dict(moe_topk=[1, 2]), r"moe_topk = \[1, 2\]"),
     ("hunyuan_v1_moe", dict(moe_topk=[]), "makes no sense"),
-    ("hunyuan_v1_moe", dict(moe_topk=2), "num_experts_per_tok is 2"),
-    ("hunyuan_v1_moe", dict(num_experts=None), "neither num_experts nor"),
+    ("hunyuan_v1_moe", dict(moe_topk=2), "moe_topk is 2"),
+    ("hunyuan_v1_moe", dict(num_experts=None), "num_experts = None"),
     ("hunyuan_v1_moe", dict(num_experts=[10**9] * 2), "there may be 65536"),
     ("lfm2_moe", dict(num_dense_layers="2"), "makes no sense"),
 ])

@@ -185,7 +185,7 @@ CASES = {
     "gpt_neox": Case(
         "gptneox", "GPTNeoX", dict(num_key_value_heads=6),
         [("add_rope_dimension_count", 4), ("add_parallel_residual", True)],
-        ["attention_bias", "use_parallel_residual"], tol=1e-3),
+        ["use_parallel_residual"], tol=1e-3),
     "gpt_neox-in-turn": Case(
         "gptneox", "GPTNeoX",
         dict(num_key_value_heads=6, use_parallel_residual=False, rotary_pct=0.5),

@@ -10,16 +10,14 @@ from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
     GemmaTransformer, GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock,
-    PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer, SinkAttention,
-    SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head, parallel_or_not,
+    ParallelBlock, PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer,
+    SinkAttention, SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head,
 )
-from families.experts import (
-    ClampedExperts, deepseek_moe, ernie_moe, hunyuan_moe, mixture_of_experts, mlp_or_moe,
-)
+from families.experts import ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
 from families.settings import (
-    by_pattern, every_other_and_last, gelu_tanh, layer_ropes, longrope, neox_ropes, query_scale,
-    ropes_in_windows, ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
+    by_pattern, every_other_and_last, layer_ropes, longrope, neox_ropes, ropes_in_windows,
+    ropes_of_part, ropes_outside, stretched_ropes, windows_of, yarn,
 )
 from model import (
     ACTIVATIONS, FAMILIES, LLAMA, MISTRAL, QWEN2, ROPES, Attention, Block, Family, positive,
@@ -34,22 +32,19 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorc
 # --- what a config.json means where it leaves a setting out ---
 
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
+GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 GEMMA = dict(hidden_act="gelu_pytorch_tanh", attention_bias=False, head_dim=256,
              tie_word_embeddings=True)
-GEMMA2 = GEMMA | dict(
-    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, sliding_window=4096,
-    sliding_window_pattern=2, layer_types=None, query_pre_attn_scalar=256,
-    attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-)
-GEMMA3 = GEMMA2 | dict(
-    max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
-    rope_local_base_freq=1e4, attn_logit_softcapping=None, final_logit_softcapping=None,
-)
-GEMMA4 = GEMMA | EXPERTS | dict(
-    hidden_activation="gelu_pytorch_tanh", num_key_value_heads=4, max_position_embeddings=131072,
-    sliding_window=512, sliding_window_pattern=6, layer_types=None, global_head_dim=512,
-    hidden_size_per_layer_input=256, final_logit_softcapping=None,
-    use_bidirectional_attention=None, partial_rotary_factor=None,
+GEMMA2 = GEMMA | GELU | dict(num_key_value_heads=4, sliding_window=4096, sliding_window_pattern=2,
+                             layer_types=None, query_pre_attn_scalar=256,
+                             attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+GEMMA3 = GEMMA2 | dict(max_position_embeddings=131072, sliding_window_pattern=6, rope_theta=1e6,
+                       rope_local_base_freq=1e4, attn_logit_softcapping=None,
+                       final_logit_softcapping=None)
+GEMMA4 = GEMMA | GELU | EXPERTS | dict(
+    num_key_value_heads=4, max_position_embeddings=131072, sliding_window=512, layer_types=None,
+    sliding_window_pattern=6, global_head_dim=512, hidden_size_per_layer_input=256,
+    final_logit_softcapping=None, use_bidirectional_attention=None, partial_rotary_factor=None,
     rope_parameters=dict(
         sliding_attention=dict(rope_type="default", rope_theta=1e4),
         full_attention=dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.25),
@@ -126,26 +121,28 @@ MINIMAX = EXPERTS | dict(head_dim=128, num_key_value_heads=8, num_local_experts=
                          rope_theta=5e6, partial_rotary_factor=None)
 ERNIE_MOE = ERNIE | dict(
     head_dim=None, num_key_value_heads=4, moe_num_experts=64, moe_k=6, moe_num_shared_experts=2,
-    moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1,
-)
+    moe_layer_start_index=1, moe_layer_end_index=-1, moe_layer_interval=1)
 DELTA = dict(
     layer_types=None, full_attention_interval=4, partial_rotary_factor=0.25, head_dim=256,
     num_key_value_heads=2, max_position_embeddings=32768, attention_bias=False,
     linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
     linear_value_head_dim=128, linear_conv_kernel_dim=4,
 )
-DELTA_MOE = DELTA | QWEN_MOE | dict(
-    intermediate_size=5632, norm_topk_prob=True, moe_intermediate_size=512,
-    shared_expert_intermediate_size=512,
-)
+DELTA_MOE = DELTA | QWEN_MOE | dict(intermediate_size=5632, norm_topk_prob=True,
+                                    moe_intermediate_size=512, shared_expert_intermediate_size=512)
 
 # --- the table ---
 
-# layers differ in both
 LAYERWISE = dict(windows=partial(windows_of, full_layers=by_pattern), ropes=layer_ropes)
+GEMMA_CLASSES = dict(norm=GemmaNorm, model=GemmaTransformer)
+GEMMA2_CLASSES = GEMMA_CLASSES | dict(attention=SoftcapAttention, block=SandwichBlock)
 GEMMA4_PARTS = dict(
-    fields=dict(windows=gemma4.windows, ropes=gemma4.ropes, moe=gemma4.experts, softmax_scale=1.0,
-                qk_norm=True),
+    fields=dict(
+        windows=partial(windows_of, full_layers=gemma4.full_layers), ropes=gemma4.ropes,
+        moe=lambda hf: mixture_of_experts(
+            hf, n_active="top_k_experts") if hf.get("enable_moe_block") else None,
+        softmax_scale=1.0, qk_norm=True,
+    ),
     attention=gemma4.Gemma4Attention, mlp=gemma4.mlp, block=gemma4.Gemma4Block, model=gemma4.model,
 )
 LFM2_PARTS = dict(
@@ -157,10 +154,14 @@ LFM2_PARTS = dict(
     attention=by_rope(Attention, lfm2.ShortConvolution), mlp=mlp_or_moe,
     block=by_rope(Block, lfm2.ConvolutionBlock), stored_as=lfm2.STORED_AS,
 )
-LFM2_SETTINGS = dict(  # names in GGUF files
-    conv_L_cache="shortconv.l_cache", norm_eps="attention.layer_norm_rms_epsilon")
-GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+LFM2_FILE = dict(
+    complete=gguf.lfm2, means=dict(block_auto_adjust_ff_dim=False, routed_scaling_factor=1.0),
+    settings=dict(conv_L_cache="shortconv.l_cache", num_dense_layers="leading_dense_block_count",
+                  norm_eps="attention.layer_norm_rms_epsilon", scoring="expert_gating_func"),
+)
 NO_WINDOW = {"sliding_window": None}  # which most files have, though the default is another
+QUERY_SCALE = {
+    "softmax_scale": lambda hf: positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5}
 BIASES = ("qkv_bias", "o_bias", "mlp_bias")
 USE_BIAS = dict.fromkeys(BIASES, lambda hf: hf["use_bias"])
 LAYER_NORM_EPS = dict(norm_eps=partial(positive, key="layer_norm_eps", default=1e-5, kind=float))
@@ -178,22 +179,20 @@ DELTA_CLASSES = dict(
     block=by_rope(Block, deltanet.LinearBlock), model=deltanet.DeltaTransformer,
 )
 NEXT_CLASSES = DELTA_CLASSES | dict(
-    attention=by_rope(deltanet.GatedAttention, deltanet.NextDeltaNet), convert=deltanet.by_part,
-)
+    attention=by_rope(deltanet.GatedAttention, deltanet.NextDeltaNet), convert=deltanet.by_part)
 
 FAMILIES |= {
     "gemma": Family(
-        GEMMA, {"act": gelu_tanh}, norm=GemmaNorm, model=GemmaTransformer,
-        gguf=dict(name="gemma", norm_shift=1.0),
+        GEMMA,  # whose first files say gelu, and mean its tanh form
+        {"act": lambda hf: {"gelu": "gelu_pytorch_tanh"}.get(hf["hidden_act"], hf["hidden_act"])},
+        **GEMMA_CLASSES, gguf=dict(name="gemma", norm_shift=1.0),
     ),
     "gemma2": Family(
-        GEMMA2, LAYERWISE | {"softmax_scale": query_scale},
-        norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
+        GEMMA2, LAYERWISE | QUERY_SCALE, **GEMMA2_CLASSES,
         gguf=dict(name="gemma2", norm_shift=1.0, means=GELU, complete=gguf.gemma),
     ),
     "gemma3_text": Family(
-        GEMMA3, LAYERWISE | {"softmax_scale": query_scale, "qk_norm": True},
-        norm=GemmaNorm, attention=SoftcapAttention, block=SandwichBlock, model=GemmaTransformer,
+        GEMMA3, LAYERWISE | QUERY_SCALE | {"qk_norm": True}, **GEMMA2_CLASSES,
         gguf=dict(name="gemma3", norm_shift=1.0, means=GELU | NO_WINDOW, complete=gguf.gemma),
     ),
     "gemma4_text": Family(
@@ -202,8 +201,7 @@ FAMILIES |= {
             global_head_dim="attention.key_length", head_dim="attention.key_length_swa",
             num_kv_shared_layers="attention.shared_kv_layers",
             hidden_size_per_layer_input="embedding_length_per_layer_input",
-            value_dim="attention.value_length_swa", turned="rope.dimension_count_swa",
-        )),
+            value_dim="attention.value_length_swa", turned="rope.dimension_count_swa")),
     ),
     "gemma4_unified_text": Family(GEMMA4_UNIFIED, **GEMMA4_PARTS),
     "phi3": Family(
@@ -230,24 +228,11 @@ FAMILIES |= {
     "baichuan": Family(
         fields={"ropes": baichuan_ropes}, attention=by_rope(Attention, AlibiAttention),
         stored_as={"qkv_proj": ("W_pack",)}, convert=normalize_head,
-        gguf=dict(
-            name="baichuan", interleaved=True, complete=gguf.baichuan,
-            parts={"W_pack": ("q_proj", "k_proj", "v_proj")},
-        ),
+        gguf=dict(name="baichuan", interleaved=True, complete=gguf.baichuan,
+                  parts={"W_pack": ("q_proj", "k_proj", "v_proj")}),
     ),
-    "lfm2": Family(
-        LFM2, **LFM2_PARTS, gguf=dict(
-            name="lfm2", complete=gguf.lfm2, settings=LFM2_SETTINGS,
-            means={"block_auto_adjust_ff_dim": False},
-        ),
-    ),
-    "lfm2_moe": Family(
-        LFM2_MOE, **LFM2_PARTS, gguf=dict(
-            name="lfm2moe", complete=gguf.lfm2, means={"routed_scaling_factor": 1.0},
-            settings=LFM2_SETTINGS | dict(
-                num_dense_layers="leading_dense_block_count", scoring="expert_gating_func"),
-        ),
-    ),
+    "lfm2": Family(LFM2, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2"}),
+    "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2moe"}),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
         MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
@@ -272,8 +257,12 @@ FAMILIES |= {
         gguf=dict(name="hunyuan-dense"),
     ),
     "hunyuan_v1_moe": Family(
-        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": hunyuan_moe}, attention=LateNormAttention,
-        mlp=mlp_or_moe, stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
+        HUNYUAN_MOE, {"ropes": stretched_ropes, "moe": partial(
+            mixture_of_experts, n_expert="num_experts", n_active="moe_topk", gated_share=False,
+            ffn_dim="intermediate_size", shared="intermediate_size",
+        )},
+        attention=LateNormAttention, mlp=mlp_or_moe,
+        stored_as={"shared_expert": ("shared_mlp",), "gate": ("gate.wg",)},
         gguf=dict(name="hunyuan-moe", settings=dict(
             moe_topk="expert_used_count", num_shared_expert="expert_shared_count")),
     ),
@@ -301,7 +290,9 @@ FAMILIES |= {
     ),
     "gpt_neox": Family(
         NEOX, dict.fromkeys(BIASES, True) | LAYER_NORM_EPS | {"ropes": neox_ropes},
-        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP, block=parallel_or_not,
+        norm=nn.LayerNorm, attention=HeadwiseAttention, mlp=PlainMLP,
+        block=lambda config, layer: (
+            ParallelBlock if config.hf["use_parallel_residual"] else Block)(config, layer),
         stored_as={"model": ("gpt_neox",), "embed_tokens": ("embed_in",), "o_proj": ("dense",),
                    "lm_head": ("embed_out",), "norm": ("final_layer_norm",),
                    "self_attn": ("attention",), "up_proj": ("dense_h_to_4h",),
@@ -321,9 +312,10 @@ FAMILIES |= {
         gguf=dict(name="llama", when="expert_count", interleaved=True),
     ),
     "qwen2_moe": Family(
-        QWEN2_MOE,
-        {"qkv_bias": True, "moe": mixture_of_experts,
-         "windows": partial(windows_of, full_layers=every_other_and_last)},
+        QWEN2_MOE, {
+            "qkv_bias": True, "moe": mixture_of_experts,
+            "windows": partial(windows_of, full_layers=every_other_and_last),
+        },
         mlp=mlp_or_moe,
         gguf=dict(name="qwen2moe", complete=gguf.qwen_moe,
                   means=NO_WINDOW | {"norm_topk_prob": False}),
@@ -367,16 +359,14 @@ FAMILIES |= {
         gguf=dict(name="glm4moe", settings=gguf.DEEPSEEK_EXPERTS),
     ),
     "minimax_m2": Family(
-        MINIMAX,
-        {
+        MINIMAX, {
             "ropes": partial(ropes_of_part, key="rotary_dim"),
             "moe": partial(mixture_of_experts, ffn_dim="intermediate_size", **BIASED),
         },
         attention=AllHeadsAttention, mlp=mlp_or_moe,
         gguf=dict(name="minimax-m2", settings=dict(
             num_local_experts="expert_count", rotary_dim="rope.dimension_count",
-            scoring="expert_gating_func",
-        )),
+            scoring="expert_gating_func")),
     ),
     "ernie4_5_moe": Family(
         ERNIE_MOE, {"moe": ernie_moe}, mlp=mlp_or_moe, convert=halves_first,
@@ -384,8 +374,7 @@ FAMILIES |= {
             moe_num_experts="expert_count", moe_k="expert_used_count",
             moe_num_shared_experts="expert_shared_count",
             moe_layer_interval="interleave_moe_layer_step",
-            moe_layer_start_index="leading_dense_block_count",
-        )),
+            moe_layer_start_index="leading_dense_block_count")),
     ),
     "qwen3_next": Family(
         DELTA_MOE | dict(num_experts_per_tok=10), DELTA_FIELDS | {"moe": mixture_of_experts},

@@ -260,8 +260,10 @@ class SandwichBlock(Block):
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), positions, cache)
         x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.feed_forward(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.pre_feedforward_layernorm(x))
 
 
 class PostNormBlock(SandwichBlock):
@@ -279,10 +281,6 @@ class ParallelBlock(Block):
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), positions, cache)
         return x + y + self.mlp(self.post_attention_layernorm(x))
-
-
-def parallel_or_not(config: ModelConfig, layer: int) -> Block:
-    return (ParallelBlock if config.hf["use_parallel_residual"] else Block)(config, layer)
 
 
 class OneNormBlock(Block):

@@ -43,46 +43,54 @@ class MoEConfig:
 
 
 def mixture_of_experts(
-    hf: dict, ffn_dim: str = "moe_intermediate_size", **fields: Any
+    hf: dict, n_expert: str | None = None, n_active: str = "num_experts_per_tok",
+    ffn_dim: str = "moe_intermediate_size", shared: str = "shared_expert_intermediate_size",
+    **fields: Any,
 ) -> MoEConfig | None:
-    """None if no layer has one. ffn_dim: the setting that has the experts' size; fields: of a
-    MoEConfig, whatever settings say."""
-    key = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
-    if hf[key] is None:
-        raise ValueError("the model's configuration has neither num_experts nor num_local_experts")
-    if hf[key] == 0:
+    """None if no layer has one. n_expert, n_active, ffn_dim and shared: names of the settings that
+    have these numbers, n_expert's by default one of two; fields: of a MoEConfig, whatever settings
+    say."""
+    if n_expert is None:
+        n_expert = "num_experts" if hf["num_local_experts"] is None else "num_local_experts"
+        if hf[n_expert] is None:
+            raise ValueError("the configuration has neither num_experts nor num_local_experts")
+    if hf.get(n_expert) == 0:
         return None
     n_layer = positive(hf, "num_hidden_layers")
     step = positive(hf, "decoder_sparse_step", 1)
     dense = hf.get("mlp_only_layers") or []
-    shared = hf.get("shared_expert_intermediate_size")
-    if shared is not None and (shared != 0 or not is_number(shared)):
-        shared = positive(hf, "shared_expert_intermediate_size")
+    has_none = hf.get(shared) is None or is_number(hf[shared]) and hf[shared] == 0
     settings: dict[str, Any] = dict(
-        n_expert=positive(hf, key),
-        n_active=positive(hf, "num_experts_per_tok"),
+        n_expert=of_all_layers(hf, n_expert),
+        n_active=of_all_layers(hf, n_active),
         ffn_dim=positive(hf, ffn_dim),
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n_layer)),
-        shared_ffn_dim=shared or 0,
+        shared_ffn_dim=0 if has_none else positive(hf, shared),
         normalize=bool(hf.get("norm_topk_prob", True)),
     )
     config = MoEConfig(**settings | fields)
     if config.n_active > config.n_expert:
-        raise ValueError(
-            f"num_experts_per_tok is {config.n_active}, but there are {config.n_expert} experts"
-        )
+        there = f"there are {config.n_expert} experts"
+        raise ValueError(f"{n_active} is {config.n_active}, but {there}")
     if n_layer * config.n_expert > MOST_EXPERTS:
-        raise ValueError(
-            f"the model's configuration has {key} = {config.n_expert} in each of {n_layer} layers: "
-            f"there may be {MOST_EXPERTS} experts in all"
-        )
+        each = f"{n_expert} = {config.n_expert} in each of {n_layer} layers"
+        most = f"there may be {MOST_EXPERTS} experts in all"
+        raise ValueError(f"the model's configuration has {each}: {most}")
     if config.n_expert % config.n_group or config.topk_group > config.n_group:
         groups = f"the best {config.topk_group} of {config.n_group} groups"
         raise ValueError(f"{groups} cannot be chosen from {config.n_expert} experts")
     return config
 
 
-def deepseek_moe(hf: dict, **fields: Any) -> MoEConfig | None:
+def of_all_layers(hf: dict, key: str) -> int:
+    """A number above 0, for which a file may have a list of the same for each layer."""
+    value = hf.get(key)
+    if isinstance(value, list) and value.count(value[0]) == len(value):
+        value = value[0]
+    return positive({key: value}, key)
+
+
+def deepseek_moe(hf: dict, n_expert: str = "n_routed_experts", **fields: Any) -> MoEConfig | None:
     """The first layers have none; a token's experts are of some groups."""
     dense = list(range(hf["first_k_dense_replace"]))
     kinds = of_layers(hf, "mlp_layer_types")
@@ -91,11 +99,9 @@ def deepseek_moe(hf: dict, **fields: Any) -> MoEConfig | None:
     shared = hf["n_shared_experts"] * positive(hf, "moe_intermediate_size")
     if hf.get("topk_method") != "greedy":
         fields |= dict(n_group=positive(hf, "n_group"), topk_group=positive(hf, "topk_group"))
-    fields["scale"] = positive(hf, "routed_scaling_factor", kind=float)
-    return mixture_of_experts(hf | dict(
-        num_experts=positive(hf, "n_routed_experts"), num_local_experts=None,
-        mlp_only_layers=dense, shared_expert_intermediate_size=shared,
-    ), gated_share=False, **fields)
+    scale = positive(hf, "routed_scaling_factor", kind=float)
+    settings = dict(mlp_only_layers=dense, shared_expert_intermediate_size=shared)
+    return mixture_of_experts(hf | settings, n_expert, gated_share=False, scale=scale, **fields)
 
 
 def ernie_moe(hf: dict) -> MoEConfig | None:
@@ -103,23 +109,10 @@ def ernie_moe(hf: dict) -> MoEConfig | None:
     if hf["use_bias"] or last + 1 != positive(hf, "num_hidden_layers"):
         raise ValueError("unsupported use_bias or moe_layer_end_index of ERNIE's experts")
     return deepseek_moe(hf | dict(
-        n_routed_experts=hf["moe_num_experts"], num_experts_per_tok=hf["moe_k"],
         n_shared_experts=hf["moe_num_shared_experts"], decoder_sparse_step=hf["moe_layer_interval"],
         first_k_dense_replace=hf["moe_layer_start_index"], topk_method="greedy",
         routed_scaling_factor=1.0,
-    ), bias_dims=2)
-
-
-def hunyuan_moe(hf: dict) -> MoEConfig | None:
-    """Files may have a number for each layer, which has to be the same."""
-    n_expert, n_active = (
-        x[0] if isinstance(x, list) and x == x[:1] * len(x) else x
-        for x in (hf["num_experts"], hf["moe_topk"])
-    )
-    return mixture_of_experts(hf | dict(
-        num_experts=n_expert, num_local_experts=None, num_experts_per_tok=n_active,
-        shared_expert_intermediate_size=hf["intermediate_size"],
-    ), "intermediate_size", gated_share=False)
+    ), "moe_num_experts", n_active="moe_k", bias_dims=2)
 
 # --- the layers ---
 

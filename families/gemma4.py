@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families.blocks import GemmaTransformer, SandwichBlock
-from families.experts import Experts, MoEConfig, choose, mixture_of_experts
-from families.settings import by_pattern, layer_kinds, rope_settings_of, windows_of
+from families.experts import Experts, choose
+from families.settings import by_pattern, layer_kinds, rope_settings_of
 from model import (
     ACTIVATIONS, MLP, Attention, BlockForward, Device, KVCache, LayerCache, ModelConfig, Places,
     Positions, Rope, apply_rope, make_rope, positive,
@@ -27,30 +28,28 @@ def full_layers(hf: dict) -> list[bool]:
     return [*by_pattern(hf)[:-1], True]
 
 
-def windows(hf: dict) -> tuple[int | None, ...]:
-    return windows_of(hf, full_layers)
-
-
 def settings_of_layers(hf: dict) -> list[dict]:
-    """What differs by layer is said for layers that see all, or as transformers writes it."""
+    """The settings as each layer has them. What differs by layer is said for layers that see all,
+    or, as transformers writes it, by the number of each."""
     kinds = layer_kinds(hf, full_layers)
     if kinds[-1] != "full_attention" or hf["use_bidirectional_attention"] not in (None, "vision"):
         raise ValueError("unsupported use_bidirectional_attention, or a window in the last layer")
+    of_full = {"head_dim": hf["global_head_dim"]}
+    if hf.get("attention_k_eq_v") and hf.get("num_global_key_value_heads") is not None:
+        of_full["num_key_value_heads"] = hf["num_global_key_value_heads"]
     given = hf.get("per_layer_config")
     if given is None:
-        own = {"head_dim": hf["global_head_dim"]}
-        if hf.get("attention_k_eq_v") and hf.get("num_global_key_value_heads") is not None:
-            own["num_key_value_heads"] = hf["num_global_key_value_heads"]
-        given = {i: own for i, kind in enumerate(kinds) if kind == "full_attention"}
-    given = {int(i): own for i, own in given.items()}
-    return [hf | given.get(i, {}) | {"kind": kind} for i, kind in enumerate(kinds)]
+        given = {i: of_full for i, kind in enumerate(kinds) if kind == "full_attention"}
+    own = {int(i): settings for i, settings in given.items()}
+    return [hf | own.get(i, {}) | {"kind": kind} for i, kind in enumerate(kinds)]
 
 
 def ropes(hf: dict) -> tuple[Rope, ...]:
-    """Each kind of layer has one."""
-    layers = settings_of_layers(hf)
-    settings = {own["kind"]: own for own in layers}
-    of_kind = {kind: make_rope(rope_settings_of(own, kind)) for kind, own in settings.items()}
+    """Layers of a kind have one together."""
+    of_kind, layers = {}, settings_of_layers(hf)
+    for own in layers:
+        kind = own["kind"]
+        of_kind[kind] = of_kind.get(kind) or make_rope(rope_settings_of(own, kind))
     return tuple(of_kind[own["kind"]] for own in layers)
 
 
@@ -60,12 +59,6 @@ def proportional(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor
     inv_freq = rope.theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     inv_freq[rope.dim // 2:] = 0
     return inv_freq / positive(rope.hf, "factor", 1.0, float), 1.0
-
-
-def experts(hf: dict) -> MoEConfig | None:
-    if not hf.get("enable_moe_block"):
-        return None
-    return mixture_of_experts(hf | {"num_experts_per_tok": hf["top_k_experts"]})
 
 
 def sources_of_keys(hf: dict) -> list[int]:
@@ -90,19 +83,19 @@ class Gemma4Attention(Attention):
 
     def __init__(self, config: ModelConfig, layer: int):
         own = settings_of_layers(config.hf)[layer]
-        sources = sources_of_keys(config.hf)
-        sizes = dict(head_dim=positive(own, "head_dim"), n_kv_head=own["num_key_value_heads"])
-        config = replace(config, **sizes)
+        head_dim, n_kv_head = positive(own, "head_dim"), own["num_key_value_heads"]
+        config = replace(config, head_dim=head_dim, n_kv_head=n_kv_head)
         config.check()
         super().__init__(config, layer)
+        sources = sources_of_keys(config.hf)
         self.source = sources[layer] if sources[layer] != layer else None
         self.is_source = sources.count(layer) > 1
-        keys_are_values = own["kind"] == "full_attention" and own.get("attention_k_eq_v")
-        kv = [self.n_kv_head] if keys_are_values else [self.n_kv_head] * 2
+        self.heads = [self.n_head, n_kv_head, n_kv_head]  # of queries, keys, and values
+        if own["kind"] == "full_attention" and own.get("attention_k_eq_v"):
+            self.heads.pop()
         if self.source is not None:
-            kv, self.k_norm = [], None
-        self.heads = [self.n_head, *kv]
-        self.rows = [n * self.head_dim for n in self.heads]  # of the product, by its parts
+            self.heads, self.k_norm = [self.n_head], None
+        self.rows = [n * head_dim for n in self.heads]  # of the product, by its parts
         self.qkv_proj = Linear(config.dim, sum(self.rows), bias=config.qkv_bias)
 
     def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
@@ -116,12 +109,13 @@ class Gemma4Attention(Attention):
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        q, *kv = qkv.split(self.heads, dim=2)  # (B, T, H, D) each
-        q = apply_rope(self.q_norm(q), positions.cos, positions.sin).transpose(1, 2)
+        cos, sin = positions.cos, positions.sin
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        q, *kv = heads.split(self.heads, dim=2)  # (B, T, H, D) each
+        q = apply_rope(self.q_norm(q), cos, sin).transpose(1, 2)
         k, v = None, None
-        if kv:
-            k = apply_rope(self.k_norm(kv[0]), positions.cos, positions.sin).transpose(1, 2)
+        if kv:  # of which the values may be the keys
+            k = apply_rope(self.k_norm(kv[0]), cos, sin).transpose(1, 2)
             v = F.rms_norm(kv[-1], (self.head_dim,), eps=self.q_norm.eps).transpose(1, 2)
         y = self.attend(q, k, v, positions, cache)  # (B, Hq, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -165,33 +159,36 @@ class Gemma4Block(SandwichBlock):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
+        norm = partial(nn.RMSNorm, config.dim, config.norm_eps)
         self.layer_scalar = nn.Parameter(torch.empty(1))
-        self.experts, self.per_layer_input_gate = None, None
+        self.experts = None
         if config.moe is not None:
             self.router = Gemma4Router(config)
             self.experts = Experts(config)
-            self.pre_feedforward_layernorm_2 = nn.RMSNorm(config.dim, config.norm_eps)
-            self.post_feedforward_layernorm_1 = nn.RMSNorm(config.dim, config.norm_eps)
-            self.post_feedforward_layernorm_2 = nn.RMSNorm(config.dim, config.norm_eps)
+            self.pre_feedforward_layernorm_2 = norm()
+            self.post_feedforward_layernorm_1 = norm()
+            self.post_feedforward_layernorm_2 = norm()
+        self.per_layer_input_gate = None
         size = config.hf["hidden_size_per_layer_input"]
         if size:
             self.act = ACTIVATIONS[config.act]
             self.per_layer_input_gate = Linear(config.dim, size, bias=False)
             self.per_layer_projection = Linear(size, config.dim, bias=False)
-            self.post_per_layer_input_norm = nn.RMSNorm(config.dim, config.norm_eps)
+            self.post_per_layer_input_norm = norm()
 
     def forward(self, x: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), positions, cache)
-        x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
-        if self.experts is not None:
-            z = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
-            y = self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(z)
-        x = x + self.post_feedforward_layernorm(y)
+        x = super().forward(x, positions, cache)
         if self.per_layer_input_gate is not None:
             y = self.act(self.per_layer_input_gate(x)) * positions.of_layer
             x = x + self.post_per_layer_input_norm(self.per_layer_projection(y))
         return x * self.layer_scalar
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        y = super().feed_forward(x)
+        if self.experts is None:
+            return y
+        z = self.experts(self.pre_feedforward_layernorm_2(x), *self.router(x))
+        return self.post_feedforward_layernorm_1(y) + self.post_feedforward_layernorm_2(z)
 
 
 class Gemma4Transformer(GemmaTransformer):

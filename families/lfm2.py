@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from families.blocks import RenamedBlock
-from families.experts import MoEConfig, mixture_of_experts
+from families.experts import MoEConfig, deepseek_moe
 from families.settings import layer_kinds
 from model import Device, KVCache, LayerCache, ModelConfig, Places, Positions, positive
 from quantize import Linear
@@ -45,10 +45,9 @@ def experts(hf: dict) -> MoEConfig | None:
     """All but the first layers have some, in the models that have any."""
     if "num_experts" not in hf:
         return None
-    dense = list(range(hf["num_dense_layers"]))
-    scale = positive(hf, "routed_scaling_factor", kind=float)
-    return mixture_of_experts(hf | {"mlp_only_layers": dense}, score="sigmoid", scale=scale,
-                              bias_dims=int(hf["use_expert_bias"]))
+    return deepseek_moe(hf | dict(
+        first_k_dense_replace=hf["num_dense_layers"], n_shared_experts=0, topk_method="greedy",
+    ), "num_experts", score="sigmoid", bias_dims=int(hf["use_expert_bias"]))
 
 
 class ShortConvolution(nn.Module):

@@ -18,15 +18,6 @@ def maybe_positive(hf: dict, key: str) -> float | None:
     return positive(hf, key, kind=float)
 
 
-def query_scale(hf: dict) -> float:
-    """Gemma 2's and 3's factor on scores."""
-    return positive(hf, "query_pre_attn_scalar", kind=float) ** -0.5
-
-
-def gelu_tanh(hf: dict) -> str:
-    """Gemma 1's activation: its first files say gelu, and mean its tanh form."""
-    return {"gelu": "gelu_pytorch_tanh"}.get(hf["hidden_act"], hf["hidden_act"])
-
 # --- which layers have a window, or a rope ---
 
 
@@ -51,9 +42,7 @@ def layer_kinds(
     if kinds is None:
         return ["full_attention" if each else other for each in full_layers(hf)]
     if not {"full_attention", other}.issuperset(kinds):
-        raise ValueError(
-            f"unsupported layer_types {kinds!r}: only full_attention and {other} are supported"
-        )
+        raise ValueError(f"unsupported layer_types {kinds!r}: only full_attention and {other}")
     return kinds
 
 
@@ -63,10 +52,8 @@ def of_layers(hf: dict, key: str) -> list[Any] | None:
     if not entries:
         return None
     if not isinstance(entries, list) or len(entries) < n_layer:
-        raise ValueError(
-            f"the model's configuration has {key} = {entries!r}, not an entry for each of "
-            f"{n_layer} layers"
-        )
+        what = f"{key} = {entries!r}, not an entry for each of {n_layer} layers"
+        raise ValueError(f"the model's configuration has {what}")
     return entries[:n_layer]
 
 
