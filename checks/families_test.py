@@ -257,6 +257,21 @@ def test_keys_that_no_layer_reads_are_left_out(checkpoint: MakeCheckpoint, tmp_p
         load_model(tmp_path)
 
 
+def test_masks_in_the_first_files_of_gpt_neox_are_left_out(
+    checkpoint: MakeCheckpoint, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without a word: they follow from the context."""
+    folder, _ = checkpoint("neox")
+    tensors = load_file(folder / "model.safetensors")
+    attention = "gpt_neox.layers.0.attention"
+    tensors |= {f"{attention}.bias": torch.ones(1, 1, 96, 96, dtype=torch.uint8),
+                f"{attention}.masked_bias": torch.tensor(-1e9)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    load_model(tmp_path)
+    assert "nothing here reads" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("device, head_dim, attention", [
     ("cpu", 32, ["flash"] * 5), ("meta", 32, ["flash"] * 5),
     ("meta", 512, ["flash", "math", "flash", "flash", "math"]),

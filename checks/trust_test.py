@@ -293,6 +293,7 @@ WINDOW = dict(model_type="qwen2", use_sliding_window=True, sliding_window=8)
     (dict(rope_theta=10**400), "rope_theta = 10+: it must be at most"),
     (dict(rope_theta=float("inf")), "rope_theta = inf: it must be a finite number"),
     (dict(use_sliding_window="no"), "use_sliding_window = 'no': it must be true or false"),
+    (dict(use_parallel_residual="false"), "use_parallel_residual = .*true or false"),
     (dict(tie_word_embeddings="false"), "tie_word_embeddings = .*true or false"),
     (dict(rope_scaling=dict(type=["x"])), "unsupported rope type .*'x'"),
     (dict(rope_scaling=dict(type="linear", factors=[0] * 8)), "factors = .*numbers above 0"),

@@ -36,7 +36,7 @@ from quantize import Linear, affine, say_once
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
-            "act_fn.beta", "act_fn.eps")
+            "act_fn.beta", "act_fn.eps", "attention.bias", "attention.masked_bias")
 IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
 
 

@@ -27,7 +27,7 @@ KINDS: list[tuple[set[str], Callable[[Any], bool], str]] = [
     ({"rope_scaling", "rope_parameters", "quantization_config"},
      lambda x: isinstance(x, dict), "an object with settings"),
     ({"attention_bias", "attention_out_bias", "mlp_bias", "tie_word_embeddings", "use_bias",
-      "use_qk_norm", "use_qkv_bias", "use_sliding_window"},
+      "use_parallel_residual", "use_qk_norm", "use_qkv_bias", "use_sliding_window"},
      lambda x: isinstance(x, bool), "true or false"),
     ({"factors", "short_factor", "long_factor"},  # of rope's frequencies
      lambda x: isinstance(x, list) and x != [] and all(map(is_factor, x)),
