@@ -222,7 +222,8 @@ class Gemma4Transformer(GemmaTransformer):
         known = tokens.masked_fill(tokens >= self.n_tokens, 0)
         table = self.embed_tokens_per_layer(known).view(shape)
         scale = torch.tensor(math.sqrt(self.size), dtype=table.dtype)
-        return ((y + table * scale) * 2 ** -0.5).movedim(2, 0).contiguous()
+        y = (y + table * scale) * 2 ** -0.5  # (B, T, n_layer, size)
+        return y.movedim(2, 0).contiguous()
 
 
 def model(config: ModelConfig) -> GemmaTransformer:
