@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,15 +136,11 @@ class Stats:
 
 class Engine(PrefixSharer):
     """A Decoder whose rows are refilled: each serves one request after the other. A step may check
-    proposals: see Speculator."""
+    proposals: see Speculator, which has the options."""
 
-    def __init__(
-        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
-        speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
-    ):
-        super().__init__(
-            model, cache, compiled=compiled, speculate_k=speculate_k, draft=draft, context=context
-        )
+    def __init__(self, model: Transformer, cache: KVCache | None = None, **options: Any):
+        super().__init__(model, cache, **options)
+        self.held = {}
         self.running: dict[int, Running] = {}  # by rows whose next tokens somebody wants
         self.refills = False  # rows serve one request after the other
         self.started: dict[int, float] = {}  # when run's requests got their rows
@@ -351,7 +348,7 @@ class Engine(PrefixSharer):
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
-        seconds = self.wait_for(launch)
+        seconds = seconds_between(launch.began, launch.ended)
         if launch.is_step:
             self.note_step(launch, seconds)
         else:
@@ -379,11 +376,6 @@ class Engine(PrefixSharer):
             if running.done:
                 self.free(running)
             yield running.number, taken
-
-    @on_its_device
-    def wait_for(self, launch: Launch) -> float:
-        """Until a launch's tokens are on the host -> the seconds that it took."""
-        return seconds_between(launch.began, launch.ended)
 
     def note_step(self, launch: Launch, seconds: float) -> None:
         """Put what a step took, and how many proposals were right, where it is needed."""

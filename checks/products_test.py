@@ -354,10 +354,10 @@ def test_experts_linear_arguments_are_checked() -> None:
 
 
 def test_experts_linear_is_registered_properly() -> None:
-    operator = torch.ops.gpt_flash.experts_linear.default
+    operator = torch.ops.gpt_flash.quantized_linear.default
     x = vectors(2, 128).flatten(1)
     w, scales = expert_weights("int8", 3, 8, 128, F32)
-    torch.library.opcheck(operator, (x, random_choices(2, 2, 3), w, scales))
+    torch.library.opcheck(operator, (x, w, scales, random_choices(2, 2, 3)))
 
 
 def test_linear_layouts_are_what_they_are_said_to_be() -> None:
@@ -390,11 +390,11 @@ def test_quantized_linear_is_registered_properly() -> None:
     operator = torch.ops.gpt_flash.quantized_linear.default
     x = torch.randn(3, 64, device=DEVICE)
     w = torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
-    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE)))
+    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE), None))
     w = torch.randint(0, 256, (8, 32), dtype=U8, device=DEVICE)
     scales = torch.rand(8, 2, device=DEVICE).bfloat16()
     packed = linear.pack_int4(w, scales, scales)
-    torch.library.opcheck(operator, (x, *packed))
+    torch.library.opcheck(operator, (x, *packed, None))
     operator = torch.ops.gpt_flash.dense_weight.default
     torch.library.opcheck(operator, (*packed, 64, BF16, 1))
 
