@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from batching import Engine, Stats
 from cli.batch import Records, answer_jobs, print_record, work_off
 from cli.chat import Chat
-from cli.progress import say_library, watch_prompts
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
     standard_input, title_of, with_system,
 )
-from cli.stats import new_trace, plural, profile, say_cuts, summarize
+from cli.stats import (
+    new_trace, plural, profile, say_cuts, say_library, summarize, watch_prompts,
+)
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
 from generate import (

@@ -3,7 +3,6 @@ import io
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -167,7 +166,7 @@ def parse_line(line: Line) -> dict[str, Any]:
     if not line.is_json:
         return {"prompt": line.content}
     try:
-        entry = json.loads(line.content, object_pairs_hook=without_doubles, parse_int=whole_number)
+        entry = json.loads(line.content, parse_int=whole_number)
         json.dumps([[[[[[[[entry]]]]]]]])  # more is around it when it is written
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
@@ -196,15 +195,6 @@ def check_entry(entry: dict[str, Any]) -> None:
         CHECKS[name](name, entry[name])
 
 
-def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; ValueError where a key comes twice."""
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        [(double, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {brief(double)} comes more than once")
-    return entry
-
-
 def whole_number(digits: str) -> int:
     """The number that JSON writes so. ValueError: no setting takes one that long."""
     if len(digits) > 30:
@@ -224,12 +214,10 @@ def check_text(name: str, value: Any) -> None:
 
 def check_stop(name: str, stop: Any) -> None:
     """ValueError if it is not a list of texts that may end an answer."""
-    if not isinstance(stop, list):
-        raise ValueError(f"{name} must be a list of texts, not {brief(stop)}")
+    if not isinstance(stop, list) or "" in stop:
+        raise ValueError(f"{name} must be a list of texts, none of them empty, not {brief(stop)}")
     for text in stop:
         check_text(f"each text of {name}", text)
-        if not text:
-            raise ValueError(f"{name} has an empty text, which would end the answer at once")
 
 
 def check_messages(name: str, messages: Any) -> None:
