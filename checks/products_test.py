@@ -120,7 +120,7 @@ SHAPES = pytest.mark.parametrize("N, K, rows, dtype", [
 def test_int8_linear(N: int, K: int, rows: int, dtype: torch.dtype) -> None:
     x = vectors(rows, K).to(dtype)
     weights = int8_weights(N, K)
-    expected = linear.int8_linear_reference(x.float(), *weights)
+    expected = linear.linear_reference(x.float(), *weights)
     for y in (run_linear_kernel(x, *weights), linear.int8_linear(x, *weights)):
         assert y.dtype == dtype
         check_linear(y, expected)
@@ -145,7 +145,7 @@ def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> No
     x = vectors(rows, K)
     int4 = int4_weights(N, K, 32)
     for weights, expected in (
-        (int8_weights(N, K), linear.int8_linear_reference(x, *int8_weights(N, K))),
+        (int8_weights(N, K), linear.linear_reference(x, *int8_weights(N, K))),
         (linear.pack_int4(*int4), linear.int4_linear_reference(x, *int4)),
     ):
         assert linear._linear_arguments(x, *weights, n_sm=132)[1][2] == split
@@ -164,7 +164,7 @@ def test_a_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     weights = int8_weights(20, 1056)
     for _ in range(2):
         y = linear._launch_linear(x, *weights)
-        check_linear(y, linear.int8_linear_reference(x, *weights))
+        check_linear(y, linear.linear_reference(x, *weights))
     assert asked == [2, 2]  # of 20 outputs two slices of 16 rows
     assert not kept.any()
 
@@ -174,7 +174,7 @@ def test_linear_kernels_err_less_than_bfloat16_rounds(rows: int, K: int, outlier
     """By 7 times at least, also where a few inputs are 1000 times larger than the rest."""
     x = vectors(rows, K, outliers)
     weights = int8_weights(64, K)
-    expected = linear.int8_linear_reference(x, *weights)
+    expected = linear.linear_reference(x, *weights)
     rounding = relative_error(expected.bfloat16(), expected)
     assert relative_error(run_linear_kernel(x, *weights), expected) < rounding / 7
 
@@ -201,7 +201,7 @@ def test_largest_and_smallest_vectors() -> None:
     weights = int8_weights(16, 512)
     for size in (1e-25, 1e30):
         x = vectors(2, 512) * size
-        expected = linear.int8_linear_reference(x, *weights)
+        expected = linear.linear_reference(x, *weights)
         check_linear(run_linear_kernel(x, *weights), expected)
     assert not run_linear_kernel(x * 0, *weights).any()
 
@@ -405,11 +405,11 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from linear import int8_linear, int8_linear_reference
+from linear import int8_linear, linear_reference
 x = torch.randn(2, 16)
 w = torch.randint(-127, 127, (4, 16), dtype=torch.int8)
 scales = torch.rand(4)
-torch.testing.assert_close(int8_linear(x, w, scales), int8_linear_reference(x, w, scales))
+torch.testing.assert_close(int8_linear(x, w, scales), linear_reference(x, w, scales))
 """
 
 

@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from batching import Engine, Stats
 from cli.batch import Records, answer_jobs, print_record, work_off
 from cli.chat import Chat
+from cli.files import in_place_of
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
     standard_input, title_of, with_system,
 )
 from cli.stats import (
-    new_trace, plural, profile, say_cuts, say_library, summarize, watch_prompts,
+    plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts,
 )
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
@@ -44,7 +45,7 @@ def run(args: Any, team: Team | None) -> None:
     asked = Asked(*team.broadcast(read_asked(args) if team.is_first else None))
     output = nullcontext()
     if args.profile is not None:
-        output = new_trace(args.profile)
+        output = in_place_of(args.profile, read_trace)
     elif args.output is not None and team.is_first:
         output = Records(args.output)
     with output as file:
@@ -59,7 +60,13 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     began = time.perf_counter()
     checkpoint = open_checkpoint(args.checkpoint_path, args.device)
     config = checkpoint.empty_model().config
-    check_fit(args, tokenizer, config)
+    if tokenizer is not None:
+        tokenizer.check_fit(config.vocab_size)
+    context = config.max_seq_len
+    if args.max_seq_len is not None and args.max_seq_len > context:
+        raise ValueError(
+            f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
+        )
     more = for_all(args, asked, tokenizer, config)
     jobs = wanted(args, asked, tokenizer, config)
     done = file.answers_to(jobs) if isinstance(file, Records) else ()
@@ -167,17 +174,6 @@ def load(
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
-
-
-def check_fit(args: Any, tokenizer: Tokenizer | None, config: ModelConfig) -> None:
-    """ValueError: the model's tokenizer does not fit, or --max_seq_len does not."""
-    if tokenizer is not None:
-        tokenizer.check_fit(config.vocab_size)
-    context = config.max_seq_len
-    if args.max_seq_len is not None and args.max_seq_len > context:
-        raise ValueError(
-            f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
-        )
 
 
 def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:

@@ -5,7 +5,6 @@ import os
 import resource
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from errno import ENOSPC
 from functools import partial
@@ -20,7 +19,6 @@ from tqdm import tqdm
 
 import quantize
 from cli.errors import afterthought
-from cli.files import new_file
 from generate import Decoder, say
 from model import KVCache, Transformer
 
@@ -264,14 +262,10 @@ def profile(engine: Engine, file: Path) -> None:
     say("open the trace in chrome://tracing or ui.perfetto.dev")
 
 
-def new_trace(path: str) -> AbstractContextManager[Path]:
-    """A path for a trace that appears at another one in the end. At once, ValueError where anything
-    else is there; OSError, as a context, where nothing can be written."""
-    if os.path.exists(path):
-        start = Path(path).open("rb").read(100) if os.path.isfile(path) else b""
-        if b'"schemaVersion"' not in start:
-            raise ValueError(f"--profile {path} is there and no trace; choose another name")
-    return new_file(path)
+def read_trace(file: Path) -> None:
+    """ValueError: it is none."""
+    if not file.is_file() or b'"schemaVersion"' not in file.open("rb").read(100):
+        raise ValueError(f"--profile {file} is there and no trace")
 
 
 def say_kernels(

@@ -103,10 +103,6 @@ def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
 # --- the references ---
 
 
-def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
-    return _linear_reference(x, w, scales)
-
-
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x [..., K] times what pack_int4 takes."""
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
@@ -114,7 +110,8 @@ def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -
     return F.linear(x.float(), weight).to(x.dtype)
 
 
-def _linear_reference(x: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
+def linear_reference(x: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
+    """With weights in any form but unpacked int4."""
     weight = w.float() if scales is None else dense_weight_reference(w, scales, x.shape[-1])
     return F.linear(x.float(), weight).to(x.dtype)
 
@@ -127,7 +124,7 @@ def experts_linear_reference(
     y = []
     for vector, expert in zip(vectors.flatten(0, 1), ids.flatten().tolist()):
         of_expert = None if scales is None else scales[expert]
-        y.append(_linear_reference(vector, w[expert], of_expert))
+        y.append(linear_reference(vector, w[expert], of_expert))
     if not y:
         return x.new_empty(R, n_active, w.shape[1])
     return torch.stack(y).view(R, n_active, -1)
@@ -233,7 +230,7 @@ def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
 def _linear(x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None) -> Tensor:
     if triton is None or not x.is_cuda or x.numel() == 0:
         if ids is None:
-            return _linear_reference(x, w, scales)
+            return linear_reference(x, w, scales)
         return experts_linear_reference(x, ids, w, scales)
     if ids is None and x.numel() > MOST_ROWS * x.shape[-1]:
         return F.linear(x, dense_weight(w, scales, x.shape[-1], x.dtype))
