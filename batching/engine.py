@@ -354,9 +354,7 @@ class Engine(PrefixSharer):
         else:
             self.stats.first_token_s.append(seconds)
         tokens = launch.drawn.tokens.tolist()
-        agreed = [0] * len(tokens)
-        if launch.k:
-            agreed = launch.drawn.agreed.tolist()
+        agreed = launch.drawn.agreed.tolist() if launch.k else [0] * len(tokens)
         for row, running in launch.rows.items():
             running.drawn_at_least += agreed[row]
             running.drawn_at_most -= launch.k - agreed[row]
@@ -383,10 +381,7 @@ class Engine(PrefixSharer):
         if self.drafter is None:
             return
         agreed = launch.drawn.agreed.tolist()
-        live = {}
-        for row, running in launch.rows.items():
-            if not running.done:
-                live[running.number] = agreed[row]
+        live = {each.number: agreed[row] for row, each in launch.rows.items() if not each.done}
         if self.gauge is not None:
             seconds = self.model.broadcast(seconds)  # all ranks are to decide alike
             self.gauge.observe(launch.k, live, len(agreed), seconds)

@@ -338,7 +338,7 @@ class Fake:
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         self.n += 1
-        return [tensors[0] + 1]
+        return [tensors[1] + 1]
 
 
 @pytest.fixture
@@ -464,7 +464,7 @@ def test_libraries_are_given_the_weights_that_were_put_in_place_of_others(
     before, layers = fake.n, list(model.layers)
     decoded(model, 1)
     assert fake.n == before + len(layers)
-    given = {id(x) for x in dict(model.decode_block.ready.values())[layers[1]].tensors}
+    given = {id(x) for x in dict(model.decode_block.ready.values())[layers[1]].weights}
     assert id(layers[1].input_layernorm.weight) in given
     assert {id(x) for x in layers[1].mlp.down_proj.order.tensors.values()} <= given
 
@@ -516,7 +516,7 @@ def test_a_text_that_forward_begins_has_the_weights_as_they_are(
     model(tokens_of(model, 2), positions(0))
     decoded(model, 1)
     steps = dict(model.decode_block.ready.values())
-    given = {id(x) for x in steps[model.layers[1]].tensors}
+    given = {id(x) for x in steps[model.layers[1]].weights}
     assert given >= {id(x) for x in layer.order.tensors.values()}
 
 
