@@ -78,7 +78,7 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     if args.prompts is None or not all(answered):  # which needs no model
         for job in jobs:
             job.settings.update(more)
-        model = load(args, team.ranks, checkpoint, args.quantize, args.adapter)
+        model = load(args, team.ranks, checkpoint)
         load_s = time.perf_counter() - began
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
@@ -159,18 +159,17 @@ def read_asked(args: Any) -> Asked:
     )
 
 
-def load(
-    args: Any, ranks: Ranks, source: Checkpoint | str, quantize: str, adapter: str | None = None,
-    calibrated: bool = True,
-) -> Transformer:
-    """A model; args.dtype becomes the one that it has. calibrated: by the text of --calibrate."""
-    ids = None
-    if calibrated and args.calibrate is not None:
-        text = read_text(f"@{args.calibrate}", "the text of --calibrate")
-        ids = load_tokenizer(args.checkpoint_path).encode(text)
+def load(args: Any, ranks: Ranks, source: Checkpoint | str, is_draft: bool = False) -> Transformer:
+    """The model, or its draft; args.dtype becomes the one that it has."""
+    options = {"quantize": args.draft_quantize or "auto"}
+    if not is_draft:
+        options = {"quantize": args.quantize, "adapter": args.adapter}
+        if args.calibrate is not None:
+            text = read_text(f"@{args.calibrate}", "the text of --calibrate")
+            options["calibrate"] = load_tokenizer(args.checkpoint_path).encode(text)
+    dtype = args.dtype and getattr(torch, args.dtype)
     model = load_model(
-        source, ranks, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
-        quantize=quantize, group_size=args.group_size, adapter=adapter, calibrate=ids,
+        source, ranks, device=args.device, dtype=dtype, group_size=args.group_size, **options
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
@@ -187,7 +186,7 @@ def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transfor
                 f"the draft {path} has another tokenizer than the model: its proposals would be "
                 "tokens of other words; give one of the same family"
             )
-    return load(args, ranks, path, args.draft_quantize or "auto", calibrated=False)
+    return load(args, ranks, path, is_draft=True)
 
 
 def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Job]:
@@ -297,7 +296,7 @@ def save(args: Any) -> None:
             save_tokenizer(args.checkpoint_path, folder)
             checkpoint = open_checkpoint(args.checkpoint_path, args.device)
             check_room(args, folder, checkpoint.empty_model())
-            model = load(args, ALONE, checkpoint, args.quantize, args.adapter)
+            model = load(args, ALONE, checkpoint)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

@@ -3,11 +3,10 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
-from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 from cli.files import read_all
@@ -141,10 +140,11 @@ def read_jobs(
 
 def samples(
     index: int, title: str, prompt: list[int], settings: dict[str, Any], n_samples: int,
-    model: str = "", passed: Mapping[str, Any] = MappingProxyType({}),
+    model: str = "", passed: dict[str, Any] | None = None,
 ) -> list[Job]:
     """n_samples answers to a prompt that begins with title, with seeds in a row if it has one."""
     jobs = []
+    passed = passed or {}
     for sample in range(n_samples):
         which = f"[{index}, sample {sample}]" if n_samples > 1 else f"[{index}]"
         own = dict(settings)
