@@ -288,9 +288,8 @@ class Speculator(Decoder):
         self.k = speculate_k
         self.k_now = 0  # proposals that the next step checks
         self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
-        self.gauge: Gauge | None = None  # other drafts are asked at every step
-        if isinstance(self.drafter, PromptLookup):
-            self.gauge = Gauge(speculate_k)
+        looks_up = isinstance(self.drafter, PromptLookup)  # other drafts are asked at every step
+        self.gauge = Gauge(speculate_k) if looks_up else None
         # at most where rows without a request stand
         self.ends = [0] * self.cache.max_batch_size
 
