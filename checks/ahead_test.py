@@ -469,6 +469,18 @@ def test_libraries_are_given_the_weights_that_were_put_in_place_of_others(
     assert {id(x) for x in layers[1].mlp.down_proj.order.tensors.values()} <= given
 
 
+def test_what_a_class_no_longer_has_is_a_change(
+    checkpoint: MakeCheckpoint, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_fake(checkpoint)
+    with monkeypatch.context() as patch:
+        patch.setattr(MLP, "scale", 2, raising=False)
+        decoded(model, 2)
+    before = fake.n
+    decoded(model, 1)
+    assert fake.n == before + len(model.layers) - 1  # the first of another kind
+
+
 @pytest.mark.parametrize("mode", [BaseTorchFunctionMode, BaseTorchDispatchMode])
 def test_python_runs_what_a_mode_sees(checkpoint: MakeCheckpoint, fake: Fake, mode: type) -> None:
     """As one that counts operators does, from the next step on and no longer than it is there."""

@@ -69,7 +69,8 @@ class AheadOfTime:
         self.ready = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
         self.first: nn.Module | None = None  # the block before which a step asks what has changed
-        self.methods: dict[tuple[type, str], Any] = {}  # and numbers of classes, by their names
+        # methods and numbers of classes, by what getattr takes: a class, a name, and None for none
+        self.methods: dict[tuple[type, str, None], Any] = {}
         self.sign: tuple[int, int] | None = None  # of the text for which blocks were looked at
         self.missing = False  # whether a block goes elsewhere because nobody built its library
 
@@ -120,9 +121,9 @@ class AheadOfTime:
         step.library = self.libraries[step.name]
         if step.library is not None:
             self.ready[cache] = block, step
-        for kind in step.kinds - {kind for kind, _ in self.methods}:
+        for kind in step.kinds - {kind for kind, *_ in self.methods}:
             for name in chain(*map(held, kind.__mro__)):
-                self.methods[kind, name] = getattr(kind, name)
+                self.methods[kind, name, None] = getattr(kind, name)
         return self(*given) if y is None else y
 
     def library(self, name: str, *given: Any) -> Any | None:
