@@ -228,10 +228,11 @@ class Engine(PrefixSharer):
     def refuse_lost_prefix(self, wanted: Sequence[Running]) -> None:
         """ValueError if rows serve one request after the other behind the same cached tokens, and
         those before would drive these out of a layer's ring."""
-        overshoot = (self.lag + 1) * (self.k + 1)
-        longest = max((running.prompt_end + running.budget for running in wanted), default=0)
-        has_prefix = any(running.request.cached for running in wanted)
-        if self.refills and has_prefix and goes_round(self.cache, longest + overshoot):
+        if not self.refills or not any(running.request.cached for running in wanted):
+            return
+        longest = max(running.prompt_end + running.budget for running in wanted)
+        longest += (self.lag + 1) * (self.k + 1)  # steps that are under way
+        if any(each.places.ring and longest > each.places.S for each in self.cache.whole):
             raise ValueError(
                 f"{len(wanted)} prompts behind cached tokens need as many rows, not "
                 f"{self.cache.max_batch_size}: layers with a sliding window keep the last "
@@ -428,11 +429,6 @@ def on_host(tensor: Tensor | None) -> Tensor | None:
         return None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
-
-
-def goes_round(cache: KVCache, length: int) -> bool:
-    """Whether a row of that length has let go of its first tokens in some layer."""
-    return any(layer.places.ring and length > layer.places.S for layer in cache.whole)
 
 
 def seconds_between(began: Mark, ended: Mark) -> float:
