@@ -111,9 +111,8 @@ class Speculation:
         self.checking_s.append(seconds)
         self.checked += len(agreed)
         self.accepted += [0] * (k - len(self.accepted))
-        for right in agreed:
-            for position in range(right):
-                self.accepted[position] += 1
+        for i in range(k):
+            self.accepted[i] += sum(right > i for right in agreed)
 
 
 @dataclass
