@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -65,7 +66,9 @@ def work_off(
             settings["ends"] = tokenizer.ends(stop, job.prompt) if stop else None
         requests.append(Request(job.prompt, **settings))
     records = [new_record(job) for job in jobs]
-    take_number = team.queue(len(jobs)) if team is not None and team.n_groups > 1 else None
+    take_number = None
+    if team is not None and team.n_groups > 1:
+        take_number = partial(team.take_number, len(jobs))
     began = time.perf_counter()
     for number, ids in engine.run(requests, take_number):
         record = records[number]

@@ -97,10 +97,14 @@ def refused_memory(error: BaseException | None) -> str | None:
 
 
 def refused_by_device(error: Exception) -> str | None:
-    """What to say of a step that the device does not compile or run; None: that is not it."""
+    """What to say of a step that the device does not compile or run, as PyTorch's compiler, a GPU or
+    anything in Triton says; None: that is not it."""
     while isinstance(error, torch.AcceleratorError) and error.__context__ is not None:
         error = error.__context__  # the end of a capture fails too, and masks what broke it
-    if not is_of_the_device(error):
+    frames = traceback.walk_tb(error.__traceback__)
+    in_triton = any(f.f_globals.get("__name__", "").startswith("triton.") for f, _ in frames)
+    known = torch._dynamo.exc.ShortenTraceback, torch.AcceleratorError
+    if not in_triton and not isinstance(error, known):
         return None
     error = getattr(error, "inner_exception", error)  # what the compiler stumbled over
     said = getattr(error, "error_message", None)  # Triton's, without the source around it
@@ -108,14 +112,6 @@ def refused_by_device(error: Exception) -> str | None:
         f"a step does not compile or run here, as {type(error).__name__} says: "
         f"{said or first_line(error)}; try --no-compile, --attention math or --device cpu"
     )
-
-
-def is_of_the_device(error: BaseException) -> bool:
-    """Whether compiling or launching failed: PyTorch's compiler, a GPU, or anything in Triton."""
-    if isinstance(error, (torch._dynamo.exc.ShortenTraceback, torch.AcceleratorError)):
-        return True
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__", "").startswith("triton.") for frame, _ in frames)
 
 
 def become_a_program() -> None:

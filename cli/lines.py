@@ -86,8 +86,7 @@ def start_editing() -> Path | None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         file = Path(state) / "gpt-flash" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.touch()
+        file.touch()
         if file.is_file():  # no pipe, at which one waits for ever
             readline.read_history_file(file)
             return file
