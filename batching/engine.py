@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,9 +111,8 @@ class Speculation:
         self.checking_s.append(seconds)
         self.checked += len(agreed)
         self.accepted += [0] * (k - len(self.accepted))
-        for right in agreed:
-            for position in range(right):
-                self.accepted[position] += 1
+        for i in range(k):
+            self.accepted[i] += sum(right > i for right in agreed)
 
 
 @dataclass
@@ -135,15 +135,11 @@ class Stats:
 
 class Engine(PrefixSharer):
     """A Decoder whose rows are refilled: each serves one request after the other. A step may check
-    proposals: see Speculator."""
+    proposals: see Speculator, which has the options."""
 
-    def __init__(
-        self, model: Transformer, cache: KVCache | None = None, *, compiled: bool = False,
-        speculate_k: int = 0, draft: Transformer | None = None, context: int | None = None,
-    ):
-        super().__init__(
-            model, cache, compiled=compiled, speculate_k=speculate_k, draft=draft, context=context
-        )
+    def __init__(self, model: Transformer, cache: KVCache | None = None, **options: Any):
+        super().__init__(model, cache, **options)
+        self.held = {}
         self.running: dict[int, Running] = {}  # by rows whose next tokens somebody wants
         self.refills = False  # rows serve one request after the other
         self.started: dict[int, float] = {}  # when run's requests got their rows
@@ -231,10 +227,11 @@ class Engine(PrefixSharer):
     def refuse_lost_prefix(self, wanted: Sequence[Running]) -> None:
         """ValueError if rows serve one request after the other behind the same cached tokens, and
         those before would drive these out of a layer's ring."""
-        overshoot = (self.lag + 1) * (self.k + 1)
-        longest = max((running.prompt_end + running.budget for running in wanted), default=0)
-        has_prefix = any(running.request.cached for running in wanted)
-        if self.refills and has_prefix and goes_round(self.cache, longest + overshoot):
+        if not self.refills or not any(running.request.cached for running in wanted):
+            return
+        longest = max(running.prompt_end + running.budget for running in wanted)
+        longest += (self.lag + 1) * (self.k + 1)  # steps that are under way
+        if any(each.places.ring and longest > each.places.S for each in self.cache.whole):
             raise ValueError(
                 f"{len(wanted)} prompts behind cached tokens need as many rows, not "
                 f"{self.cache.max_batch_size}: layers with a sliding window keep the last "
@@ -351,15 +348,13 @@ class Engine(PrefixSharer):
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
-        seconds = self.wait_for(launch)
+        seconds = seconds_between(launch.began, launch.ended)
         if launch.is_step:
             self.note_step(launch, seconds)
         else:
             self.stats.first_token_s.append(seconds)
         tokens = launch.drawn.tokens.tolist()
-        agreed = [0] * len(tokens)
-        if launch.k:
-            agreed = launch.drawn.agreed.tolist()
+        agreed = launch.drawn.agreed.tolist() if launch.k else [0] * len(tokens)
         for row, running in launch.rows.items():
             running.drawn_at_least += agreed[row]
             running.drawn_at_most -= launch.k - agreed[row]
@@ -380,21 +375,13 @@ class Engine(PrefixSharer):
                 self.free(running)
             yield running.number, taken
 
-    @on_its_device
-    def wait_for(self, launch: Launch) -> float:
-        """Until a launch's tokens are on the host -> the seconds that it took."""
-        return seconds_between(launch.began, launch.ended)
-
     def note_step(self, launch: Launch, seconds: float) -> None:
         """Put what a step took, and how many proposals were right, where it is needed."""
         self.stats.steps_s.append(seconds)
         if self.drafter is None:
             return
         agreed = launch.drawn.agreed.tolist()
-        live = {}
-        for row, running in launch.rows.items():
-            if not running.done:
-                live[running.number] = agreed[row]
+        live = {each.number: agreed[row] for row, each in launch.rows.items() if not each.done}
         if self.gauge is not None:
             seconds = self.model.broadcast(seconds)  # all ranks are to decide alike
             self.gauge.observe(launch.k, live, len(agreed), seconds)
@@ -441,11 +428,6 @@ def on_host(tensor: Tensor | None) -> Tensor | None:
         return None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
-
-
-def goes_round(cache: KVCache, length: int) -> bool:
-    """Whether a row of that length has let go of its first tokens in some layer."""
-    return any(layer.places.ring and length > layer.places.S for layer in cache.whole)
 
 
 def seconds_between(began: Mark, ended: Mark) -> float:

@@ -50,11 +50,8 @@ class PrefixSharer(Speculator):
     held: the prompts that stand in rows, from the first place on. A row without a request has its
     own until the next step, which writes where that row rests."""
 
-    stats: Any  # an Engine's
-
-    def __init__(self, *model_and_cache: Any, **options: Any):
-        super().__init__(*model_and_cache, **options)
-        self.held: dict[int, list[int]] = {}
+    held: dict[int, list[int]]
+    stats: Any  # an Engine's, as that is
 
     def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
         shared = begin_alike(requests)

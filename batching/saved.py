@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import KVCache, Transformer, first_line, rope_frequencies
+from model import Device, KVCache, Transformer, first_line, rope_frequencies
 
 
 def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> None:
@@ -45,9 +45,7 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     return ids
 
 
-def read_row(
-    file: Path, device: torch.device | str = "cpu"
-) -> tuple[list[int], str, dict[str, Tensor]]:
+def read_row(file: Path, device: Device = "cpu") -> tuple[list[int], str, dict[str, Tensor]]:
     """The ids, the model's fingerprint and the tensors of a file that save_row wrote, or
     ValueError."""
     try:

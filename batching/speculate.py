@@ -73,16 +73,14 @@ class PromptLookup(Drafter):
         history = self.history[rows]  # (n, S)
         S = history.shape[1]
         end = input_pos.long()[:, None]  # (n, 1)
-        before = history.gather(1, (end - 1).clamp(min=0))  # (n, 1)
-        third = history.gather(1, (end - 2).clamp(min=0))  # (n, 1)
 
-        # how many of the last tokens stand at each place, up to there
-        one = history == token  # (n, S)
-        two = one[:, 1:] & (history[:, :-1] == before)
-        three = two[:, 1:] & (history[:, :-2] == third)
-        length = one.long()
-        length[:, 1:] += two
-        length[:, 2:] += three
+        # how many of the last three tokens stand at each place, up to there
+        stand = history == token  # (n, S)
+        length = stand.long()
+        for back in (1, 2):
+            before = history.gather(1, (end - back).clamp(min=0))  # (n, 1)
+            stand = stand[:, 1:] & (history[:, :-back] == before)
+            length[:, back:] += stand
 
         # the longest match, and of these the last, that ends before the row's own end
         at = torch.arange(S, device=history.device)
@@ -290,9 +288,8 @@ class Speculator(Decoder):
         self.k = speculate_k
         self.k_now = 0  # proposals that the next step checks
         self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
-        self.gauge: Gauge | None = None  # other drafts are asked at every step
-        if isinstance(self.drafter, PromptLookup):
-            self.gauge = Gauge(speculate_k)
+        looks_up = isinstance(self.drafter, PromptLookup)  # other drafts are asked at every step
+        self.gauge = Gauge(speculate_k) if looks_up else None
         # at most where rows without a request stand
         self.ends = [0] * self.cache.max_batch_size
 

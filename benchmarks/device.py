@@ -215,7 +215,7 @@ def check_product(form: str, rows: int) -> None:
     elif form == "int8":
         weights = test.int8_weights(N, K)
         got = linear.int8_linear(x, *weights)
-        want = linear.int8_linear_reference(x.float(), *weights)
+        want = linear.linear_reference(x.float(), *weights)
     else:
         weights = test.int4_weights(N, K, 32)
         got = linear.packed_int4_linear(x, *linear.pack_int4(*weights))

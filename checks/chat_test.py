@@ -17,7 +17,7 @@ import pytest
 
 from checks.common import CPU_ENV, HERE
 from cli.chat import Chat
-from cli.progress import LONG, with_bar
+from cli.stats import LONG, with_bar
 
 END = 0  # the token that ends a turn
 Show = Callable[[int, list[int]], None]

@@ -24,7 +24,8 @@ from batching import Stats
 from checks.common import CPU_ENV, HERE
 from cli.arguments import is_plain, make_parser, number, parse_args
 from cli.errors import sentences
-from cli.stats import PROFILED, copy_bandwidth, new_trace, profile, say_kernels, summarize
+from cli.files import in_place_of
+from cli.stats import PROFILED, copy_bandwidth, profile, read_trace, say_kernels, summarize
 from formats.default import default_model
 
 CPU = ["--device", "cpu"]
@@ -204,7 +205,7 @@ def test_profile(
     multiplier: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "trace.json"
-    with new_trace(str(file)) as new:
+    with in_place_of(str(file), read_trace) as new:
         profile(multiplier, new)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("a decode step takes 1000 us, the kernels ")
@@ -264,7 +265,7 @@ def test_a_profile_takes_no_place_but_a_trace_s(theirs: bytes | str, tmp_path: P
         path.write_bytes(theirs)
     before = path.lstat()
     with pytest.raises(ValueError, match=f"--profile {path} is there and no trace; choose another"):
-        with new_trace(str(path)):
+        with in_place_of(str(path), read_trace):
             raise AssertionError("begun")
     assert path.lstat() == before
 
@@ -276,17 +277,17 @@ def test_a_trace_replaces_one_when_it_is_whole(tmp_path: Path) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(old)
     with pytest.raises(OSError, match="No space left"):
-        with new_trace(str(link)) as new:
+        with in_place_of(str(link), read_trace) as new:
             new.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
     assert old.read_bytes() == b'{"schemaVersion": 1}'
-    with new_trace(str(link)) as new:
+    with in_place_of(str(link), read_trace) as new:
         new.write_bytes(b"new")
     assert old.read_bytes() == b"new" and link.is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["link.json", "old.json"]
     for path, message in (("/no/such/trace", "No such file"), (tmp_path / ("x" * 300), "too long")):
         with pytest.raises(OSError, match=message):
-            with new_trace(str(path)):
+            with in_place_of(str(path), read_trace):
                 raise AssertionError("begun")
 
 

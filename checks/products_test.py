@@ -120,7 +120,7 @@ SHAPES = pytest.mark.parametrize("N, K, rows, dtype", [
 def test_int8_linear(N: int, K: int, rows: int, dtype: torch.dtype) -> None:
     x = vectors(rows, K).to(dtype)
     weights = int8_weights(N, K)
-    expected = linear.int8_linear_reference(x.float(), *weights)
+    expected = linear.linear_reference(x.float(), *weights)
     for y in (run_linear_kernel(x, *weights), linear.int8_linear(x, *weights)):
         assert y.dtype == dtype
         check_linear(y, expected)
@@ -145,7 +145,7 @@ def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> No
     x = vectors(rows, K)
     int4 = int4_weights(N, K, 32)
     for weights, expected in (
-        (int8_weights(N, K), linear.int8_linear_reference(x, *int8_weights(N, K))),
+        (int8_weights(N, K), linear.linear_reference(x, *int8_weights(N, K))),
         (linear.pack_int4(*int4), linear.int4_linear_reference(x, *int4)),
     ):
         assert linear._linear_arguments(x, *weights, n_sm=132)[1][2] == split
@@ -164,7 +164,7 @@ def test_a_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     weights = int8_weights(20, 1056)
     for _ in range(2):
         y = linear._launch_linear(x, *weights)
-        check_linear(y, linear.int8_linear_reference(x, *weights))
+        check_linear(y, linear.linear_reference(x, *weights))
     assert asked == [2, 2]  # of 20 outputs two slices of 16 rows
     assert not kept.any()
 
@@ -174,7 +174,7 @@ def test_linear_kernels_err_less_than_bfloat16_rounds(rows: int, K: int, outlier
     """By 7 times at least, also where a few inputs are 1000 times larger than the rest."""
     x = vectors(rows, K, outliers)
     weights = int8_weights(64, K)
-    expected = linear.int8_linear_reference(x, *weights)
+    expected = linear.linear_reference(x, *weights)
     rounding = relative_error(expected.bfloat16(), expected)
     assert relative_error(run_linear_kernel(x, *weights), expected) < rounding / 7
 
@@ -201,7 +201,7 @@ def test_largest_and_smallest_vectors() -> None:
     weights = int8_weights(16, 512)
     for size in (1e-25, 1e30):
         x = vectors(2, 512) * size
-        expected = linear.int8_linear_reference(x, *weights)
+        expected = linear.linear_reference(x, *weights)
         check_linear(run_linear_kernel(x, *weights), expected)
     assert not run_linear_kernel(x * 0, *weights).any()
 
@@ -354,10 +354,10 @@ def test_experts_linear_arguments_are_checked() -> None:
 
 
 def test_experts_linear_is_registered_properly() -> None:
-    operator = torch.ops.gpt_flash.experts_linear.default
+    operator = torch.ops.gpt_flash.quantized_linear.default
     x = vectors(2, 128).flatten(1)
     w, scales = expert_weights("int8", 3, 8, 128, F32)
-    torch.library.opcheck(operator, (x, random_choices(2, 2, 3), w, scales))
+    torch.library.opcheck(operator, (x, w, scales, random_choices(2, 2, 3)))
 
 
 def test_linear_layouts_are_what_they_are_said_to_be() -> None:
@@ -390,11 +390,11 @@ def test_quantized_linear_is_registered_properly() -> None:
     operator = torch.ops.gpt_flash.quantized_linear.default
     x = torch.randn(3, 64, device=DEVICE)
     w = torch.randint(-127, 127, (8, 64), dtype=I8, device=DEVICE)
-    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE)))
+    torch.library.opcheck(operator, (x, w, torch.rand(8, device=DEVICE), None))
     w = torch.randint(0, 256, (8, 32), dtype=U8, device=DEVICE)
     scales = torch.rand(8, 2, device=DEVICE).bfloat16()
     packed = linear.pack_int4(w, scales, scales)
-    torch.library.opcheck(operator, (x, *packed))
+    torch.library.opcheck(operator, (x, *packed, None))
     operator = torch.ops.gpt_flash.dense_weight.default
     torch.library.opcheck(operator, (*packed, 64, BF16, 1))
 
@@ -405,11 +405,11 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from linear import int8_linear, int8_linear_reference
+from linear import int8_linear, linear_reference
 x = torch.randn(2, 16)
 w = torch.randint(-127, 127, (4, 16), dtype=torch.int8)
 scales = torch.rand(4)
-torch.testing.assert_close(int8_linear(x, w, scales), int8_linear_reference(x, w, scales))
+torch.testing.assert_close(int8_linear(x, w, scales), linear_reference(x, w, scales))
 """
 
 

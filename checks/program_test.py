@@ -204,7 +204,7 @@ def test_profile(cli: Callable[..., Run], shape: Path, tmp_path: Path) -> None:
     words = ["--dtype", "float32", "--prompt", 20, "--profile", trace, "--json"]
     code, out, err = cli("--checkpoint_path", shape, *words)
     assert json.loads(out)["prompt_tokens"] == 20
-    assert code == 0 and "_linear_pointwise" in err and "self_attn.qkv_proj" in err
+    assert code == 0 and "_linear_pointwise" in err
     assert json.loads(trace.read_text())["traceEvents"]
 
 

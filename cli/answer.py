@@ -8,10 +8,9 @@ import torch
 
 import generate
 from cli.arguments import is_plain, parse_args
-from cli.errors import become_a_program, refusals, sentences
-from cli.progress import say_library, show_loading, watch_prompts
+from cli.errors import become_a_program, sentences
 from cli.prompts import read_text
-from cli.stats import say_cuts, say_memory
+from cli.stats import say_cuts, say_library, say_memory, show_loading, watch_prompts
 from model import extension
 
 
@@ -28,21 +27,20 @@ def main(argv: list[str] | None) -> None:
 def answer(argv: list[str] | None, team: Any) -> None:
     """team: the processes that torchrun has started; None without it."""
     args = parse_args(argv)
-    with refusals(args):
-        if sys.stdout is None and args.output is None and args.save is None:
-            raise ValueError("standard output is closed: there is no place for an answer")
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        show_loading()
-        if team is not None or not is_plain(args):
-            for folder in ("batching", "formats", "parallel", "processors"):
-                extension(folder)  # it says so where this copy has none
-            from cli.program import run
-            run(args, team)
-            return
-        if args.prompt is not None:
-            args.prompt = read_text(args.prompt)
-        decoder = generate.run(args, watch_prompts)
-        say_cuts(list(decoder.finish_reasons.values()))
-        say_memory(decoder)
-        say_library(decoder.model)
+    if sys.stdout is None and args.output is None and args.save is None:
+        raise ValueError("standard output is closed: there is no place for an answer")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    show_loading()
+    if team is not None or not is_plain(args):
+        for folder in ("batching", "formats", "parallel", "processors"):
+            extension(folder)  # it says so where this copy has none
+        from cli.program import run
+        run(args, team)
+        return
+    if args.prompt is not None:
+        args.prompt = read_text(args.prompt)
+    decoder = generate.run(args, watch_prompts)
+    say_cuts(list(decoder.finish_reasons.values()))
+    say_memory(decoder)
+    say_library(decoder.model)

@@ -8,6 +8,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 from tqdm import tqdm
@@ -54,8 +56,7 @@ def work_off(
 ) -> Iterator[tuple[int, int, str, Record]]:
     """Run jobs -> (a job's number, how many tokens and which text are new, its record), as they
     come. tokenizer: None makes no text. team: its groups share the jobs; None: all are run here."""
-    requests = []
-    streams = []
+    requests, streams = [], []
     for job in jobs:
         settings = dict(job.settings)
         stop = settings.pop("stop")
@@ -67,7 +68,7 @@ def work_off(
     records = [new_record(job) for job in jobs]
     take_number = None
     if team is not None and team.n_groups > 1:
-        take_number = team.queue(len(jobs))
+        take_number = partial(team.take_number, len(jobs))
     began = time.perf_counter()
     for number, ids in engine.run(requests, take_number):
         record = records[number]
@@ -206,15 +207,14 @@ def answers_of_all(
                 team.send(number, record)
         return
     n_left = len(jobs)
-    working = True
-    while working or n_left:
-        news = next(ours, None)
-        working = news is not None
-        if working:
+    for news in chain(ours, repeat(None)):
+        if news is not None:
             n_left -= news[-1]["finish_reason"] is not None
             yield news
         elif n_left:
             time.sleep(0.01)  # others are still at work
+        else:
+            return
         for number, record in team.receive():
             n_left -= 1
             yield number, record["new_tokens"], record["text"], record

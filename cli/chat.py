@@ -2,15 +2,15 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from batching import Engine, load_row, read_row, save_row
-from cli.files import new_file, read_all
+from cli.files import in_place_of, read_all
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_text, with_system
 from cli.stats import NO_TIME, plural
@@ -85,8 +85,8 @@ class Chat:
                 check_text("the message", text)
                 self.attempt = 0
                 self.complete([*self.messages, {"role": "user", "content": text.strip()}])
-        except ValueError as e:
-            say(str(e))
+        except (OSError, SafetensorError, ValueError) as e:
+            say(first_line(e))
 
     # --- answers ---
 
@@ -326,23 +326,6 @@ def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"cannot read a conversation from {file}: {first_line(e)}") from None
     return system, messages
-
-
-@contextmanager
-def in_place_of(file: Path, read: Callable[[Path], Any]) -> Iterator[Path]:
-    """A path to write to, which takes the place of a file at the end, whole or not at all.
-    ValueError: it cannot be written, or is there and something else than `read` reads."""
-    try:
-        if os.path.exists(file):
-            read(file)
-    except ValueError as e:
-        raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
-    try:
-        with new_file(file) as new:
-            yield new
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or first_line(e)
-        raise ValueError(f"cannot write {file}: {reason}") from None
 
 
 def cache_of(file: Path) -> Path:

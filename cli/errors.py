@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -16,7 +16,8 @@ from quantize import HARMLESS
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Where what is asked cannot be done, the program leaves by exit code 2 and one sentence."""
+    """Where what is asked cannot be done, the program leaves by exit code 2 and one sentence; bugs
+    get none."""
     try:
         try:
             yield
@@ -25,8 +26,6 @@ def sentences() -> Iterator[None]:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where it is known what to say if that fails
-    except ValueError as e:
-        fail(str(e))
     except KeyboardInterrupt:
         say("")
         sys.exit(130)
@@ -36,6 +35,18 @@ def sentences() -> Iterator[None]:
     except OSError as e:
         discard_output()
         fail(f"cannot read or write {e.filename or 'the output'}: {e.strerror or first_line(e)}")
+    except Exception as e:
+        message = sentence_for(e)
+        if message is None:  # a bug
+            raise
+        fail(message)
+
+
+def sentence_for(error: Exception) -> str | None:
+    """What to say of a mistake, of memory that is used up, and of what a device refuses."""
+    if isinstance(error, ValueError):
+        return str(error)
+    return refused_memory(error) or refused_by_device(error)
 
 
 def signal_behind(error: BaseException | None) -> BaseException | None:
@@ -71,63 +82,36 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextmanager
-def refusals(args: Any) -> Iterator[None]:
-    """Memory that is used up, and what the device refuses, get a sentence too; bugs get none."""
-    try:
-        yield
-    except Exception as e:
-        message = refused_memory(e) or refused_by_device(e, args)
-        if message is None:
-            raise
-        raise ValueError(message) from e
-
-
-def refused_memory(error: Exception) -> str | None:
-    """What to say of memory that is used up; None: it is not, or the error says so itself."""
-    causes = [] if isinstance(error, (ValueError, OSError)) else [error]
-    for cause in causes:
-        if isinstance(cause, torch.OutOfMemoryError):
-            return first_line(cause)
-        if isinstance(cause, MemoryError) or "DefaultCPUAllocator" in str(cause):
+def refused_memory(error: BaseException | None) -> str | None:
+    """What to say of memory that is used up; None: it is not."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return first_line(error)
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             return (
                 "there is not enough memory; lower --max_seq_len or --batch_size, or take a "
                 "smaller model or --quantize"
             )
-        before = cause.__cause__ or cause.__context__
-        if before not in (None, *causes):
-            causes.append(before)
+        error = error.__cause__ or error.__context__
     return None
 
 
-def refused_by_device(error: Exception, args: Any) -> str | None:
-    """What to say of a step that the device does not compile or run; None: that is not it."""
+def refused_by_device(error: Exception) -> str | None:
+    """What to say of a step that the device does not compile or run, as PyTorch's compiler, a GPU or
+    anything in Triton says; None: that is not it."""
     while isinstance(error, torch.AcceleratorError) and error.__context__ is not None:
         error = error.__context__  # the end of a capture fails too, and masks what broke it
-    if not is_of_the_device(error):
+    frames = traceback.walk_tb(error.__traceback__)
+    in_triton = any(f.f_globals.get("__name__", "").startswith("triton.") for f, _ in frames)
+    known = torch._dynamo.exc.ShortenTraceback, torch.AcceleratorError
+    if not in_triton and not isinstance(error, known):
         return None
-    advice = []
-    if args.attention != "math" and args.device.type != "cpu":  # there it is no kernel
-        advice.append("--attention math")
-    if args.compile:
-        advice.append("--no-compile")
-    if not advice and args.device.type != "cpu":
-        advice.append("--device cpu")
     error = getattr(error, "inner_exception", error)  # what the compiler stumbled over
     said = getattr(error, "error_message", None)  # Triton's, without the source around it
-    message = (
-        f"a step does not compile or run on {args.device}, as {type(error).__name__} says: "
-        f"{said or first_line(error)}"
+    return (
+        f"a step does not compile or run here, as {type(error).__name__} says: "
+        f"{said or first_line(error)}; try --no-compile, --attention math or --device cpu"
     )
-    return f"{message}; try {' or '.join(advice)}" if advice else message
-
-
-def is_of_the_device(error: BaseException) -> bool:
-    """Whether compiling or launching failed: PyTorch's compiler, a GPU, or anything in Triton."""
-    if isinstance(error, (torch._dynamo.exc.ShortenTraceback, torch.AcceleratorError)):
-        return True
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__", "").startswith("triton.") for frame, _ in frames)
 
 
 def become_a_program() -> None:

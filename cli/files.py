@@ -1,10 +1,10 @@
 """Files of the user: read up to some length, and written whole or not at all."""
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, AnyStr
+from typing import IO, Any, AnyStr
 
 from quantize import workspace
 
@@ -20,10 +20,15 @@ def read_all(file: IO[AnyStr]) -> AnyStr:
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def in_place_of(path: str | Path, read: Callable[[Path], Any]) -> Iterator[Path]:
     """A file's path to write to, which takes the place of `path` at the end, with its mode, but not
-    by an exception."""
+    by an exception. ValueError: what is there is something else than `read` reads."""
     file = Path(os.path.realpath(path))  # a link to it stays
+    try:
+        if file.exists():
+            read(Path(path))
+    except ValueError as e:
+        raise ValueError(f"{e}; choose another name, so that it stays as it is") from None
     with workspace(file.parent, "writing") as folder:
         new = folder / file.name
         new.touch()  # now, lest its name cannot be

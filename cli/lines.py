@@ -39,33 +39,25 @@ class Messages:
         if not line:
             raise EOFError
         opening = OPENING.match(line)
+        if COMMAND.match(line) and not opening:
+            return line.removesuffix("\n")
+        text = line = line[opening.end():] if opening else line
+        while self.goes_on(line, quoted=opening is not None):
+            line = self.read_line("... ")
+            if not line or COMMAND.match(line) and not opening:
+                self.held = line
+                break
+            text += line
         if opening:
-            return opening[1] + self.read_quoted(line[opening.end():])
-        if not COMMAND.match(line):
-            line = self.read_pasted(line)
-        return line.removesuffix("\n")
+            return opening[1] + text.rstrip().removesuffix(QUOTES)
+        return text.removesuffix("\n")
 
-    def read_quoted(self, line: str) -> str:
-        """The text up to the quotes that end a line, or to the end of the input."""
-        text = line
-        while not line.rstrip().endswith(QUOTES):
-            line = self.read_line("... ")
-            if not line:
-                self.held = line
-                break
-            text += line
-        return text.rstrip().removesuffix(QUOTES)
-
-    def read_pasted(self, line: str) -> str:
-        """A line and those that arrived with it, up to a command or the end of the input."""
-        text = line
-        while self.on_terminal and select.select([sys.stdin], [], [], PASTE_S)[0]:
-            line = self.read_line("... ")
-            if not line or COMMAND.match(line):
-                self.held = line
-                break
-            text += line
-        return text
+    def goes_on(self, line: str, quoted: bool) -> bool:
+        """Whether there are more lines of a message: up to its quotes, or as many as arrived
+        together."""
+        if quoted:
+            return not line.rstrip().endswith(QUOTES)
+        return self.on_terminal and bool(select.select([sys.stdin], [], [], PASTE_S)[0])
 
     def read_line(self, prompt: str) -> str:
         """The next line, with its end as readline() gives it; "": there is none."""
@@ -94,8 +86,7 @@ def start_editing() -> Path | None:
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         file = Path(state) / "gpt-flash" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.touch()
+        file.touch()
         if file.is_file():  # no pipe, at which one waits for ever
             readline.read_history_file(file)
             return file

@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from batching import Engine, Stats
 from cli.batch import Records, answer_jobs, print_record, work_off
 from cli.chat import Chat
-from cli.progress import say_library, watch_prompts
+from cli.files import in_place_of
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
     standard_input, title_of, with_system,
 )
-from cli.stats import new_trace, plural, profile, say_cuts, summarize
+from cli.stats import (
+    plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts,
+)
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
 from generate import (
@@ -43,7 +45,7 @@ def run(args: Any, team: Team | None) -> None:
     asked = Asked(*team.broadcast(read_asked(args) if team.is_first else None))
     output = nullcontext()
     if args.profile is not None:
-        output = new_trace(args.profile)
+        output = in_place_of(args.profile, read_trace)
     elif args.output is not None and team.is_first:
         output = Records(args.output)
     with output as file:
@@ -58,7 +60,13 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     began = time.perf_counter()
     checkpoint = open_checkpoint(args.checkpoint_path, args.device)
     config = checkpoint.empty_model().config
-    check_fit(args, tokenizer, config)
+    if tokenizer is not None:
+        tokenizer.check_fit(config.vocab_size)
+    context = config.max_seq_len
+    if args.max_seq_len is not None and args.max_seq_len > context:
+        raise ValueError(
+            f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
+        )
     more = for_all(args, asked, tokenizer, config)
     jobs = wanted(args, asked, tokenizer, config)
     done = file.answers_to(jobs) if isinstance(file, Records) else ()
@@ -70,7 +78,7 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     if args.prompts is None or not all(answered):  # which needs no model
         for job in jobs:
             job.settings.update(more)
-        model = load(args, team.ranks, checkpoint, args.quantize, args.adapter)
+        model = load(args, team.ranks, checkpoint)
         load_s = time.perf_counter() - began
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
@@ -151,32 +159,20 @@ def read_asked(args: Any) -> Asked:
     )
 
 
-def load(
-    args: Any, ranks: Ranks, source: Checkpoint | str, quantize: str, adapter: str | None = None,
-    calibrated: bool = True,
-) -> Transformer:
-    """A model; args.dtype becomes the one that it has. calibrated: by the text of --calibrate."""
-    ids = None
-    if calibrated and args.calibrate is not None:
-        text = read_text(f"@{args.calibrate}", "the text of --calibrate")
-        ids = load_tokenizer(args.checkpoint_path).encode(text)
+def load(args: Any, ranks: Ranks, source: Checkpoint | str, is_draft: bool = False) -> Transformer:
+    """The model, or its draft; args.dtype becomes the one that it has."""
+    options = {"quantize": args.draft_quantize or "auto"}
+    if not is_draft:
+        options = {"quantize": args.quantize, "adapter": args.adapter}
+        if args.calibrate is not None:
+            text = read_text(f"@{args.calibrate}", "the text of --calibrate")
+            options["calibrate"] = load_tokenizer(args.checkpoint_path).encode(text)
+    dtype = args.dtype and getattr(torch, args.dtype)
     model = load_model(
-        source, ranks, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
-        quantize=quantize, group_size=args.group_size, adapter=adapter, calibrate=ids,
+        source, ranks, device=args.device, dtype=dtype, group_size=args.group_size, **options
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
-
-
-def check_fit(args: Any, tokenizer: Tokenizer | None, config: ModelConfig) -> None:
-    """ValueError: the model's tokenizer does not fit, or --max_seq_len does not."""
-    if tokenizer is not None:
-        tokenizer.check_fit(config.vocab_size)
-    context = config.max_seq_len
-    if args.max_seq_len is not None and args.max_seq_len > context:
-        raise ValueError(
-            f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
-        )
 
 
 def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
@@ -190,7 +186,7 @@ def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transfor
                 f"the draft {path} has another tokenizer than the model: its proposals would be "
                 "tokens of other words; give one of the same family"
             )
-    return load(args, ranks, path, args.draft_quantize or "auto", calibrated=False)
+    return load(args, ranks, path, is_draft=True)
 
 
 def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Job]:
@@ -300,7 +296,7 @@ def save(args: Any) -> None:
             save_tokenizer(args.checkpoint_path, folder)
             checkpoint = open_checkpoint(args.checkpoint_path, args.device)
             check_room(args, folder, checkpoint.empty_model())
-            model = load(args, ALONE, checkpoint, args.quantize, args.adapter)
+            model = load(args, ALONE, checkpoint)
             write_quantized(model, folder)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None

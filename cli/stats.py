@@ -1,12 +1,13 @@
-"""What a run took: times, tokens, memory, and a profile of the decode step."""
+"""What a run says of itself: how far it is, what it took, and a profile of the decode step."""
 from __future__ import annotations
 
 import os
 import resource
 import statistics
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from errno import ENOSPC
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ import torch
 import torch.nn as nn
 from torch.autograd import DeviceType
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
+import quantize
 from cli.errors import afterthought
-from cli.files import new_file
 from generate import Decoder, say
 from model import KVCache, Transformer
 
@@ -31,6 +33,64 @@ CUTS = {
 }
 PROFILED = 16  # decode steps in a trace
 NO_TIME = 1e-9  # seconds that stand for none, where a clock has not moved
+LONG = 512  # tokens; shorter ones are read while rows decode, whose text a bar would cover
+
+# --- while it runs ---
+
+
+def with_bar(block_forward: Callable, layers: Sequence[Any]) -> Callable:
+    """What runs each layer in turn over prompts, x [B, T, dim], with a bar on stderr, if that is a
+    terminal, that counts the layers done of a long one. On a CPU a call returns when it is done."""
+    bar = None
+
+    def counted(block: Any, x: Any, *rest: Any) -> Any:
+        nonlocal bar
+        n_tokens = x.shape[0] * x.shape[1]
+        if n_tokens < LONG:
+            return block_forward(block, x, *rest)
+        if block is layers[0]:
+            bar = tqdm(
+                total=len(layers), desc=f"reading {n_tokens} tokens", unit="layer", disable=None,
+                leave=False, delay=0.5,
+            )
+        y = None
+        try:
+            y = block_forward(block, x, *rest)
+            bar.update()
+        finally:
+            if y is None or block is layers[-1]:  # by Ctrl-C too
+                bar.close()
+        return y
+
+    return counted
+
+
+def watch_prompts(decoder: Decoder) -> None:
+    """Show how far a long prompt is; on a GPU, which is asked for all layers at once, nothing."""
+    if decoder.device.type == "cpu":
+        model = decoder.model
+        model.prefill_block = with_bar(model.prefill_block, model.layers)
+
+
+def show_loading() -> None:
+    """From now on loading has a bar, if stderr is a terminal."""
+    quantize.progress = partial(tqdm, unit=" layers", disable=None, leave=False)
+
+
+@afterthought()
+def say_library(model: Transformer) -> bool:
+    """Say whether steps ran by a library that --compile makes -> the same."""
+    libraries = getattr(model.decode_block, "libraries", {})
+    ran = any(library is not None for library in libraries.values())
+    if ran:
+        say("decoded by the library that --compile made")
+    elif getattr(model.decode_block, "missing", False):
+        threads = plural(torch.get_num_threads(), "thread")
+        say(f"--compile makes a library for {threads}, in some 15 seconds, by which later runs "
+            "with as many decode faster")
+    return ran
+
+# --- what it took ---
 
 
 def weight_bytes(model: Transformer, rows: int = 1) -> int:
@@ -202,14 +262,10 @@ def profile(engine: Engine, file: Path) -> None:
     say("open the trace in chrome://tracing or ui.perfetto.dev")
 
 
-def new_trace(path: str) -> AbstractContextManager[Path]:
-    """A path for a trace that appears at another one in the end. At once, ValueError where anything
-    else is there; OSError, as a context, where nothing can be written."""
-    if os.path.exists(path):
-        start = Path(path).open("rb").read(100) if os.path.isfile(path) else b""
-        if b'"schemaVersion"' not in start:
-            raise ValueError(f"--profile {path} is there and no trace; choose another name")
-    return new_file(path)
+def read_trace(file: Path) -> None:
+    """ValueError: it is none."""
+    if not file.is_file() or b'"schemaVersion"' not in file.open("rb").read(100):
+        raise ValueError(f"--profile {file} is there and no trace")
 
 
 def say_kernels(

@@ -69,7 +69,8 @@ class AheadOfTime:
         self.ready = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
         self.first: nn.Module | None = None  # the block before which a step asks what has changed
-        self.methods: dict[tuple[type, str], Any] = {}  # and numbers of classes, by their names
+        # methods and numbers of classes, by what getattr takes: a class, a name, and None for none
+        self.methods: dict[tuple[type, str, None], Any] = {}
         self.sign: tuple[int, int] | None = None  # of the text for which blocks were looked at
         self.missing = False  # whether a block goes elsewhere because nobody built its library
 
@@ -90,7 +91,7 @@ class AheadOfTime:
         if step is None:
             return self.otherwise(block, x, positions, cache)
         where = [value for value in positions if isinstance(value, Tensor)]
-        [y] = step.library.run([x, *where, *step.tensors])
+        [y] = step.library.run([step.kv, x, *where, *step.weights])
         return y
 
     def look_if_changed(self, first: nn.Module) -> None:
@@ -120,9 +121,9 @@ class AheadOfTime:
         step.library = self.libraries[step.name]
         if step.library is not None:
             self.ready[cache] = block, step
-        for kind in step.kinds - {kind for kind, _ in self.methods}:
+        for kind in step.kinds - {kind for kind, *_ in self.methods}:
             for name in chain(*map(held, kind.__mro__)):
-                self.methods[kind, name] = getattr(kind, name)
+                self.methods[kind, name, None] = getattr(kind, name)
         return self(*given) if y is None else y
 
     def library(self, name: str, *given: Any) -> Any | None:
@@ -169,15 +170,14 @@ def undisturbed(run: Any, tensors: list[Tensor]) -> list[Tensor]:
 
 
 class FunctionOfTensors(nn.Module):
-    """A block as a function of x, the tensors of its positions, its cache's kv and its weights,
-    one after the other, which torch.export wants; everything else is part of what it does."""
+    """A block as a function of its cache's kv, x, the tensors of its positions and its weights, one
+    after the other, which torch.export wants; everything else is part of what it does."""
 
     def __init__(self, block: nn.Module, positions: Positions):
         super().__init__()
         self.blocks = [block]  # hidden from nn.Module: its weights are to be arguments
         self.positions = positions
         self.weights = places_of(block)
-        self.index_of_kv = 1 + sum(map(torch.is_tensor, positions))
 
     def examples(self, x: Tensor, kv: Tensor) -> list[Tensor]:
         """Arguments of a step in the middle of a small cache: a row, as kv [2, 1, Hkv, S, D] is, of
@@ -192,13 +192,11 @@ class FunctionOfTensors(nn.Module):
         cache = kv.new_empty(2, rows_around(kv), kv.shape[2], PLACES, kv.shape[4])
         where = [like(value) for value in self.positions if isinstance(value, Tensor)]
         [block] = self.blocks
-        return [like(x), *where, like(cache)[:, :1], *weights_of(block)]
+        return [like(cache)[:, :1], like(x), *where, *weights_of(block)]
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, kv: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
         given = iter(tensors)
-        x = next(given)
         where = [next(given) if isinstance(v, Tensor) else v for v in self.positions]
-        kv = next(given)
         cache = LayerCache([kv], Places(kv.shape[3]), flash=True)
         [block] = self.blocks
         own = weights_of(block)
@@ -213,11 +211,11 @@ class FunctionOfTensors(nn.Module):
     def agrees(self, library: Any, examples: list[Tensor]) -> bool:
         """Whether a library gives what the block does, which is compiled in other lines of Python,
         and by a compiler, of the same."""
-        kv = examples[self.index_of_kv]
+        kv, *others = examples
         results = []
         for run in (lambda tensors: [self(*tensors)], library.run):
             own = kv.new_empty_strided(kv.shape, kv.stride()).copy_(kv)  # as clone would not
-            results.append([*run([own if x is kv else x for x in examples]), own])
+            results.append([*run([own, *others]), own])
         return all((x - y).abs().max() <= 0.02 * x.abs().max() for x, y in zip(*results))
 
 # --- what a block is ---
@@ -272,9 +270,9 @@ class Step:
                 raise NoLibrary
         if not cache.flash or not kv.is_cpu or kv.dtype != x.dtype:
             raise NoLibrary
-        self.tensors = [kv, *weights_of(block)]
+        self.kv, self.weights = kv, weights_of(block)
         self.lines = [f"cache {rows_around(kv)} {kv.shape[2]} {kv.shape[4]}"]
-        for name, value in [("x", x), *positions._asdict().items(), *enumerate(self.tensors[1:])]:
+        for name, value in [("x", x), *positions._asdict().items(), *enumerate(self.weights)]:
             self.lines.append(f"{name} {describe(value) if torch.is_tensor(value) else value}")
         self.kinds: set[type] = {LayerCache, Places}
         self.modules: set[ModuleType] = set()
@@ -435,8 +433,7 @@ def compile_to(path: Path, function: FunctionOfTensors, examples: list[Tensor]) 
         if not folder.is_dir():
             folder.mkdir()
             folder.chmod(0o700)
-    shapes = [None] * len(examples)
-    shapes[function.index_of_kv] = {3: torch.export.Dim.DYNAMIC}
+    any_length = {3: torch.export.Dim.DYNAMIC}, None, (None,) * (len(examples) - 2)
     lengths = torch._dynamo.config.patch(capture_scalar_outputs=True)  # as symbols
     # they would lie in TMPDIR, where others may have put some, and are slower for one library
     headers = torch._inductor.config.patch({"aot_inductor.precompile_headers": False})
@@ -446,7 +443,7 @@ def compile_to(path: Path, function: FunctionOfTensors, examples: list[Tensor]) 
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch about itself
         program = torch.export.export(
-            function, tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False
+            function, tuple(examples), dynamic_shapes=any_length, strict=False
         )
         unfinished = folder / path.name
         torch._inductor.aoti_compile_and_package(program, package_path=str(unfinished))

@@ -125,7 +125,12 @@ class OneDNN:
     names = ("weight",)
 
     def pack(self, layer: Linear) -> bool:
-        if not can_pack(layer, self.names) or not onednn_takes(layer.weight.dtype):
+        dtype = layer.weight.dtype
+        takes = dtype == torch.float32
+        if dtype == torch.bfloat16:
+            takes = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        available = torch.backends.mkldnn.is_available()
+        if not (available and takes and can_pack(layer, self.names)):
             return False
         packed = {"weight": torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1)}
         layer.order = Order(layer, self.names, packed, lambda packed, name: packed[name].to_dense())
@@ -332,14 +337,6 @@ def tiling() -> tuple[int, int] | None:
     return None
 
 # --- oneDNN ---
-
-
-def onednn_takes(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

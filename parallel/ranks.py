@@ -81,27 +81,22 @@ def local(config: ModelConfig, ranks: Ranks) -> ModelConfig:
     for name, what in SPLIT.items():
         whole = getattr(config, name)
         shared = name == "n_kv_head" and n % whole == 0
-        if whole % n and not shared:
-            raise undivided(whole, what, n)
-        parts[name] = max(1, whole // n)
-    if config.moe is not None:
-        parts["moe"] = local_experts(config.moe, n)
+        parts[name] = 1 if shared else divided(whole, what, n)
+    if config.moe is not None:  # every rank has a part of each expert: as much to do as others
+        sizes = config.moe.ffn_dim, config.moe.shared_ffn_dim
+        own, common = [divided(size, "hidden units of an expert", n) for size in sizes]
+        parts["moe"] = replace(config.moe, ffn_dim=own, shared_ffn_dim=common)
     if config.vocab_size < n * n:
         raise ValueError(f"a vocabulary of {config.vocab_size} is too small for {n} ranks")
     return replace(config, **parts)
 
 
-def undivided(whole: int, what: str, n: int) -> ValueError:
-    would = ", ".join(str(size) for size in range(1, 65) if whole % size == 0)
-    return ValueError(f"{whole} {what} do not divide over {n} ranks; they would over {would}")
-
-
-def local_experts(moe: Any, n: int) -> Any:
-    """Every rank has a part of each expert, so that all have the same to do whatever is chosen."""
-    for size in (moe.ffn_dim, moe.shared_ffn_dim):
-        if size % n:
-            raise undivided(size, "hidden units of an expert", n)
-    return replace(moe, ffn_dim=moe.ffn_dim // n, shared_ffn_dim=moe.shared_ffn_dim // n)
+def divided(whole: int, what: str, n: int) -> int:
+    """A rank's part of so many, or ValueError."""
+    if whole % n:
+        would = ", ".join(str(size) for size in range(1, 65) if whole % size == 0)
+        raise ValueError(f"{whole} {what} do not divide over {n} ranks; they would over {would}")
+    return whole // n
 
 
 # fields of ModelConfig that are divided among ranks, and what they count

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TextIO
@@ -132,18 +132,12 @@ class Team:
 
     # --- one queue of work for all groups ---
 
-    def queue(self, n: int) -> Callable[[], int | None]:
-        """What takes the numbers up to n that no group has taken yet, None behind the last. All
-        ranks of a group take the same."""
-
-        def take_number() -> int | None:
-            number = None
-            if self.ranks.rank == 0:
-                number = self.store.add("taken", 1) - 1
-            number = self.ranks.broadcast(number)
-            return number if number < n else None
-
-        return take_number
+    def take_number(self, n: int) -> int | None:
+        """The next of n numbers that no group has taken yet, the same for all ranks of a group;
+        None behind the last."""
+        is_first = self.ranks.rank == 0
+        number = self.ranks.broadcast(self.store.add("taken", 1) - 1 if is_first else None)
+        return number if number < n else None
 
     def send(self, number: int, record: dict[str, Any]) -> None:
         """Give an answer to the first process, which keeps them."""

@@ -43,7 +43,7 @@ def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
         raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
                          f"got {[list(t.shape) for t in (x, w, scales)]}")
-    return torch.ops.gpt_flash.quantized_linear(x, w, scales)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales, None)
 
 
 def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
     if lines.dim() != 3 or not _fit_experts(x.shape[-1], packed[None], lines[None]):
         raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
                          f"got {[list(t.shape) for t in (x, packed, lines)]}")
-    return torch.ops.gpt_flash.quantized_linear(x, packed, lines)
+    return torch.ops.gpt_flash.quantized_linear(x, packed, lines, None)
 
 
 def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = No
         shapes = [None if t is None else list(t.shape) for t in (x, ids, w, scales)]
         raise ValueError("experts_linear: needs x [R, K] or [R, n_active, K], ids [R, n_active], "
                          f"and a stack of weights with their scales, got {shapes}")
-    return torch.ops.gpt_flash.experts_linear(x, ids, w, scales)
+    return torch.ops.gpt_flash.quantized_linear(x, w, scales, ids)
 
 
 def dense_weight(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int = 1) -> Tensor:
@@ -103,10 +103,6 @@ def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
 # --- the references ---
 
 
-def int8_linear_reference(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
-    return _linear_reference(x, w, scales)
-
-
 def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x [..., K] times what pack_int4 takes."""
     nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
@@ -114,7 +110,8 @@ def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -
     return F.linear(x.float(), weight).to(x.dtype)
 
 
-def _linear_reference(x: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
+def linear_reference(x: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
+    """With weights in any form but unpacked int4."""
     weight = w.float() if scales is None else dense_weight_reference(w, scales, x.shape[-1])
     return F.linear(x.float(), weight).to(x.dtype)
 
@@ -127,7 +124,7 @@ def experts_linear_reference(
     y = []
     for vector, expert in zip(vectors.flatten(0, 1), ids.flatten().tolist()):
         of_expert = None if scales is None else scales[expert]
-        y.append(_linear_reference(vector, w[expert], of_expert))
+        y.append(linear_reference(vector, w[expert], of_expert))
     if not y:
         return x.new_empty(R, n_active, w.shape[1])
     return torch.stack(y).view(R, n_active, -1)
@@ -230,21 +227,17 @@ def _operator(name: str, schema: str, run: Callable, fake: Callable) -> None:
     torch.library.register_fake(f"gpt_flash::{name}", fake)
 
 
-def _linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+def _linear(x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None) -> Tensor:
     if triton is None or not x.is_cuda or x.numel() == 0:
-        return _linear_reference(x, w, scales)
-    if x.numel() <= MOST_ROWS * x.shape[-1]:
-        return _launch_linear(x, w, scales)
-    return F.linear(x, dense_weight(w, scales, x.shape[-1], x.dtype))
+        if ids is None:
+            return linear_reference(x, w, scales)
+        return experts_linear_reference(x, ids, w, scales)
+    if ids is None and x.numel() > MOST_ROWS * x.shape[-1]:
+        return F.linear(x, dense_weight(w, scales, x.shape[-1], x.dtype))
+    return _launch_linear(x, w, scales, ids)
 
 
 MOST_ROWS = 64  # with more, multiplying a weight that was dequantized is faster than 16 at a time
-
-
-def _experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
-    if triton is not None and x.is_cuda and x.numel() > 0:
-        return _launch_linear(x, w, scales, ids)
-    return experts_linear_reference(x, ids, w, scales)
 
 
 def _dense_weight(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles: int) -> Tensor:
@@ -260,18 +253,14 @@ def _dense_weight_fake(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, _:
     return w.new_empty(*w.shape[:-2], K, dtype=dtype)
 
 
-def _linear_fake(x: Tensor, w: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], w.shape[0])
-
-
-def _experts_linear_fake(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
+def _linear_fake(x: Tensor, w: Tensor, scales: Tensor | None, ids: Tensor | None) -> Tensor:
+    if ids is None:
+        return x.new_empty(*x.shape[:-1], w.shape[0])
     return x.new_empty(*ids.shape, w.shape[1])
 
 
-_operator("quantized_linear", "(Tensor x, Tensor w, Tensor scales) -> Tensor",
+_operator("quantized_linear", "(Tensor x, Tensor w, Tensor? scales, Tensor? ids) -> Tensor",
           _linear, _linear_fake)
-_operator("experts_linear", "(Tensor x, Tensor ids, Tensor w, Tensor? scales) -> Tensor",
-          _experts_linear, _experts_linear_fake)
 _operator("dense_weight",
           "(Tensor w, Tensor scales, int K, ScalarType dtype, int nibbles) -> Tensor",
           _dense_weight, _dense_weight_fake)
