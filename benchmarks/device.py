@@ -171,7 +171,8 @@ def smoke_cases() -> dict[str, Callable[[], Any]]:
     """The kernels against their references, small cases first, attention before products."""
     import kernels_test as of_attention
     cases: dict[str, Callable[[], Any]] = {}
-    lengths = ([0, 1, 17], [300, 3000], [30000, 7]) if CUDA else ([0, 1, 17],)
+    # of as many rows each, for which a kernel is compiled
+    lengths = ([0, 1, 17], [300, 3000, 64], [30000, 7, 65]) if CUDA else ([0, 1, 17],)
     for lens in lengths:
         for T in (1, 5, 16):
             for kind in ("bf16", "int8"):
@@ -444,7 +445,7 @@ class Part(NamedTuple):
 
 PARTS = [
     Part("machine", 20, machine),
-    Part("smoke", 40, smoke),
+    Part("smoke", 60, smoke),  # some 22 kernels are compiled, one after the other
     Part("sanitizer", 45, sanitizer),  # which has little to do where nothing failed
     Part("cuda_test", 70, partial(tests, file="cuda_test.py", small="llama and not bfloat16")),
     Part("kernels_test", 60, partial(tests, file="kernels_test.py", small="no_rows")),
