@@ -46,6 +46,7 @@ EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=64)
 MODELS = {
     "llama": {},
     "qwen3": dict(model_type="qwen3"),
+    "many tokens": dict(vocab_size=32000),
     "ring": dict(model_type="mistral", sliding_window=24),
     "two kinds of layers": dict(
         model_type="gemma2", sliding_window=24, layer_types=TWO_KINDS, query_pre_attn_scalar=20,
@@ -234,6 +235,8 @@ def tokens(
 @pytest.mark.parametrize("how, name", [
     *(("greedy", name) for name in MODELS),
     *((how, "llama") for how in ASKED if how != "greedy"),
+    ("sampled", "many tokens"),
+    ("filtered", "many tokens"),
     ("refills", "ring"),
     ("chunks", "ring"),
     ("lookup", "two kinds of layers"),
