@@ -603,6 +603,9 @@ def compiled_whole(function: Callable, **settings: Any) -> Callable:
     if "isolate_recompiles" in signature(torch.compile).parameters:
         return torch.compile(function, isolate_recompiles=True, recompile_limit=64, **settings)
     torch._dynamo.config.recompile_limit = 64
+    # nor does it compile sums along several long rows for a GPU
+    inductor = importlib.import_module("torch._inductor.lowering")
+    inductor.lowerings[torch.ops.aten.cumsum.default] = inductor.fallback_cumsum
     alone = type(function)(function.__code__.replace(), function.__globals__)
     return torch.compile(alone, **settings)
 

@@ -171,7 +171,8 @@ def smoke_cases() -> dict[str, Callable[[], Any]]:
     """The kernels against their references, small cases first, attention before products."""
     import kernels_test as of_attention
     cases: dict[str, Callable[[], Any]] = {}
-    lengths = ([0, 1, 17], [300, 3000], [30000, 7]) if CUDA else ([0, 1, 17],)
+    # of as many rows each, for which a kernel is compiled
+    lengths = ([0, 1, 17], [300, 3000, 64], [30000, 7, 65]) if CUDA else ([0, 1, 17],)
     for lens in lengths:
         for T in (1, 5, 16):
             for kind in ("bf16", "int8"):
@@ -299,8 +300,8 @@ def measure(job: Job, contestants: list[Any], batch: int, context: int) -> None:
 
 
 def decode_steps(job: Job) -> None:
-    """Of each kind of weights, at several contexts in one capacity: single rows first, of all kinds:
-    compiling one may take half a minute."""
+    """Of each kind of weights, at several contexts in one capacity. Single rows of all kinds come
+    first: compiling one may take half a minute."""
     for batch, variant in itertools.product(BATCHES, VARIANTS):
         try:
             steps_of(job, batch, variant)
@@ -367,8 +368,7 @@ def attention(job: Job) -> None:
 
 
 def prefill(job: Job) -> None:
-    """Seconds of a prompt's first pass and of one more, then steps by either attention in little
-    room, where auto takes math."""
+    """Seconds of a prompt's first pass and of one more."""
     import decode
     for variant in VARIANTS:
         model = ours(job, variant)
@@ -377,16 +377,22 @@ def prefill(job: Job) -> None:
             tokens = torch.ones(1, n, dtype=torch.int64, device=model.model.device)
             first, again = (decode.timed(partial(model.prefill, tokens)) for _ in range(2))
             job.emit(variant=variant, tokens=n, first_ms=1e3 * first, ms=1e3 * again)
-        for room in ROOMS if variant == "bf16" else ():
-            for how in ("math", "flash") if job.flash_works else ("math",):
-                if job.has(12):
-                    model.variant = model.variant._replace(attention=how)
-                    compile_s = model.setup(1, room)
-                    model.context = room - 1
-                    ms = decode.summarize(decode.time_steps(model, 20), 1)["ms"]
-                    job.emit(variant=variant, room=room, attention=how, ms=ms, compile_s=compile_s)
         del model
         free_memory()
+
+
+def rooms(job: Job) -> None:
+    """Steps by either attention in little room, where auto takes math; each is compiled for."""
+    import decode
+    model = ours(job, "bf16")
+    for room in ROOMS:
+        for how in ("flash", "math") if job.flash_works else ("math",):
+            if job.has(12):
+                model.variant = model.variant._replace(attention=how)
+                compile_s = model.setup(1, room)
+                model.context = room - 1
+                ms = decode.summarize(decode.time_steps(model, 20), 1)["ms"]
+                job.emit(room=room, attention=how, ms=ms, compile_s=compile_s)
 
 
 def free_memory() -> None:
@@ -444,14 +450,15 @@ class Part(NamedTuple):
 
 PARTS = [
     Part("machine", 20, machine),
-    Part("smoke", 40, smoke),
+    Part("smoke", 60, smoke),  # some 22 kernels are compiled, one after the other
     Part("sanitizer", 45, sanitizer),  # which has little to do where nothing failed
     Part("cuda_test", 70, partial(tests, file="cuda_test.py", small="llama and not bfloat16")),
     Part("kernels_test", 60, partial(tests, file="kernels_test.py", small="no_rows")),
     Part("decode", 100, decode_steps),
     Part("profile", 40, profile),
     Part("attention", 60, attention),
-    Part("prefill", 40, prefill),
+    Part("prefill", 30, prefill),
+    Part("rooms", 45, rooms),
     Part("gpt-fast", 25, partial(peer, name="gpt-fast")),
     Part("transformers", 35, partial(peer, name="transformers")),
     Part("pictures", 10, pictures),

@@ -167,7 +167,8 @@ def device_section(lines: list[Line]) -> str:
     shown = {
         "profile": ("variant", "step_us", "us", "calls", "kernel"),
         "attention": ("group", "batch", "length", "kernel", "us", "share", "why"),
-        "prefill": ("variant", "tokens", "first_ms", "room", "attention", "ms", "compile_s"),
+        "prefill": ("variant", "tokens", "first_ms", "ms"),
+        "rooms": ("room", "attention", "ms", "compile_s"),
     }
     for part, keys in shown.items():
         rows = of_part(lines, part, keys[0])

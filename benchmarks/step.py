@@ -68,12 +68,14 @@ class Variant(NamedTuple):
     room: int = 2048  # tokens that the cache holds
     ranks: int = 1  # that share the model
     n_layer: int = 3  # as many as show whether layers are alike
+    kind: str = "greedy"  # how tokens are drawn
 
     def __str__(self) -> str:
         name = (
             f"{self.config} {self.weights} kv={self.kv} {self.attention} B={self.batch} "
             f"S={self.room}"
         )
+        name += "" if self.kind == "greedy" else f" {self.kind}"
         return name if self.ranks == 1 else f"{name} rank of {self.ranks}"
 
 
@@ -82,6 +84,9 @@ VARIANTS = [
         ("TinyLlama-1.1B", "Llama-3-8B"), ("bf16", "int8", "int4"), ("auto", "int8"),
         ("flash", "math"), (1, 8),
     )),
+    # which draw tokens at random
+    *(Variant("TinyLlama-1.1B", "bf16", "auto", "flash", batch, kind=kind)
+      for kind in ("plain", "top_k", "filtered") for batch in (1, 8)),
     # mixtures of experts
     Variant("Qwen3-30B-A3B", "bf16", "auto", "flash", 1),
     Variant("Qwen3-30B-A3B", "int4", "auto", "flash", 1),
@@ -163,32 +168,40 @@ def take_log() -> list[Event]:
     return events
 
 
-def run_step(model: Transformer, advance: Callable[[], None]) -> Step:
-    """One step, told apart by the calls of the compiled block and of the compiled head."""
+def run_step(decoder: Decoder) -> Step:
+    """One step, told apart by the calls of the compiled block, head and draw."""
     step = Step()
     watch = LogOperators()
+    model = decoder.model
     compiled = (model.decode_block, model.decode_head)
+    sample = decoder.sample
 
     def part(fn: Callable, keep: Callable[[list[Event]], None]) -> Callable:
         """fn, with its events handed to keep."""
         def run(*args: Any) -> Tensor:
             step.rest += take_log()
             watch.__exit__(None, None, None)  # under a mode, torch.compile steps aside
-            out = fn(*args)
-            watch.__enter__()
+            FAKE.__exit__(None, None, None)
+            try:
+                out = fn(*args)
+            finally:
+                FAKE.__enter__()
+                watch.__enter__()
             keep(take_log())
             return out
         return run
 
     model.decode_block = part(model.decode_block, step.layers.append)
     model.decode_head = part(model.decode_head, step.head.extend)
+    decoder.sample = part(sample, step.rest.extend)
     before = counters["stats"]["unique_graphs"]
     LOG.clear()
-    with watch:
-        advance()
+    with FAKE, watch:
+        decoder.advance()
     step.rest += take_log()
     step.graphs = counters["stats"]["unique_graphs"] - before
     model.decode_block, model.decode_head = compiled
+    decoder.sample = sample
     return step
 
 # --- a variant ---
@@ -241,8 +254,9 @@ def measure(variant: Variant) -> tuple[Transformer, Step, Step]:
     # no random numbers are drawn: a generator on the CPU stands for the GPU's
     with FAKE, mock.patch.object(torch, "Generator", always(torch.Generator())):
         decoder = Decoder(model, compiled=True)
-    first = run_step(model, decoder.advance)
-    second = run_step(model, decoder.advance)
+    decoder.kind = variant.kind
+    first = run_step(decoder)
+    second = run_step(decoder)
     return model, first, second
 
 

@@ -46,6 +46,7 @@ EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=64)
 MODELS = {
     "llama": {},
     "qwen3": dict(model_type="qwen3"),
+    "many tokens": dict(vocab_size=32000),
     "ring": dict(model_type="mistral", sliding_window=24),
     "two kinds of layers": dict(
         model_type="gemma2", sliding_window=24, layer_types=TWO_KINDS, query_pre_attn_scalar=20,
@@ -54,6 +55,15 @@ MODELS = {
     "sinks and experts": dict(
         model_type="gpt_oss", num_local_experts=4, sliding_window=24, layer_types=TWO_KINDS,
         num_experts_per_tok=2),
+    "compressed cache": dict(
+        model_type="deepseek_v3", kv_lora_rank=24, q_lora_rank=40, qk_nope_head_dim=24,
+        qk_rope_head_dim=8, v_head_dim=16, first_k_dense_replace=2, n_routed_experts=8,
+        num_experts_per_tok=2, moe_intermediate_size=64, n_shared_experts=1, n_group=1,
+        topk_group=1, routed_scaling_factor=1.0, num_key_value_heads=8),
+    "states": dict(
+        model_type="qwen3_5_text", linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=32, linear_value_head_dim=48, linear_conv_kernel_dim=4,
+        layer_types=["linear_attention", "full_attention"]),
 }
 PROMPTS = [[5, 6, 7], [9], list(range(10, 60))]
 Made = Callable[..., Transformer]
@@ -158,6 +168,23 @@ def test_prefill_attention_in_bfloat16(T: int, S: int, window: int | None, G: in
     assert error(got, want) < 0.02
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_experts_of_a_prompt_in_bfloat16(made: Made, quantize: str) -> None:
+    """On a GPU one product for all of them, also for the one that no token chooses."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 43, 128, generator=generator)
+    weights, ids = torch.rand(2, 43, 7, generator=generator).topk(2)
+
+    def run(model: Transformer) -> Tensor:
+        experts = model.layers[0].mlp.experts
+        return experts(*(each.to(model.device, model.dtype) for each in (x, weights)),
+                       ids.to(model.device))
+
+    want = run(made("experts", "cpu", quantize=quantize))
+    got = run(made("experts", dtype=torch.bfloat16, quantize=quantize))
+    assert error(got, want) < 0.08
+
+
 def test_attention_of_a_long_cache() -> None:
     """In all places of a cache that a prompt and steps fill."""
     generator = torch.Generator().manual_seed(0)
@@ -208,6 +235,8 @@ def tokens(
 @pytest.mark.parametrize("how, name", [
     *(("greedy", name) for name in MODELS),
     *((how, "llama") for how in ASKED if how != "greedy"),
+    ("sampled", "many tokens"),
+    ("filtered", "many tokens"),
     ("refills", "ring"),
     ("chunks", "ring"),
     ("lookup", "two kinds of layers"),

@@ -1,5 +1,6 @@
 """Layers with a state: the gated delta rule beside its definition, and what rows may do."""
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +68,16 @@ def text() -> Text:
 
 def near(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() < 2e-5)
+
+
+def test_a_launch_is_on_the_gpu_of_its_tensors(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which need not be the current one, on which Triton launches."""
+    of = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: of.append(x.device) or nullcontext())
+    text.run("triton", memory(), 0, 1)
+    assert [device.type for device in of] == ["cuda" if CUDA else "cpu"]
 
 
 @pytest.mark.parametrize("kind", RUNS)

@@ -343,7 +343,8 @@ def decode_triton(*inputs: Any) -> Tensor:
     arguments = kernel_arguments(*inputs)
     out = arguments["out_ptr"]
     B, _, n_heads, Dv = out.shape
-    _decode_kernel[(B, n_heads, triton.cdiv(Dv, TILE))](**arguments)
+    with torch.cuda.device_of(out):  # Triton launches on the current one
+        _decode_kernel[(B, n_heads, triton.cdiv(Dv, TILE))](**arguments)
     return out
 
 # --- prefill ---

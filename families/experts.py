@@ -173,7 +173,7 @@ def choose(scores: Tensor, moe: MoEConfig, bias: Tensor | None = None) -> tuple[
     choice = scores if bias is None else scores + bias
     if moe.n_group > 1:
         choice = in_best_groups(choice, moe)
-    weights, ids = choice.topk(moe.n_active, dim=-1)
+    weights, ids = choice.topk(moe.n_active, dim=-1, sorted=False)  # a GPU sorts in a launch more
     if choice is not scores:
         weights = scores.gather(-1, ids)
     if moe.normalize:
