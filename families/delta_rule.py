@@ -103,21 +103,22 @@ def absorb(S: Tensor, k: Tensor, u: Tensor, g: Tensor) -> Tensor:
     return total.exp() * S + k.mT @ (behind.exp() * u)
 
 
-def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-    """window [..., K - 1 + T, C]: inputs, K - 1 of them before the new ones; weight [C, K] -> q, k
-    and v in float32; q and k of length 1, q divided by sqrt(Dk)."""
+def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """window [..., K - 1 + T, C]: inputs, K - 1 of them before the new ones; weight [C, K] -> q and
+    k [..., T, 2, H, 1, Dk] of length 1, q divided by sqrt(Dk), and v [..., T, H, G, Dv], float32."""
     H, G, Dk, Dv = memory.state.shape[-4:]
     window, taps = window.float(), weight.float().unbind(1)
     T = window.shape[-2] - len(taps) + 1
     y = window.narrow(-2, 0, T) * taps[0]
     for i in range(1, len(taps)):
         y.addcmul_(window.narrow(-2, i, T), taps[i])
-    qk, v = F.silu(y).split([2 * H * Dk, H * G * Dv], -1)
-    qk = qk.unflatten(-1, (2, H, 1, Dk))  # (..., T, 2, H, 1, Dk)
-    q, k = (qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)).unbind(-4)
-    v = v.unflatten(-1, (H, G, Dv))  # (..., T, H, G, Dv)
-    q, k, v = (x.movedim(-4, -2) for x in (q, k, v))
-    return q * Dk ** -0.5, k, v
+    y = F.silu(y)
+    size = y.shape[:-1]
+    qk = y[..., :2 * H * Dk].view(*size, 2, H, 1, Dk)
+    v = y[..., 2 * H * Dk:].view(*size, H, G, Dv)
+    qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
+    qk[..., 0, :, :, :] *= Dk ** -0.5
+    return qk, v
 
 # --- decode ---
 
@@ -126,7 +127,7 @@ def decode(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, *memory: Tensor
 ) -> Tensor:
     """T new tokens, 1 to BLOCK, of each row behind its first input_pos [B]: x [B, T, C] are the
-    inputs of the convolution, g, beta [B, T, H G] float32, weight [C, K] -> [B, T, H G, Dv]
+    inputs of the convolution, g, beta [B, T, H G] float32, weight [C, K] -> o [B, T, H G, Dv]
     float32. Where a row goes on at what its memory has let go of, what it gets is nobody's."""
     if triton and x.is_cuda:
         return decode_triton(x, g, beta, weight, input_pos, Memory(*memory))
@@ -144,35 +145,33 @@ def decode(
 def decode_token(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, p: int, folded: int, memory: Memory
 ) -> Tensor:
-    """A row's token at position p: x [C], g, beta [H G] -> o [H, G, 1, Dv]."""
+    """A row's token at position p: x [C], g, beta [H G] -> o [H, G, Dv]."""
     H, G = memory.gates.shape[:2]
     K = weight.shape[1]
     memory.inputs[..., p % (BLOCK + K), :] = x
     window = torch.cat(pieces(memory.inputs[0, 0], p + 1 - K, p + 1))  # (K, C)
     if p < K - 1:
         window[:K - 1 - p] = 0
-    q, k, v = convolved(window, weight, memory)
+    qk, v = convolved(window, weight, memory)
+    qk = qk[0].movedim(0, -2)  # (H, 1, 2, Dk)
 
-    # it is behind the state as those before it are; its update counts once that is known
-    own = [part.narrow(-2, p % PLACES, 1) for part in memory.tokens]
-    own_key, own_update, own_gate = own
-    own_key.copy_(k)
-    own_update.zero_()
-    own_gate.copy_(g.view(H, G, 1, 1))
+    # it is behind the state as those before it are; its update is 0 until it is known
+    place = p % PLACES
+    memory.keys[..., place, :] = qk[..., 1, :]
+    memory.updates[..., place, :] = 0
+    memory.gates[..., place, :] = g.view(H, G, 1)
     keys, updates, gates = (pieces(part, folded, p + 1) for part in memory.tokens)
 
-    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, n, 1): from the state on
+    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, n, 1), from the state on
     total = gate[..., -1:, :]
-    decays = (total - gate).exp().split([x.shape[-2] for x in gates], -2)
-    qk = torch.cat([q, k], -2)  # (H, 1, 2, Dk)
+    decays = (total - gate).exp().split([part.shape[-2] for part in gates], -2)
     read = total.exp() * (qk @ memory.state)  # (H, G, 2, Dv)
     for key, update, decay in zip(keys, updates, decays):
-        scores = qk @ key.mT * decay.mT  # (H, G, 2, n)
+        scores = decay.mT * (qk @ key.mT)  # (H, G, 2, n)
         read = read + scores @ update
-    o, of_key = read.split(1, -2)
-    u = beta.view(H, G, 1, 1) * (v - of_key)
-    own_update.copy_(u)
-    return o + scores[..., :1, -1:] * u
+    u = beta.view(H, G, 1) * (v[0] - read[..., 1, :])  # (H, G, Dv)
+    memory.updates[..., place, :] = u
+    return read[..., 0, :] + scores[..., 0, -1:] * u
 
 
 def fold(p: int, T: int, memory: Memory) -> int:
@@ -211,13 +210,12 @@ def _convolved(
     for i in tl.static_range(K):
         token = t + i - (K - 1)
         position = p + token
-        is_old = inside & (token < 0) & (position >= 0)
-        is_new = inside & (token >= 0)
-        old = tl.load(inputs_ptr + (position + R) % R * C + channel, mask=is_old, other=0)
-        new = tl.load(x_ptr + token * C + channel, mask=is_new, other=0)
+        before = inputs_ptr + (position + R) % R * C
+        ptr = tl.where(token < 0, before, x_ptr + token * C)
+        x = tl.load(ptr + channel, mask=inside & (position >= 0), other=0)
         tap = tl.load(weight_ptr + channel * K + i, mask=inside, other=0)
-        y += (old.to(tl.float32) + new.to(tl.float32)) * tap.to(tl.float32)
-    x = tl.load(x_ptr + t * C + channel, mask=inside, other=0)
+        y += x.to(tl.float32) * tap.to(tl.float32)
+    # the last one is the token's own
     tl.store(inputs_ptr + (p + t) % R * C + channel, x, mask=inside)
     return y * tl.sigmoid(y)
 
@@ -376,15 +374,16 @@ def prefill_segment(
     K = weight.shape[1]
     before = start + torch.arange(1 - K, 0, device=x.device)  # (B, K - 1)
     window = torch.cat([shown(at_places(memory.inputs, before), before >= 0), x], -2)
-    q, k, v = convolved(window[:, 0, 0], weight, memory)  # (B, H, 1 or G, T, D)
+    qk, v = convolved(window[:, 0, 0], weight, memory)
+    q, k, v = (y.movedim(1, -2) for y in (*qk.unbind(2), v))  # (B, H, 1 or G, T, D)
     new = start + torch.arange(x.shape[-2], device=x.device)  # (B, T)
     g, beta = (y.mT.view(*v.shape[:-1], 1) for y in (g, beta))  # (B, H, G, T, 1)
     g, beta = (shown(y, new < end) for y in (g, beta))
 
     # what the memory has: a state, and tokens behind it
-    is_first = (start == 0)[..., None, None, None]
-    state = memory.state.masked_fill(is_first, 0)
-    folded = memory.folded[:, :1].long().masked_fill(start == 0, 0)
+    begins = start == 0  # (B, 1)
+    state = memory.state.masked_fill(of_tokens(begins), 0)
+    folded = memory.folded[:, :1].long().masked_fill(begins, 0)
     old = folded + torch.arange(PLACES, device=x.device)  # (B, PLACES)
     tokens = [shown(at_places(part, old), old < start) for part in memory.tokens]
     o, u = chunks(q, k, v, g, beta, absorb(state, *tokens))
@@ -395,22 +394,26 @@ def prefill_segment(
     both = (torch.cat(parts, -2) for parts in zip(tokens, (k, u, g)))
     state = absorb(state, *(shown(part, is_folded) for part in both))
     has_some = end > start  # (B, 1)
-    memory.state.copy_(torch.where(has_some[..., None, None, None], state, memory.state))
+    memory.state.copy_(torch.where(of_tokens(has_some), state, memory.state))
     memory.folded.copy_(torch.where(has_some, target, memory.folded))
     for tensor, values in zip((*memory.tokens, memory.inputs), (k, u, g, x)):
         keep_last(tensor, values, start, end)
     return o.flatten(1, 2).transpose(1, 2)  # (B, T, H G, Dv)
 
 
+def of_tokens(x: Tensor) -> Tensor:
+    """x [B, T] for tensors [B, H, G, T, D]."""
+    return x[:, None, None, :, None]
+
+
 def at_places(x: Tensor, position: Tensor) -> Tensor:
-    """What x [B, ..., n, D] has at positions [B, T]: [B, ..., T, D]."""
-    place = position % x.shape[-2]
-    return x.take_along_dim(place[:, None, None, :, None], -2)
+    """What x [B, H, G, n, D] has at positions [B, T]: [B, H, G, T, D]."""
+    return x.take_along_dim(of_tokens(position % x.shape[-2]), -2)
 
 
 def shown(x: Tensor, which: Tensor) -> Tensor:
     """x [B, H, G, T, D], and 0 for those tokens that which [B, T] is not true of."""
-    return x.masked_fill(~which[:, None, None, :, None], 0)
+    return x.masked_fill(~of_tokens(which), 0)
 
 
 def chunks(
@@ -430,24 +433,22 @@ def chunks(
     q = total.exp() * q
 
     out, updates = [], []
-    for i in range(v.shape[3]):
-        u = own[:, :, :, i] - seen[:, :, :, i] @ S
-        out.append(q[:, :, :, i] @ S + scores[:, :, :, i] @ u)
+    by_chunk = (x.unbind(3) for x in (q, k, g, own, seen, scores))
+    for q, k, g, own, seen, scores in zip(*by_chunk):
+        u = own - seen @ S
+        out.append(q @ S + scores @ u)
         updates.append(u)
-        S = absorb(S, k[:, :, :, i], u, g[:, :, :, i])
+        S = absorb(S, k, u, g)
     return torch.cat(out, -2), torch.cat(updates, -2)
 
 
 def keep_last(tensor: Tensor, values: Tensor, start: Tensor, end: Tensor) -> None:
     """Put what counts of the values [B, ..., T, D] of tokens from start [B, 1] to before end
     [B, 1] to their places in a tensor [B, ..., n, D]: each takes the last that falls on it."""
-    n = tensor.shape[-2]
-    last = end - 1
-    newest = last - (last - torch.arange(n, device=last.device)) % n  # (B, n)
-    token = (newest - start).clamp(min=0)
-    taken = values.take_along_dim(token[:, None, None, :, None], -2)
-    is_new = (newest >= start)[:, None, None, :, None]
-    tensor.copy_(torch.where(is_new, taken, tensor))
+    n, last = tensor.shape[-2], end - 1
+    newest = last - (last - torch.arange(n, device=last.device)) % n  # (B, n): their positions
+    is_new = of_tokens(newest >= start)
+    tensor.copy_(torch.where(is_new, at_places(values, newest - start), tensor))
 
 
 def prefill_fake(x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, *rest: Any) -> Tensor:

@@ -51,8 +51,9 @@ class GatedNorm(nn.RMSNorm):
     """Of each head, times the SiLU of a gate."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(gate.dtype)
-        return (self.weight * y * F.silu(gate.float())).to(gate.dtype)
+        x = x.float()
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * y.to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
 
 
 class GatedDeltaNet(nn.Module):
@@ -97,7 +98,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, positions: Positions, cache: DeltaCache) -> Tensor:
         B, T, _ = x.shape
         qkv, z, b, a = self.inputs(x)
-        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         args = qkv, g, b.float().sigmoid(), self.conv1d.weight[:, 0], positions.input_pos
         if positions.prefill:
             args += (positions.last,)
