@@ -28,7 +28,8 @@ class Text:
 
     def __init__(self) -> None:
         draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-        self.x, self.weight = draw(B, N, C), draw(C, K)
+        self.x = draw(B, N, C + 5)[..., :C]  # as a part of a product lies
+        self.weight = draw(C, K)
         self.g, self.beta = -draw(B, N, HV).abs() / 4, draw(B, N, HV).sigmoid()
         kept = memory()
         window = torch.cat([torch.zeros(B, K - 1, C), self.x], 1)

@@ -191,7 +191,8 @@ def pieces(x: Tensor, first: int, end: int) -> list[Tensor]:
 
 @jit
 def _convolved(
-    x_ptr, inputs_ptr, weight_ptr, channel, inside, t, p, C, K: tl.constexpr, R: tl.constexpr
+    x_ptr, inputs_ptr, weight_ptr, channel, inside, t, p, x_stride, C,
+    K: tl.constexpr, R: tl.constexpr,
 ):
     """Some channels of a row's token at p + t, in float32; their inputs go into the memory."""
     y = tl.zeros_like(channel).to(tl.float32)
@@ -199,7 +200,7 @@ def _convolved(
         token = t + i - (K - 1)
         position = p + token
         before = inputs_ptr + (position + R) % R * C
-        ptr = tl.where(token < 0, before, x_ptr + token * C)
+        ptr = tl.where(token < 0, before, x_ptr + token * x_stride)
         x = tl.load(ptr + channel, mask=inside & (position >= 0), other=0)
         tap = tl.load(weight_ptr + channel * K + i, mask=inside, other=0)
         y += x.to(tl.float32) * tap.to(tl.float32)
@@ -259,8 +260,8 @@ def _read(x, S, keys, updates, decay, kept):
 @jit
 def _decode_kernel(
     x_ptr, g_ptr, beta_ptr, weight_ptr, pos_ptr, state_ptr, keys_ptr, updates_ptr, gates_ptr,
-    inputs_ptr, folded_ptr, out_ptr, C, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    inputs_ptr, folded_ptr, out_ptr, x_stride, C, T: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):
     """A program has TILE values of a head of a row. It alone reads and writes its part of state,
@@ -269,7 +270,7 @@ def _decode_kernel(
     key_head, value_head = b * H + head // G, b * H * G + head
     dk, dv = tl.arange(0, BLOCK_K), tile * TILE + tl.arange(0, TILE)
     in_k, in_v = dk < DK, dv < DV
-    x_ptr += b * T * C
+    x_ptr += b * T * x_stride
     inputs_ptr += b * R * C
     keys_ptr += key_head * PLACES * DK
     updates_ptr += value_head * PLACES * DV
@@ -284,12 +285,12 @@ def _decode_kernel(
     updates = _behind(updates_ptr, folded, n, dv, in_v, DV, PLACES)
     i = tl.arange(0, PLACES)
     gates = tl.load(gates_ptr + (folded + i) % PLACES, mask=i < n, other=0)
-    channel = head // G * DK + dk
+    of_q, of_v = head // G * DK + dk, 2 * H * DK + head * DV + dv  # channels
+    of_k = H * DK + of_q
     for t in range(T):
-        q = _convolved(x_ptr, inputs_ptr, weight_ptr, channel, in_k, t, p, C, K, R)
-        k = _convolved(x_ptr, inputs_ptr, weight_ptr, H * DK + channel, in_k, t, p, C, K, R)
-        v_channel = 2 * H * DK + head * DV + dv
-        v = _convolved(x_ptr, inputs_ptr, weight_ptr, v_channel, in_v, t, p, C, K, R)
+        q = _convolved(x_ptr, inputs_ptr, weight_ptr, of_q, in_k, t, p, x_stride, C, K, R)
+        k = _convolved(x_ptr, inputs_ptr, weight_ptr, of_k, in_k, t, p, x_stride, C, K, R)
+        v = _convolved(x_ptr, inputs_ptr, weight_ptr, of_v, in_v, t, p, x_stride, C, K, R)
         q, k = _unit(q) * DK ** -0.5, _unit(k)
         at = (b * T + t) * H * G + head
         g, beta = tl.load(g_ptr + at), tl.load(beta_ptr + at)
@@ -314,11 +315,13 @@ def kernel_arguments(
     B, T, C = x.shape
     K = weight.shape[1]
     H, G, Dk, Dv = memory.state.shape[1:]
-    inputs = [each.contiguous() for each in (x, g, beta, weight, input_pos)]
+    x = x.flatten(0, 1)  # (B T, C): each row's values lie together
+    inputs = [x, *(each.contiguous() for each in (g, beta, weight, input_pos))]
     out = torch.empty(B, T, H * G, Dv, device=x.device)
     arguments = dict(zip(_decode_kernel.arg_names, [*inputs, *memory, out]))
-    sizes = dict(C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv, TILE=TILE, PLACES=PLACES)
-    return arguments | sizes | dict(BLOCK=BLOCK, BLOCK_K=triton.next_power_of_2(Dk))
+    sizes = dict(x_stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv)
+    blocks = dict(BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES)
+    return arguments | sizes | blocks
 
 
 def decode_triton(*inputs: Any) -> Tensor:
