@@ -312,8 +312,7 @@ def _decode_kernel(
 def kernel_arguments(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, memory: Memory
 ) -> dict[str, Any]:
-    B, T, C = x.shape
-    K = weight.shape[1]
+    (B, T, C), K = x.shape, weight.shape[1]
     H, G, Dk, Dv = memory.state.shape[1:]
     x = x.flatten(0, 1)  # (B T, C): each row's values lie together
     inputs = [x, *(each.contiguous() for each in (g, beta, weight, input_pos))]
@@ -356,8 +355,7 @@ def prefill_segment(
 ) -> Tensor:
     """prefill of some whole chunks from start [B, 1] on; tokens from end [B, 1] on are none."""
     x = x[:, None, None]  # (B, 1, 1, T, C)
-    K = weight.shape[1]
-    before = start + torch.arange(1 - K, 0, device=x.device)  # (B, K - 1)
+    before = start + torch.arange(1 - weight.shape[1], 0, device=x.device)  # (B, K - 1)
     window = torch.cat([shown(at_places(memory.inputs, before), before >= 0), x], -2)
     qk, v = convolved(window[:, 0, 0], weight, memory)
     q, k, v = (y.movedim(1, -2) for y in (*qk.unbind(2), v))  # (B, H, 1 or G, T, D)
