@@ -1100,8 +1100,9 @@ def sources(model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ..
     path = ".".join(stored_as.get(part, (part,))[0] for part in path.split("."))
     parts = stored_as.get(module, (module,))
     rows = joined_rows(module, len(x), config) if len(parts) > 1 else [len(x)]
-    if module == "qkv_proj":  # some layers have neither keys nor values
-        rows = getattr(model.get_submodule(path.removeprefix("model.")), "rows", rows)
+    if len(parts) > 1 and module != "gate_up_proj":  # some layers have other parts than most
+        layer = model.get_submodule(path.removeprefix("model."))
+        rows = getattr(layer, "rows", {}).get(module, rows)
     names = [f"{path}.{part}.{kind}".removeprefix(".") for part in parts]
     return {part: (n, *x.shape[1:]) for part, n in zip(names, rows)}
 

@@ -29,11 +29,13 @@ class Text:
 
     def __init__(self) -> None:
         draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-        self.x, self.weight = draw(B, N, C), draw(C, K)
+        self.x = draw(B, N, C + 5)[..., :C]  # as a part of a product lies
+        self.weight = draw(C, K)
         self.g, self.beta = -draw(B, N, HV).abs() / 4, draw(B, N, HV).sigmoid()
         kept = memory()
         window = torch.cat([torch.zeros(B, K - 1, C), self.x], 1)
-        heads = convolved(window, self.weight, kept)  # (B, H, 1 or G, N, D)
+        qk, v = convolved(window, self.weight, kept)
+        heads = (y.movedim(1, -2) for y in (*qk.unbind(2), v))  # (B, H, 1 or G, N, D)
         gates = (each.mT.reshape(B, HK, -1, N, 1) for each in (self.g, self.beta))
         out, self.state = reference(*heads, *gates, kept.state)
         self.out = out.flatten(1, 2).transpose(1, 2)  # (B, N, HV, DV)

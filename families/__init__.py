@@ -177,9 +177,9 @@ DELTA_FIELDS = dict(windows=deltanet.windows, qk_norm=True,
 DELTA_CLASSES = dict(
     norm=GemmaNorm, attention=by_rope(deltanet.GatedAttention, deltanet.GatedDeltaNet),
     block=by_rope(Block, deltanet.LinearBlock), model=deltanet.DeltaTransformer,
+    stored_as=deltanet.STORED_AS,
 )
-NEXT_CLASSES = DELTA_CLASSES | dict(
-    attention=by_rope(deltanet.GatedAttention, deltanet.NextDeltaNet), convert=deltanet.by_part)
+NEXT_CLASSES = DELTA_CLASSES | dict(stored_as={}, convert=deltanet.by_part)
 
 FAMILIES |= {
     "gemma": Family(

@@ -1,14 +1,14 @@
 """The gated delta rule: layers whose memory of a text is one matrix a head (Gated Delta Networks,
 Yang et al., arXiv 2412.06464). To lift it, copy this file: it needs torch and triton only.
 
-A state S [Dk, Dv] gives values for keys. A token has a query q and a key k of length 1, a value v,
-a gate g <= 0 and a strength beta. By the gate it fades the state; then it moves what that gives for
-its key towards its value, and reads with its query:
+A state S [Dk, Dv] has values for keys. A token has a query q and a key k of length 1, a value v, a
+gate g <= 0 and a strength beta. It lets the state fade, moves what that has for its key towards its
+value, and reads with its query:
 
     S = exp(g) S;   u = beta (v - k S);   S = S + k^T u;   o = q S
 
-The update u of a token does not depend on those behind it. So a row's memory is kept as the state
-of its first `folded` tokens, and k, u and g of the 16 to 47 tokens behind these: a step reads the
+What u a token has does not depend on those behind it. So a row's memory is kept as the state of
+its first `folded` tokens, and k, u and g of the 16 to 47 tokens behind these: a step reads the
 state, and writes it once in 16 tokens only. A token that was wrong is one that the next step writes
 over, as in a cache of keys: rows may go back by the last 16 tokens that were written.
 
@@ -31,7 +31,7 @@ except ImportError:
     def jit(fn: Any) -> Any:
         return fn
 
-BLOCK = 16  # tokens that go into the state together, and that a row may go back
+BLOCK = 16  # tokens that go into the state together, all whole blocks but the last one
 TILE = 32  # values of a head that a program of the kernel has
 # for tokens that are not in the state: up to 47, and room for 16 new ones, so that a program of the
 # kernel writes over none that another has yet to fold
@@ -74,13 +74,10 @@ class Memory(NamedTuple):
     ) -> Memory:
         """heads: of keys, of values. sizes: Dk, Dv. kernel: C, K of the convolution."""
         (H, n_values), (Dk, Dv), (C, K) = heads, sizes, kernel
-        G = n_values // H
-        n_tiles = -(-Dv // TILE)
+        G, n_tiles = n_values // H, -(-Dv // TILE)
+        shapes = (H, G, Dk, Dv), (H, 1, PLACES, Dk), (H, G, PLACES, Dv), (H, G, PLACES, 1)
         return cls(
-            torch.zeros(n_rows, H, G, Dk, Dv, device=device),
-            torch.zeros(n_rows, H, 1, PLACES, Dk, device=device),
-            torch.zeros(n_rows, H, G, PLACES, Dv, device=device),
-            torch.zeros(n_rows, H, G, PLACES, 1, device=device),
+            *(torch.zeros(n_rows, *shape, device=device) for shape in shapes),
             torch.zeros(n_rows, 1, 1, BLOCK + K, C, dtype=dtype, device=device),
             torch.zeros(n_rows, n_values * n_tiles, dtype=torch.int32, device=device),
         )
@@ -90,12 +87,6 @@ class Memory(NamedTuple):
         return self.keys, self.updates, self.gates
 
 
-def foldable(position: Any) -> Any:
-    """How many tokens of a row go into its state where its next one stands at this position: all
-    whole blocks but the last."""
-    return position // BLOCK * BLOCK - BLOCK
-
-
 def absorb(S: Tensor, k: Tensor, u: Tensor, g: Tensor) -> Tensor:
     """The state after more tokens, all of whose numbers are 0 where there is none."""
     total = g.sum(-2, keepdim=True)
@@ -103,21 +94,20 @@ def absorb(S: Tensor, k: Tensor, u: Tensor, g: Tensor) -> Tensor:
     return total.exp() * S + k.mT @ (behind.exp() * u)
 
 
-def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-    """window [..., K - 1 + T, C]: inputs, K - 1 of them before the new ones; weight [C, K] -> q, k
-    and v in float32; q and k of length 1, q divided by sqrt(Dk)."""
+def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """window [..., K - 1 + T, C]: inputs, K - 1 of them before the new ones; weight [C, K] -> in
+    float32, q / sqrt(Dk) and k [..., T, 2, H, 1, Dk], and v [..., T, H, G, Dv]."""
     H, G, Dk, Dv = memory.state.shape[-4:]
     window, taps = window.float(), weight.float().unbind(1)
     T = window.shape[-2] - len(taps) + 1
     y = window.narrow(-2, 0, T) * taps[0]
     for i in range(1, len(taps)):
         y.addcmul_(window.narrow(-2, i, T), taps[i])
-    qk, v = F.silu(y).split([2 * H * Dk, H * G * Dv], -1)
-    qk = qk.unflatten(-1, (2, H, 1, Dk))  # (..., T, 2, H, 1, Dk)
-    q, k = (qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)).unbind(-4)
-    v = v.unflatten(-1, (H, G, Dv))  # (..., T, H, G, Dv)
-    q, k, v = (x.movedim(-4, -2) for x in (q, k, v))
-    return q * Dk ** -0.5, k, v
+    qk, v = F.silu(y).tensor_split([2 * H * Dk], -1)
+    qk, v = qk.view(*y.shape[:-1], 2, H, 1, Dk), v.view(*y.shape[:-1], H, G, Dv)
+    qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
+    qk[..., 0, :, :, :] *= Dk ** -0.5
+    return qk, v
 
 # --- decode ---
 
@@ -126,16 +116,15 @@ def decode(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, *memory: Tensor
 ) -> Tensor:
     """T new tokens, 1 to BLOCK, of each row behind its first input_pos [B]: x [B, T, C] are the
-    inputs of the convolution, g, beta [B, T, H G] float32, weight [C, K] -> [B, T, H G, Dv]
+    inputs of the convolution, g, beta [B, T, H G] float32, weight [C, K] -> o [B, T, H G, Dv]
     float32. Where a row goes on at what its memory has let go of, what it gets is nobody's."""
     if triton and x.is_cuda:
         return decode_triton(x, g, beta, weight, input_pos, Memory(*memory))
-    T = x.shape[1]
     out = []
     for b, p in enumerate(input_pos.tolist()):
         row = Memory(*(part[b] for part in memory))
-        folded = fold(p, T, row)
-        for t in range(T):  # each is what it would be alone, to the bit
+        folded = fold(p, x.shape[1], row)
+        for t in range(x.shape[1]):  # each is what it would be alone, to the bit
             token = x[b, t], g[b, t], beta[b, t]
             out.append(decode_token(*token, weight, p + t, folded, row))
     return torch.stack(out).view(*g.shape, -1)
@@ -144,40 +133,39 @@ def decode(
 def decode_token(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, p: int, folded: int, memory: Memory
 ) -> Tensor:
-    """A row's token at position p: x [C], g, beta [H G] -> o [H, G, 1, Dv]."""
+    """A row's token at position p: x [C], g, beta [H G] -> o [H, G, Dv]."""
     H, G = memory.gates.shape[:2]
     K = weight.shape[1]
     memory.inputs[..., p % (BLOCK + K), :] = x
     window = torch.cat(pieces(memory.inputs[0, 0], p + 1 - K, p + 1))  # (K, C)
     if p < K - 1:
         window[:K - 1 - p] = 0
-    q, k, v = convolved(window, weight, memory)
+    qk, v = convolved(window, weight, memory)
+    qk = qk[0].movedim(0, -2)  # (H, 1, 2, Dk)
 
-    # it is behind the state as those before it are; its update counts once that is known
-    own = [part.narrow(-2, p % PLACES, 1) for part in memory.tokens]
-    own_key, own_update, own_gate = own
-    own_key.copy_(k)
-    own_update.zero_()
-    own_gate.copy_(g.view(H, G, 1, 1))
+    # it is behind the state as those before it are; its update is 0 until it is known
+    place = p % PLACES
+    memory.keys[..., place, :] = qk[..., 1, :]
+    memory.updates[..., place, :] = 0
+    memory.gates[..., place, :] = g.view(H, G, 1)
     keys, updates, gates = (pieces(part, folded, p + 1) for part in memory.tokens)
 
-    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, n, 1): from the state on
+    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, n, 1), from the state on
     total = gate[..., -1:, :]
-    decays = (total - gate).exp().split([x.shape[-2] for x in gates], -2)
-    qk = torch.cat([q, k], -2)  # (H, 1, 2, Dk)
+    decays = (total - gate).exp().split([part.shape[-2] for part in gates], -2)
     read = total.exp() * (qk @ memory.state)  # (H, G, 2, Dv)
     for key, update, decay in zip(keys, updates, decays):
-        scores = qk @ key.mT * decay.mT  # (H, G, 2, n)
+        scores = decay.mT * (qk @ key.mT)  # (H, G, 2, n)
         read = read + scores @ update
-    o, of_key = read.split(1, -2)
-    u = beta.view(H, G, 1, 1) * (v - of_key)
-    own_update.copy_(u)
-    return o + scores[..., :1, -1:] * u
+    u = beta.view(H, G, 1) * (v[0] - read[..., 1, :])  # (H, G, Dv)
+    memory.updates[..., place, :] = u
+    return read[..., 0, :] + scores[..., 0, -1:] * u
 
 
 def fold(p: int, T: int, memory: Memory) -> int:
-    """Put into a row's state what is to be there at position p -> how many tokens are."""
-    folded, target = int(memory.folded[0]), max(0, foldable(p))
+    """Bring a row's state to position p, by one block at most -> how many tokens are in it."""
+    folded = int(memory.folded[0])
+    target = max(0, p // BLOCK * BLOCK - BLOCK)
     if p == 0:
         memory.state.zero_()
     elif folded < target and p - folded < PLACES:
@@ -203,21 +191,20 @@ def pieces(x: Tensor, first: int, end: int) -> list[Tensor]:
 
 @jit
 def _convolved(
-    x_ptr, inputs_ptr, weight_ptr, channel, inside, t, p, C, K: tl.constexpr, R: tl.constexpr
+    x_ptr, inputs_ptr, weight_ptr, channel, inside, t, p, x_stride, C,
+    K: tl.constexpr, R: tl.constexpr,
 ):
-    """Some channels of a row's token t, which stands at p + t, in float32; their inputs go into
-    the memory."""
+    """Some channels of a row's token at p + t, in float32; their inputs go into the memory."""
     y = tl.zeros_like(channel).to(tl.float32)
     for i in tl.static_range(K):
         token = t + i - (K - 1)
         position = p + token
-        is_old = inside & (token < 0) & (position >= 0)
-        is_new = inside & (token >= 0)
-        old = tl.load(inputs_ptr + (position + R) % R * C + channel, mask=is_old, other=0)
-        new = tl.load(x_ptr + token * C + channel, mask=is_new, other=0)
+        before = inputs_ptr + (position + R) % R * C
+        ptr = tl.where(token < 0, before, x_ptr + token * x_stride)
+        x = tl.load(ptr + channel, mask=inside & (position >= 0), other=0)
         tap = tl.load(weight_ptr + channel * K + i, mask=inside, other=0)
-        y += (old.to(tl.float32) + new.to(tl.float32)) * tap.to(tl.float32)
-    x = tl.load(x_ptr + t * C + channel, mask=inside, other=0)
+        y += x.to(tl.float32) * tap.to(tl.float32)
+    # the last one is the token's own
     tl.store(inputs_ptr + (p + t) % R * C + channel, x, mask=inside)
     return y * tl.sigmoid(y)
 
@@ -256,6 +243,14 @@ def _fold(
 
 
 @jit
+def _behind(ptr, folded, n, d, inside, D: tl.constexpr, PLACES: tl.constexpr):
+    """Of the first n tokens behind the state, in order: [PLACES, d]; 0 where there is none yet."""
+    i = tl.arange(0, PLACES)[:, None]
+    place = (folded + i) % PLACES
+    return tl.load(ptr + place * D + d[None], mask=(i < n) & inside[None], other=0)
+
+
+@jit
 def _read(x, S, keys, updates, decay, kept):
     scores = tl.sum(keys * x[None], 1) * decay
     of_state = tl.sum(S * x[:, None], 0)
@@ -265,8 +260,8 @@ def _read(x, S, keys, updates, decay, kept):
 @jit
 def _decode_kernel(
     x_ptr, g_ptr, beta_ptr, weight_ptr, pos_ptr, state_ptr, keys_ptr, updates_ptr, gates_ptr,
-    inputs_ptr, folded_ptr, out_ptr, C, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    inputs_ptr, folded_ptr, out_ptr, x_stride, C, T: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):
     """A program has TILE values of a head of a row. It alone reads and writes its part of state,
@@ -275,35 +270,31 @@ def _decode_kernel(
     key_head, value_head = b * H + head // G, b * H * G + head
     dk, dv = tl.arange(0, BLOCK_K), tile * TILE + tl.arange(0, TILE)
     in_k, in_v = dk < DK, dv < DV
-    x_ptr += b * T * C
+    x_ptr += b * T * x_stride
     inputs_ptr += b * R * C
     keys_ptr += key_head * PLACES * DK
     updates_ptr += value_head * PLACES * DV
     gates_ptr += value_head * PLACES
     state_ptr += value_head * DK * DV
-    folded_ptr += value_head * tl.cdiv(DV, TILE) + tile
-
+    folded_ptr += value_head * tl.num_programs(2) + tile
     p = tl.load(pos_ptr + b)
     S, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, folded_ptr, p, dk, dv, in_k,
                       in_v, T, DK, DV, BLOCK, PLACES)
-    # the tokens behind the state, in order; 0 where there is none yet
+    n = p - folded
+    keys = _behind(keys_ptr, folded, n, dk, in_k, DK, PLACES)
+    updates = _behind(updates_ptr, folded, n, dv, in_v, DV, PLACES)
     i = tl.arange(0, PLACES)
-    place = (folded + i) % PLACES
-    is_behind = i < p - folded
-    keys = _rows(keys_ptr, place, dk, is_behind, in_k, DK)
-    updates = _rows(updates_ptr, place, dv, is_behind, in_v, DV)
-    gates = tl.load(gates_ptr + place, mask=is_behind, other=0)
-    channel = head // G * DK + dk
+    gates = tl.load(gates_ptr + (folded + i) % PLACES, mask=i < n, other=0)
+    of_q, of_v = head // G * DK + dk, 2 * H * DK + head * DV + dv  # channels
+    of_k = H * DK + of_q
     for t in range(T):
-        q = _convolved(x_ptr, inputs_ptr, weight_ptr, channel, in_k, t, p, C, K, R)
-        k = _convolved(x_ptr, inputs_ptr, weight_ptr, H * DK + channel, in_k, t, p, C, K, R)
-        v_channel = 2 * H * DK + head * DV + dv
-        v = _convolved(x_ptr, inputs_ptr, weight_ptr, v_channel, in_v, t, p, C, K, R)
+        q = _convolved(x_ptr, inputs_ptr, weight_ptr, of_q, in_k, t, p, x_stride, C, K, R)
+        k = _convolved(x_ptr, inputs_ptr, weight_ptr, of_k, in_k, t, p, x_stride, C, K, R)
+        v = _convolved(x_ptr, inputs_ptr, weight_ptr, of_v, in_v, t, p, x_stride, C, K, R)
         q, k = _unit(q) * DK ** -0.5, _unit(k)
         at = (b * T + t) * H * G + head
         g, beta = tl.load(g_ptr + at), tl.load(beta_ptr + at)
-
-        own = i == p + t - folded
+        own = i == n + t
         gates = tl.where(own, g, gates)
         total = tl.sum(gates, 0)
         decay, kept = tl.exp(total - tl.cumsum(gates, 0)), tl.exp(total)
@@ -318,25 +309,18 @@ def _decode_kernel(
         tl.store(gates_ptr + new, g)
 
 
-@jit
-def _rows(ptr, row, d, is_row, inside, D: tl.constexpr):
-    mask = is_row[:, None] & inside[None]
-    return tl.load(ptr + row[:, None] * D + d[None], mask=mask, other=0)
-
-
 def kernel_arguments(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, memory: Memory
 ) -> dict[str, Any]:
-    B, T, C = x.shape
-    K = weight.shape[1]
+    (B, T, C), K = x.shape, weight.shape[1]
     H, G, Dk, Dv = memory.state.shape[1:]
-    inputs = [each.contiguous() for each in (x, g, beta, weight, input_pos)]
+    x = x.flatten(0, 1)  # (B T, C): each row's values lie together
+    inputs = [x, *(each.contiguous() for each in (g, beta, weight, input_pos))]
     out = torch.empty(B, T, H * G, Dv, device=x.device)
-    return dict(
-        zip(_decode_kernel.arg_names, [*inputs, *memory, out]), C=C, T=T, K=K, R=BLOCK + K,
-        H=H, G=G, DK=Dk, DV=Dv, BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK,
-        PLACES=PLACES,
-    )
+    arguments = dict(zip(_decode_kernel.arg_names, [*inputs, *memory, out]))
+    sizes = dict(x_stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv)
+    blocks = dict(BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES)
+    return arguments | sizes | blocks
 
 
 def decode_triton(*inputs: Any) -> Tensor:
@@ -360,9 +344,8 @@ def prefill(
     start = input_pos.long()[:, None]  # (B, 1)
     end = start + T if last is None else last.long()[:, None] + 1
     padded = (F.pad(each, (0, 0, 0, -T % CHUNK)) for each in (x, g, beta))
-    segments = zip(*(each.split(SEGMENT, dim=1) for each in padded))
     out = []
-    for segment in segments:
+    for segment in zip(*(each.split(SEGMENT, dim=1) for each in padded)):
         until = end.minimum(start + SEGMENT)
         out.append(prefill_segment(*segment, weight, start, until, Memory(*memory)))
         start = start + SEGMENT
@@ -374,44 +357,51 @@ def prefill_segment(
 ) -> Tensor:
     """prefill of some whole chunks from start [B, 1] on; tokens from end [B, 1] on are none."""
     x = x[:, None, None]  # (B, 1, 1, T, C)
-    K = weight.shape[1]
-    before = start + torch.arange(1 - K, 0, device=x.device)  # (B, K - 1)
+    before = start + torch.arange(1 - weight.shape[1], 0, device=x.device)  # (B, K - 1)
     window = torch.cat([shown(at_places(memory.inputs, before), before >= 0), x], -2)
-    q, k, v = convolved(window[:, 0, 0], weight, memory)  # (B, H, 1 or G, T, D)
+    qk, v = convolved(window[:, 0, 0], weight, memory)
+    q, k, v = (y.movedim(1, -2) for y in (*qk.unbind(2), v))  # (B, H, 1 or G, T, D)
     new = start + torch.arange(x.shape[-2], device=x.device)  # (B, T)
-    g, beta = (y.mT.view(*v.shape[:-1], 1) for y in (g, beta))  # (B, H, G, T, 1)
-    g, beta = (shown(y, new < end) for y in (g, beta))
+    g, beta = (shown(y.mT.view(*v.shape[:-1], 1), new < end) for y in (g, beta))
 
     # what the memory has: a state, and tokens behind it
-    is_first = (start == 0)[..., None, None, None]
-    state = memory.state.masked_fill(is_first, 0)
-    folded = memory.folded[:, :1].long().masked_fill(start == 0, 0)
+    begins = start == 0  # (B, 1)
+    state = memory.state.masked_fill(of_tokens(begins), 0)
+    folded = memory.folded[:, :1].long().masked_fill(begins, 0)
     old = folded + torch.arange(PLACES, device=x.device)  # (B, PLACES)
     tokens = [shown(at_places(part, old), old < start) for part in memory.tokens]
     o, u = chunks(q, k, v, g, beta, absorb(state, *tokens))
 
     # what it is to have: more of all these tokens in the state
-    target = torch.maximum(foldable(end), folded)
+    target = torch.maximum(end // BLOCK * BLOCK - BLOCK, folded)
     is_folded = torch.cat([old, new], 1) < target
     both = (torch.cat(parts, -2) for parts in zip(tokens, (k, u, g)))
     state = absorb(state, *(shown(part, is_folded) for part in both))
     has_some = end > start  # (B, 1)
-    memory.state.copy_(torch.where(has_some[..., None, None, None], state, memory.state))
+    memory.state.copy_(torch.where(of_tokens(has_some), state, memory.state))
     memory.folded.copy_(torch.where(has_some, target, memory.folded))
-    for tensor, values in zip((*memory.tokens, memory.inputs), (k, u, g, x)):
-        keep_last(tensor, values, start, end)
+    for part, values in zip((*memory.tokens, memory.inputs), (k, u, g, x)):
+        # each place takes the last token that falls on it, or keeps its own
+        place = torch.arange(part.shape[-2], device=x.device)
+        newest = end - 1 - (end - 1 - place) % len(place)  # (B, n): its position
+        is_new = of_tokens(newest >= start)
+        part.copy_(torch.where(is_new, at_places(values, newest - start), part))
     return o.flatten(1, 2).transpose(1, 2)  # (B, T, H G, Dv)
 
 
+def of_tokens(x: Tensor) -> Tensor:
+    """x [B, T] for tensors [B, H, G, T, D]."""
+    return x[:, None, None, :, None]
+
+
 def at_places(x: Tensor, position: Tensor) -> Tensor:
-    """What x [B, ..., n, D] has at positions [B, T]: [B, ..., T, D]."""
-    place = position % x.shape[-2]
-    return x.take_along_dim(place[:, None, None, :, None], -2)
+    """What x [B, H, G, n, D] has at positions [B, T]: [B, H, G, T, D]."""
+    return x.take_along_dim(of_tokens(position % x.shape[-2]), -2)
 
 
 def shown(x: Tensor, which: Tensor) -> Tensor:
     """x [B, H, G, T, D], and 0 for those tokens that which [B, T] is not true of."""
-    return x.masked_fill(~which[:, None, None, :, None], 0)
+    return x.masked_fill(~of_tokens(which), 0)
 
 
 def chunks(
@@ -423,32 +413,20 @@ def chunks(
     total = g.cumsum(-2)  # (B, H, G, n, CHUNK, 1)
     decay = (total - total.mT).tril().exp().tril()
     system = beta * decay * (k @ k.mT)  # below the diagonal, which counts as 1
-    from_state = total.exp() * k
-    right = beta * torch.cat([v, from_state], -1)
+    right = beta * torch.cat([v, total.exp() * k], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     own, seen = solved.split([v.shape[-1], k.shape[-1]], -1)
     scores = decay * (q @ k.mT)
     q = total.exp() * q
 
     out, updates = [], []
-    for i in range(v.shape[3]):
-        u = own[:, :, :, i] - seen[:, :, :, i] @ S
-        out.append(q[:, :, :, i] @ S + scores[:, :, :, i] @ u)
+    by_chunk = (x.unbind(3) for x in (q, k, g, own, seen, scores))
+    for q, k, g, own, seen, scores in zip(*by_chunk):
+        u = own - seen @ S
+        out.append(q @ S + scores @ u)
         updates.append(u)
-        S = absorb(S, k[:, :, :, i], u, g[:, :, :, i])
+        S = absorb(S, k, u, g)
     return torch.cat(out, -2), torch.cat(updates, -2)
-
-
-def keep_last(tensor: Tensor, values: Tensor, start: Tensor, end: Tensor) -> None:
-    """Put what counts of the values [B, ..., T, D] of tokens from start [B, 1] to before end
-    [B, 1] to their places in a tensor [B, ..., n, D]: each takes the last that falls on it."""
-    n = tensor.shape[-2]
-    last = end - 1
-    newest = last - (last - torch.arange(n, device=last.device)) % n  # (B, n)
-    token = (newest - start).clamp(min=0)
-    taken = values.take_along_dim(token[:, None, None, :, None], -2)
-    is_new = (newest >= start)[:, None, None, :, None]
-    tensor.copy_(torch.where(is_new, taken, tensor))
 
 
 def prefill_fake(x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, *rest: Any) -> Tensor:

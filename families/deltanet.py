@@ -51,12 +51,13 @@ class GatedNorm(nn.RMSNorm):
     """Of each head, times the SiLU of a gate."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(gate.dtype)
-        return (self.weight * y * F.silu(gate.float())).to(gate.dtype)
+        x = x.float()
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * y.to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
 
 
 class GatedDeltaNet(nn.Module):
-    """Qwen3.5's, its modules named as in Hugging Face's checkpoints."""
+    """Qwen3-Next's and Qwen3.5's, its modules named as in the checkpoints of the first."""
 
     may_shift_scores = True  # it has none
     divides = False  # over ranks
@@ -73,19 +74,11 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.n_v))
         self.dt_bias = nn.Parameter(torch.empty(self.n_v))
         self.norm = GatedNorm(self.v_dim, config.norm_eps)
-        self.out_proj = Linear(self.n_v * self.v_dim, config.dim, bias=False)
-        self.make_inputs(config.dim)
-
-    def make_inputs(self, dim: int) -> None:
-        self.in_proj_qkv = Linear(dim, self.conv_dim, bias=False)
-        self.in_proj_z = Linear(dim, self.n_v * self.v_dim, bias=False)
-        self.in_proj_b = Linear(dim, self.n_v, bias=False)
-        self.in_proj_a = Linear(dim, self.n_v, bias=False)
-
-    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Of the convolution [B, T, conv_dim]; of the norm's gate; of beta, and of the gate of the
-        state, [B, T, n_v]."""
-        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+        v_size = self.n_v * self.v_dim
+        self.rows = {"in_proj_qkvz": [self.conv_dim, v_size], "in_proj_ba": [self.n_v, self.n_v]}
+        self.in_proj_qkvz = Linear(config.dim, self.conv_dim + v_size, bias=False)
+        self.in_proj_ba = Linear(config.dim, 2 * self.n_v, bias=False)
+        self.out_proj = Linear(v_size, config.dim, bias=False)
 
     def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
         memory = Memory.allocate(
@@ -96,8 +89,9 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, positions: Positions, cache: DeltaCache) -> Tensor:
         B, T, _ = x.shape
-        qkv, z, b, a = self.inputs(x)
-        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        qkv, z = self.in_proj_qkvz(x).split(self.rows["in_proj_qkvz"], -1)
+        b, a = self.in_proj_ba(x).chunk(2, -1)  # (B, T, n_v)
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         args = qkv, g, b.float().sigmoid(), self.conv1d.weight[:, 0], positions.input_pos
         if positions.prefill:
             args += (positions.last,)
@@ -110,16 +104,8 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(y.flatten(2))
 
 
-class NextDeltaNet(GatedDeltaNet):
-    """Qwen3-Next's: files have its inputs as two products."""
-
-    def make_inputs(self, dim: int) -> None:
-        self.in_proj_qkvz = Linear(dim, self.conv_dim + self.n_v * self.v_dim, bias=False)
-        self.in_proj_ba = Linear(dim, 2 * self.n_v, bias=False)
-
-    def inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        qkv, z = self.in_proj_qkvz(x).split([self.conv_dim, self.n_v * self.v_dim], -1)
-        return qkv, z, *self.in_proj_ba(x).chunk(2, -1)
+# as Qwen3.5's files have them
+STORED_AS = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
 
 
 def by_part(config: ModelConfig, name: str) -> Any:

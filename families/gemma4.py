@@ -95,8 +95,9 @@ class Gemma4Attention(Attention):
             self.heads.pop()
         if self.source is not None:
             self.heads, self.k_norm = [self.n_head], None
-        self.rows = [n * head_dim for n in self.heads]  # of the product, by its parts
-        self.qkv_proj = Linear(config.dim, sum(self.rows), bias=config.qkv_bias)
+        rows = [n * head_dim for n in self.heads]
+        self.rows = {"qkv_proj": rows}  # of products, by their parts
+        self.qkv_proj = Linear(config.dim, sum(rows), bias=config.qkv_bias)
 
     def make_cache(self, cache: KVCache, places: Places, device: Device) -> LayerCache:
         """A source keeps all tokens: a ring has let go of some when it is the others' turn."""
