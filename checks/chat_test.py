@@ -241,6 +241,13 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_there_is(
     assert capsys.readouterr().out == "Hel\nHo\n"
 
 
+def test_an_output_that_nobody_reads_ends_the_conversation(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(BrokenPipeError):
+        talk(monkeypatch, ["one", "two"], [[*Letters().encode("He"), BrokenPipeError()]])
+
+
 def test_ctrl_c_before_an_answer_forgets_the_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

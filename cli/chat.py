@@ -85,8 +85,8 @@ class Chat:
                 check_text("the message", text)
                 self.attempt = 0
                 self.complete([*self.messages, {"role": "user", "content": text.strip()}])
-        except (OSError, SafetensorError, ValueError) as e:
-            say(first_line(e))
+        except ValueError as e:
+            say(str(e))
 
     # --- answers ---
 
@@ -246,14 +246,17 @@ class Chat:
         file = named_file(name if also == "+cache" else argument)
         messages = with_system(self.system, self.messages)
         text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
-        with in_place_of(file, read_conversation) as new:
-            new.write_text(text, encoding="utf-8")
-        say(f"{len(messages)} messages are in {file}")
-        if also == "+cache":
-            file = cache_of(file)
-            with in_place_of(file, read_row) as new:
-                save_row(self.engine.model, self.held, new)
-            say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")
+        try:
+            with in_place_of(file, read_conversation) as new:
+                new.write_text(text, encoding="utf-8")
+            say(f"{len(messages)} messages are in {file}")
+            if also == "+cache":
+                file = cache_of(file)
+                with in_place_of(file, read_row) as new:
+                    save_row(self.engine.model, self.held, new)
+                say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"cannot write {file}: {first_line(e)}") from None
 
     def load(self, argument: str) -> None:
         file = named_file(argument)
