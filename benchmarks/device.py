@@ -220,7 +220,7 @@ def check_product(form: str, rows: int) -> None:
     else:
         weights = test.int4_weights(N, K, 32)
         got = linear.packed_int4_linear(x, *linear.pack_int4(*weights))
-        want = linear.int4_linear_reference(x.float(), *weights)
+        want = test.int4_reference(x.float(), *weights)
     test.check_linear(got, want)
 
 

@@ -32,8 +32,7 @@ from formats.integers import AffineInt8Linear, FileInt4Linear, QuantizedEmbeddin
 from generate import Tokenizer, generate, load_tokenizer
 from model import Transformer, load_model, open_checkpoint
 from products import Int4OnGPU
-from products.linear import int4_linear_reference
-from quantize import Linear, say_once, save_quantized
+from quantize import Linear, affine, say_once, save_quantized, unpack_nibbles
 
 NAMES = [kind.name for kind in TYPES]
 OF_16 = ["Q2_K", "Q3_K", "Q6_K"]  # inputs of a group
@@ -139,7 +138,8 @@ def test_bytes_in_groups_are_the_integers_of_a_file(
     # the kernels for int4 read a byte as two nibbles
     x = torch.randn(3, K).bfloat16()
     pairs = torch.stack((x, 16 * x), -1).flatten(1)
-    y = int4_linear_reference(pairs, layer.weight, layer.scales, layer.zeros)
+    weight = affine(unpack_nibbles(layer.weight), 8, layer.scales, layer.zeros, torch.float32)
+    y = F.linear(pairs.float(), weight)
     expected = F.linear(x.float(), w)
     bound = 6e-3 if N > 1 else 1e-2  # few numbers in bfloat16
     assert (y - expected).norm() < bound * expected.norm()

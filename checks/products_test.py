@@ -99,6 +99,13 @@ def check_linear(y: Tensor, expected: Tensor) -> None:
     rounding = {F32: 0, F16: 2.0**-11, BF16: 2.0**-7}[y.dtype]
     assert relative_error(y, expected) < 1e-4 + rounding
 
+
+def int4_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """x [..., K] times what pack_int4 takes."""
+    nibbles = torch.stack((w & 15, w >> 4), -1).view(*scales.shape, -1).float()
+    weight = ((nibbles - 8) * scales[..., None] + zeros[..., None]).flatten(1)  # (N, K)
+    return torch.nn.functional.linear(x.float(), weight).to(x.dtype)
+
 # --- against the references ---
 
 
@@ -133,7 +140,7 @@ def test_int4_linear(N: int, K: int, rows: int, group: int, dtype: torch.dtype) 
     x = vectors(rows, K).to(dtype)
     weights = int4_weights(N, K, group)
     packed = linear.pack_int4(*weights)
-    expected = linear.int4_linear_reference(x.float(), *weights)
+    expected = int4_reference(x.float(), *weights)
     for y in (run_linear_kernel(x, *packed), linear.packed_int4_linear(x, *packed)):
         assert y.dtype == dtype
         check_linear(y, expected)
@@ -146,7 +153,7 @@ def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> No
     int4 = int4_weights(N, K, 32)
     for weights, expected in (
         (int8_weights(N, K), linear.linear_reference(x, *int8_weights(N, K))),
-        (linear.pack_int4(*int4), linear.int4_linear_reference(x, *int4)),
+        (linear.pack_int4(*int4), int4_reference(x, *int4)),
     ):
         assert linear._linear_arguments(x, *weights, n_sm=132)[1][2] == split
         check_linear(run_linear_kernel(x, *weights, n_sm=132), expected)
@@ -180,7 +187,7 @@ def test_linear_kernels_err_less_than_bfloat16_rounds(rows: int, K: int, outlier
 
     x = x[..., :K // 32 * 32]
     weights = int4_weights(64, x.shape[-1], 32)
-    expected = linear.int4_linear_reference(x, *weights)
+    expected = int4_reference(x, *weights)
     rounding = relative_error(expected.bfloat16(), expected)
     packed = linear.pack_int4(*weights)
     assert relative_error(run_linear_kernel(x, *packed), expected) < rounding / 7
@@ -366,9 +373,9 @@ def test_linear_layouts_are_what_they_are_said_to_be() -> None:
     one = torch.ones(1, 1)
     zero = torch.zeros(1, 1)
     # the even input in the low nibble, the odd one in the high nibble, each minus 8
-    y = linear.int4_linear_reference(x, w, one, zero)
+    y = int4_reference(x, w, one, zero)
     assert y.flatten().tolist() == [7, -7, -8, 0] + [0] * 28
-    y = linear.int4_linear_reference(x, w, one * 2, one)
+    y = int4_reference(x, w, one * 2, one)
     assert y.flatten()[:4].tolist() == [15, -13, -15, 1]
 
 

@@ -103,15 +103,7 @@ def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
 # --- the references ---
 
 
-def int4_linear_reference(x: Tensor, w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """x [..., K] times what pack_int4 takes."""
-    nibbles = torch.stack((w & 15, w >> 4), -1)  # (N, K / 2, 2)
-    weight = _line_reference(nibbles, scales, zeros)
-    return F.linear(x.float(), weight).to(x.dtype)
-
-
 def linear_reference(x: Tensor, w: Tensor, scales: Tensor | None) -> Tensor:
-    """With weights in any form but unpacked int4."""
     weight = w.float() if scales is None else dense_weight_reference(w, scales, x.shape[-1])
     return F.linear(x.float(), weight).to(x.dtype)
 
@@ -138,15 +130,10 @@ def dense_weight_reference(w: Tensor, scales: Tensor, K: int, nibbles: int = 1) 
         return torch.stack(weights)
     if scales.dtype == torch.uint8:
         return mxfp4_values(split_planes(w, K), scales)
-    values = _line_reference(*unpack_int4(w, scales, nibbles * K))
-    if nibbles == 2:
-        values = values[:, ::2] + 16 * values[:, 1::2]
-    return values
-
-
-def _line_reference(nibbles: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    values = nibbles.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
-    return (values * scales[..., None] + zeros[..., None]).flatten(1)
+    q, scales, zeros = unpack_int4(w, scales, nibbles * K)
+    q = q.view(*scales.shape, -1).float() - 8  # (N, K / group, group)
+    values = (q * scales[..., None] + zeros[..., None]).flatten(1)
+    return values if nibbles == 1 else values[:, ::2] + 16 * values[:, 1::2]
 
 # --- formats ---
 
