@@ -927,7 +927,7 @@ def test_without_a_compiler(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "no step is compiled ahead of time: InvalidCxxCompiler" in done.stderr
-    assert done.stderr.splitlines()[-1].endswith("; try --no-compile, --attention math or --device cpu")
+    assert "; try --no-compile, " in done.stderr.splitlines()[-1]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from batching import Engine
 from cli.prompts import Job
-from cli.stats import NO_TIME, plural
+from cli.stats import NO_TIME
 from formats.text import TextStream
 from generate import Request, Tokenizer, say
 from parallel import Team
