@@ -97,8 +97,8 @@ def refused_memory(error: BaseException | None) -> str | None:
 
 
 def refused_by_device(error: Exception) -> str | None:
-    """What to say of a step that the device does not compile or run, where PyTorch's compiler, a GPU
-    or anything in Triton failed; None: that is not it."""
+    """What to say of a step that the device does not compile or run, where PyTorch's compiler, a
+    GPU or anything in Triton failed; None: that is not it."""
     while isinstance(error, torch.AcceleratorError) and error.__context__ is not None:
         error = error.__context__  # the end of a capture fails too, and masks what broke it
     frames = traceback.walk_tb(error.__traceback__)
