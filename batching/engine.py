@@ -183,13 +183,12 @@ class Engine(PrefixSharer):
         self.wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(self.wanted, take_number)
         self.start([running.request for running in self.wanted])
-        rows = self.running
         self.refuse_lost_prefix(self.wanted)
         self.stats.compile_s += self.prepare_all()
         began = time.perf_counter()
         reading: Reading | None = None
         pending: deque[Launch] = deque()
-        mark = self.mark()
+        mark, rows = self.mark(), self.running
         while reading or self.running or pending or waiting.peek():
             launches = []
             # a chunk of prompts
@@ -212,9 +211,10 @@ class Engine(PrefixSharer):
             # what the host is to see: all of it once nothing more is under way
             pending += launches
             while len(pending) > (self.lag if launches else 0):
-                yield from self.read(pending.popleft())
-                if self.running is not rows:
-                    raise RuntimeError("another run of this engine has begun")
+                for answer in self.read(pending.popleft()):
+                    yield answer
+                    if self.running is not rows:
+                        raise RuntimeError("another run of this engine has begun")
         self.stats.wall_s += time.perf_counter() - began
 
     def start(self, requests: Sequence[Request]) -> None:

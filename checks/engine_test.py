@@ -526,13 +526,22 @@ def test_a_run_that_was_given_up_leaves_nothing_behind(
         assert collect(engine, requests) == expected
 
 
-def test_another_run_ends_the_one_before(checkpoint: Checkpoint) -> None:
-    engine = engine_of(loaded(checkpoint), 1)
-    first = engine.run([Request([5], 9)])
+@pytest.mark.parametrize("n", [1, 2])
+def test_another_run_ends_the_one_before(checkpoint: Checkpoint, n: int) -> None:
+    """Which says nothing more, of what was read for another row either, and changes nothing."""
+    engine = engine_of(loaded(checkpoint), n)
+    expected = collect(engine, [Request([6], 5)] * n)
+    first = engine.run([Request([5], 2)] * n)
     next(first)
-    collect(engine, [Request([6], 2)])
+    second = engine.run([Request([6], 5)] * n)
+    answers = [[] for _ in range(n)]
+    number, tokens = next(second)
+    answers[number] += tokens
     with pytest.raises(RuntimeError, match="another run"):
-        list(first)
+        next(first)
+    for number, tokens in second:
+        answers[number] += tokens
+    assert answers == expected
 
 
 def test_a_prefix_in_every_row_outlasts_refills(checkpoint: Checkpoint) -> None:
