@@ -48,7 +48,7 @@ from cpu import IMPORTED, products
 from model import (
     Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
 )
-from quantize import LAYOUTS, cache_folder, say_once, workspace
+from quantize import LAYOUTS, QuantizedLinear, cache_folder, say_once, workspace
 
 PLACES = 64  # of the cache that a block is exported with; compiled, it takes any
 KEPT = 64  # libraries, of 2 MB each: those that were used last
@@ -296,7 +296,8 @@ class Step:
         self.kinds.add(type(module))
         self.lines.append(f"{name} is a {type(module)}")
         for key, value in vars(module).items():
-            if key not in NOT_SETTINGS:
+            of_rounding = key == "error" and isinstance(module, QuantizedLinear)
+            if key not in NOT_SETTINGS and not of_rounding:
                 self.lines.append(f"{name}.{key} = {self.described(value)}")
 
     def described(self, value: Any) -> str:
