@@ -155,8 +155,10 @@ class JSONTokenizer(ChatTokenizer):
         if {*self.special.values()}.isdisjoint(encoded.ids):
             return encoded.ids
         ids = []  # some models know special tokens as pieces: of these texts, their characters
+        unknown = getattr(backend.model, "unk_token", None)
         for i, token, (start, end) in zip(encoded.ids, encoded.tokens, encoded.offsets):
-            parts = token if self.special.get(text[start:end]) == i else ()
+            is_unknown = token == unknown != text[start:end]  # a character that has no piece
+            parts = token if self.special.get(token) == i and not is_unknown else ()
             ids += [each.id for part in parts for each in backend.model.tokenize(part)] or [i]
         return ids
 
