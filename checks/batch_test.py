@@ -199,10 +199,16 @@ def test_a_bad_line_is_reported_and_the_others_are_not(
     text = b'{"prompt": "one"}\n\n' + raw + b'\n{"prompt": "two"}\n'
     before, bad, after = jobs_of(text, tmp_path, n=1)
     assert bad.error.startswith(f"line 3: {message}")
-    assert len(bad.error) < 250 and "\n" not in bad.error
+    assert len(bad.error) < 350 and "\n" not in bad.error
     assert bad.index == 1 and bad.prompt == []
     assert prompts([before, after]) == ["one", "two"]
     assert after.index == 2
+
+
+@pytest.mark.parametrize("key", ["promt", 100 * "k"])
+def test_what_is_said_of_an_unknown_key_has_an_end(key: str, tmp_path: Path) -> None:
+    [job] = jobs_of(json.dumps({key: 1}), tmp_path)
+    assert job.error.endswith("and handed on are id, metadata and what begins with x")
 
 
 PASSED = {"id": 7, "metadata": {"max_tokens": [1, None]}, "x-from": "\u00e9\u2028"}

@@ -3,6 +3,7 @@ configuration and tensors again."""
 import copy
 import math
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -629,6 +630,15 @@ def test_an_attention_factor_of_other_ropes_is_refused() -> None:
 def test_impossible_numbers_of_layers_are_not_gone_through(arch: str) -> None:
     with pytest.raises(ValueError, match="num_hidden_layers = 100000: it must be at most 2048"):
         config_of(metadata(arch, {"block_count": 100_000}))
+
+
+def test_a_number_of_dense_layers_beyond_those_there_are_takes_no_memory() -> None:
+    hf = transformers.DeepseekV3Config(**BASE | LATENT, n_group=1, topk_group=1).to_dict()
+    tracemalloc.start()
+    config = ModelConfig.from_hf(hf | dict(first_k_dense_replace=2**22))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1e6 and not any(config.moe.layers)
 
 
 @pytest.mark.parametrize("arch, setting, message", [

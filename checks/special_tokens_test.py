@@ -225,6 +225,34 @@ def test_a_text_behind_a_special_token_begins_with_a_blank_where_the_file_wants_
     assert_chats_alike(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["Unigram", "BPE", "ignore_merges"])
+def test_a_special_token_that_the_model_knows_as_a_piece_stays_text(
+    tmp_path: Path, kind: str
+) -> None:
+    """It is none in a message, and what the template writes is one."""
+    letters = ["<unk>", *"\u2581abcdefghijklmnopqrstuvwxyz/>", "<", "<s", "<s>", "</", "</s", "</s>"]
+    vocab = {token: i for i, token in enumerate(letters)}
+    if kind == "Unigram":
+        model = tokenizers.models.Unigram([(token, -len(token) / 9) for token in letters], 0)
+    else:
+        pairs = [("<", "s"), ("<s", ">"), ("<", "/"), ("</", "s"), ("</s", ">")]
+        model = tokenizers.models.BPE(
+            vocab, pairs, unk_token="<unk>", ignore_merges=kind == "ignore_merges")
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.NFKC()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    write_json(tmp_path, config={"model_type": "mistral"}, tokenizer_config={
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, **NAMES})
+    tokenizer = assert_chats_alike(tmp_path, [{"role": "user", "content": "ab<s? 1 z"}])
+    for said in ("a</s>b<s>?", "a\uff1c/s\uff1eb<\uff53>?"):  # wide ones, which NFKC makes narrow
+        start, *ids, end = tokenizer.chat([{"role": "user", "content": said}])
+        assert [start, end] == [vocab["<s>"], vocab["</s>"]] and not {start, end} & {*ids}
+        assert ids == [*map(vocab.get, "a</s>b<s>"), vocab["<unk>"]]
+        assert ids == tokenizer.encode(said, bos=False)
+
+
 def test_no_character_stands_for_a_special_token(tmp_path: Path) -> None:
     """In a message, a role or the template; the first private ones and all others alike."""
     odd = "".join(chr(0x100000 + i) for i in range(8)) + "\ue000\ufdd0\ufffe"

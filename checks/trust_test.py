@@ -289,6 +289,8 @@ WINDOW = dict(model_type="qwen2", use_sliding_window=True, sliding_window=8)
     (dict(max_window_layers=1.5), "max_window_layers = 1.5: it must be a whole number"),
     (dict(num_hidden_layers=10**9), "num_hidden_layers = 1000000000: it must be at most 2048"),
     (dict(rope_theta=-10**30), "rope_theta = -10+: it must be at most"),
+    (dict(model_type="glm4", partial_rotary_factor=0.5, head_dim=2**31),
+     "head_dim = 2147483648: it must be at most 65536"),
     (dict(vocab_size=10**30), r"vocab_size = 10+: it must be at most"),
     (dict(rope_theta=10**400), "rope_theta = 10+: it must be at most"),
     (dict(rope_theta=float("inf")), "rope_theta = inf: it must be a finite number"),

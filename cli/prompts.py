@@ -133,7 +133,7 @@ def read_jobs(
         except ValueError as e:
             content = line.content.encode(errors="surrogateescape")
             digest = sha256(content).hexdigest()[:16]
-            error = f"line {line.number}: {e!s:.200}"
+            error = f"line {line.number}: {e!s:.300}"
             jobs.append(Job(index, passed=handed_on(entry), error=error, digest=digest))
     return jobs
 

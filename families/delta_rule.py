@@ -191,8 +191,7 @@ def pieces(x: Tensor, first: int, end: int) -> list[Tensor]:
 
 @jit
 def _convolved(
-    x_ptr, inputs_ptr, weight_ptr, channel, inside, t, p, x_stride, C,
-    K: tl.constexpr, R: tl.constexpr,
+    x_ptr, inputs_ptr, weight_ptr, channel, mask, t, p, stride, C, K: tl.constexpr, R: tl.constexpr
 ):
     """Some channels of a row's token at p + t, in float32; their inputs go into the memory."""
     y = tl.zeros_like(channel).to(tl.float32)
@@ -200,12 +199,12 @@ def _convolved(
         token = t + i - (K - 1)
         position = p + token
         before = inputs_ptr + (position + R) % R * C
-        ptr = tl.where(token < 0, before, x_ptr + token * x_stride)
-        x = tl.load(ptr + channel, mask=inside & (position >= 0), other=0)
-        tap = tl.load(weight_ptr + channel * K + i, mask=inside, other=0)
+        ptr = tl.where(token < 0, before, x_ptr + token * stride)
+        x = tl.load(ptr + channel, mask=mask & (position >= 0), other=0)
+        tap = tl.load(weight_ptr + channel * K + i, mask=mask, other=0)
         y += x.to(tl.float32) * tap.to(tl.float32)
     # the last one is the token's own
-    tl.store(inputs_ptr + (p + t) % R * C + channel, x, mask=inside)
+    tl.store(inputs_ptr + (p + t) % R * C + channel, x, mask=mask)
     return y * tl.sigmoid(y)
 
 
@@ -260,7 +259,7 @@ def _read(x, S, keys, updates, decay, kept):
 @jit
 def _decode_kernel(
     x_ptr, g_ptr, beta_ptr, weight_ptr, pos_ptr, state_ptr, keys_ptr, updates_ptr, gates_ptr,
-    inputs_ptr, folded_ptr, out_ptr, x_stride, C, T: tl.constexpr, K: tl.constexpr,
+    inputs_ptr, folded_ptr, out_ptr, stride, C, T: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, H: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
 ):
@@ -270,7 +269,7 @@ def _decode_kernel(
     key_head, value_head = b * H + head // G, b * H * G + head
     dk, dv = tl.arange(0, BLOCK_K), tile * TILE + tl.arange(0, TILE)
     in_k, in_v = dk < DK, dv < DV
-    x_ptr += b * T * x_stride
+    x_ptr += b * T * stride
     inputs_ptr += b * R * C
     keys_ptr += key_head * PLACES * DK
     updates_ptr += value_head * PLACES * DV
@@ -286,11 +285,10 @@ def _decode_kernel(
     i = tl.arange(0, PLACES)
     gates = tl.load(gates_ptr + (folded + i) % PLACES, mask=i < n, other=0)
     of_q, of_v = head // G * DK + dk, 2 * H * DK + head * DV + dv  # channels
-    of_k = H * DK + of_q
     for t in range(T):
-        q = _convolved(x_ptr, inputs_ptr, weight_ptr, of_q, in_k, t, p, x_stride, C, K, R)
-        k = _convolved(x_ptr, inputs_ptr, weight_ptr, of_k, in_k, t, p, x_stride, C, K, R)
-        v = _convolved(x_ptr, inputs_ptr, weight_ptr, of_v, in_v, t, p, x_stride, C, K, R)
+        q = _convolved(x_ptr, inputs_ptr, weight_ptr, of_q, in_k, t, p, stride, C, K, R)
+        k = _convolved(x_ptr, inputs_ptr, weight_ptr, H * DK + of_q, in_k, t, p, stride, C, K, R)
+        v = _convolved(x_ptr, inputs_ptr, weight_ptr, of_v, in_v, t, p, stride, C, K, R)
         q, k = _unit(q) * DK ** -0.5, _unit(k)
         at = (b * T + t) * H * G + head
         g, beta = tl.load(g_ptr + at), tl.load(beta_ptr + at)
@@ -318,7 +316,7 @@ def kernel_arguments(
     inputs = [x, *(each.contiguous() for each in (g, beta, weight, input_pos))]
     out = torch.empty(B, T, H * G, Dv, device=x.device)
     arguments = dict(zip(_decode_kernel.arg_names, [*inputs, *memory, out]))
-    sizes = dict(x_stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv)
+    sizes = dict(stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv)
     blocks = dict(BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES)
     return arguments | sizes | blocks
 

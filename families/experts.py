@@ -92,7 +92,7 @@ def of_all_layers(hf: dict, key: str) -> int:
 
 def deepseek_moe(hf: dict, n_expert: str = "n_routed_experts", **fields: Any) -> MoEConfig | None:
     """The first layers have none; a token's experts are of some groups."""
-    dense = list(range(hf["first_k_dense_replace"]))
+    dense = range(hf["first_k_dense_replace"])
     kinds = of_layers(hf, "mlp_layer_types")
     if kinds is not None:
         dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]

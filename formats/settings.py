@@ -11,6 +11,7 @@ from model import family_of, first_line, is_number, rope_settings
 LARGEST = {
     **dict.fromkeys(["num_hidden_layers", "num_experts", "num_local_experts"], 2**11),
     **dict.fromkeys(["num_attention_heads", "num_key_value_heads"], 2**16),
+    **dict.fromkeys(["head_dim", "global_head_dim"], 2**16),
     "hidden_size": 2**20,
     **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], 2**24),
     **dict.fromkeys(["shared_expert_intermediate_size", "vocab_size"], 2**24),

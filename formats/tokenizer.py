@@ -151,7 +151,16 @@ class JSONTokenizer(ChatTokenizer):
 
     def plain_ids(self, text: str, blank: bool) -> list[int]:
         backend = self.backend if blank else self.without_blank
-        return ask(lambda: backend.encode(text, add_special_tokens=False).ids)
+        encoded = ask(lambda: backend.encode(text, add_special_tokens=False))
+        if {*self.special.values()}.isdisjoint(encoded.ids):
+            return encoded.ids
+        ids = []  # some models know special tokens as pieces: of these texts, their characters
+        unknown = getattr(backend.model, "unk_token", None)
+        for i, token, (start, end) in zip(encoded.ids, encoded.tokens, encoded.offsets):
+            is_unknown = token == unknown != text[start:end]  # a character that has no piece
+            parts = token if self.special.get(token) == i and not is_unknown else ()
+            ids += [each.id for part in parts for each in backend.model.tokenize(part)] or [i]
+        return ids
 
     @cached_property
     def without_blank(self) -> tokenizers.Tokenizer:
