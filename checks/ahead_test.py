@@ -233,15 +233,13 @@ def test_one_fingerprint_for_layers_that_do_the_same(checkpoint: MakeCheckpoint)
     assert names(model) == [first, second, third]
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_one_fingerprint_for_layers_that_were_quantized(
-    checkpoint: MakeCheckpoint, mode: str
-) -> None:
+def test_one_fingerprint_for_layers_that_were_quantized(checkpoint: MakeCheckpoint) -> None:
     """Though each has an error of its own: every other one takes a compiler some 15 seconds."""
-    model = load_model(checkpoint("qwen3")[0], dtype=torch.float32, quantize=mode)
+    model = load_model(checkpoint("qwen3")[0], dtype=torch.float32, quantize="int8")
     model.setup_caches(1, 32)
-    assert len({block.self_attn.qkv_proj.error for block in model.layers}) == len(model.layers)
-    assert len(set(names(model))) == 1 and len(model.layers) > 1
+    errors = [[getattr(x, "error", None) for x in block.modules()] for block in model.layers]
+    assert len(set(map(str, errors))) == len(errors) > 1
+    assert len(set(names(model))) == 1
 
 
 def test_fingerprints_tell_blocks_apart(
