@@ -11,7 +11,9 @@ import weakref
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -21,11 +23,14 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from transformers import PreTrainedModel
 
 import kernels
+import model as model_file
 from checks.common import HERE, close, run_cli
 from cpu import ahead
 from cpu.ahead import AheadOfTime, FunctionOfTensors, NoLibrary, Step
 from generate import compile_model
-from model import MLP, LayerCache, Places, Positions, Transformer, load_model, run_block
+from model import (
+    MLP, LayerCache, Places, Positions, Transformer, apply_rope, load_model, run_block,
+)
 from quantize import cache_folder
 
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
@@ -372,6 +377,20 @@ def register_for_all(patch: pytest.MonkeyPatch) -> None:
     torch.nn.modules.module.register_module_forward_hook(hook)
 
 
+class Given:
+    """What a class gives in place of its objects' own."""
+
+    def __get__(self, owner: object, kind: type) -> Callable:
+        return torch.neg
+
+    def __set__(self, owner: object, value: object) -> None:
+        raise AttributeError
+
+
+class OwnTensor(Tensor):
+    pass
+
+
 Change = Callable[[Transformer, pytest.MonkeyPatch], object]
 CHANGES: dict[str, Change] = {
     "a method of a class": lambda model, patch: patch.setattr(MLP, "forward", halve),
@@ -404,6 +423,37 @@ MORE_CHANGES: dict[str, Change] = {
         MLP.forward, "__code__", halve.__code__
     ),
     "a default": lambda model, patch: patch.setattr(MLP.forward, "__defaults__", (1,)),
+    "a default by name": lambda model, patch: patch.setattr(
+        kernels.flash_decode_unchecked, "__kwdefaults__",
+        kernels.flash_decode_unchecked.__kwdefaults__ | {"softcap": 0.1},
+    ),
+    "a number in a function": lambda model, patch: patch.setattr(
+        apply_rope, "__code__",
+        apply_rope.__code__.replace(
+            co_consts=tuple(3 if x == 2 else x for x in apply_rope.__code__.co_consts)
+        ),
+    ),
+    "the names that a function reads": lambda model, patch: patch.setattr(
+        "model.apply_rope", FunctionType(apply_rope.__code__, {**vars(model_file)})
+    ),
+    "a method that is no function": lambda model, patch: patch.setattr(
+        MLP, "forward", partialmethod(halve)
+    ),
+    "an attribute that a class gives": lambda model, patch: patch.setattr(
+        MLP, "act", Given(), raising=False
+    ),
+    "what calls all modules": lambda model, patch: patch.setattr(
+        torch.nn.Module, "_call_impl",
+        lambda self, *args: halve(self, *args) if isinstance(self, MLP) else self.forward(*args),
+    ),
+    "a tensor with operators of its own": lambda model, patch: setattr(
+        model.layers[1].input_layernorm, "weight",
+        torch.nn.Parameter(torch.ones(model.config.dim).as_subclass(OwnTensor), False),
+    ),
+    "a tensor that is minus its memory": lambda model, patch: setattr(
+        model.layers[1].input_layernorm, "weight",
+        torch.nn.Parameter(torch._neg_view(torch.ones(model.config.dim)), False),
+    ),
     "a class": lambda model, patch: setattr(model.layers[1].mlp, "__class__", OtherMLP),
     "an attribute that a class had": lambda model, patch: setattr(
         model.layers[1].self_attn, "may_shift_scores", False
@@ -425,7 +475,10 @@ NEW_WEIGHTS: dict[str, Change] = {
 }
 
 
-AT_ONCE = ["a method of a class", "the cache's attention", "a hook", "a hook of all modules"]
+AT_ONCE = [
+    "a method of a class", "the cache's attention", "a hook", "a hook of all modules",
+    "a method that is no function", "what calls all modules",
+]
 
 
 @pytest.mark.parametrize("name", [*CHANGES, *MORE_CHANGES])
@@ -467,6 +520,51 @@ def test_libraries_are_given_the_weights_that_were_put_in_place_of_others(
     given = {id(x) for x in dict(model.decode_block.ready.values())[layers[1]].weights}
     assert id(layers[1].input_layernorm.weight) in given
     assert {id(x) for x in layers[1].mlp.down_proj.order.tensors.values()} <= given
+
+
+def test_a_text_is_noticed_whatever_became_of_the_first_block(
+    checkpoint: MakeCheckpoint, fake: Fake
+) -> None:
+    """At which a step asks what has changed."""
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    model.layers[0] = copy.deepcopy(model.layers[0])
+    for scale in (0.2, 0.3):
+        model.layers[1].self_attn.softmax_scale = scale
+        model.prefill(tokens_of(model, 2), positions(0))
+        fake.closed = True
+        decoded(model, 1)
+        assert dict(model.decode_block.ready.values())[model.layers[1]] is None
+
+
+def test_a_weight_that_is_changed_within_a_text_is_not_changed_by_half(
+    checkpoint: MakeCheckpoint, fake: Fake
+) -> None:
+    """Python has new ones from then on, a norm's and a product's, and so has the library."""
+    model = with_fake(checkpoint)
+    model.prefill(tokens_of(model, 2), positions(0))
+    decoded(model, 2)
+    before, fake.closed = fake.n, True
+    with torch.no_grad():
+        for parameter in model.layers[1].mlp.parameters():
+            parameter.mul_(2)
+    decoded(model, 1)
+    assert dict(model.decode_block.ready.values())[model.layers[1]] is None
+    model.prefill(tokens_of(model, 2), positions(0))
+    before = fake.n
+    decoded(model, 1)
+    assert fake.n == before + len(model.layers)
+
+
+def test_python_runs_what_gives_or_is_given_a_tensor_of_another_class(
+    checkpoint: MakeCheckpoint, fake: Fake
+) -> None:
+    model = with_fake(checkpoint)
+    decoded(model, 2)
+    before = fake.n
+    model.embed = lambda tokens: model.embed_tokens(tokens).as_subclass(OwnTensor)
+    decoded(model, 1)
+    assert fake.n == before
 
 
 def test_what_a_class_no_longer_has_is_a_change(
@@ -537,6 +635,8 @@ def test_a_model_with_libraries_can_be_copied(checkpoint: MakeCheckpoint, fake: 
     model = with_fake(checkpoint)
     decoded(model, 2)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for _ in range(2):  # the first finds plain weights, which are packed for the next
+            other.prefill(tokens_of(other, 2), positions(0))
         before, fake.n = fake.n, 0
         decoded(other, 2)
         assert fake.n == 2 * len(model.layers) - 1

@@ -7,10 +7,10 @@ folder under a fingerprint of the block: later runs need no compiler.
 
 A library runs only where it gives what the Python gives now. All that its block does has to be
 written in files and in plain settings, of which the fingerprint is made; and each text, which
-prefill or forward begins, looks at the blocks anew. A hook or a replaced method of a class is
-noticed at the next step. Nobody notices what changes inside a table, a tensor or an object that a
-function reads by a name of its module, or other functions that are put into torch.nn.functional:
-call compile_model, which has no library."""
+prefill or forward begins, looks at the blocks anew. A hook, a replaced method of a class or a look
+at a weight is noticed at the next step. Nobody notices what changes inside a table, a tensor or an
+object that a function reads by a name of its module, or other functions that are put into
+torch.nn.functional: call compile_model, which has no library."""
 from __future__ import annotations
 
 import contextlib
@@ -71,7 +71,7 @@ class AheadOfTime:
         self.first: nn.Module | None = None  # the block before which a step asks what has changed
         # methods and numbers of classes, by what getattr takes: a class, a name, and None for none
         self.methods: dict[tuple[type, str, None], Any] = {}
-        self.sign: tuple[int, int] | None = None  # of the text for which blocks were looked at
+        self.sign = -1, 0, 0  # of the text for which blocks were looked at
         self.missing = False  # whether a block goes elsewhere because nobody built its library
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # a copy finds its libraries anew
@@ -81,9 +81,9 @@ class AheadOfTime:
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
         modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-        if modes or x.shape[0] * x.shape[1] > 1:  # modes see each operator
+        if modes or type(x) is not Tensor or x.shape[0] * x.shape[1] > 1:  # two see operators
             return self.otherwise(block, x, positions, cache)
-        if block is self.first or self.first is None:
+        if block is self.first or self.sign[0] != Transformer.n_texts:
             self.look_if_changed(block)
         known, step = self.ready.get(cache, (None, None))
         if known is not block:
@@ -95,8 +95,9 @@ class AheadOfTime:
         return y
 
     def look_if_changed(self, first: nn.Module) -> None:
-        """Forget what blocks did where a text has begun, a hook come, or a method been replaced."""
-        sign = Transformer.n_texts, RemovableHandle.next_id  # of all hooks that there were
+        """Forget what blocks did where a text has begun, a hook come, a method been replaced, or
+        somebody looked at a weight."""
+        sign = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)  # of hooks: all
         replaced = map(ne, starmap(getattr, self.methods), self.methods.values())
         if sign != self.sign or any(replaced):
             self.first, self.sign = first, sign
@@ -122,7 +123,7 @@ class AheadOfTime:
         if step.library is not None:
             self.ready[cache] = block, step
         for kind in step.kinds - {kind for kind, *_ in self.methods}:
-            for name in chain(*map(held, kind.__mro__)):
+            for name in chain(*map(held, kind.__mro__[:-1])):
                 self.methods[kind, name, None] = getattr(kind, name)
         return self(*given) if y is None else y
 
@@ -288,7 +289,7 @@ class Step:
         options = module.options() if isinstance(module, Attention) else {}
         has_options = any(v is not None for key, v in options.items() if key != "scale")
         has_hooks = module._forward_hooks or module._forward_pre_hooks
-        if has_options or has_hooks or hasattr(module, "stack"):
+        if has_options or has_hooks or hasattr(module, "stack") or module in quantize.PLAIN:
             raise NoLibrary
         self.kinds.add(type(module))
         self.lines.append(f"{name} is a {type(module)}")
@@ -330,26 +331,40 @@ def contents(holder: type | ModuleType) -> str:
     for name, value in held(holder).items():
         function = behind(value)
         if not isinstance(function, FunctionType):
+            if hasattr(value, "__get__"):  # it may be anything
+                raise NoLibrary
             lines.append(f"{name} = {value!r}")
             continue
-        code, defaults = function.__code__, function.__defaults__ or ()
-        plain = [each if isinstance(each, SETTINGS) else type(each) for each in defaults]
         module = home(function)
-        lines += [f"{name} {type(value)} {code.co_firstlineno} {plain}", read(module.__file__)]
+        lines += [f"{name} {type(value)} {written(function)}", read(module.__file__)]
         if module is not own and (isinstance(holder, type) or name != function.__name__):
             raise NoLibrary  # in the place of another
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def written(function: FunctionType) -> str:
+    """Where in its file a function is, what it does, and with which defaults."""
+    code = function.__code__
+    by_name = function.__kwdefaults__ or {}
+    values = *(function.__defaults__ or ()), *by_name.values(), *code.co_consts
+    plain = [
+        repr(each) if isinstance(each, SETTINGS) else getattr(each, "__qualname__", type(each))
+        for each in values
+    ]
+    return f"{code.co_firstlineno} {code.co_code!r} {code.co_names} {[*by_name]} {plain}"
+
+
 def held(holder: type | ModuleType) -> dict[str, Any]:
-    """Functions and numbers of a class or a module: of PyTorch's, to which other packages add some,
-    those that matter."""
+    """Functions, descriptors and numbers of a class or a module: of PyTorch's, to which other
+    packages add some, those that matter."""
     found, of_torch = {}, is_torch(holder)
     for name, value in vars(holder).items():
-        if name == "progress" or of_torch and name not in ("__call__", "forward"):
+        if name == "progress" or of_torch and name not in ("__call__", "_call_impl", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
-        if is_number or isinstance(behind(value), FunctionType):
+        is_method = isinstance(holder, type) and name not in ("__dict__", "__weakref__")
+        is_method = is_method and hasattr(value, "__get__")
+        if is_number or is_method or isinstance(behind(value), FunctionType):
             found[name] = value
     return found
 
@@ -375,7 +390,8 @@ def home(function: FunctionType) -> ModuleType:
     if code.co_filename in (contextlib.__file__, _contextlib.__file__):  # their decorators
         return module
     own = set(code.co_freevars) - {"__class__"}  # which super() reads
-    if own or code.co_filename != getattr(module, "__file__", None):
+    elsewhere = function.__globals__ is not vars(module)
+    if own or elsewhere or code.co_filename != getattr(module, "__file__", None):
         raise NoLibrary
     return module
 
@@ -386,6 +402,9 @@ def is_torch(thing: Any) -> bool:
 
 
 def describe(tensor: Tensor) -> str:
+    """NoLibrary: it is of a kind with operators of its own, or has other values than its memory."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg():
+        raise NoLibrary
     strides = tensor.stride() if tensor.layout is torch.strided else None
     return f"{tensor.dtype} {tuple(tensor.shape)} {strides} {tensor.layout}"
 
@@ -400,6 +419,7 @@ def surroundings() -> str:
         torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled(),
         torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
     )
     of_torch = [torch.__version__, torch.__config__.show(), str(switches)]
     return "\n".join([*core, *ours, *of_torch, processor()])
