@@ -8,9 +8,9 @@ folder under a fingerprint of the block: later runs need no compiler.
 A library runs only where it gives what the Python gives now. All that its block does has to be
 written in files and in plain settings, of which the fingerprint is made; and each text, which
 prefill or forward begins, looks at the blocks anew. A hook, a replaced method of a class or a look
-at a weight is noticed at the next step. Nobody notices what changes inside a table, a tensor or an object that a
-function reads by a name of its module, or other functions that are put into torch.nn.functional:
-call compile_model, which has no library."""
+at a weight is noticed at the next step. Nobody notices what changes inside a table, a tensor or an
+object that a function reads by a name of its module, or other functions that are put into
+torch.nn.functional: call compile_model, which has no library."""
 from __future__ import annotations
 
 import contextlib
@@ -81,8 +81,7 @@ class AheadOfTime:
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
         modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-        sees_all = modes or type(x) is not Tensor  # modes and subclasses see each operator
-        if sees_all or x.shape[0] * x.shape[1] > 1:
+        if modes or type(x) is not Tensor or x.shape[0] * x.shape[1] > 1:  # two see operators
             return self.otherwise(block, x, positions, cache)
         if block is self.first or self.sign[0] != Transformer.n_texts:
             self.look_if_changed(block)
@@ -98,8 +97,7 @@ class AheadOfTime:
     def look_if_changed(self, first: nn.Module) -> None:
         """Forget what blocks did where a text has begun, a hook come, a method been replaced, or
         somebody looked at a weight."""
-        # RemovableHandle's: of all hooks that there were
-        sign = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)
+        sign = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)  # of hooks: all
         replaced = map(ne, starmap(getattr, self.methods), self.methods.values())
         if sign != self.sign or any(replaced):
             self.first, self.sign = first, sign
@@ -125,7 +123,7 @@ class AheadOfTime:
         if step.library is not None:
             self.ready[cache] = block, step
         for kind in step.kinds - {kind for kind, *_ in self.methods}:
-            for name in chain(*map(held, kind.__mro__)):
+            for name in chain(*map(held, kind.__mro__[:-1])):
                 self.methods[kind, name, None] = getattr(kind, name)
         return self(*given) if y is None else y
 
@@ -291,7 +289,7 @@ class Step:
         options = module.options() if isinstance(module, Attention) else {}
         has_options = any(v is not None for key, v in options.items() if key != "scale")
         has_hooks = module._forward_hooks or module._forward_pre_hooks
-        if has_options or has_hooks or hasattr(module, "stack"):
+        if has_options or has_hooks or hasattr(module, "stack") or module in quantize.PLAIN:
             raise NoLibrary
         self.kinds.add(type(module))
         self.lines.append(f"{name} is a {type(module)}")
@@ -365,9 +363,9 @@ def held(holder: type | ModuleType) -> dict[str, Any]:
         if name == "progress" or of_torch and name not in ("__call__", "_call_impl", "forward"):
             continue  # cli/ replaces progress
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
-        gives = isinstance(holder, type) and hasattr(value, "__get__")
-        is_ours = gives and name not in ("__dict__", "__weakref__")
-        if is_number or is_ours or isinstance(behind(value), FunctionType):
+        is_method = isinstance(holder, type) and name not in ("__dict__", "__weakref__")
+        is_method = is_method and hasattr(value, "__get__")
+        if is_number or is_method or isinstance(behind(value), FunctionType):
             found[name] = value
     return found
 
