@@ -13,7 +13,7 @@ LIMITS = {
     "lines of quantize.py": 520,
     "lines of tests.py": 700,
     "lines of the core": 4216,
-    "lines but for tests and benchmarks": 15170,
+    "lines but for tests and benchmarks": 15201,
     "longest class": 300,
     "longest function": 50,
     "files of a decode step": 6,
