@@ -939,7 +939,7 @@ class Family:
     norm: type[nn.Module] = nn.RMSNorm  # called with (size, eps)
     attention: Callable[[ModelConfig, int], nn.Module] = Attention  # of (config, layer number)
     mlp: Callable[[ModelConfig, int], nn.Module] = MLP
-    block: type[nn.Module] = Block  # called with the same
+    block: Callable[[ModelConfig, int], nn.Module] = Block
     model: type[Transformer] = Transformer  # called with (config)
     # names of our modules in checkpoints, where they differ; several: ours is these, joined
     stored_as: dict[str, tuple[str, ...]] = field(default_factory=dict)

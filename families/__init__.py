@@ -297,7 +297,8 @@ FAMILIES |= {
                    "lm_head": ("embed_out",), "norm": ("final_layer_norm",),
                    "self_attn": ("attention",), "up_proj": ("dense_h_to_4h",),
                    "down_proj": ("dense_4h_to_h",)},
-        gguf=dict(name="gptneox", settings=dict(use_parallel_residual="use_parallel_residual")),
+        gguf=dict(name="gptneox", order=gguf.heads_together,
+                  settings=dict(use_parallel_residual="use_parallel_residual")),
     ),
     "apertus": Family(
         APERTUS, {"qk_norm": True, "act": lambda hf: hf["hidden_act"].replace("xielu", "silu")},

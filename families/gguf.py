@@ -105,6 +105,14 @@ DELTA = dict(norm_shift=1.0, complete=delta, settings=dict(
 ))
 
 
+def heads_together(config: dict, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
+    """GGUFCheckpoint.order of GPT-NeoX, whose files have all heads of q, then of k, then of v."""
+    if ".query_key_value." not in name:
+        return None
+    heads = torch.arange(shape[0]).view(3, config["num_attention_heads"], -1)
+    return 0, heads.transpose(0, 1).flatten()
+
+
 def value_heads(config: dict, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
     """GGUFCheckpoint.order of Qwen3.5, whose files have the first value head of each key head, then
     all second ones: rows of what makes them, behind queries and keys, and columns of out_proj."""

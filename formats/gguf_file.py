@@ -133,14 +133,10 @@ class GGUFCheckpoint(CheckedCheckpoint):
 
     def order(self, name: str, shape: tuple[int, ...]) -> tuple[int, Tensor] | None:
         """A dimension, and the file's place along it of each of Hugging Face's; None: the same. In
-        files of Llamas the two halves of a head of q or k, which rotate together, interleave;
-        where Hugging Face has q, k and v of a head together, files have all heads of each."""
+        files of Llamas the two halves of a head of q or k, which rotate together, interleave."""
         if "order" in self.file:
             return self.file["order"](self.config, name, shape)
         module = name.split(".")[-2]
-        if module == "query_key_value":
-            heads = torch.arange(shape[0]).view(3, self.config["num_attention_heads"], -1)
-            return 0, heads.transpose(0, 1).flatten()
         if module not in ("q_proj", "k_proj") or not self.file.get("interleaved"):
             return None
         n_head = self.config["num_attention_heads"]
