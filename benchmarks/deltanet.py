@@ -3,8 +3,8 @@
     python benchmarks/deltanet.py [--dtype float32] [--quantize int8] [--hidden_size 1024]
 
 Milliseconds a layer, medians; what the products of its weights alone take; and what the machine
-moves their bytes in, by a copy of its own: no decoder is faster than it reads them. There are several
-layers, so that no cache holds their weights. Both have the same ones; int8 is ours alone."""
+moves their bytes in, by a copy of its own: no decoder is faster than it reads them. There are
+several layers, so that no cache holds their weights. Both have the same; int8 is ours alone."""
 import argparse
 import json
 import os

@@ -1,7 +1,6 @@
 """calibration/: rounding by a text loses less on another one."""
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from benchmarks.quality import perplexity
 from checks.common import close, hf_folder, run_cli
 from checks.fixtures import GPL
 from formats.default import default_model
-from generate import Tokenizer, load_tokenizer
-from model import Transformer, load_model, sources
+from generate import load_tokenizer
+from model import load_model, sources
 from quantize import (
     Int4Linear, Int8Linear, Linear, QuantizedLinear, quantize_linear, save_quantized,
 )

@@ -196,8 +196,8 @@ def test_attention_of_a_long_cache() -> None:
 
 # --- tokens ---
 
-# what is asked, and whether all tokens are a CPU's: with rounded weights and caches texts part ways,
-# and so only the first tokens of two answers of three are to be
+# what is asked, and whether all tokens are a CPU's: with rounded weights and caches texts part
+# ways, and so only the first tokens of two answers of three are to be
 ASKED = {
     "greedy": (dict(), True),
     "sampled": (dict(temperature=1.0, seed=3), True),

@@ -569,8 +569,9 @@ def test_frequencies_of_real_settings(rope: dict) -> None:
 # written beside layer_types, which are read
 HARMLESS = set("""
     _name_or_path _sliding_window_pattern attention_dropout bos_token_id
-    chunk_size_feed_forward classifier_dropout dtype embd_pdrop embedding_dropout eod_token_id eos_token_id
-    hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id moe_norm_min
+    chunk_size_feed_forward classifier_dropout dtype embd_pdrop embedding_dropout eod_token_id
+    eos_token_id hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id
+    moe_norm_min
     num_nextn_predict_layers output_attentions output_hidden_states output_router_logits
     pad_token_id pretraining_tp problem_type qk_head_dim resid_pdrop residual_dropout return_dict
     router_aux_loss_coef router_jitter_noise sep_token_id transformers_version use_cache

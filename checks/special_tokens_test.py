@@ -230,7 +230,8 @@ def test_a_special_token_that_the_model_knows_as_a_piece_stays_text(
     tmp_path: Path, kind: str
 ) -> None:
     """It is none in a message, and what the template writes is one."""
-    letters = ["<unk>", *"\u2581abcdefghijklmnopqrstuvwxyz/>", "<", "<s", "<s>", "</", "</s", "</s>"]
+    pieces = "<", "<s", "<s>", "</", "</s", "</s>"
+    letters = ["<unk>", *"\u2581abcdefghijklmnopqrstuvwxyz/>", *pieces]
     vocab = {token: i for i, token in enumerate(letters)}
     if kind == "Unigram":
         model = tokenizers.models.Unigram([(token, -len(token) / 9) for token in letters], 0)

@@ -19,9 +19,7 @@ from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
     standard_input, title_of, with_system,
 )
-from cli.stats import (
-    plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts,
-)
+from cli.stats import plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts
 from formats import save_tokenizer
 from formats.checkpoint import open_checkpoint, resolve
 from generate import (

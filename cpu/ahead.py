@@ -81,7 +81,8 @@ class AheadOfTime:
         self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
     ) -> Tensor:
         modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-        if modes or type(x) is not Tensor or x.shape[0] * x.shape[1] > 1:  # two see operators
+        # modes, and subclasses of Tensor, see each operator
+        if modes or type(x) is not Tensor or x.shape[0] * x.shape[1] > 1:
             return self.otherwise(block, x, positions, cache)
         if block is self.first or self.sign[0] != Transformer.n_texts:
             self.look_if_changed(block)
@@ -97,7 +98,8 @@ class AheadOfTime:
     def look_if_changed(self, first: nn.Module) -> None:
         """Forget what blocks did where a text has begun, a hook come, a method been replaced, or
         somebody looked at a weight."""
-        sign = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)  # of hooks: all
+        # RemovableHandle counts all hooks that there were
+        sign = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)
         replaced = map(ne, starmap(getattr, self.methods), self.methods.values())
         if sign != self.sign or any(replaced):
             self.first, self.sign = first, sign
@@ -360,11 +362,11 @@ def held(holder: type | ModuleType) -> dict[str, Any]:
     packages add some, those that matter."""
     found, of_torch = {}, is_torch(holder)
     for name, value in vars(holder).items():
-        if name == "progress" or of_torch and name not in ("__call__", "_call_impl", "forward"):
-            continue  # cli/ replaces progress
+        is_none = name in ("progress", "__dict__", "__weakref__")  # cli/ replaces the first
+        if is_none or of_torch and name not in ("__call__", "_call_impl", "forward"):
+            continue
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
-        is_method = isinstance(holder, type) and name not in ("__dict__", "__weakref__")
-        is_method = is_method and hasattr(value, "__get__")
+        is_method = isinstance(holder, type) and hasattr(value, "__get__")
         if is_number or is_method or isinstance(behind(value), FunctionType):
             found[name] = value
     return found

@@ -17,7 +17,6 @@ def maybe_positive(hf: dict, key: str) -> float | None:
         return None
     return positive(hf, key, kind=float)
 
-
 # --- which layers have a window, or a rope ---
 
 

@@ -24,9 +24,7 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.integers import (
-    Blocks, Rows, check_shape, fill_layers, mxfp4_blocks, put, read,
-)
+from formats.integers import Blocks, Rows, check_shape, fill_layers, mxfp4_blocks, put, read
 from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config

@@ -128,7 +128,6 @@ def mxfp4_blocks(name: str, packed: Any, exponents: Any, of: range) -> Blocks:
 
     return Blocks(name, "MXFP4", 5, of, range(32 * packed.shape[1]), read)
 
-
 # --- layers ---
 
 

@@ -132,7 +132,6 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
             part = torch.cat([part, part.new_zeros(missing)], dim)
     return part
 
-
 # --- loading a part ---
 
 
