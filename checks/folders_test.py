@@ -1,4 +1,5 @@
 """Folders as people have them: which files count, what names may be, and models in wrappers."""
+import copy
 import hashlib
 import http.server
 import json
@@ -215,7 +216,7 @@ WRAPPED = {  # transformers' class -> settings of its text_config, and of its vi
     "InternVL": (dict(model_type="qwen2"), EYES),
     "SmolVLM": (dict(model_type="llama", pad_token_id=0), EYES),
     "Qwen2VL": (dict(rope_scaling=MROPE), QWEN_EYES),
-    "Qwen3VL": (dict(tie_word_embeddings=True, rope_scaling=MROPE),
+    "Qwen3VL": (dict(tie_word_embeddings=True, rope_scaling=MROPE | dict(type="default")),
                 QWEN_EYES | dict(deepstack_visual_indexes=[0])),
     "Qwen3_5": (DELTA, QWEN_EYES),
     "Qwen3_5Moe": (DELTA | MANY_EXPERTS, QWEN_EYES),
@@ -224,10 +225,10 @@ WRAPPED = {  # transformers' class -> settings of its text_config, and of its vi
 
 def wrapped(name: str, folder: Path) -> transformers.PreTrainedModel:
     """A random checkpoint of a model that takes pictures too."""
-    text, vision = WRAPPED[name]
+    text, vision = copy.deepcopy(WRAPPED[name])  # as transformers writes into its arguments
     name = name.split()[0]
     text = BASE | dict(hidden_size=64, num_attention_heads=4, head_dim=16) | text
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=dict(vision))
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
     torch.manual_seed(0)
     hf = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval().float()
     with torch.no_grad():
