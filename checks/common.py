@@ -1,8 +1,12 @@
 """What several test files use: random checkpoints, vocabularies, running the command line."""
 import copy
+import fcntl
 import json
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -19,6 +23,7 @@ import generate
 from formats.checkpoint import CheckedCheckpoint
 from formats.pretokenizers import PRE_TOKENIZERS
 from model import ModelConfig, Transformer
+from quantize import cache_folder
 
 HERE = Path(__file__).resolve().parent.parent  # where generate.py is
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # a reference; its sources have vocabularies
@@ -546,6 +551,54 @@ def byte_level_tokenizer(
     model = json.loads(backend.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     return backend, tokens, model["merges"]
+
+
+# --- processes ---
+
+PATIENCE_S = 600  # until what is waited for counts as hanging: longer than a busy machine takes
+
+
+def wait_until(reached: Callable[[], object]) -> None:
+    """Look again and again until something is reached. Nothing is waited for by a time: how much
+    another process gets done in one depends on the machine."""
+    end = time.monotonic() + PATIENCE_S
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def state_of(process: int) -> str:
+    """What Linux says a process does: R, run; S, wait. Z: it has ended, also where nobody asks for
+    its exit code."""
+    try:
+        _, _, rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+    return rest.split()[0]
+
+
+def read_to_end(terminal: int) -> str:
+    """What a terminal has shown when no process has it open any more. It is closed."""
+    shown = b""
+    with suppress(OSError):  # the end
+        while new := os.read(terminal, 10_000):
+            shown += new
+    os.close(terminal)
+    return shown.decode()
+
+
+def fetched(name: str, fetch: Callable[[Path], Path]) -> Path:
+    """A folder in the cache folder: if it is not there yet, what fetch(an empty folder) returns. Of
+    processes that ask at once, as those of a run of tests, one fetches it and the others wait."""
+    folder = cache_folder() / name
+    cache_folder().mkdir(0o700, parents=True, exist_ok=True)  # or a library is refused there
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+                os.replace(fetch(Path(tmp)), folder)  # at once, so that no run sees half of it
+    return folder
 
 
 # --- the command line ---

@@ -1,30 +1,43 @@
 """Fixtures that several test files use: a plugin of pytest, see conftest.py."""
 import json
-import os
+import random
 import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 
 import checks  # before Triton is imported: it says whether Triton interprets
 
+import numpy
 import products  # puts what a GPU has into LAYOUTS
 import pytest
 import torch
 import transformers
 from torch._dynamo.utils import counters
 
-from checks.common import CHATML, LLAMA_CPP, byte_level_tokenizer, hf_folder, random_hf
+from checks.common import CHATML, LLAMA_CPP, byte_level_tokenizer, fetched, hf_folder, random_hf
 from formats.default import default_model
 from generate import Tokenizer, load_tokenizer
 from model import Transformer, load_model
-from quantize import LAYOUTS, cache_folder
+from quantize import LAYOUTS
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Every fixture and every test draws the same random numbers, whatever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    pytest_fixture_setup()
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +47,7 @@ def checkpoint(
     """checkpoint(name of checks.common.CHECKPOINTS) -> (folder, transformers model), made once."""
     made = {}
 
+    @torch.random.fork_rng(devices=[])  # a test draws the same whether it was made before or not
     def make(name: str) -> tuple[Path, transformers.PreTrainedModel]:
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
@@ -137,26 +151,21 @@ def gpl(smollm: tuple[Transformer, Tokenizer]) -> list[int]:
 @pytest.fixture(scope="session")
 def llama_cpp_files() -> Path:
     """The folder models/ of llama.cpp: vocabularies, texts with their ids, chat templates."""
-    folder = cache_folder() / "llama.cpp"
-    if not (folder / "models").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",
-               "--timeout", "60", "--no-binary", "llama-cpp-python"]
-        done = subprocess.run([*pip, "--dest", folder, LLAMA_CPP], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"cannot fetch the sources of {LLAMA_CPP}: {done.stderr[-200:]}")
-        [archive] = folder.glob("*.tar.gz")
-        unpack_models(archive, folder)
-    return folder / "models"
+    return fetched("llama.cpp/models", fetch_llama_cpp)
 
 
-def unpack_models(archive: Path, folder: Path) -> None:
+def fetch_llama_cpp(folder: Path) -> Path:
     """The files of vendor/llama.cpp/models in a source distribution -> folder/models."""
-    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=folder) as unpacked:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0",
+           "--timeout", "60", "--no-binary", "llama-cpp-python"]
+    done = subprocess.run([*pip, "--dest", folder, LLAMA_CPP], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot fetch the sources of {LLAMA_CPP}: {done.stderr[-200:]}")
+    [archive] = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
         for member in tar:
             _, _, name = member.name.partition("vendor/llama.cpp/")
             if name.startswith("models/") and member.isfile():
                 member.name = name
-                tar.extract(member, unpacked, filter="data")
-        os.replace(Path(unpacked) / "models", folder / "models")  # at once, or not at all
-    archive.unlink()
+                tar.extract(member, folder, filter="data")
+    return folder / "models"

@@ -67,6 +67,7 @@ def file_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], P
     """file_of(mix, tied) -> a small GGUF file, made once."""
     folder = tmp_path_factory.mktemp("gguf")
 
+    @torch.random.fork_rng(devices=[])  # a test draws the same whether it was made before or not
     def make(mix: str, tied: bool = False) -> Path:
         path = folder / f"{mix}-{tied}.gguf"
         if not path.exists():
@@ -289,7 +290,7 @@ def test_a_hostile_file_is_refused_in_its_own_size(tmp_path: Path, name: str) ->
     """Whatever it claims: without a list of 2^40 numbers in memory, or a minute of reading."""
     path = tmp_path / "x.gguf"
     path.write_bytes(HOSTILE[name])
-    began = time.perf_counter()
+    began = time.thread_time()
     tracemalloc.start()
     with pytest.raises(ValueError) as e:
         load_tokenizer(path)
@@ -297,7 +298,7 @@ def test_a_hostile_file_is_refused_in_its_own_size(tmp_path: Path, name: str) ->
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "\n" not in str(e.value)
-    assert peak < 2**24 and time.perf_counter() - began < 10
+    assert peak < 2**24 and time.thread_time() - began < 10
 
 
 def test_the_hostile_files_are_else_whole(tmp_path: Path) -> None:

