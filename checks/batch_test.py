@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 
 from batching import Engine
 from batching.engine import Launch
-from checks.common import CPU_ENV, HERE, run_cli
+from checks.common import CPU_ENV, HERE, PATIENCE_S, read_to_end, run_cli
 from cli.batch import InOrder, Records, answer_jobs, print_record, work_off
 from cli.program import files_of
 from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
@@ -948,13 +947,13 @@ def command(tiny: Path, *flags: object) -> list[str]:
 
 def test_a_reader_that_leaves_ends_the_run_quietly(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
-    file.write_text("one two\n" * 50)
+    file.write_text("one two\n" * 1000)  # whose answers a pipe does not hold
     run = subprocess.Popen(
         command(tiny, "--prompts", file, "--max_new_tokens", 50), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=CPU_ENV)
     assert run.stdout.readline() == b"[0] one two\n"
     run.stdout.close()
-    assert run.stderr.read() == b"" and run.wait(60) == 141
+    assert run.stderr.read() == b"" and run.wait(PATIENCE_S) == 141
 
 
 def test_progress_is_shown_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
@@ -965,14 +964,9 @@ def test_progress_is_shown_on_a_terminal(tiny: Path, tmp_path: Path) -> None:
     run = subprocess.Popen(
         command(tiny, *flags), stdout=subprocess.PIPE, stderr=side, env=CPU_ENV)
     os.close(side)
-    out = run.communicate(timeout=60)[0]
-    shown = b""
-    with suppress(OSError):  # the end
-        while True:
-            shown += os.read(terminal, 1000)
-    os.close(terminal)
-    assert len(records(out.decode())) == 5
-    assert b" 5/5 [" in shown and b" tokens/s" in shown.split(b" 5/5 [")[1]
+    shown = read_to_end(terminal)
+    assert len(records(run.communicate()[0].decode())) == 5
+    assert " 5/5 [" in shown and " tokens/s" in shown.split(" 5/5 [")[1]
 
 
 def test_killed_runs_lose_and_repeat_nothing(tiny: Path) -> None:
@@ -981,7 +975,7 @@ def test_killed_runs_lose_and_repeat_nothing(tiny: Path) -> None:
     flags = ["--prompts", 50, "--kills", 10, "--checkpoint_path", tiny, "--longest", 60]
     run = subprocess.run(
         [sys.executable, HERE / "checks" / "kill.py", *map(str, flags)], env=CPU_ENV,
-        capture_output=True, text=True, timeout=300)
+        capture_output=True, text=True, timeout=PATIENCE_S)
     assert run.returncode == 0, run.stderr
     last = run.stdout.splitlines()[-1]
     assert last.endswith(" kills: 50 prompts, none lost, none repeated, all the same")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from checks.common import CPU_ENV, HERE
+from checks.common import CPU_ENV, HERE, PATIENCE_S, state_of, wait_until
 from cli.chat import Chat
 from cli.stats import LONG, with_bar
 
@@ -569,7 +569,7 @@ class Screen:
 
     def wait_for(self, text: str) -> str:
         """All that was shown up to this text, since the last time."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE_S
         while text not in self.seen:
             late = time.monotonic() > end
             self.read()
@@ -590,7 +590,7 @@ class Screen:
 
     def close(self) -> tuple[int, str]:
         """Wait for the end -> exit code, and what was shown until then."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE_S
         while self.read():
             assert time.monotonic() < end, f"it does not end: {self.seen!r}"
         _, status = os.waitpid(self.pid, 0)
@@ -626,7 +626,8 @@ def test_a_terminal_has_line_editing_and_a_history(tmp_path: Path) -> None:
         screen.wait_for("> ")
     screen.type("half")
     screen.wait_for("half")
-    time.sleep(0.3)  # Python overhears a signal between an echo and its waiting for the next key
+    # Python overhears a signal between an echo and its waiting for the next key
+    wait_until(lambda: state_of(screen.pid) == "S")
     screen.type("\x03")
     screen.wait_for("got KeyboardInterrupt\r\n")
     screen.wait_for("> ")

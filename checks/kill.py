@@ -101,13 +101,16 @@ def kill_often(
     """Start runs and kill them until one is left to end -> how many were killed.
 
     load_s, work_s: what a run takes to begin and to end. Each is killed at a random moment,
-    sometimes before it has begun, and leaves some of the work to the next."""
+    sometimes before it has begun, and leaves some of the work to the next, on a machine that has
+    become faster meanwhile too."""
     n_kills = 0
     while n_kills < args.kills:
-        left = 1 - n_lines(file) / args.prompts
+        n_done = n_lines(file)
+        share = (args.prompts - n_done) / (args.kills - n_kills + 1)  # of the answers
         process = start(flags)
-        share_s = left * work_s / (args.kills - n_kills + 1)
-        time.sleep(draw.uniform(0, load_s + share_s))
+        moment = time.perf_counter() + draw.uniform(0, load_s + share / args.prompts * work_s)
+        while time.perf_counter() < moment and n_lines(file) < n_done + share:
+            time.sleep(0.001)
         os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if not os.WIFSIGNALED(status):

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checks.common import HERE, SMALL, close, hf_folder, random_hf, run_cli
+from checks.common import HERE, PATIENCE_S, SMALL, close, hf_folder, random_hf, run_cli, state_of
+from checks.common import wait_until
 from checks.parallel_worker import run_cases
 from checks.ranks import ENV, Run, program
 from generate import generate
@@ -212,6 +212,28 @@ def answers(file: Path) -> dict[int, str]:
     return texts
 
 
+# generate.py, which goes no further when its --output has grown by 500 bytes
+HELD = """
+import sys, time
+from pathlib import Path
+import generate
+from batching import Engine
+
+output = Path(sys.argv[sys.argv.index("--output") + 1])
+
+def size():
+    return output.stat().st_size if output.exists() else 0
+
+def held(*given, launch=Engine.launch, most=size() + 500):
+    while size() > most:
+        time.sleep(0.01)
+    return launch(*given)
+
+Engine.launch = held
+generate.main()
+"""
+
+
 def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) -> None:
     """When one of torchrun's processes is killed, it starts all again; killed itself, it leaves
     none behind; and two groups of two ranks go on."""
@@ -225,18 +247,22 @@ def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) 
         "2", "--temperature", "1", "--seed", "7", "--output",
     ]
     together = tmp_path / "together.jsonl"
-    command = torchrun(2, "--max_restarts=1", HERE / "generate.py", *flags, together, "--tp", "1")
-    run = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
-    wait_until(has_bytes(together, 500))
+    held = tmp_path / "held.py"
+    held.write_text(HELD)
+    command = torchrun(2, "--max_restarts=1", held, *flags, together, "--tp", "1")
+    run = subprocess.Popen(
+        command, env=ENV | {"PYTHONPATH": str(HERE)}, stderr=subprocess.DEVNULL
+    )
+    wait_until(has_bytes(together, 501))
     before = children_of(run.pid)
     os.kill(before[-1], signal.SIGKILL)
     wait_until(lambda: len(set(children_of(run.pid)) - set(before)) == 2)
     n = len(answers(together))
-    wait_until(has_bytes(together, 500 + together.stat().st_size))
+    wait_until(has_bytes(together, 501 + together.stat().st_size))
     ranks = children_of(run.pid)
     run.kill()
     run.wait()
-    wait_until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 5)
+    wait_until(lambda: {state_of(rank) for rank in ranks} == {"Z"})
     assert len(ranks) == 2 and 0 < n < len(answers(together)) < 24
 
     expected = tmp_path / "alone.jsonl"
@@ -246,13 +272,6 @@ def test_groups_share_a_file_and_a_restart_goes_on(small: Path, tmp_path: Path) 
         again = Run(tmp_path / name, program, [([*flags, together, "--tp", "2"],)] * 4)
         assert again.wait() == 0, again.said()
         assert answers(together) == answers(expected)
-
-
-def wait_until(reached: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def has_bytes(file: Path, n: int) -> Callable[[], bool]:
@@ -322,7 +341,7 @@ def test_a_lost_rank_ends_the_others(small: Path, tmp_path: Path) -> None:
     wait_until(has_bytes(run.folder / "out", 1))
     first, second = run.ranks
     second.kill()
-    first.join(60)
+    first.join(PATIENCE_S)
     assert first.exitcode == 2
     assert one_sentence(run.said()).startswith("another process has gone: ")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import model as loading
-from checks.common import CONFIG, CPU_ENV, HERE, run_cli
+from checks.common import CONFIG, CPU_ENV, HERE, PATIENCE_S, run_cli
 from generate import Tokenizer, generate
 from model import Transformer
 
@@ -283,5 +283,5 @@ def test_ctrl_c_ends_cleanly(ctrl_c_counts: None) -> None:
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, env=CPU_ENV)
     assert process.stdout.read(20)  # it is writing
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130 and b"Traceback" not in err

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import cli.program
 import generate
-from checks.common import CPU_ENV
+from checks.common import CPU_ENV, PATIENCE_S
 
 ENV = {**CPU_ENV, "OMP_NUM_THREADS": "1"}
 FORKS = multiprocessing.get_context("forkserver")
@@ -49,9 +49,9 @@ class Run:
                 process.start()
                 self.ranks.append(process)
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self) -> int:
         """As torchrun does: end all when one has failed -> that one's exit code, or 0."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE_S
         code = 0
         while any(rank.is_alive() for rank in self.ranks):
             assert time.monotonic() < end, self.said()
