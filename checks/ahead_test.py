@@ -33,6 +33,7 @@ from model import (
 )
 from quantize import cache_folder
 
+pytestmark = pytest.mark.usefixtures("as_imported")  # what a fingerprint is made of
 MakeCheckpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture
 Calls = list[torch.nn.Module]
 

@@ -818,7 +818,7 @@ def test_mistakes_get_one_sentence(
     cli: Callable[..., Outcome], request_file: Path, flags: str, message: str
 ) -> None:
     before = request_file.read_text()
-    code, out, err = cli(*flags.format(p=request_file).split())
+    code, out, err = cli(*(word.format(p=request_file) for word in flags.split()))
     last = err.splitlines()[-1]
     assert code == 2 and out == "" and "Traceback" not in err
     assert last.startswith("generate.py: error: ") and message in last
@@ -847,7 +847,7 @@ def test_a_typo_in_a_path_shows_before_a_model_is_loaded(
         raise AssertionError("loaded")
 
     monkeypatch.setattr("generate.load_model", load)
-    code, _, err = cli(*flags.format(p=request_file).split())
+    code, _, err = cli(*(word.format(p=request_file) for word in flags.split()))
     assert code == 2 and message in err
 
 

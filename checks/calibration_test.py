@@ -351,9 +351,10 @@ def test_mistakes_are_one_line(
     for file in (tmp_path / "q").iterdir():
         shutil.copy(file, tmp_path / "quantized")
     before = sorted(tmp_path.iterdir())
-    words = words.format(text=__file__, folder=tmp_path, short=tmp_path / "short",
-                         quantized=tmp_path / "quantized")
-    code, out, err = run_cli(capfd, "--checkpoint_path", tiny, "--device", "cpu", *words.split())
+    places = dict(text=__file__, folder=tmp_path, short=tmp_path / "short",
+                  quantized=tmp_path / "quantized")
+    words = [word.format(**places) for word in words.split()]
+    code, out, err = run_cli(capfd, "--checkpoint_path", tiny, "--device", "cpu", *words)
     assert code == 2 and out == "" and says in err
     assert err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before

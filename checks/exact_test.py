@@ -101,7 +101,7 @@ def test_the_likeliest_logits_are_those_of_float32(default_model: Transformer, m
     x = default_model.norm(default_model.prefill(tokens, start, hidden=True)).view(n, 1, -1)
     logits, want = head(x), F.linear(x, weight, head.bias)
     assert (logits == logits.amax(-1, keepdim=True)).sum() == n
-    assert torch.equal(logits.topk(10).indices, want.topk(10).indices)
+    close(want.gather(-1, logits.topk(10).indices), want.topk(10).values, 1e-4)
     close(logits.topk(10).values, want.topk(10).values, 1e-4)
     close(logits.logsumexp(-1), want.logsumexp(-1), 0.03)
     close(head(x.view(1, n, -1)), want.view(1, n, -1), 1e-4)

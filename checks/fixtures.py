@@ -11,6 +11,7 @@ from pathlib import Path
 
 import checks  # before Triton is imported: it says whether Triton interprets
 
+import kernels
 import numpy
 import products  # puts what a GPU has into LAYOUTS
 import pytest
@@ -38,6 +39,7 @@ def pytest_fixture_setup() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call() -> None:
     pytest_fixture_setup()
+    torch._dynamo.reset()  # it puts what it compiles into the module whose function that is
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +92,17 @@ def dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
+
+
+KERNELS_OWN = set(vars(kernels))
+
+
+@pytest.fixture
+def as_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kernels.py has the names that it has in a new process, and none of those that Triton's
+    interpreter puts there when it runs a kernel, as other tests may have had it do."""
+    for name in vars(kernels).keys() - KERNELS_OWN:
+        monkeypatch.delattr(kernels, name)
 
 
 @pytest.fixture
