@@ -62,7 +62,7 @@ TMPDIR = threading.RLock()  # of the thread that has set it, for the whole proce
 class AheadOfTime:
     """Runs blocks from their libraries; meant for Transformer.decode_block.
 
-    Libraries are for steps of one token of one row with a plain cache. Everything else goes to
+    Libraries are for steps of one token with a plain cache of one row. Everything else goes to
     `otherwise`: a block without a library, unless `build` says to make it."""
 
     def __init__(self, otherwise: BlockForward, build: bool = False, folder: Path | None = None):
@@ -72,10 +72,10 @@ class AheadOfTime:
         # of the layers whose caches these are, since the text began
         self.snapshots: WeakKeyDictionary[LayerCache, Snapshot] = WeakKeyDictionary()
         self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
-        # what makes a step take the snapshots anew: n_texts, and numbers of hooks and of looks
-        self.events = -1, 0, 0
-        self.methods: dict[type, dict[str, Any]] = {}  # and numbers of classes, as they were
-        self.first: nn.Module | None = None  # the block at which a step asks for all of these
+        self.index: Tensor | None = None  # of the latest step's positions
+        # what that step found: numbers of texts, hooks and looks; methods and numbers of classes
+        self.counts: tuple[int, ...] = ()
+        self.methods: dict[type, dict[str, Any]] = {}
         self.missing = False  # whether a block goes elsewhere because nobody built its library
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # a copy finds its libraries anew
@@ -88,8 +88,9 @@ class AheadOfTime:
         # modes, and subclasses of Tensor, see each operator
         if modes or type(x) is not Tensor or x.shape[0] * x.shape[1] > 1:
             return self.otherwise(block, x, positions, cache)
-        if block is self.first or self.events[0] != Transformer.n_texts:
-            self.forget_if_changed(block)
+        if positions.index is not self.index:  # a step begins
+            self.index = positions.index
+            self.forget_if_changed()
         known = self.snapshots.get(cache)
         if known is None or known.block is not block:
             return self.first_time(block, x, positions, cache)
@@ -99,17 +100,17 @@ class AheadOfTime:
         [y] = known.library.run([known.kv, x, *where, *known.weights])
         return y
 
-    def forget_if_changed(self, first: nn.Module) -> None:
+    def forget_if_changed(self) -> None:
         """Forget all snapshots where a text has begun, a hook come, a method been replaced, or
         somebody looked at a weight."""
         # RemovableHandle counts all hooks that there were
-        events = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)
+        counts = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)
         replaced = any(
             getattr(kind, name, None) != value
             for kind, values in self.methods.items() for name, value in values.items()
         )
-        if events != self.events or replaced:
-            self.first, self.events = first, events
+        if counts != self.counts or replaced:
+            self.counts = counts
             self.snapshots.clear()
             self.methods.clear()
             contents.cache_clear()
@@ -177,8 +178,8 @@ class FunctionOfTensors(nn.Module):
         self.weights = places_of(block)
 
     def examples(self, x: Tensor, kv: Tensor) -> list[Tensor]:
-        """Arguments of a step in the middle of a small cache: a row, as kv [2, 1, Hkv, S, D] is, of
-        one with as many rows as that has."""
+        """Arguments of a step in the middle of a small cache, of a layer such as kv
+        [2, 1, Hkv, S, D]."""
         generator = torch.Generator().manual_seed(0)
 
         def like(tensor: Tensor) -> Tensor:
@@ -186,10 +187,10 @@ class FunctionOfTensors(nn.Module):
                 return torch.full_like(tensor, PLACES // 2)
             return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
 
-        cache = kv.new_empty(2, rows_around(kv), kv.shape[2], PLACES, kv.shape[4])
+        cache = kv.new_empty(2, 1, kv.shape[2], PLACES, kv.shape[4])
         where = [like(value) for value in self.positions if isinstance(value, Tensor)]
         [block] = self.blocks
-        return [like(cache)[:, :1], like(x), *where, *weights_of(block)]
+        return [like(cache), like(x), *where, *weights_of(block)]
 
     def forward(self, kv: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
         given = iter(tensors)
@@ -210,7 +211,7 @@ class FunctionOfTensors(nn.Module):
         kv, *others = examples
         results = []
         for run in (lambda tensors: [self(*tensors)], library.run):
-            own = kv.new_empty_strided(kv.shape, kv.stride()).copy_(kv)  # as clone would not
+            own = kv.clone()
             results.append([*run([own, *others]), own])
         return all((x - y).abs().max() <= 0.02 * x.abs().max() for x, y in zip(*results))
 
@@ -304,23 +305,16 @@ class Snapshot:
 
 
 def of_cache(cache: LayerCache, dtype: torch.dtype) -> str:
-    """NoLibrary: it is no row of a plain KVCache on a CPU, of that dtype."""
-    kv = cache.kv
+    """NoLibrary: it is no layer of a plain KVCache of one row, on a CPU and of that dtype."""
+    kv = cache.kv  # [2, 1, Hkv, S, D], of which S may be any
     plain = LayerCache([kv], Places(kv.shape[3]), flash=True)
     for ours, usual in ((cache, plain), (cache.places, plain.places)):
         if type(ours) is not type(usual) or vars(ours).keys() != vars(usual).keys():
             raise NoLibrary
-    if not cache.flash or not kv.is_cpu or kv.dtype != dtype:
+    suits = cache.flash and type(kv) is Tensor and kv.is_cpu and kv.dtype == dtype
+    if not suits or not kv.is_contiguous():
         raise NoLibrary
-    return f"cache {rows_around(kv)} {kv.shape[2]} {kv.shape[4]}"
-
-
-def rows_around(kv: Tensor) -> int:
-    """How many rows a KVCache has of which kv [2, 1, Hkv, S, D] is one. NoLibrary: it is none."""
-    n_rows, rest = divmod(kv.stride(0), kv[0].numel())
-    if type(kv) is not Tensor or not kv[0].is_contiguous() or n_rows < 1 or rest:
-        raise NoLibrary
-    return n_rows
+    return f"cache {kv.shape[2]} {kv.shape[4]}"
 
 
 def of_tensor(tensor: Tensor) -> str:
