@@ -315,6 +315,24 @@ def test_what_fails_in_one_rank_alone_is_said(small: Path, tmp_path: Path) -> No
     assert "--device abacus" in one_sentence(run.said())
 
 
+@pytest.mark.parametrize("other", [["--max_new_tokens", 5], ["--seed", 3, "--kv_dtype", "int8"]])
+def test_ranks_with_other_arguments_are_refused(
+    other: list[object], small: Path, tmp_path: Path
+) -> None:
+    """They would wait for each other. Where the same files are is no difference."""
+    link = tmp_path / "link"
+    link.symlink_to(small)
+    flags = ["--prompt", "ab", "--seed", 3, "--max_new_tokens", 8]
+    ranks = [([*flags, "--checkpoint_path", path],) for path in (small, link)]
+    run = Run(tmp_path / "same", program, ranks)
+    assert run.wait() == 0, run.said()
+    others = [*flags[:4], *other, *ranks[1][0][6:]]
+    run = Run(tmp_path / "run", program, [ranks[0], (others,)])
+    assert run.wait() == 2
+    message = "process 1 was started with other arguments than the first"
+    assert one_sentence(run.said()) == message
+
+
 def test_a_lost_rank_ends_the_others(small: Path, tmp_path: Path) -> None:
     """Also where no torchrun ends them."""
     flags = ["--checkpoint_path", small, "--num_samples", 1000, "--max_new_tokens", 100]

@@ -14,6 +14,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
 from parallel.ranks import ALONE, Ranks, T
@@ -52,7 +53,7 @@ class Team:
 
     def form_groups(self, tp: int | None, device: str) -> None:
         """Wait for all processes, and make groups of tp ranks, by default one of all. ValueError:
-        there are too few, they do not come, or do not divide into groups."""
+        there are too few, they do not come, do not divide, or have other arguments."""
         tp = tp or self.n
         if self.n == 1 and tp > 1:
             raise ValueError(
@@ -69,6 +70,7 @@ class Team:
             world_size=self.n, timeout=PATIENCE,
         )
         self.everyone = Ranks(self.number, self.n, control=dist.group.WORLD)
+        self.check_arguments()
         # each of tp neighbours
         control, _ = dist.new_subgroups(tp, timeout=PATIENCE, backend="gloo")
         tensors = control
@@ -86,6 +88,17 @@ class Team:
                 )
             time.sleep(0.02)
             there = self.store.add("joined", 0)
+
+    def check_arguments(self) -> None:
+        """ValueError: they are not the same, and processes would wait for each other. Paths are,
+        where each machine has its own."""
+        ours = sys.argv[1:]
+        first = self.broadcast(ours)
+        differ = [a for a, b in zip(ours, first) if a != b and not os.path.exists(a)]
+        is_other = bool(differ) or len(ours) != len(first)
+        other = int(self.everyone.largest(torch.tensor(self.number * is_other)))
+        if other:
+            raise ValueError(f"process {other} was started with other arguments than the first")
 
     @property
     def is_first(self) -> bool:
