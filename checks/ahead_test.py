@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 
 import pytest
 import torch
@@ -271,6 +271,22 @@ def test_fingerprints_tell_blocks_apart(
     assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.parametrize("old, new", [
+    ((3, 4), (4, 3)), (frozenset({1, 2}), frozenset({1, 5})), (b"a", b"b"), (1.5, 2.5),
+])
+def test_fingerprints_tell_constants_of_functions_apart(old: object, new: object) -> None:
+    """In functions inside of them too."""
+    def function(x: int) -> object:
+        def inner(x: int) -> object:
+            return x in {1, 2}, (3, 4), b"a", 1.5
+        return inner
+
+    code = function.__code__
+    [inner] = [each for each in code.co_consts if isinstance(each, CodeType)]
+    other = with_constant(code, inner, with_constant(inner, old, new))
+    assert ahead.of_code(other) != ahead.of_code(code)
+
+
 NAMES = """
 import sys, torch
 from cpu.ahead import Snapshot
@@ -352,7 +368,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """What every block has that may have a library."""
     library = Fake()
     monkeypatch.setattr(
-        AheadOfTime, "library", lambda *given: None if library.closed else library
+        AheadOfTime, "library", lambda *given: None if library.closed else library.run
     )
     return library
 
@@ -397,6 +413,11 @@ class OwnTensor(Tensor):
     pass
 
 
+def with_constant(code: CodeType, old: object, new: object) -> CodeType:
+    assert old in code.co_consts
+    return code.replace(co_consts=tuple(new if x == old else x for x in code.co_consts))
+
+
 Change = Callable[[Transformer, pytest.MonkeyPatch], object]
 CHANGES: dict[str, Change] = {
     "a method of a class": lambda model, patch: patch.setattr(MLP, "forward", halve),
@@ -434,10 +455,7 @@ MORE_CHANGES: dict[str, Change] = {
         kernels.flash_decode_unchecked.__kwdefaults__ | {"softcap": 0.1},
     ),
     "a number in a function": lambda model, patch: patch.setattr(
-        apply_rope, "__code__",
-        apply_rope.__code__.replace(
-            co_consts=tuple(3 if x == 2 else x for x in apply_rope.__code__.co_consts)
-        ),
+        apply_rope, "__code__", with_constant(apply_rope.__code__, 2, 3)
     ),
     "the names that a function reads": lambda model, patch: patch.setattr(
         "model.apply_rope", FunctionType(apply_rope.__code__, {**vars(model_file)})
@@ -713,9 +731,9 @@ def test_a_library_is_compared_with_the_python(
     function = FunctionOfTensors(block, where)
     x = torch.zeros(1, 1, model.config.dim)
     examples = function.examples(x, model.cache.layers(slice(0, 1))[0].kv)
-    assert not function.agrees(fake, examples)
+    assert not function.agrees(fake.run, examples)
     monkeypatch.setattr(fake, "run", lambda tensors: [function(*tensors)])
-    assert function.agrees(fake, examples)
+    assert function.agrees(fake.run, examples)
     ahead.say_once.cache_clear()
     pretend_to_compile(monkeypatch)
     built = AheadOfTime(run_block, build=True, folder=tmp_path)
@@ -739,7 +757,7 @@ def pretend_to_compile(
         lambda program, package_path: work(package_path),
     )
     patch.setattr(torch.export, "export", lambda *args, **options: None)
-    patch.setattr("cpu.ahead.load", lambda path: Fake())
+    patch.setattr("cpu.ahead.load", lambda path: Fake().run)
     patch.setattr(FunctionOfTensors, "agrees", lambda *given: True)
 
 
@@ -891,11 +909,12 @@ def test_what_was_looked_at_is_loaded(
     monkeypatch.setattr("tempfile.tempdir", str(spool))
     loaded = []
 
-    def load(name: str, *options: object) -> None:
+    def load(name: str, *options: object) -> Fake:
         os.replace(tmp_path / "other.pt2", path)
         [folder] = spool.iterdir()
         assert os.environ["TMPDIR"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
         loaded.append(zipfile.ZipFile(name).read("text"))
+        return Fake()
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
     before = os.environ.get("TMPDIR")

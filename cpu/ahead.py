@@ -28,12 +28,12 @@ import threading
 import warnings
 import zipfile
 from _signal import getsignal, signal  # in `signal` they take 9 us each, for names of numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 from signal import SIGALRM, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2
-from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,6 +53,7 @@ from model import (
 )
 from quantize import LAYOUTS, QuantizedLinear, cache_folder, say_once, workspace
 
+Library = Callable[[list[Tensor]], list[Tensor]]  # kv, x, positions and weights -> [y]
 PLACES = 64  # of the cache that a block is exported with; compiled, it takes any
 KEPT = 64  # libraries, of 2 MB each: those that were used last
 SIGNALS = (SIGALRM, SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2)  # which programs have handlers for
@@ -71,11 +72,12 @@ class AheadOfTime:
         self.folder = folder
         # of the layers whose caches these are, since the text began
         self.snapshots: WeakKeyDictionary[LayerCache, Snapshot] = WeakKeyDictionary()
-        self.libraries: dict[str, Any] = {}  # by fingerprint; None: there is none
+        self.libraries: dict[str, Library | None] = {}  # by fingerprint; None: there is none
         self.index: Tensor | None = None  # of the latest step's positions
-        # what that step found: numbers of texts, hooks and looks; methods and numbers of classes
+        # what that step found: how many texts, hooks and looks; and methods and numbers of classes,
+        # by what getattr takes: a class, a name, and None for none
         self.counts: tuple[int, ...] = ()
-        self.methods: dict[type, dict[str, Any]] = {}
+        self.methods: dict[tuple[type, str, None], Any] = {}
         self.missing = False  # whether a block goes elsewhere because nobody built its library
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:  # a copy finds its libraries anew
@@ -97,7 +99,7 @@ class AheadOfTime:
         if known.library is None:
             return self.otherwise(block, x, positions, cache)
         where = [value for value in positions if isinstance(value, Tensor)]
-        [y] = known.library.run([known.kv, x, *where, *known.weights])
+        [y] = known.library([known.kv, x, *where, *known.weights])
         return y
 
     def forget_if_changed(self) -> None:
@@ -105,11 +107,8 @@ class AheadOfTime:
         somebody looked at a weight."""
         # RemovableHandle counts all hooks that there were
         counts = Transformer.n_texts, RemovableHandle.next_id, len(quantize.PLAIN)
-        replaced = any(
-            getattr(kind, name, None) != value
-            for kind, values in self.methods.items() for name, value in values.items()
-        )
-        if counts != self.counts or replaced:
+        now = list(starmap(getattr, self.methods))
+        if counts != self.counts or now != list(self.methods.values()):
             self.counts = counts
             self.snapshots.clear()
             self.methods.clear()
@@ -129,12 +128,12 @@ class AheadOfTime:
             has_state = Snapshot(*given).fingerprint != name
             self.libraries[name] = None if has_state else self.library(name, *given)
         new.library = self.libraries[name]
-        for kind in new.kinds - self.methods.keys():
-            names = chain(*map(held, kind.__mro__[:-1]))
-            self.methods[kind] = {name: getattr(kind, name) for name in names}
+        for kind in new.kinds - {kind for kind, *_ in self.methods}:
+            for key in chain(*map(held, kind.__mro__[:-1])):
+                self.methods[kind, key, None] = getattr(kind, key)
         return self(*given) if y is None else y
 
-    def library(self, name: str, *given: Any) -> Any | None:
+    def library(self, name: str, *given: Any) -> Library | None:
         """The library of that name for a block as __call__ is given it, None if there is none or
         it cannot be made."""
         try:
@@ -149,17 +148,17 @@ class AheadOfTime:
         return None
 
 
-def undisturbed(run: Any, tensors: list[Tensor]) -> list[Tensor]:
+def undisturbed(library: Library, tensors: list[Tensor]) -> list[Tensor]:
     """Run a library. An exception that a signal raises in an operator of it that is Python, as
     oneDNN's product is, would abort the process, so Python's handlers are called after it."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets any
-        return run(tensors)
+        return library(tensors)
     waiting: list[tuple[Any, ...]] = []
     handlers = {number: getsignal(number) for number in SIGNALS if callable(getsignal(number))}
     for number in handlers:
         signal(number, lambda *received: waiting.append(received))
     try:
-        return run(tensors)
+        return library(tensors)
     finally:
         for number, handler in handlers.items():
             signal(number, handler)
@@ -175,7 +174,7 @@ class FunctionOfTensors(nn.Module):
         super().__init__()
         self.blocks = [block]  # hidden from nn.Module: its weights are to be arguments
         self.positions = positions
-        self.weights = places_of(block)
+        self.places = list(places_of(block))  # of its weights
 
     def examples(self, x: Tensor, kv: Tensor) -> list[Tensor]:
         """Arguments of a step in the middle of a small cache, of a layer such as kv
@@ -199,18 +198,18 @@ class FunctionOfTensors(nn.Module):
         [block] = self.blocks
         own = weights_of(block)
         try:
-            for (holder, key), tensor in zip(self.weights, given, strict=True):
+            for (holder, key), tensor in zip(self.places, given, strict=True):
                 holder[key] = tensor
             return block(x, Positions(*where), cache)
         finally:
-            for (holder, key), tensor in zip(self.weights, own):
+            for (holder, key), tensor in zip(self.places, own):
                 holder[key] = tensor
 
-    def agrees(self, library: Any, examples: list[Tensor]) -> bool:
+    def agrees(self, library: Library, examples: list[Tensor]) -> bool:
         """Whether a library gives what the block does in Python, up to rounding."""
         kv, *others = examples
         results = []
-        for run in (lambda tensors: [self(*tensors)], library.run):
+        for run in (lambda tensors: [self(*tensors)], library):
             own = kv.clone()
             results.append([*run([own, *others]), own])
         return all((x - y).abs().max() <= 0.02 * x.abs().max() for x, y in zip(*results))
@@ -218,17 +217,15 @@ class FunctionOfTensors(nn.Module):
 # --- what a block is ---
 
 
-def places_of(block: nn.Module) -> list[tuple[dict[str, Tensor], str]]:
+def places_of(block: nn.Module) -> Iterator[tuple[dict[str, Tensor], str]]:
     """Where the tensors are that the operators of a block read: a dictionary and a key."""
-    places = []
     for module in block.modules():
         order = vars(module).get("order")
         in_order = {} if order is None else order.tensors
         for holder in (module._parameters, module._buffers, in_order):
             for key, x in holder.items():
                 if x is not None and type(x) is not products.Packed:
-                    places.append((holder, key))
-    return places
+                    yield holder, key
 
 
 def weights_of(block: nn.Module) -> list[Tensor]:
@@ -249,7 +246,7 @@ class Snapshot:
     That is None if it cannot be all: of what no file has, of hooks, of experts, which Python
     chooses, and of options of attention, which are operators in Python."""
 
-    library: Any | None = None
+    library: Library | None = None
 
     def __init__(self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache):
         self.block, self.kv, self.weights = block, cache.kv, weights_of(block)
@@ -268,7 +265,7 @@ class Snapshot:
             lines.append(f"{name} {of_tensor(value) if torch.is_tensor(value) else value}")
         for name, module in self.block.named_modules():
             lines += self.of_part(name, module)
-        holders = {*self.modules, *chain(*(kind.__mro__[:-1] for kind in self.kinds))}
+        holders = self.modules.union(*(kind.__mro__[:-1] for kind in self.kinds))
         text = [surroundings(), *sorted(lines), *sorted(map(contents, holders))]
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:32]
 
@@ -346,22 +343,29 @@ def contents(holder: type | ModuleType) -> str:
             lines.append(f"{name} = {value!r}")
             continue
         module = home(function)
-        lines += [f"{name} {type(value)} {written(function)}", hash_of(module.__file__)]
+        defaults = of_constant((function.__defaults__, *(function.__kwdefaults__ or {}).items()))
+        lines.append(f"{name} {type(value)} {hash_of(module.__file__)}")
+        lines.append(f"{of_code(function.__code__)} {defaults}")
         if module is not own and (isinstance(holder, type) or name != function.__name__):
             raise NoLibrary  # in the place of another
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def written(function: FunctionType) -> str:
-    """Where in its file a function is, what it does, and with which defaults."""
-    code = function.__code__
-    by_name = function.__kwdefaults__ or {}
-    values = *(function.__defaults__ or ()), *by_name.values(), *code.co_consts
-    plain = [
-        repr(each) if isinstance(each, SETTINGS) else getattr(each, "__qualname__", type(each))
-        for each in values
-    ]
-    return f"{code.co_firstlineno} {code.co_code!r} {code.co_names} {[*by_name]} {plain}"
+@lru_cache(maxsize=None)
+def of_code(code: CodeType) -> str:
+    """Where in its file a function is, and what it does. Code never changes: another is put."""
+    return f"{code.co_firstlineno} {code.co_code!r} {code.co_names} {of_constant(code.co_consts)}"
+
+
+def of_constant(value: Any) -> str:
+    """A constant of a function's code, or a default of its arguments."""
+    if isinstance(value, CodeType):
+        return of_code(value)
+    if isinstance(value, (tuple, frozenset)):
+        parts = [of_constant(each) for each in value]
+        return str(parts if isinstance(value, tuple) else sorted(parts))
+    plain = isinstance(value, (*SETTINGS, bytes))
+    return repr(value) if plain else str(getattr(value, "__qualname__", type(value)))
 
 
 def held(holder: type | ModuleType) -> dict[str, Any]:
@@ -415,8 +419,8 @@ def surroundings() -> str:
         torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
     )
-    of_torch = [torch.__version__, torch.__config__.show(), str(switches)]
-    return "\n".join([*core, *ours, *of_torch, processor()])
+    versions = torch.__version__, torch.__config__.show()
+    return "\n".join([*core, *ours, *versions, str(switches), processor()])
 
 
 @lru_cache
@@ -440,9 +444,9 @@ def processor() -> str:
 
 def compile_to(
     path: Path, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache
-) -> Any:
-    """Make a block's library, for a cache with room for any number of tokens, and keep it there ->
-    what load gives. ValueError: it gives something else than the Python, and is not kept."""
+) -> Library:
+    """Make a block's library, for a cache with room for any number of tokens, and keep it there.
+    ValueError: it gives something else than the Python, and is not kept."""
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir  # takes seconds
 
     say_once("compiling a block for this CPU, which takes some 15 seconds and is kept")
@@ -476,9 +480,9 @@ def compile_to(
     return library
 
 
-def load(path: Path) -> Any:
-    """Something with run(list of tensors) -> list of tensors. ValueError: the file is damaged, and
-    gone now, or others may have written it. RuntimeError: it cannot be loaded here.
+def load(path: Path) -> Library:
+    """A library out of a file. ValueError: that is damaged, and gone now, or others may have
+    written it. RuntimeError: it cannot be loaded here.
     (torch._inductor.aoti_load_package makes the same, and imports Inductor for it.)"""
     unpacked = Path(tempfile.gettempdir()).resolve()
     refuse_others(unpacked, unpacked)
@@ -498,11 +502,10 @@ def load(path: Path) -> Any:
             os.utime(path)  # the last that is thrown away
         with scratch(unpacked, "loading"):
             name = f"/dev/fd/{file.fileno()}"
-            library = torch._C._aoti.AOTIModelPackageLoader(name, "model", True, 1, -1)
+            library = torch._C._aoti.AOTIModelPackageLoader(name, "model", True, 1, -1).run
     # which lists operators that may be Python
-    if any(name.endswith(".wrapper.json") for name in archive.namelist()):
-        return SimpleNamespace(run=partial(undisturbed, library.run))
-    return library
+    has_operators = any(name.endswith(".wrapper.json") for name in archive.namelist())
+    return partial(undisturbed, library) if has_operators else library
 
 
 @contextlib.contextmanager
