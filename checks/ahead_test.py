@@ -298,15 +298,19 @@ print(Snapshot(model.layers[0], torch.zeros(1, 1, model.config.dim), where, cach
 """
 
 
+def copy_sources(folder: Path) -> None:
+    for pattern in ("*.py", "cpu/*.py", "families/*.py", "formats/*.py"):
+        for source in HERE.glob(pattern):
+            (folder / source.parent.relative_to(HERE)).mkdir(exist_ok=True)
+            (folder / source.relative_to(HERE)).write_bytes(source.read_bytes())
+
+
 @pytest.mark.parametrize("file", ["kernels.py", "cpu/products.py"])
 def test_an_edited_source_has_another_fingerprint(
     checkpoint: MakeCheckpoint, tmp_path: Path, file: str
 ) -> None:
     """So that a library which was kept is not used; one that is edited back is again."""
-    for pattern in ("*.py", "cpu/*.py", "families/*.py", "formats/*.py"):
-        for source in HERE.glob(pattern):
-            (tmp_path / source.parent.relative_to(HERE)).mkdir(exist_ok=True)
-            (tmp_path / source.relative_to(HERE)).write_bytes(source.read_bytes())
+    copy_sources(tmp_path)
     edited = tmp_path / file
     text = edited.read_text()
     found = []
@@ -317,6 +321,17 @@ def test_an_edited_source_has_another_fingerprint(
         assert done.returncode == 0, done.stderr
         found.append(done.stdout)
     assert found[0] == found[2] != found[1]
+
+
+def test_a_source_that_is_edited_before_a_model_is_loaded_has_no_fingerprint(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """As between two cells of a notebook: what runs is not what a later run will find there."""
+    copy_sources(tmp_path)
+    program = "import os, model\nos.utime(model.__file__)\n" + NAMES
+    command = [sys.executable, "-c", program, checkpoint("llama")[0]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
 
 
 class OtherMLP(MLP):
@@ -630,7 +645,7 @@ def test_python_runs_what_was_edited_since_it_was_imported(
 ) -> None:
     """A library of old lines would be kept as one of new ones, or taken for what was reloaded. A
     file's own time may be that of what was copied over it."""
-    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_ctime - 1)
+    monkeypatch.setattr("cpu.ahead.BEGAN", Path(kernels.__file__).stat().st_ctime - 1)
     decoded(with_fake(checkpoint), 3)
     assert fake.n == 0
 

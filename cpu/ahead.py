@@ -47,7 +47,7 @@ from torch.utils.hooks import RemovableHandle
 import kernels
 import model
 import quantize
-from cpu import IMPORTED, products
+from cpu import BEGAN, products
 from model import (
     Attention, BlockForward, LayerCache, Places, Positions, Transformer, first_line, run_block,
 )
@@ -330,7 +330,7 @@ def contents(holder: type | ModuleType) -> str:
     if own.__name__ == "__main__" or getattr(own, "__file__", None) is None:
         raise NoLibrary  # a script's names change all the time
     found = os.stat(own.__file__)
-    if max(found.st_mtime, found.st_ctime) > IMPORTED:  # the first may be a copied file's
+    if max(found.st_mtime, found.st_ctime) > BEGAN:  # the first may be a copied file's
         raise NoLibrary  # it may run as it was, or be reloaded
     lines = [f"{own.__name__} {holder.__name__} {hash_of(own.__file__)}"]
     if own is not holder and not is_torch(own):
