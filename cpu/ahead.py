@@ -251,7 +251,7 @@ class Snapshot:
     def __init__(self, block: nn.Module, x: Tensor, positions: Positions, cache: LayerCache):
         self.block, self.kv, self.weights = block, cache.kv, weights_of(block)
         self.kinds: set[type] = {LayerCache, Places}  # classes and modules whose code it runs
-        self.modules: set[ModuleType] = set()
+        self.modules: set[ModuleType] = {kernels}
         self.fingerprint: str | None = None
         with contextlib.suppress(NoLibrary):
             self.fingerprint = self.taken(x, positions, cache)
@@ -409,9 +409,8 @@ def is_torch(thing: Any) -> bool:
 
 @lru_cache
 def surroundings() -> str:
-    """What all blocks are in when a text begins: the core, PyTorch, what its operators heed, and a
-    library perhaps not, and the machine."""
-    core = map(contents, (model, kernels, quantize, products))
+    """What all blocks are in when a text begins: what makes libraries, PyTorch, what its operators
+    heed, and a library perhaps not, and the machine."""
     ours = map(hash_of, (__file__, str(Path(model.__file__).with_name("generate.py"))))
     switches = (
         torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
@@ -420,7 +419,7 @@ def surroundings() -> str:
         torch.get_autocast_dtype("cpu"),
     )
     versions = torch.__version__, torch.__config__.show()
-    return "\n".join([*core, *ours, *versions, str(switches), processor()])
+    return "\n".join([*ours, *versions, str(switches), processor()])
 
 
 @lru_cache

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TextIO
 
 import torch
@@ -94,9 +95,9 @@ class Team:
         where each machine has its own."""
         ours = sys.argv[1:]
         first = self.broadcast(ours)
-        differ = [a for a, b in zip(ours, first) if a != b and not os.path.exists(a)]
-        is_other = bool(differ) or len(ours) != len(first)
-        other = int(self.everyone.largest(torch.tensor(self.number * is_other)))
+        pairs = zip_longest(ours, first, fillvalue="")
+        differs = any(a != b and not os.path.exists(a) for a, b in pairs)
+        other = int(self.everyone.largest(torch.tensor(self.number * differs)))
         if other:
             raise ValueError(f"process {other} was started with other arguments than the first")
 
