@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checks.adapters_test import write_adapter
 from checks.common import HERE, SMALL, close, hf_folder, random_hf, run_cli
 from checks.parallel_worker import run_cases
 from checks.ranks import ENV, Run, program
@@ -156,6 +157,21 @@ def part_of(folder: Path, rank: int, name: str, shape: tuple[int, ...]) -> Tenso
     model = checkpoint.empty_model()
     take_part(checkpoint, model, Ranks(rank, 2))
     return checkpoint.parameter(model, name, torch.empty(shape, device="meta"))
+
+
+def test_a_rank_has_its_part_of_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, module = hf_folder(tmp_path / "model", **THREE), "model.layers.0.mlp.up_proj"
+    write_adapter(tmp_path / "adapter", open_checkpoint(folder).tensors, {module: 4})
+    monkeypatch.setattr("parallel.ranks.join", lambda model, ranks: model)  # needs processes
+    options = dict(dtype=torch.float32, adapter=tmp_path / "adapter")
+    whole = load_model(folder, **options).layers[0].mlp.gate_up_proj.weight
+    assert not torch.equal(whole, load_model(folder).layers[0].mlp.gate_up_proj.weight.float())
+    gate, up = whole.chunk(2)
+    for rank, parts in enumerate(zip(gate.chunk(2), up.chunk(2))):
+        part = load_part(folder, Ranks(rank, 2), **options)
+        assert torch.equal(part.layers[0].mlp.gate_up_proj.weight, torch.cat(parts))
 
 
 def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding(
