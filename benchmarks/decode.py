@@ -29,7 +29,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,19 +95,18 @@ def measure(
     shape = (case.batch, case.context)
     tokens = torch.randint(3, vocab_size, shape, device=args.device)  # (B, T)
     rows = {c.name: {"contestant": c.name, **case._asdict()} for c in contestants}
-    for c in contestants:
+
+    def set_up(c: Contestant) -> None:
         rows[c.name]["compile_s"] = c.setup(case.batch, case.capacity)
         say(f"  {c.name} is ready, after {rows[c.name]['compile_s']:.1f} s of compiling")
 
-    # read the prompt; the last time counts
-    for _ in range(args.prefills):
-        for c in contestants:
-            rows[c.name]["first_token_s"] = timed(partial(c.prefill, tokens))
-            say(f"  {c.name} has read the prompts in {rows[c.name]['first_token_s']:.2f} s")
+    def read(c: Contestant) -> None:
+        rows[c.name]["first_token_s"] = timed(partial(c.prefill, tokens))
+        say(f"  {c.name} has read the prompts in {rows[c.name]['first_token_s']:.2f} s")
 
-    # decode; a first round warms up
-    for c in contestants:
-        time_steps(c, args.steps)
+    # the last time that the prompt is read counts; a first round of steps warms up
+    for work in [set_up, *[read] * args.prefills, lambda c: time_steps(c, args.steps)]:
+        contestants = those_that_can(work, contestants)
     steps = {c.name: [] for c in contestants}
     for _ in range(args.rounds):
         for c in contestants:
@@ -120,7 +119,22 @@ def measure(
         if nbytes is not None:
             row["bytes_read"] = nbytes
         tell(row)
-    return list(rows.values())
+    return [rows[c.name] for c in contestants]
+
+
+def those_that_can(work: Callable[[Contestant], Any], all_: list[Contestant]) -> list[Contestant]:
+    """Let all of them work -> those that did not fail. The last one's fault is raised, and so is
+    one of the device, behind which it can do nothing more."""
+    able = []
+    for i, contestant in enumerate(all_):
+        try:
+            work(contestant)
+            able.append(contestant)
+        except Exception as e:
+            if isinstance(e, torch.AcceleratorError) or not able and i == len(all_) - 1:
+                raise
+            say(f"  {contestant.name} is left out: {first_line(e)}")
+    return able
 
 
 def time_steps(contestant: Contestant, n: int) -> list[float]:

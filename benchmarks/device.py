@@ -277,12 +277,29 @@ def tests(job: Job, file: str, small: str) -> None:
 # --- how fast it is ---
 
 
+def attempt(job: Job, case: str, seconds: float, work: Callable[[], Any]) -> None:
+    """One of several cases, if there is time for it. Where it fails the others are tried all the
+    same, but not behind a fault of the device."""
+    if not job.has(seconds):
+        return job.emit(left_out=f"{case}: no time left")
+    try:
+        work()
+    except Exception as e:
+        traceback.print_exc()
+        job.emit(left_out=f"{case}: {first_line(e)}")
+        if isinstance(e, torch.AcceleratorError):
+            raise
+    free_memory()
+
+
 def ours(job: Job, variant: str) -> Any:
-    """A model of that variant as decode.py measures it."""
+    """A model of that variant as decode.py measures it. Its name says so where the kernel is not
+    used, as it failed or did not end in smoke."""
     import decode
     made = decode.Ours(job.shape, variant, "cuda" if CUDA else "cpu", compiled=CUDA)
     if not job.flash_works:
         made.variant = made.variant._replace(attention="math")
+        made.name += ", math attention"
     return made
 
 
@@ -303,39 +320,35 @@ def decode_steps(job: Job) -> None:
     """Of each kind of weights, at several contexts in one capacity. Single rows of all kinds come
     first: compiling one may take half a minute."""
     for batch, variant in itertools.product(BATCHES, VARIANTS):
-        try:
-            steps_of(job, batch, variant)
-        except (ValueError, torch.OutOfMemoryError) as e:  # there may be room for another
-            job.emit(left_out=f"{variant}, batch {batch}: {first_line(e)}")
-        free_memory()
+        attempt(job, f"{variant}, batch {batch}", 8, partial(steps_of, job, batch, variant))
 
 
 def steps_of(job: Job, batch: int, variant: str) -> None:
-    if not job.has(8):
-        return job.emit(left_out=f"{variant}, batch {batch}: no time left")
     model = ours(job, variant)
     for context in CONTEXTS:
-        if job.has(8):
-            measure(job, [model], batch, context)
-        else:
-            job.emit(left_out=f"{variant}, batch {batch}, context {context}: no time left")
+        case = f"{variant}, batch {batch}, context {context}"
+        attempt(job, case, 8, partial(measure, job, [model], batch, context))
 
 
 def profile(job: Job) -> None:
     """The kernels with most time of a step behind the first context."""
+    for variant in ("bf16", "int4"):
+        attempt(job, variant, 8, partial(kernels_of, job, variant))
+
+
+def kernels_of(job: Job, variant: str) -> None:
     import decode
     from cli.stats import PROFILED, say_kernels
-    for variant in ("bf16", "int4"):
-        model = ours(job, variant)
-        model.setup(1, CAPACITY)
-        model.context = CONTEXTS[0]
-        model.step()
-        with torch.profiler.profile() as trace:
-            seconds = decode.timed(partial(decode.repeat, model.step, PROFILED))
-        n_layer, device = len(model.model.layers), model.model.device
-        step_us = 1e6 * seconds / PROFILED
-        for us, calls, name in say_kernels(trace, step_us, n_layer, device)[:12]:
-            job.emit(variant=variant, step_us=step_us, us=us, calls=calls, kernel=name[:100])
+    model = ours(job, variant)
+    model.setup(1, CAPACITY)
+    model.context = CONTEXTS[0]
+    model.step()
+    with torch.profiler.profile() as trace:
+        seconds = decode.timed(partial(decode.repeat, model.step, PROFILED))
+    n_layer, device = len(model.model.layers), model.model.device
+    step_us = 1e6 * seconds / PROFILED
+    for us, calls, name in say_kernels(trace, step_us, n_layer, device)[:12]:
+        job.emit(variant=variant, step_us=step_us, us=us, calls=calls, kernel=name[:100])
 
 
 def attention_cases(module: Any) -> Iterator[Any]:
@@ -360,39 +373,47 @@ def attention(job: Job) -> None:
     fixed = {name: kernel for name, kernel in kernels.items() if name != "FlexAttention"}
     if not job.flash_works:
         return job.emit(left_out="flash_decode failed")
+    def compare(case: Any) -> None:
+        some = fixed if case.group == "flash-attention" else kernels  # others compile for each
+        for row in module.measure(case, some, job.bandwidth, 20 if CUDA else 1):
+            job.emit(**row)
+
     for case in attention_cases(module):
-        if job.has(3):
-            some = fixed if case.group == "flash-attention" else kernels  # others compile for each
-            for row in module.measure(case, some, job.bandwidth, 20 if CUDA else 1):
-                job.emit(**row)
+        name = f"{case.group}, batch {len(case.lens)}, length {max(case.lens)}"
+        attempt(job, name, 3, partial(compare, case))
 
 
 def prefill(job: Job) -> None:
     """Seconds of a prompt's first pass and of one more."""
-    import decode
     for variant in VARIANTS:
-        model = ours(job, variant)
-        model.model.setup_caches(1, max(PROMPTS))
-        for n in PROMPTS if variant == "bf16" else PROMPTS[2:3]:
-            tokens = torch.ones(1, n, dtype=torch.int64, device=model.model.device)
-            first, again = (decode.timed(partial(model.prefill, tokens)) for _ in range(2))
-            job.emit(variant=variant, tokens=n, first_ms=1e3 * first, ms=1e3 * again)
-        del model
-        free_memory()
+        attempt(job, variant, 3, partial(prompts_of, job, variant))
+
+
+def prompts_of(job: Job, variant: str) -> None:
+    import decode
+    model = ours(job, variant)
+    model.model.setup_caches(1, max(PROMPTS))
+    for n in PROMPTS if variant == "bf16" else PROMPTS[2:3]:
+        tokens = torch.ones(1, n, dtype=torch.int64, device=model.model.device)
+        first, again = (decode.timed(partial(model.prefill, tokens)) for _ in range(2))
+        job.emit(variant=variant, tokens=n, first_ms=1e3 * first, ms=1e3 * again)
 
 
 def rooms(job: Job) -> None:
     """Steps by either attention in little room, where auto takes math; each is compiled for."""
     import decode
     model = ours(job, "bf16")
-    for room in ROOMS:
-        for how in ("flash", "math") if job.flash_works else ("math",):
-            if job.has(12):
-                model.variant = model.variant._replace(attention=how)
-                compile_s = model.setup(1, room)
-                model.context = room - 1
-                ms = decode.summarize(decode.time_steps(model, 20), 1)["ms"]
-                job.emit(room=room, attention=how, ms=ms, compile_s=compile_s)
+
+    def step_in(room: int, how: str) -> None:
+        model.variant = model.variant._replace(attention=how)
+        compile_s = model.setup(1, room)
+        model.context = room - 1
+        ms = decode.summarize(decode.time_steps(model, 20), 1)["ms"]
+        job.emit(room=room, attention=how, ms=ms, compile_s=compile_s)
+
+    ways = ("flash", "math") if job.flash_works else ("math",)
+    for room, how in itertools.product(ROOMS, ways):
+        attempt(job, f"{how} in {room}", 12, partial(step_in, room, how))
 
 
 def free_memory() -> None:
@@ -418,7 +439,7 @@ def peer(job: Job, name: str) -> None:
     except ImportError as e:
         return job.emit(left_out=str(e))
     for context in CONTEXTS[:2]:
-        measure(job, [made], 1, context)
+        attempt(job, f"context {context}", 3, partial(measure, job, [made], 1, context))
 
 
 def pictures(job: Job) -> None:
@@ -497,6 +518,8 @@ def run_part(part: Part, job: Job) -> None:
 
 def run(args: argparse.Namespace, shape: Path) -> None:
     import render
+    if not CUDA:
+        say("device.py: PyTorch sees no GPU: the same parts in small, on the CPU")
     began = time.monotonic()
     job = Job("", args.out, args.shape or shape, args.gpt_fast, args.only, began + args.seconds)
     if args.only:  # here: under compute-sanitizer
@@ -531,8 +554,9 @@ def main() -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "results.jsonl").open("x").close()
-    except OSError as e:  # it may have results of another run
-        p.error(f"cannot make --out {args.out}/results.jsonl: {e.strerror}")
+    except OSError as e:
+        other = "; results of each run take a folder of their own" * isinstance(e, FileExistsError)
+        p.error(f"cannot make --out {args.out}/results.jsonl: {e.strerror}{other}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the part too
     with tempfile.TemporaryDirectory() as folder:
         shape = SHAPE

@@ -178,7 +178,7 @@ def device_section(lines: list[Line]) -> str:
 
 
 def checks_table(lines: list[Line]) -> str:
-    """How each part ended, how many of its checks passed, and what failed."""
+    """How each part ended, how many of its checks passed, what failed, and what was left out."""
     rows = [["part", "passed", "failed", "seconds", "ended"]]
     failed = []
     for line in lines:
@@ -188,6 +188,8 @@ def checks_table(lines: list[Line]) -> str:
             counts = [str(right[True] or ""), str(right[False] or "")]
             rows.append([line["part"], *counts, f"{line['seconds']:.0f}", line["ended"]])
             failed += [f"- {x['name']}: {x.get('why', '')}" for x in checks if not x["ok"]]
+        if "left_out" in line:
+            failed.append(f"- {line['part']}, left out: {line['left_out']}")
     texts = [text.replace("\n", " ") for text in failed]
     return in_columns(rows) + "\n".join(["", *texts, ""] if texts else [])
 
@@ -321,7 +323,8 @@ def main() -> None:
     if args.device is not None:
         try:
             lines = args.device.read_text().splitlines()
-            run_of([json.loads(text) for text in lines])
+            if "triton" not in run_of([json.loads(text) for text in lines]):
+                raise ValueError("it ran on a CPU")
         except (OSError, ValueError, KeyError, TypeError) as e:
             p.error(f"--device {args.device} has no results of benchmarks/device.py: {e!r:.100}")
         DEVICE.write_text("\n".join(lines) + "\n")

@@ -7,13 +7,13 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import weakref
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partialmethod
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ import kernels
 import model as model_file
 from checks.common import HERE, PATIENCE_S, close, run_cli
 from cpu import ahead
-from cpu.ahead import AheadOfTime, FunctionOfTensors, NoLibrary, Step
+from cpu.ahead import AheadOfTime, FunctionOfTensors, Snapshot
 from generate import compile_model
 from model import (
     MLP, LayerCache, Places, Positions, Transformer, apply_rope, load_model, run_block,
@@ -62,10 +62,7 @@ def names(model: Transformer) -> list[str | None]:
     where = model.positions(positions(3), 1, model.cache)
     x = torch.zeros(1, 1, model.config.dim, dtype=model.dtype)
     for block, position, cache in zip(model.layers, where, layers):
-        name = None
-        with suppress(NoLibrary):
-            name = Step(block, x, position, cache).name
-        found.append(name)
+        found.append(Snapshot(block, x, position, cache).fingerprint)
     return found
 
 
@@ -113,29 +110,27 @@ BUILT = [("granite-seven", torch.float32, "int4"), ("qwen3", torch.bfloat16, Non
 
 
 @pytest.mark.parametrize("name, dtype, mode", BUILT)
-@pytest.mark.parametrize("rows, room", [(1, 24), (1, 200), (3, 24)])
+@pytest.mark.parametrize("room", [24, 200])
 def test_libraries_give_what_blocks_give(
-    built: Callable, name: str, dtype: torch.dtype, mode: str | None, rows: int, room: int
+    built: Callable, name: str, dtype: torch.dtype, mode: str | None, room: int
 ) -> None:
-    """One for all layers, at every position up to the last, in a cache with any room. What other
-    rows have stays."""
+    """One for all layers, at every position up to the last, in a cache with any room."""
     model, folder = built(name, dtype, mode)
-    cache = model.setup_caches(rows, room)
+    cache = model.setup_caches(1, room)
     model.decode_block = run_block
     expected = decoded(model, 24)
     kept = [layer.kv.clone() for layer in cache.whole]
     for layer in cache.whole:
         layer.kv.fill_(7)
-    ahead_of_time = AheadOfTime(run_block if rows > 1 else refuse, rows > 1, folder)
+    ahead_of_time = AheadOfTime(refuse, folder=folder)
     model.decode_block = ahead_of_time
     for got, want in zip(decoded(model, 24), expected, strict=True):
         close(got, want, 2e-4 if dtype == torch.float32 else 3e-2)
     [library] = ahead_of_time.libraries.values()
     assert library is not None
     for layer, kv in zip(cache.whole, kept, strict=True):
-        own = layer.kv[:, :1, :, :24].float()
-        close(own, kv[:, :1, :, :24].float(), 2e-4 if dtype == torch.float32 else 3e-2)
-        assert (layer.kv[:, 1:] == 7).all()
+        own = layer.kv[..., :24, :].float()
+        close(own, kv[..., :24, :].float(), 2e-4 if dtype == torch.float32 else 3e-2)
         assert (layer.kv[..., 24:, :] == 7).all()
 
 
@@ -223,7 +218,7 @@ def test_a_run_takes_what_an_earlier_one_compiled(
 
 
 def test_one_fingerprint_for_layers_that_do_the_same(checkpoint: MakeCheckpoint) -> None:
-    """Wherever a row stands and however much room there is; a layer without rope has another."""
+    """However much room there is; a layer without rope has another."""
     folder, _ = checkpoint("smollm3-seven")
     model = load_model(folder, dtype=torch.float32)
     model.setup_caches(1, 32)
@@ -246,8 +241,8 @@ def test_one_fingerprint_for_layers_that_were_quantized(checkpoint: MakeCheckpoi
 def test_fingerprints_tell_blocks_apart(
     checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By shapes, formats, numbers, what a fork writes, rows of the cache, threads and machine, in
-    settings that are not nn.Module's own too."""
+    """By shapes, formats, numbers, what a fork writes, threads and machine, in settings that are
+    not nn.Module's own too."""
     folder, _ = checkpoint("llama")
 
     def made(**options: object) -> Transformer:
@@ -259,9 +254,6 @@ def test_fingerprints_tell_blocks_apart(
     seen = [names(model)[0]]
     for changed in (made(dtype=torch.bfloat16), made(quantize="int8"), made(quantize="int4")):
         seen.append(names(changed)[0])
-    model.setup_caches(3, 32)
-    seen.append(names(model)[0])
-    model.setup_caches(1, 32)
     model.layers[0].input_layernorm.eps *= 2
     seen.append(names(model)[0])
     model.layers[0].mlp.act = torch.nn.functional.relu
@@ -270,7 +262,7 @@ def test_fingerprints_tell_blocks_apart(
     seen.append(names(model)[0])
     monkeypatch.setattr("checks.ahead_test.FACTOR", 3)
     seen.append(names(model)[0])
-    monkeypatch.setattr("cpu.ahead.read", lambda file: "other lines")
+    monkeypatch.setattr("cpu.ahead.hash_of", lambda file: "other lines")
     seen.append(names(model)[0])
     monkeypatch.setattr("cpu.ahead.processor", lambda: "another")
     seen.append(names(model)[0])
@@ -280,15 +272,38 @@ def test_fingerprints_tell_blocks_apart(
     assert len(set(seen)) == len(seen)
 
 
+@pytest.mark.parametrize("old, new", [
+    ((3, 4), (4, 3)), (frozenset({1, 2}), frozenset({1, 5})), (b"a", b"b"), (1.5, 2.5),
+])
+def test_fingerprints_tell_constants_of_functions_apart(old: object, new: object) -> None:
+    """In functions inside of them too."""
+    def function(x: int) -> object:
+        def inner(x: int) -> object:
+            return x in {1, 2}, (3, 4), b"a", 1.5
+        return inner
+
+    code = function.__code__
+    [inner] = [each for each in code.co_consts if isinstance(each, CodeType)]
+    other = with_constant(code, inner, with_constant(inner, old, new))
+    assert ahead.of_code(other) != ahead.of_code(code)
+
+
 NAMES = """
 import sys, torch
-from cpu.ahead import Step
+from cpu.ahead import Snapshot
 from model import load_model
 model = load_model(sys.argv[1], dtype=torch.float32)
 [cache] = model.setup_caches(1, 32).layers(slice(0, 1))[:1]
 [where] = model.positions(torch.tensor([3], dtype=torch.int32), 1, model.cache)[:1]
-print(Step(model.layers[0], torch.zeros(1, 1, model.config.dim), where, cache).name)
+print(Snapshot(model.layers[0], torch.zeros(1, 1, model.config.dim), where, cache).fingerprint)
 """
+
+
+def copy_sources(folder: Path) -> None:
+    for pattern in ("*.py", "cpu/*.py", "families/*.py", "formats/*.py"):
+        for source in HERE.glob(pattern):
+            (folder / source.parent.relative_to(HERE)).mkdir(exist_ok=True)
+            (folder / source.relative_to(HERE)).write_bytes(source.read_bytes())
 
 
 @pytest.mark.parametrize("file", ["kernels.py", "cpu/products.py"])
@@ -296,10 +311,7 @@ def test_an_edited_source_has_another_fingerprint(
     checkpoint: MakeCheckpoint, tmp_path: Path, file: str
 ) -> None:
     """So that a library which was kept is not used; one that is edited back is again."""
-    for pattern in ("*.py", "cpu/*.py", "families/*.py", "formats/*.py"):
-        for source in HERE.glob(pattern):
-            (tmp_path / source.parent.relative_to(HERE)).mkdir(exist_ok=True)
-            (tmp_path / source.relative_to(HERE)).write_bytes(source.read_bytes())
+    copy_sources(tmp_path)
     edited = tmp_path / file
     text = edited.read_text()
     found = []
@@ -310,6 +322,17 @@ def test_an_edited_source_has_another_fingerprint(
         assert done.returncode == 0, done.stderr
         found.append(done.stdout)
     assert found[0] == found[2] != found[1]
+
+
+def test_a_source_that_is_edited_before_a_model_is_loaded_has_no_fingerprint(
+    checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """As between two cells of a notebook: what runs is not what a later run will find there."""
+    copy_sources(tmp_path)
+    program = "import os, model\nos.utime(model.__file__)\n" + NAMES
+    command = [sys.executable, "-c", program, checkpoint("llama")[0]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
 
 
 class OtherMLP(MLP):
@@ -361,9 +384,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     """What every block has that may have a library."""
     library = Fake()
     monkeypatch.setattr(
-        AheadOfTime, "library", lambda *given: None if library.closed else library
+        AheadOfTime, "library", lambda *given: None if library.closed else library.run
     )
     return library
+
+
+def snapshots(model: Transformer) -> dict[torch.nn.Module, Snapshot]:
+    """Of its blocks, as the latest step has them."""
+    return {each.block: each for each in model.decode_block.snapshots.values()}
 
 
 def with_fake(checkpoint: MakeCheckpoint) -> Transformer:
@@ -399,6 +427,11 @@ class Given:
 
 class OwnTensor(Tensor):
     pass
+
+
+def with_constant(code: CodeType, old: object, new: object) -> CodeType:
+    assert old in code.co_consts
+    return code.replace(co_consts=tuple(new if x == old else x for x in code.co_consts))
 
 
 Change = Callable[[Transformer, pytest.MonkeyPatch], object]
@@ -438,10 +471,7 @@ MORE_CHANGES: dict[str, Change] = {
         kernels.flash_decode_unchecked.__kwdefaults__ | {"softcap": 0.1},
     ),
     "a number in a function": lambda model, patch: patch.setattr(
-        apply_rope, "__code__",
-        apply_rope.__code__.replace(
-            co_consts=tuple(3 if x == 2 else x for x in apply_rope.__code__.co_consts)
-        ),
+        apply_rope, "__code__", with_constant(apply_rope.__code__, 2, 3)
     ),
     "the names that a function reads": lambda model, patch: patch.setattr(
         "model.apply_rope", FunctionType(apply_rope.__code__, {**vars(model_file)})
@@ -510,8 +540,7 @@ def test_python_runs_what_is_changed_later(
         assert fake.n == 5 * n - 1
         model.prefill(tokens_of(model, 2), positions(0))
     decoded(model, 2)
-    steps = dict(model.decode_block.ready.values())
-    assert steps[layers[1]] is None
+    assert snapshots(model)[layers[1]].library is None
 
 
 @pytest.mark.parametrize("change", NEW_WEIGHTS.values(), ids=list(NEW_WEIGHTS))
@@ -527,7 +556,7 @@ def test_libraries_are_given_the_weights_that_were_put_in_place_of_others(
     before, layers = fake.n, list(model.layers)
     decoded(model, 1)
     assert fake.n == before + len(layers)
-    given = {id(x) for x in dict(model.decode_block.ready.values())[layers[1]].weights}
+    given = {id(x) for x in snapshots(model)[layers[1]].weights}
     assert id(layers[1].input_layernorm.weight) in given
     assert {id(x) for x in layers[1].mlp.down_proj.order.tensors.values()} <= given
 
@@ -544,7 +573,7 @@ def test_a_text_is_noticed_whatever_became_of_the_first_block(
         model.prefill(tokens_of(model, 2), positions(0))
         fake.closed = True
         decoded(model, 1)
-        assert dict(model.decode_block.ready.values())[model.layers[1]] is None
+        assert snapshots(model)[model.layers[1]].library is None
 
 
 def test_a_weight_that_is_changed_within_a_text_is_not_changed_by_half(
@@ -559,7 +588,7 @@ def test_a_weight_that_is_changed_within_a_text_is_not_changed_by_half(
         for parameter in model.layers[1].mlp.parameters():
             parameter.mul_(2)
     decoded(model, 1)
-    assert dict(model.decode_block.ready.values())[model.layers[1]] is None
+    assert snapshots(model)[model.layers[1]].library is None
     model.prefill(tokens_of(model, 2), positions(0))
     before = fake.n
     decoded(model, 1)
@@ -617,7 +646,7 @@ def test_python_runs_what_was_edited_since_it_was_imported(
 ) -> None:
     """A library of old lines would be kept as one of new ones, or taken for what was reloaded. A
     file's own time may be that of what was copied over it."""
-    monkeypatch.setattr("cpu.ahead.IMPORTED", Path(kernels.__file__).stat().st_ctime - 1)
+    monkeypatch.setattr("cpu.ahead.BEGAN", Path(kernels.__file__).stat().st_ctime - 1)
     decoded(with_fake(checkpoint), 3)
     assert fake.n == 0
 
@@ -635,8 +664,7 @@ def test_a_text_that_forward_begins_has_the_weights_as_they_are(
     getattr(layer, "scales", layer.weight).mul_(2)
     model(tokens_of(model, 2), positions(0))
     decoded(model, 1)
-    steps = dict(model.decode_block.ready.values())
-    given = {id(x) for x in steps[model.layers[1]].weights}
+    given = {id(x) for x in snapshots(model)[model.layers[1]].weights}
     assert given >= {id(x) for x in layer.order.tensors.values()}
 
 
@@ -661,8 +689,7 @@ def test_python_runs_what_was_changed_before(
     change(model, monkeypatch)
     layers = list(model.layers)
     decoded(model, 3)
-    steps = dict(model.decode_block.ready.values())
-    assert steps[layers[1]] is None
+    assert snapshots(model)[layers[1]].library is None
 
 
 class Counting(MLP):
@@ -720,24 +747,40 @@ def test_a_library_is_compared_with_the_python(
     function = FunctionOfTensors(block, where)
     x = torch.zeros(1, 1, model.config.dim)
     examples = function.examples(x, model.cache.layers(slice(0, 1))[0].kv)
-    assert not function.agrees(fake, examples)
+    assert not function.agrees(fake.run, examples)
     monkeypatch.setattr(fake, "run", lambda tensors: [function(*tensors)])
-    assert function.agrees(fake, examples)
-    of_three = function.examples(x, model.setup_caches(3, 32).layers(slice(0, 1))[0].kv)
-    tried = []
-    monkeypatch.setattr(fake, "run", lambda tensors: tried.append(tensors) or [function(*tensors)])
-    assert function.agrees(fake, of_three)
-    layouts = [[tensor.stride() for tensor in tensors] for tensors in (of_three, *tried)]
-    assert layouts[0] == layouts[1]  # others are other addresses to it
+    assert function.agrees(fake.run, examples)
     ahead.say_once.cache_clear()
-    monkeypatch.setattr(ahead, "compile_to", lambda path, *args: path.touch())
-    monkeypatch.setattr(ahead, "load", lambda path: Fake())
+    pretend_to_compile(monkeypatch)
     built = AheadOfTime(run_block, build=True, folder=tmp_path)
     layer = model.cache.layers(slice(0, 1))[0]
+    seen = []
+    monkeypatch.setattr(
+        FunctionOfTensors, "agrees", lambda *given: seen.append([*tmp_path.glob("*.pt2")])
+    )
     assert built.library("name", block, x, where, layer) is None
-    assert not list(tmp_path.iterdir())
+    assert seen == [[]] and not list(tmp_path.iterdir())  # nor could another process load it
 
 # --- signals and files ---
+
+
+def pretend_to_compile(
+    patch: pytest.MonkeyPatch, work: Callable[[str], None] = lambda path: Path(path).touch()
+) -> None:
+    """Let `work` write a library, of any function and by no compiler, which then does nothing."""
+    patch.setattr(
+        torch._inductor, "aoti_compile_and_package",
+        lambda program, package_path: work(package_path),
+    )
+    patch.setattr(torch.export, "export", lambda *args, **options: None)
+    patch.setattr("cpu.ahead.load", lambda path: Fake().run)
+    patch.setattr(FunctionOfTensors, "agrees", lambda *given: True)
+
+
+def compile_any(path: Path) -> None:
+    where = Positions(positions(0), positions(0)[:, None], prefill=False, cached=0)
+    cache = LayerCache([torch.zeros(2, 1, 1, 1, 1)], Places(1), flash=True)
+    ahead.compile_to(path, torch.nn.Linear(2, 2), torch.zeros(1, 1, 2), where, cache)
 
 
 INTERRUPTED = """
@@ -783,21 +826,22 @@ def test_an_interrupt_reaches_the_caller(built: Callable, checkpoint: MakeCheckp
     assert done.stdout == 60 * "interrupted\n"
 
 
-def test_signals_wait_for_a_library() -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGHUP, signal.SIGALRM])
+def test_signals_wait_for_a_library(sent: signal.Signals) -> None:
     ran = []
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(sent)
         ran.append(1)
         return tensors
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(sent, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             ahead.undisturbed(run, [])
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(sent) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(sent, before)
     assert ran == [1]
 
 
@@ -808,18 +852,11 @@ def test_folders_are_the_users_own(
     monkeypatch.setenv("XDG_CACHE_HOME", "caches")
     assert cache_folder() == Path.home() / ".cache" / "gpt-flash"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package",
-        lambda program, package_path: zipfile.ZipFile(package_path, "w").close(),
-    )
-    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
-    where = Positions(positions(0), positions(0)[:, None], prefill=False, cached=0)
-    function = FunctionOfTensors(torch.nn.Linear(2, 2), where)
-    examples = function.examples(torch.zeros(1, 1, 2), torch.zeros(2, 1, 1, 1, 1))
+    pretend_to_compile(monkeypatch)
     path = cache_folder() / "blocks" / "name.pt2"
     mask = os.umask(0)
     try:
-        ahead.compile_to(path, function, examples)
+        compile_any(path)
     finally:
         os.umask(mask)
     made = [path.parent, path.parent.parent, tmp_path / "caches"]
@@ -830,7 +867,7 @@ def test_folders_are_the_users_own(
 LIST = struct.pack("<I" + 5 * "HHi", 2, 1, 7, -1, 2, 7, 1000, 4, 5, -1, 16, 7, -1, 32, 0, -1)
 
 
-@pytest.mark.parametrize("which", ["pipe", "list", "group"])
+@pytest.mark.parametrize("which", ["pipe", "link", "list", "group"])
 def test_what_others_may_have_put_there_is_not_loaded(
     tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -839,6 +876,9 @@ def test_what_others_may_have_put_there_is_not_loaded(
     path = tmp_path / "name.pt2"
     if which == "pipe":
         os.mkfifo(path)
+    elif which == "link":  # to the user's own, but another one
+        zipfile.ZipFile(tmp_path / "other.pt2", "w").close()
+        path.symlink_to("other.pt2")
     else:
         zipfile.ZipFile(path, "w").close()
     if which == "list":
@@ -887,11 +927,12 @@ def test_what_was_looked_at_is_loaded(
     monkeypatch.setattr("tempfile.tempdir", str(spool))
     loaded = []
 
-    def load(name: str, *options: object) -> None:
+    def load(name: str, *options: object) -> Fake:
         os.replace(tmp_path / "other.pt2", path)
         [folder] = spool.iterdir()
         assert os.environ["TMPDIR"] == str(folder) and folder.stat().st_mode & 0o777 == 0o700
         loaded.append(zipfile.ZipFile(name).read("text"))
+        return Fake()
 
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", load)
     before = os.environ.get("TMPDIR")
@@ -909,20 +950,42 @@ def test_a_compiler_writes_into_the_users_own_folder(
     """Its caches and its headers too, which it would take from the TMPDIR that others share."""
     seen = []
 
-    def compile_in(program: object, package_path: str) -> None:
-        folder = str(Path(package_path).parent)
+    def compile_in(path: str) -> None:
+        folder = str(Path(path).parent)
         seen.append({os.environ["TMPDIR"], os.environ["TORCHINDUCTOR_CACHE_DIR"]} == {folder})
         seen.append(not torch._inductor.config.aot_inductor.precompile_headers)
-        Path(package_path).touch()
+        Path(path).touch()
 
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_in)
-    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
-    where = Positions(positions(0), positions(0)[:, None], prefill=False, cached=0)
-    function = FunctionOfTensors(torch.nn.Linear(2, 2), where)
-    examples = function.examples(torch.zeros(1, 1, 2), torch.zeros(2, 1, 1, 1, 1))
-    ahead.compile_to(tmp_path / "name.pt2", function, examples)
+    pretend_to_compile(monkeypatch, compile_in)
+    compile_any(tmp_path / "name.pt2")
     assert seen == [True, True]
     assert [each.name for each in tmp_path.iterdir()] == ["name.pt2"]
+
+
+
+def test_threads_that_load_leave_the_environment_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those with a model each do."""
+    monkeypatch.setenv("TMPDIR", "before")
+    entered, left = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with ahead.scratch(tmp_path, "loading"):
+            threads[1].start()
+            entered.wait(0.1)  # in vain, where they take turns
+        left.set()
+
+    def second() -> None:
+        with ahead.scratch(tmp_path, "loading"):
+            entered.set()
+            left.wait(60)
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    threads[0].start()
+    for thread in threads:
+        thread.join(60)
+    assert os.environ["TMPDIR"] == "before"
 
 # --- everything else goes another way ---
 
@@ -966,7 +1029,7 @@ def test_a_block_is_looked_at_once(
     cache = models[0].setup_caches(1, 32)
     looked, sought = [], []
     monkeypatch.setattr(
-        "cpu.ahead.Step", lambda *given: looked.append(given) or Step(*given)
+        "cpu.ahead.Snapshot", lambda *given: looked.append(given) or Snapshot(*given)
     )
     monkeypatch.setattr(AheadOfTime, "library", lambda *given: sought.append(given))
     _, otherwise = calls
@@ -981,7 +1044,8 @@ def test_a_block_is_looked_at_once(
 
 
 @pytest.mark.parametrize("layout", [
-    "places behind", "tokens before heads", "values over keys", "another dtype",
+    "places behind", "tokens before heads", "values over keys", "a row of two", "another dtype",
+    "another class",
 ])
 def test_caches_of_another_layout_go_another_way(
     checkpoint: MakeCheckpoint, layout: str
@@ -996,33 +1060,52 @@ def test_caches_of_another_layout_go_another_way(
         kv = kv.transpose(2, 3).contiguous().transpose(2, 3)
     elif layout == "values over keys":
         kv = kv[:1].expand(2, -1, -1, -1, -1)
-    else:
+    elif layout == "a row of two":
+        kv = kv.repeat(1, 2, 1, 1, 1)[:, :1]
+    elif layout == "another dtype":
         kv = kv.bfloat16()
+    else:
+        kv = kv.as_subclass(OwnTensor)
     x = torch.zeros(1, 1, model.config.dim)
-    plain = kv.float().clone(memory_format=torch.contiguous_format)
+    plain = kv.as_subclass(Tensor).float().clone(memory_format=torch.contiguous_format)
     [where, *_] = model.positions(positions(3), 1, model.cache)
-    Step(model.layers[0], x, where, LayerCache([plain], Places(32), flash=True))
-    with pytest.raises(NoLibrary):
-        Step(model.layers[0], x, where, LayerCache([kv], Places(32), flash=True))
+    for each, has_library in ((plain, True), (kv, False)):
+        cache = LayerCache([each], Places(32), flash=True)
+        found = Snapshot(model.layers[0], x, where, cache).fingerprint
+        assert (found is not None) == has_library
 
 
 def test_old_libraries_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a new one comes, all but those that were used last."""
     monkeypatch.setattr("cpu.ahead.KEPT", 2)
-    monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package",
-        lambda program, package_path: Path(package_path).touch(),
-    )
+    pretend_to_compile(monkeypatch)
     for age, name in enumerate(["new", "older", "oldest"]):
         (tmp_path / f"{name}.pt2").touch()
         os.utime(tmp_path / f"{name}.pt2", (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(torch.export, "export", lambda *args, **options: None)
-    block = torch.nn.Linear(2, 2)
-    where = Positions(positions(0), positions(0)[:, None], prefill=False, cached=0)
-    function = FunctionOfTensors(block, where)
-    kv = torch.zeros(2, 1, 1, 1, 1)
-    ahead.compile_to(tmp_path / "newest.pt2", function, function.examples(torch.zeros(1, 1, 2), kv))
+    compile_any(tmp_path / "newest.pt2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt2", "newest.pt2"]
+
+
+@pytest.mark.parametrize("which", ["folder", "libraries"])
+def test_two_processes_compile_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """The other one makes the folder in the same moment, or throws old libraries away first."""
+    pretend_to_compile(monkeypatch)
+    if which == "folder":
+        mkdir = Path.mkdir
+
+        def both(path: Path, *args: object, **options: object) -> None:
+            if not path.exists():
+                os.mkdir(path)
+            mkdir(path, *args, **options)
+
+        monkeypatch.setattr(Path, "mkdir", both)
+    else:
+        (tmp_path / "gone.pt2").symlink_to("nowhere")  # listed, and not there
+    path = tmp_path / "blocks" / "name.pt2" if which == "folder" else tmp_path / "name.pt2"
+    compile_any(path)
+    assert path.exists()
 
 
 def test_without_a_compiler(tiny: Path, tmp_path: Path) -> None:

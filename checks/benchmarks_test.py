@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks import attention, quality, quantizers, render
+from benchmarks import attention, decode, quality, quantizers, render
 from benchmarks.decode import write_gguf
 from checks.common import CONFIG, CPU_ENV, HERE, PATIENCE_S, hf_folder, wait_until
 from formats import save_tokenizer
@@ -108,16 +109,18 @@ def test_flash_is_timed_unless_its_own_checks_fail_or_hang(
     assert Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
 
 
-def test_weights_for_which_there_is_no_room_leave_others_theirs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError, RuntimeError])
+def test_weights_that_fail_leave_others_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
+    """As where there is no room for them, or a kernel does not compile."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys, "path", list(sys.path))
     from benchmarks import device
 
     def ours(job: device.Job, variant: str) -> str:
         if variant == "bf16":
-            raise ValueError("loading x needs 16.1 GB but cuda has 8.0 GB free; take a smaller one")
+            raise kind("loading x needs 16.1 GB but cuda has 8.0 GB free; take a smaller one")
         return variant
 
     monkeypatch.setattr(device, "ours", ours)
@@ -126,6 +129,38 @@ def test_weights_for_which_there_is_no_room_leave_others_theirs(
     lines = results_in(tmp_path)
     assert lines[0]["left_out"].startswith("bf16, batch 1: loading x needs 16.1 GB")
     assert {line["variant"] for line in lines[1:]} == {"int8", "int4"}
+    assert "- decode, left out: bf16, batch 1: loading x" in render.device_section([MACHINE, *lines])
+
+
+def test_behind_a_fault_of_the_device_nothing_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks import device
+
+    def ours(job: device.Job, variant: str) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(device, "ours", ours)
+    with pytest.raises(torch.AcceleratorError):
+        device.decode_steps(device.Job("decode", tmp_path, tmp_path, None, None, 0.0))
+    [line] = results_in(tmp_path)
+    assert "illegal memory access" in line["left_out"]
+
+
+def test_rows_say_where_the_kernel_was_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights that only look like those of the rows beside them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", [str(HERE / "benchmarks"), *sys.path])
+    from benchmarks import device
+    (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
+    job = device.Job("decode", tmp_path, tmp_path / "tiny.json", None, None, 0.0)
+    (tmp_path / "results.jsonl").write_text(json.dumps(LIMIT) + "\n")
+    made = device.ours(job, "bf16")
+    assert made.name.endswith("bf16, math attention") and made.variant.attention == "math"
 
 
 def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
@@ -242,6 +277,40 @@ def test_decode_benchmark_runs(tmp_path: Path) -> None:
     assert [row["contestant"] for row in rows] == [*ours, "transformers"]
     assert all(row["ms"] > 0 for row in rows)
     assert json.loads(results.read_text())[0]["rows"] == rows
+
+
+class Peer(decode.Contestant):
+    """Fails at one of its three works, or at none."""
+
+    def __init__(self, fails: str, error: type[Exception] = RuntimeError):
+        self.name = f"fails in {fails}"
+        self.fails, self.error = fails, error
+
+    def work(self, name: str) -> float:
+        if name == self.fails:
+            raise self.error("a peer that knows no such torch")
+        return 0.0
+
+    def setup(self, batch: int, capacity: int) -> float:
+        return self.work("setup")
+
+    def prefill(self, tokens: Tensor) -> None:
+        self.work("prefill")
+
+    def step(self) -> None:
+        self.work("step")
+
+
+def test_a_peer_that_fails_leaves_others_their_rows() -> None:
+    """Unless it is the last, or the device has gone."""
+    case, args = decode.Case(1, 4, 8), Namespace(device="cpu", prefills=2, rounds=1, steps=2)
+    peers = [Peer(fails) for fails in ("setup", "prefill", "step", "nothing")]
+    [row] = decode.measure(peers, case, args, 9)
+    assert row["contestant"] == "fails in nothing" and row["ms"] >= 0
+    with pytest.raises(RuntimeError, match="knows no such torch"):
+        decode.measure(peers[:3], case, args, 9)
+    with pytest.raises(torch.AcceleratorError):
+        decode.measure([Peer("setup", torch.AcceleratorError), peers[-1]], case, args, 9)
 
 
 def test_decode_benchmark_takes_a_gguf_file() -> None:
@@ -365,17 +434,38 @@ def test_rows_are_written_as_they_come(
     def fail_behind_one(x: attention.Inputs) -> Tensor:
         if x.common_len is None:
             return attention.ours(x)
-        raise RuntimeError("a fault of the device")
+        raise torch.AcceleratorError("a fault of the device")
 
     results = tmp_path / "results.json"
     flags = ["--only", "ragged", "int8", "--rounds", "1", "--json", str(results)]
     monkeypatch.setattr(sys, "argv", ["attention.py", *flags])
     monkeypatch.setattr(attention, "contestants", lambda: {"ours": fail_behind_one})
     monkeypatch.setattr(attention, "copy_bandwidth", lambda *_: 1e10)
-    with pytest.raises(RuntimeError, match="a fault"):
+    with pytest.raises(torch.AcceleratorError, match="a fault"):
         attention.main()
     [row] = json.loads(results.read_text())["rows"]
     assert row["group"] == "ragged" and row["us"] > 0
+
+
+def test_a_case_that_ours_cannot_do_leaves_others_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And ends the run with an exit code."""
+    def fail_at_first(x: attention.Inputs) -> Tensor:
+        if x.common_len is None:
+            raise RuntimeError("out of resource: shared memory")
+        return attention.ours(x)
+
+    results = tmp_path / "results.json"
+    flags = ["--only", "ragged", "int8", "--rounds", "1", "--json", str(results)]
+    monkeypatch.setattr(sys, "argv", ["attention.py", *flags])
+    kernels = {"ours": fail_at_first, "SDPA math": attention.sdpa_math}
+    monkeypatch.setattr(attention, "contestants", lambda: kernels)
+    monkeypatch.setattr(attention, "copy_bandwidth", lambda *_: 1e10)
+    with pytest.raises(SystemExit, match="ours failed in 1 cases: RuntimeError: out of resource"):
+        attention.main()
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["us"] is None for row in rows] == [True, False, False, False]
 
 
 PLOT_WITHOUT_MATPLOTLIB = """

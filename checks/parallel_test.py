@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from checks.adapters_test import write_adapter
 from checks.common import HERE, PATIENCE_S, SMALL, close, hf_folder, random_hf, run_cli, state_of
 from checks.common import wait_until
 from checks.parallel_worker import run_cases
@@ -156,6 +157,21 @@ def part_of(folder: Path, rank: int, name: str, shape: tuple[int, ...]) -> Tenso
     model = checkpoint.empty_model()
     take_part(checkpoint, model, Ranks(rank, 2))
     return checkpoint.parameter(model, name, torch.empty(shape, device="meta"))
+
+
+def test_a_rank_has_its_part_of_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, module = hf_folder(tmp_path / "model", **THREE), "model.layers.0.mlp.up_proj"
+    write_adapter(tmp_path / "adapter", open_checkpoint(folder).tensors, {module: 4})
+    monkeypatch.setattr("parallel.ranks.join", lambda model, ranks: model)  # needs processes
+    options = dict(dtype=torch.float32, adapter=tmp_path / "adapter")
+    whole = load_model(folder, **options).layers[0].mlp.gate_up_proj.weight
+    assert not torch.equal(whole, load_model(folder).layers[0].mlp.gate_up_proj.weight.float())
+    gate, up = whole.chunk(2)
+    for rank, parts in enumerate(zip(gate.chunk(2), up.chunk(2))):
+        part = load_part(folder, Ranks(rank, 2), **options)
+        assert torch.equal(part.layers[0].mlp.gate_up_proj.weight, torch.cat(parts))
 
 
 def test_a_tied_output_layer_that_was_saved_in_floats_is_read_from_the_embedding(
@@ -332,6 +348,24 @@ def test_what_fails_in_one_rank_alone_is_said(small: Path, tmp_path: Path) -> No
     run = Run(tmp_path / "run", program, [(flags,), ([*flags, "--device", "abacus"], 0.5)])
     assert run.wait() == 2
     assert "--device abacus" in one_sentence(run.said())
+
+
+@pytest.mark.parametrize("other", [["--max_new_tokens", 5], ["--seed", 3, "--kv_dtype", "int8"]])
+def test_ranks_with_other_arguments_are_refused(
+    other: list[object], small: Path, tmp_path: Path
+) -> None:
+    """They would wait for each other. Where the same files are is no difference."""
+    link = tmp_path / "link"
+    link.symlink_to(small)
+    flags = ["--prompt", "ab", "--seed", 3, "--max_new_tokens", 8]
+    ranks = [([*flags, "--checkpoint_path", path],) for path in (small, link)]
+    run = Run(tmp_path / "same", program, ranks)
+    assert run.wait() == 0, run.said()
+    others = [*flags[:4], *other, *ranks[1][0][6:]]
+    run = Run(tmp_path / "run", program, [ranks[0], (others,)])
+    assert run.wait() == 2
+    message = "process 1 was started with other arguments than the first"
+    assert one_sentence(run.said()) == message
 
 
 def test_a_lost_rank_ends_the_others(small: Path, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ class Packed(Tensor):
         """An interrupt anywhere leaves it to the next look: a layer without an order is plain."""
         layer = self.order.layer()
         if layer is not None:
-            unpack(layer)
+            be_plain(layer)
         unseen(Tensor.data.__set__, self, self.order.plain(self.order.tensors, self.key))
         self.__class__ = self.kind
         del self.order, self.key, self.kind
@@ -236,7 +236,7 @@ def unseen(func: Callable, *args: Any, **kwargs: Any) -> Any:
     return _disabled_torch_function_impl(func, (Tensor,), args, kwargs)
 
 
-def unpack(layer: nn.Module) -> None:
+def be_plain(layer: nn.Module) -> None:
     """A layer decodes with what it shows, from now on until the next text."""
     if layer.layout is not None:
         PLAIN.add(layer)
@@ -266,7 +266,7 @@ def packed_of(layer: nn.Module) -> dict[str, Tensor] | None:
         if getattr(tensors.get(name), "order", None) is not order:
             order = None
     if order is None:
-        unpack(layer)
+        be_plain(layer)
         return None
     return order.tensors
 

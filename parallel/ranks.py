@@ -135,23 +135,27 @@ def piece(whole: Any, shape: tuple[int, ...], ranks: Ranks) -> Any:
 # --- loading a part ---
 
 
-@torch.no_grad()
 def load_model(
-    path: str | Path | Checkpoint | None, ranks: Ranks, *, device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None, quantize: str | None = "auto", group_size: int = 32,
-    adapter: str | Path | None = None, calibrate: list[int] | None = None,
+    path: str | Path | Checkpoint | None, ranks: Ranks, **options: Any
 ) -> Transformer:
-    """model.load_model of a rank's part. ValueError also where it does not divide over them."""
+    """model.load_model of a rank's part, with its options. ValueError also where it does not divide
+    over them."""
     if ranks.size == 1:
-        options = dict(quantize=quantize, group_size=group_size, calibrate=calibrate)
-        return core.load_model(path, device=device, dtype=dtype, adapter=adapter, **options)
-    if calibrate is not None:
+        return core.load_model(path, **options)
+    if options.get("calibrate") is not None:
         raise ValueError("calibrating takes one process: save what it makes for the ranks to load")
-    core.check_target(device, dtype, quantize)
-    checkpoint = core.open_checkpoint(path, device)
-    if adapter is not None:
-        core.extension("formats.adapters").adapt(checkpoint, adapter)
-    whole = checkpoint.empty_model()
+    checkpoint = core.open_checkpoint(path, options.get("device", "cpu"))
+    group_size = options.get("group_size", 32) if options.get("quantize") == "int4" else 1
+    make_whole = checkpoint.empty_model
+    # which is asked for when an adapter, if there is one, is in the checkpoint
+    checkpoint.empty_model = lambda: part_of(make_whole(), checkpoint, ranks, group_size)
+    return join(core.load_model(checkpoint, **options), ranks)
+
+
+def part_of(
+    whole: Transformer, checkpoint: Checkpoint, ranks: Ranks, group_size: int
+) -> Transformer:
+    """A rank's part of a model, both on meta, for which the checkpoint is read from now on."""
     check_layers(whole, ranks)
     with torch.device("meta"):
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
@@ -159,10 +163,8 @@ def load_model(
         rows = math.ceil(whole.config.vocab_size / ranks.size)
         has_bias = model.lm_head.bias is not None
         model.lm_head = Linear(whole.config.dim, rows, bias=has_bias)
-    share_rows(model, whole, ranks, group_size if quantize == "int4" else 1)
+    share_rows(model, whole, ranks, group_size)
     take_part(checkpoint, whole, ranks)
-    core.fill_model(model, checkpoint, device, dtype, quantize, group_size)
-    join(model, ranks)
     return model
 
 
@@ -239,9 +241,9 @@ def cut(
 
 # --- what ranks do together in a step ---
 
-def join(model: nn.Module, ranks: Ranks) -> None:
+def join(model: Transformer, ranks: Ranks) -> Transformer:
     """Make a rank's model give what the whole one gives, by hooks on the modules whose outputs
-    are parts. They are traced into compiled steps and captured with them."""
+    are parts -> the model. They are traced into compiled steps and captured with them."""
     model.broadcast = ranks.broadcast
     if can_reduce_in_one_shot(model.device, ranks):
         model.compile_options["_collective.auto_select"] = True
@@ -267,6 +269,7 @@ def join(model: nn.Module, ranks: Ranks) -> None:
         block.self_attn.register_forward_hook(add_up)
         block.mlp.register_forward_hook(add_up)
     model.lm_head.register_forward_hook(put_together)
+    return model
 
 
 def all_reduce(x: Tensor, group_name: str) -> Tensor:

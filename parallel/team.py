@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
 from parallel.ranks import ALONE, Ranks, T
@@ -52,7 +54,7 @@ class Team:
 
     def form_groups(self, tp: int | None, device: str) -> None:
         """Wait for all processes, and make groups of tp ranks, by default one of all. ValueError:
-        there are too few, they do not come, or do not divide into groups."""
+        there are too few, they do not come, do not divide, or have other arguments."""
         tp = tp or self.n
         if self.n == 1 and tp > 1:
             raise ValueError(
@@ -69,6 +71,7 @@ class Team:
             world_size=self.n, timeout=PATIENCE,
         )
         self.everyone = Ranks(self.number, self.n, control=dist.group.WORLD)
+        self.check_arguments()
         # each of tp neighbours
         control, _ = dist.new_subgroups(tp, timeout=PATIENCE, backend="gloo")
         tensors = control
@@ -86,6 +89,17 @@ class Team:
                 )
             time.sleep(0.02)
             there = self.store.add("joined", 0)
+
+    def check_arguments(self) -> None:
+        """ValueError: they are not the same, and processes would wait for each other. Paths are,
+        where each machine has its own."""
+        ours = sys.argv[1:]
+        first = self.broadcast(ours)
+        pairs = zip_longest(ours, first, fillvalue="")
+        differs = any(a != b and not os.path.exists(a) for a, b in pairs)
+        other = int(self.everyone.largest(torch.tensor(self.number * differs)))
+        if other:
+            raise ValueError(f"process {other} was started with other arguments than the first")
 
     @property
     def is_first(self) -> bool:
