@@ -391,8 +391,8 @@ def answer_into(
     """What a run leaves in a file of records."""
     with Records(str(file)) as records:
         answer_jobs(
-            jobs, engine or Shouter(), Letters(), write=records.append,
-            done=records.answers_to(jobs), team=ALONE,
+            [jobs[number] for number in records.left_of(jobs)], engine or Shouter(), Letters(),
+            write=records.append, team=ALONE,
         )
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -455,7 +455,8 @@ def test_waiting_counts_until_a_row_is_free(monkeypatch: pytest.MonkeyPatch) -> 
             yield 0, [5]
 
     monkeypatch.setattr(time, "perf_counter", iter([0.0, 5.0]).__next__)
-    [(_, _, _, record)] = work_off(plain_jobs("a"), Busy(), None)
+    [news] = work_off({0: plain_jobs("a")[0]}, Busy(), None, None)
+    record = news.record
     assert (record["queued_s"], record["first_token_s"]) == (3.0, 2.0)
 
 
@@ -561,7 +562,7 @@ def test_half_an_answer_stays_until_the_run_goes_on(tmp_path: Path, jobs: list[J
     half = file.read_bytes()[:-9]
     file.write_bytes(half)
     with Records(str(file)) as records:
-        records.answers_to(jobs)
+        records.left_of(jobs)
     with pytest.raises(ValueError, match="answers another prompt"):
         answer_into(file, plain_jobs("other"))
     assert file.read_bytes() == half

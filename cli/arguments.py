@@ -84,6 +84,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def is_number(prompt: str | None) -> bool:
+    """Whether --prompt is a number of random tokens."""
+    return prompt is not None and prompt.isdecimal()
+
+
+def is_bare(checkpoint_path: str | None) -> bool:
+    """Whether it is a config.json, which gives random weights and has no tokenizer."""
+    return str(checkpoint_path).endswith(".json")
+
+
 def is_plain(args: argparse.Namespace) -> bool:
     """Whether one prompt, as it stands, and flags that generate.run knows are all there is."""
     known = ["threads"]  # it is nothing to know of
@@ -92,9 +102,7 @@ def is_plain(args: argparse.Namespace) -> bool:
     for name, value in vars(args).items():
         if name not in known and value != getattr(usual, name):
             return False
-    is_number = args.prompt is not None and args.prompt.isdecimal()
-    is_json = str(args.checkpoint_path).endswith(".json")
-    return not (is_number or is_json)
+    return not (is_number(args.prompt) or is_bare(args.checkpoint_path))
 
 
 def say_what_does_nothing(args: argparse.Namespace) -> None:
@@ -102,7 +110,7 @@ def say_what_does_nothing(args: argparse.Namespace) -> None:
     if args.temperature > 0 or args.prompts is not None:
         return
     names = ["top_k", "top_p", "min_p"]
-    if not (args.prompt and args.prompt.isdecimal()):  # random tokens are drawn by the seed
+    if not is_number(args.prompt):  # random tokens are drawn by the seed
         names.append("seed")
     given = [f"--{name}" for name in names if getattr(args, name) is not None]
     if given:
