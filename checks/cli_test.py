@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -478,6 +479,15 @@ def test_a_download_shows_how_far_it_is_on_a_terminal_only(
         default_model()
     [command] = commands
     assert ("--quiet" in command) != on_terminal
+
+
+def test_long_loading_says_how_far_it_is_where_stderr_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", iter([0, 6, 12, 18, 24]).__next__)
+    assert list(cli.stats.counted("abcd", "loading")) == ["a", "b", "c", "d"]
+    said = "loading: 2 of 4 layers after 12 s\nloading: 4 of 4 layers after 24 s\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_page_of_names_has_every_flag_and_no_other() -> None:

@@ -228,7 +228,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
     measures = args.benchmark or args.profile is not None
     several = args.num_samples > 1 or args.batch_size > 1
     saves = args.save is not None
-    is_number = not args.prompt or args.prompt.isdecimal()
+    is_text = bool(args.prompt) and not is_number(args.prompt)
     contradictions = {
         "--prompt, --prompts and --interactive exclude each other": sources.count(True) > 1,
         "--output goes with --prompts and without --profile":
@@ -260,7 +260,7 @@ def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace
         "--stop goes without --benchmark and --profile": args.stop and measures,
         "--stop takes no empty text, which would end every answer at once": "" in args.stop,
         "--benchmark takes its --prompt as a number of random tokens":
-            args.benchmark and (args.prompts is not None or not is_number),
+            args.benchmark and (args.prompts is not None or is_text),
     }
     for message, wrong in contradictions.items():
         if wrong:
