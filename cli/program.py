@@ -17,8 +17,8 @@ from cli.batch import Records, answer_jobs, print_record
 from cli.chat import Chat
 from cli.files import in_place_of
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
-    standard_input, title_of, with_system,
+    SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_prompt, read_text,
+    samples, standard_input, title_of, with_system,
 )
 from cli.stats import plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts
 from formats import save_tokenizer
@@ -156,9 +156,9 @@ def read_asked(args: Any) -> Asked:
     grammar = args.grammar if args.json_schema is None else args.json_schema
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
-        text=read_text(args.prompt) if has_text else None,
+        text=read_prompt(args.prompt) if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
-        grammar=None if grammar is None else read_text(f"@{grammar}", "the grammar"),
+        grammar=None if grammar is None else read_file(grammar, f"the grammar {grammar}"),
     )
 
 
@@ -166,7 +166,7 @@ def load(args: Any, ranks: Ranks, source: Checkpoint) -> Transformer:
     """The model. args.dtype becomes the one that it has."""
     calibrate = None
     if args.calibrate is not None:
-        text = read_text(f"@{args.calibrate}", "the text of --calibrate")
+        text = read_file(args.calibrate, f"--calibrate {args.calibrate}")
         calibrate = load_tokenizer(args.checkpoint_path).encode(text)
     model = load_model(
         source, ranks, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
