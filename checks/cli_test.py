@@ -5,10 +5,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,14 +45,32 @@ def test_what_cannot_be_read_is_said_though_stdout_is_closed(
     assert capsys.readouterr().err == said
 
 
-def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
+
+def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.answer, "become_a_program", interrupt)
     with pytest.raises(SystemExit) as end:
         cli.main(None)
     assert end.value.code == 130
+
+
+def test_ctrl_c_while_python_shuts_down_ends_it_without_a_word(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing catches an exception any more."""
+    handlers = {signal.SIGHUP: signal.SIG_IGN}  # as under nohup
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    for answer in (interrupt, lambda argv, team: None):
+        monkeypatch.setattr(cli.answer, "answer", answer)
+        with pytest.raises(SystemExit) if answer is interrupt else nullcontext():
+            cli.main(None)
+        assert handlers == {
+            signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL,
+            signal.SIGHUP: signal.SIG_IGN,
+        }
 
 
 def test_a_signal_counts_though_leaving_what_it_cut_short_fails() -> None:

@@ -8,7 +8,7 @@ import torch
 
 import generate
 from cli.arguments import is_plain, parse_args
-from cli.errors import become_a_program, sentences
+from cli.errors import become_a_program, sentences, stop_catching
 from cli.prompts import read_prompt
 from cli.stats import say_cuts, say_library, say_memory, show_loading, watch_prompts
 from model import extension
@@ -16,12 +16,16 @@ from model import extension
 
 def main(argv: list[str] | None) -> None:
     """generate.main with all flags."""
-    with sentences():
+    try:
+        with sentences():
+            if argv is None:
+                become_a_program()
+            several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
+            with extension("parallel").Team() if several else nullcontext() as team:
+                answer(argv, team)
+    finally:
         if argv is None:
-            become_a_program()
-        several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
-        with extension("parallel").Team() if several else nullcontext() as team:
-            answer(argv, team)
+            stop_catching()
 
 
 def answer(argv: list[str] | None, team: Any) -> None:
