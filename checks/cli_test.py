@@ -61,6 +61,7 @@ def test_ctrl_c_while_python_shuts_down_ends_it_without_a_word(
 ) -> None:
     """Where nothing catches an exception any more."""
     handlers = {signal.SIGHUP: signal.SIG_IGN}  # as under nohup
+    monkeypatch.setattr(sys, "stdout", None)  # which else would get another encoding
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(signal, "getsignal", handlers.get)
     for answer in (interrupt, lambda argv, team: None):
