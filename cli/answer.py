@@ -1,5 +1,6 @@
 """The program: what one prompt and plain flags ask is generate.run's, the rest cli/program.py's."""
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 import generate
 from cli.arguments import is_plain, parse_args
-from cli.errors import become_a_program, sentences, stop_catching
+from cli.errors import become_a_program, catch_signals, sentences
 from cli.prompts import read_prompt
 from cli.stats import say_cuts, say_library, say_memory, show_loading, watch_prompts
 from model import extension
@@ -25,7 +26,7 @@ def main(argv: list[str] | None) -> None:
                 answer(argv, team)
     finally:
         if argv is None:
-            stop_catching()
+            catch_signals(signal.SIG_DFL, signal.SIG_DFL)  # Python shuts down: nobody would catch
 
 
 def answer(argv: list[str] | None, team: Any) -> None:

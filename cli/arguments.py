@@ -89,11 +89,6 @@ def is_number(prompt: str | None) -> bool:
     return prompt is not None and prompt.isdecimal()
 
 
-def is_bare(checkpoint_path: str | None) -> bool:
-    """Whether it is a config.json, which gives random weights and has no tokenizer."""
-    return str(checkpoint_path).endswith(".json")
-
-
 def is_plain(args: argparse.Namespace) -> bool:
     """Whether one prompt, as it stands, and flags that generate.run knows are all there is."""
     known = ["threads"]  # it is nothing to know of
@@ -102,7 +97,7 @@ def is_plain(args: argparse.Namespace) -> bool:
     for name, value in vars(args).items():
         if name not in known and value != getattr(usual, name):
             return False
-    return not (is_number(args.prompt) or is_bare(args.checkpoint_path))
+    return not (is_number(args.prompt) or str(args.checkpoint_path).endswith(".json"))
 
 
 def say_what_does_nothing(args: argparse.Namespace) -> None:

@@ -118,9 +118,7 @@ def become_a_program() -> None:
     """Signals become exceptions, so that whatever is half-written goes. Texts leave in UTF-8, but
     for a terminal of another encoding: what that cannot show is no reason to end, and what would
     drive it is only shown."""
-    catch(signal.SIGTERM, end_by_signal)
-    catch(signal.SIGHUP, end_by_signal)
-    catch(signal.SIGINT, signal.default_int_handler)
+    catch_signals(end_by_signal, signal.default_int_handler)
     if sys.stdout is not None:
         encoding = "utf-8"
         if sys.stdout.isatty():
@@ -130,16 +128,12 @@ def become_a_program() -> None:
         sys.stdout.reconfigure(encoding=encoding, errors="replace")
 
 
-def stop_catching() -> None:
-    """From now on signals end the process without a word, as while Python shuts down."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        catch(number, signal.SIG_DFL)
-
-
-def catch(number: int, handler: Any) -> None:
-    """Unless the signal is ignored, as for nohup and background jobs."""
-    if signal.getsignal(number) is not signal.SIG_IGN:
-        signal.signal(number, handler)
+def catch_signals(end: Any, interrupt: Any) -> None:
+    """Set what handles them, but for those that are ignored, as under nohup."""
+    handlers = {signal.SIGTERM: end, signal.SIGHUP: end, signal.SIGINT: interrupt}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def end_by_signal(number: int, frame: object) -> None:

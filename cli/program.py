@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from batching import Engine, Stats
-from cli.arguments import is_bare, is_number
+from cli.arguments import is_number
 from cli.batch import Records, answer_jobs, print_record
 from cli.chat import Chat
 from cli.files import in_place_of
@@ -56,7 +56,7 @@ def answer(
 ) -> None:
     """Load, prepare, and answer. records: of --output, in the first process; trace: of --profile."""
     tokenizer, engine = None, None
-    if not args.benchmark and not is_bare(args.checkpoint_path):
+    if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
     began = time.perf_counter()
     checkpoint = open_checkpoint(args.checkpoint_path, args.device)
