@@ -829,7 +829,7 @@ def test_a_second_run_goes_on(
     ("--interactive --system @/no/such/file", "cannot read the system message @/no/such/file: "),
     ("--prompt x --output x", "--output goes with --prompts"),
     ("--interactive --output x", "--output goes with --prompts"),
-    ("--prompts {p} --output x --profile y", "--output goes with --prompts and without --profile"),
+    ("--prompts {p} --output x --profile y", "--output goes without --profile"),
     ("--prompt x --stop=", "--stop takes no empty text, which would end every answer at once"),
     ("--benchmark --stop x", "--stop goes without --benchmark"),
     ("--prompt x --temperature inf", "inf is not at least 0 and at most 1000"),

@@ -371,8 +371,8 @@ def test_save_and_group_size(mode: str) -> None:
 
 SAVE = ["--quantize", "int8", "--save", "folder"]
 SAVE_ALONE = "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
-OUTPUT = "--output goes with --prompts and without --profile"
-ONE_SOURCE = "--prompt, --prompts and --interactive exclude each other"
+OUTPUT = "--output goes with --prompts"
+ONE_SOURCE = "--prompt goes without --prompts and --interactive"
 CHAT_ALONE = (
     "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size"
 )
@@ -396,13 +396,19 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--interactive", "--num_samples", "2"], CHAT_ALONE),
     (["--interactive", "--batch_size", "2"], CHAT_ALONE),
     (["--benchmark", "--prompt", "words"], RANDOM_TOKENS),
-    (["--benchmark", "--prompts", "x"], RANDOM_TOKENS),
+    (["--benchmark", "--prompts", "x"], "--prompts goes without --interactive and --benchmark"),
+    (["--interactive", "--prompts", "x"], "--prompts goes without --interactive and --benchmark"),
+    (["--json_schema", "x", "--grammar", "x"], "--json_schema goes without --grammar"),
+    (["--json", "--echo"], "--echo goes with --logprobs"),
+    (["--shift"], "--shift goes with --interactive"),
+    (["--quantize", "none", "--save", "x"], "--save goes with --quantize"),
+    (["--quantize", "auto", "--calibrate", "x"], "--calibrate goes with --quantize int8 or int4"),
     (["--benchmark", "--stop", "x"], "--stop goes without --benchmark and --profile"),
     (["--profile", "x", "--stop", "x"], "--stop goes without --benchmark and --profile"),
     (["--output", "x"], OUTPUT),
     (["--output", "x", "--prompt", "x"], OUTPUT),
     (["--output", "x", "--interactive"], OUTPUT),
-    (["--output", "x", "--prompts", "y", "--profile", "x"], OUTPUT),
+    (["--output", "x", "--prompts", "y", "--profile", "x"], "--output goes without --profile"),
     (["--stop", ""], "--stop takes no empty text, which would end every answer at once"),
     (["--system", "x"], "--system goes with --interactive or --chat"),
     (["--threads", "0"], "argument --threads: 0 is not at least 1 and at most 1024"),
@@ -505,7 +511,7 @@ def test_a_download_shows_how_far_it_is_on_a_terminal_only(
 def test_long_loading_says_how_far_it_is_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(time, "perf_counter", iter([0, 6, 12, 18, 24]).__next__)
+    monkeypatch.setattr(time, "perf_counter", iter([0, 6, 11, 12, 18, 23, 24]).__next__)
     assert list(cli.stats.counted("abcd", "loading")) == ["a", "b", "c", "d"]
     said = "loading: 2 of 4 layers after 12 s\nloading: 4 of 4 layers after 24 s\n"
     assert capsys.readouterr().err == said

@@ -70,9 +70,7 @@ def answer(
         )
     settings = {name: getattr(args, name, None) for name in SETTINGS}
     jobs = wanted(args, asked, tokenizer, config, settings)
-    left = list(range(len(jobs)))
-    if records is not None:
-        left = records.left_of(jobs)
+    left = list(range(len(jobs))) if records is None else records.left_of(jobs)
     left = [jobs[number] for number in team.broadcast(left)]
     if len(left) < len(jobs):
         n_done = plural(len(jobs) - len(left), "answer")

@@ -84,14 +84,13 @@ def counted(items: Iterable[Any], what: str, total: int | None = None) -> Iterat
     if sys.stderr.isatty():
         yield from tqdm(items, what, total, unit=" layers", leave=False)
         return
-    total = len(items) if total is None else total
+    total = total or len(items)
     began = said = time.perf_counter()
     for n, item in enumerate(items, start=1):
         yield item
-        now = time.perf_counter()
-        if now - said > SAID_EVERY_S:
-            say(f"{what}: {n} of {total} layers after {now - began:.0f} s")
-            said = now
+        if time.perf_counter() - said > SAID_EVERY_S:
+            said = time.perf_counter()
+            say(f"{what}: {n} of {total} layers after {said - began:.0f} s")
 
 
 @afterthought()
