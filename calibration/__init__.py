@@ -73,10 +73,20 @@ class Calibration:
 
     def pass_block(self) -> None:
         """Quantize a block's layers by what the text brings them, and let it go through them."""
-        model = self.model
+        model, config = self.model, self.model.config
         if self.block == 0:
             self.hidden = self.run(lambda tokens: model.embed(tokens.to(model.device)))
-        forward = self.forward_of(model.layers[self.block])
+        block, T = model.layers[self.block], self.hidden.shape[1]
+        cache = KVCache(
+            1, config.n_kv_head, config.head_dim, BATCH, T, dtype=model.dtype, device=model.device,
+            makers=[block.self_attn.make_cache],
+        )
+
+        def forward(x: Tensor) -> Tensor:
+            input_pos = torch.zeros(len(x), dtype=torch.int32, device=x.device)
+            positions = model.positions(input_pos, T, cache, cached=0, even=True)
+            return block(x, positions[self.block], *cache.layers(slice(0, len(x))))
+
         moments = {}  # of each layer's inputs: x.T @ x, [K, K] float32
 
         def add(layer: Linear, inputs: tuple[Tensor]) -> None:
@@ -100,23 +110,6 @@ class Calibration:
             model.set_submodule(name, layer.pack())
         self.waiting = {}
         self.hidden = self.run(forward)
-
-    def forward_of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What gives a block's output for x [up to BATCH, T, dim], of pieces from their start."""
-        model, config = self.model, self.model.config
-        T = self.hidden.shape[1]
-        cache = KVCache(
-            1, config.n_kv_head, config.head_dim, BATCH, T, dtype=model.dtype, device=model.device,
-            makers=[block.self_attn.make_cache],
-        )
-
-        def forward(x: Tensor) -> Tensor:
-            rows = slice(0, len(x))
-            input_pos = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-            positions = model.positions(input_pos, T, cache, cached=0, even=True)
-            return block(x, positions[self.block], *cache.layers(rows))
-
-        return forward
 
     def run(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.cat([forward(x) for x in self.hidden.split(BATCH)])

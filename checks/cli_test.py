@@ -511,8 +511,9 @@ def test_a_download_shows_how_far_it_is_on_a_terminal_only(
 def test_long_loading_says_how_far_it_is_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(time, "perf_counter", iter([0, 6, 11, 12, 18, 23, 24]).__next__)
+    monkeypatch.setattr(time, "perf_counter", iter([0, 6, 11, 12, 18, 23, 24, 25]).__next__)
     assert list(cli.stats.counted("abcd", "loading")) == ["a", "b", "c", "d"]
+    assert list(cli.stats.counted(iter(()), "loading", 0)) == []
     said = "loading: 2 of 4 layers after 12 s\nloading: 4 of 4 layers after 24 s\n"
     assert capsys.readouterr().err == said
 

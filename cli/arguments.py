@@ -94,10 +94,9 @@ def is_plain(args: argparse.Namespace) -> bool:
     """Whether one prompt, as it stands, and flags that generate.run knows are all there is."""
     known = ["threads"]  # it is nothing to know of
     add_flags(lambda flag, **options: known.append(flag.removeprefix("--")))
-    usual = parse_args([f"--device={args.device}"])
-    for name, value in vars(args).items():
-        if name not in known and value != getattr(usual, name):
-            return False
+    usual = vars(parse_args([f"--device={args.device}"]))
+    if any(value != usual[name] for name, value in vars(args).items() if name not in known):
+        return False
     return not (is_number(args.prompt) or str(args.checkpoint_path).endswith(".json"))
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from batching import Engine
+from cli.files import trying_to
 from cli.prompts import Job
 from cli.stats import NO_TIME
 from formats.text import TextStream
@@ -229,10 +230,8 @@ class Records:
         self.path = os.path.realpath(path)  # a link stays one
         self.made = not os.path.exists(self.path)
         make = os.O_CREAT | os.O_EXCL if self.made else 0
-        try:
+        with trying_to(f"write --output {path}"):
             self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | make, 0o666)
-        except OSError as e:
-            raise ValueError(f"cannot write --output {path}: {e.strerror}") from None
         self.size = 0  # of the whole lines
         try:
             self.lock()
@@ -262,12 +261,11 @@ class Records:
         """Keep other runs away until this process ends."""
         if not stat.S_ISREG(os.fstat(self.file).st_mode):
             raise ValueError(f"--output {self.path} is no plain file; --json prints answers")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to --output {self.path}") from None
-        except OSError as e:
-            raise ValueError(f"cannot lock --output {self.path}: {e.strerror}") from None
+        with trying_to(f"lock --output {self.path}"):
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to --output {self.path}") from None
         self.check_place()
 
     def read(self) -> dict[tuple[int, int], str]:

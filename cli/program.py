@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from batching import Engine, Stats
 from cli.arguments import is_number
 from cli.batch import Records, answer_jobs, print_record
 from cli.chat import Chat
-from cli.files import in_place_of
+from cli.files import in_place_of, trying_to
 from cli.prompts import (
     SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_prompt, read_text,
     samples, standard_input, title_of, with_system,
@@ -26,7 +25,7 @@ from formats.checkpoint import open_checkpoint, resolve
 from generate import (
     NO_TEXT, QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
 )
-from model import Checkpoint, ModelConfig, Transformer, first_line
+from model import Checkpoint, ModelConfig, Transformer
 from parallel import ALONE, Ranks, Team, load_model
 from processors import Grammar
 from quantize import QuantizedLinear, new_folder, write_quantized
@@ -285,26 +284,22 @@ def make_engine(
     return Engine(model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room)
 
 
-def check_room(args: Any, folder: Path, model: Transformer) -> None:
-    """ValueError where the disk has less room than --save takes at least. model: on meta."""
-    needed = sum(w.numel() for w in model.parameters()) * (1 if args.quantize == "int8" else 0.5)
-    if shutil.disk_usage(folder).free < needed:
-        raise ValueError(f"{args.save} takes at least {needed / 1e6:.1f} MB, which its disk lacks")
-
-
 def save(args: Any) -> None:
     """--save: quantize while loading, and write a folder that loads like any checkpoint."""
     args.checkpoint_path = resolve(args.checkpoint_path)
     began = time.perf_counter()
-    try:
-        with new_folder(args.save) as folder:  # what cannot be written shows before the long work
-            save_tokenizer(args.checkpoint_path, folder)
-            checkpoint = open_checkpoint(args.checkpoint_path, args.device)
-            check_room(args, folder, checkpoint.empty_model())
-            model = load(args, ALONE, checkpoint)
-            write_quantized(model, folder)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
+    # what cannot be written shows before the long work
+    with trying_to(f"write {args.save}"), new_folder(args.save) as folder:
+        save_tokenizer(args.checkpoint_path, folder)
+        checkpoint = open_checkpoint(args.checkpoint_path, args.device)
+        n_weights = sum(w.numel() for w in checkpoint.empty_model().parameters())
+        least = n_weights * (1 if args.quantize == "int8" else 0.5)  # bytes
+        if shutil.disk_usage(folder).free < least:
+            raise ValueError(
+                f"{args.save} takes at least {least / 1e6:.1f} MB, which its disk lacks"
+            )
+        model = load(args, ALONE, checkpoint)
+        write_quantized(model, folder)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     before = sum(layer.out_features * layer.in_features for layer in layers) * model.dtype.itemsize
     after = sum(x.nbytes for layer in layers for x in layer.stored().values())

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple, TextIO
 
-from cli.files import read_all
+from cli.files import read_all, trying_to
 from generate import RANGES, Tokenizer
 
 HANDED_ON = re.compile("id$|metadata$|x")  # keys of a line that its record has too
@@ -72,14 +72,12 @@ def read_text(source: str, what: str) -> str:
 
 def read_file(path: str | None, what: str) -> str:
     """The text of a file, None: of standard input. ValueError: it cannot be read."""
-    try:
-        with (
-            nullcontext(standard_input()) if path is None
-            else open(path, encoding="utf-8-sig", errors="surrogateescape")
-        ) as file:
-            text = read_all(file)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {what}: {e}") from None
+    with trying_to(f"read {what}", ValueError):
+        if path is None:
+            text = read_all(standard_input())
+        else:
+            with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+                text = read_all(file)
     check_text(what, text)
     return text
 
@@ -102,13 +100,11 @@ def with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict
 def read_lines(path: str) -> list[Line]:
     """The lines of a file, - for standard input, that are not blank: JSON if its name ends in
     .jsonl or the first one begins with a brace. ValueError: there is none, or it cannot be read."""
-    try:
+    with trying_to(f"read --prompts {path}", ValueError):
         with nullcontext(standard_input().buffer) if path == "-" else open(path, "rb") as file:
             content = read_all(file)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read --prompts {path}: {e}") from None
-    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-        raise ValueError(f"cannot read --prompts {path}: it is UTF-16, not UTF-8")
+        if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16, not UTF-8")
     content = content.removeprefix(BOM_UTF8)
     if not content.strip():
         raise ValueError(f"no prompts in {path}")

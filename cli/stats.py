@@ -84,7 +84,7 @@ def counted(items: Iterable[Any], what: str, total: int | None = None) -> Iterat
     if sys.stderr.isatty():
         yield from tqdm(items, what, total, unit=" layers", leave=False)
         return
-    total = total or len(items)
+    total = len(items) if total is None else total
     began = said = time.perf_counter()
     for n, item in enumerate(items, start=1):
         yield item
