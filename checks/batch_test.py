@@ -818,6 +818,23 @@ def test_a_second_run_goes_on(
     assert code == 2 and "give the prompts and flags that it was begun with" in err
 
 
+def test_a_run_goes_on_only_with_what_its_answers_were_made_by(
+    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path
+) -> None:
+    """The text that the model is calibrated on, and what records hold of a prompt."""
+    text = tmp_path / "text"
+    text.write_text(999 * "one two ")
+    file = tmp_path / "out.jsonl"
+    flags = ["--prompts", request_file, "--output", file, "--logprobs", 0, "--seed", 1]
+    flags += ["--quantize", "int8", "--calibrate", text]
+    assert cli(*flags)[0] == cli(*flags)[0] == 0
+    whole = file.read_text()
+    assert cli(*flags, "--echo")[0] == 2
+    text.write_text(999 * "three four ")
+    code, _, err = cli(*flags)
+    assert code == 2 and "or with other settings" in err and file.read_text() == whole
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--prompts {p} --output {p}", "--output goes to another file than --prompts comes from"),
     ("--prompts /dev/zero", "cannot read --prompts /dev/zero: it has more than 256 MiB"),

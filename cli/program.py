@@ -234,9 +234,11 @@ def wanted(
     if asked.system is not None:
         check_template(tokenizer, asked.system)
     if args.prompts is not None:
+        text = args.calibrate and sha256(Path(args.calibrate).read_bytes()).hexdigest()
         answering = json.dumps([
-            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room,
-            args.calibrate, args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
+            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room, text,
+            args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
+            *["echo"] * args.echo,
         ])
         return read_jobs(asked.lines, encode, settings, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
