@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import quantizers
 from cli.arguments import Parser, number
-from cli.prompts import read_text
+from cli.prompts import read_file
 from cli.stats import weight_bytes
 from generate import Tokenizer, generate, load_tokenizer, say
 from model import Transformer, first_line, load_model
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     source = args.checkpoint_path
     tokenizer = load_tokenizer(source)
     ids, other_ids = (
-        None if file is None else tokenizer.encode(read_text(f"@{file}", "a text"))
+        None if file is None else tokenizer.encode(read_file(file, file))
         for file in (args.perplexity, args.calibrate)
     )
     load = partial(

@@ -11,7 +11,6 @@ The text goes through the model while it is loaded: one block is dense at a time
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -48,9 +47,11 @@ class Calibration:
             raise ValueError(f"calibrating takes at least {LEAST_TOKENS} tokens of the {vocab_size}"
                              f" of the vocabulary; the text has {n}")
         T = min(PIECE, n, model.config.max_seq_len)
-        pieces = ids[:n // T * T].view(-1, T)[:MOST_PIECES]
-        self.hidden = pieces  # (pieces, T); from the first block on (pieces, T, dim)
-        self.model, self.mode, self.group_size = model, mode, group_size
+        n_pieces = min(n // T, MOST_PIECES)
+        # (pieces, T) ids; from the first block on (pieces, T, dim), what the next block is given
+        self.hidden = ids[:n_pieces * T].view(n_pieces, T)
+        self.model = model
+        self.kind = mode, group_size
         self.block: int | None = None  # the number of the one that is read now
         self.waiting: dict[str, Linear] = {}  # its layers, dense
         self.unseen = 0  # layers that the text did not reach
@@ -88,19 +89,20 @@ class Calibration:
 
         moments = {}  # of each layer's inputs: x.T @ x, [K, K] float32
 
-        def add(name: str, layer: Linear, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].reshape(-1, layer.in_features).float()
-            if name not in moments:
-                moments[name] = x.new_zeros(layer.in_features, layer.in_features)
-            moments[name].addmm_(x.T, x)
+        def add(layer: Linear, inputs: tuple[Tensor]) -> None:
+            K = layer.in_features
+            x = inputs[0].reshape(-1, K).float()
+            if layer not in moments:
+                moments[layer] = x.new_zeros(K, K)
+            moments[layer].addmm_(x.T, x)
 
-        hooks = [layer.register_forward_pre_hook(partial(add, name))
-                 for name, layer in self.waiting.items()]
+        hooks = [layer.register_forward_pre_hook(add) for layer in self.waiting.values()]
         self.run(forward)
-        for hook, (name, linear) in zip(hooks, self.waiting.items()):
+        for hook in hooks:
             hook.remove()
-            layer = quantize_linear(linear, self.mode, self.group_size, name)
-            moment = moments.pop(name, None)
+        for name, linear in self.waiting.items():
+            layer = quantize_linear(linear, *self.kind, name)
+            moment = moments.pop(linear, None)
             if moment is None or not moment.any():
                 self.unseen += 1
             elif isinstance(layer, QuantizedLinear):
@@ -123,20 +125,22 @@ class Grid:
         self.has_zeros = isinstance(layer, Int4Linear)
         if self.has_zeros:
             self.low, self.high = -8, 7
-            q, scale, zero = [x.float() for x in layer.plain(rows)]
-            q -= 8
+            q, scale, zero = layer.plain(rows)
+            q = q.float() - 8
         else:
             self.low, self.high = -127, 127
-            q, scale = layer.weight[rows].float(), layer.scales[rows].float()[:, None]
+            q, scale = layer.weight[rows], layer.scales[rows, None]
             zero = torch.zeros_like(scale)
-        self.scale, self.zero = scale.T.contiguous(), zero.T.contiguous()  # (groups, rows)
-        self.q = q.T.contiguous().view(len(self.scale), -1, len(q))  # (groups, group_size, rows)
+        q, self.scale, self.zero = [x.float().T.contiguous() for x in (q, scale, zero)]
+        # q (groups, group_size, rows); scale, zero (groups, rows)
+        self.q = q.unflatten(0, (len(self.scale), -1))
 
     def nearest(self, k: int, x: Tensor) -> Tensor:
         """Give input k the integers nearest to x [rows] -> the values that they stand for."""
         group, i = divmod(k, self.q.shape[1])
         scale, zero = self.scale[group], self.zero[group]
-        q = (x - zero).div_(scale.clamp_min(1e-30)).round_().clamp_(self.low, self.high)
+        steps = (x - zero).div_(scale.clamp_min(1e-30))
+        q = steps.round_().clamp_(self.low, self.high)
         self.q[group, i] = q
         return torch.addcmul(zero, q, scale)
 
@@ -146,23 +150,25 @@ class Grid:
 
     def put(self) -> None:
         """Bring it all into the layer."""
+        layer, rows = self.layer, self.rows
         q = self.q.flatten(0, 1).T  # (rows, K)
         if self.has_zeros:
-            self.layer.weight[self.rows] = pack_nibbles((q + 8).to(torch.uint8))
-            self.layer.scales[self.rows] = self.scale.T
-            self.layer.zeros[self.rows] = self.zero.T
+            layer.weight[rows] = pack_nibbles((q + 8).to(torch.uint8))
+            layer.scales[rows] = self.scale.T
+            layer.zeros[rows] = self.zero.T
         else:
-            self.layer.weight[self.rows] = q.to(torch.int8)
+            layer.weight[rows] = q.to(torch.int8)
 
 
 def round_by(moment: Tensor, layer: QuantizedLinear, weight: Tensor) -> None:
     """Round again what quantize_linear made of weight [N, K]; layer.error becomes that of outputs.
     moment [K, K]: of the inputs, damped in place. ValueError: it is not finite."""
-    mean = moment.diagonal().mean()
+    squares = moment.diagonal()
+    mean = squares.mean()
     if not mean.isfinite():
         raise ValueError("the text leads to numbers that are not finite: take another dtype")
-    moment.diagonal().mul_(1 + DAMPING).add_(1e-3 * mean)  # which some inputs lack
-    order = moment.diagonal().argsort(descending=True)
+    squares.mul_(1 + DAMPING).add_(1e-3 * mean)  # which some inputs lack
+    order = squares.argsort(descending=True)
     # upper; its transpose times itself is the inverse of the moments in that order
     factor = torch.linalg.cholesky(moment[order][:, order].flip(0, 1)).flip(0, 1)
     ones = torch.eye(len(order), device=factor.device)
@@ -186,14 +192,17 @@ def round_in_order(w: Tensor, grid: Grid, factor: Tensor, order: Tensor) -> None
     """GPTQ: the inputs of w [K, rows] are rounded in this order. By each one's error those that are
     left move as a row of factor says."""
     left = w[order]
-    for start in range(0, len(w), BLOCK):
-        stop = min(start + BLOCK, len(w))
-        errors = torch.empty_like(left[start:stop])
-        for j, k in zip(range(start, stop), order[start:stop].tolist()):
-            error = (left[j] - grid.nearest(k, left[j])) / factor[j, j]
-            left[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
-            errors[j - start] = error
-        left[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    stop = 0
+    for inputs, block in zip(order.split(BLOCK), left.split(BLOCK)):
+        start, stop = stop, stop + len(block)
+        reach = factor[start:stop]
+        within = reach[:, start:stop]
+        errors = torch.empty_like(block)
+        for j, k in enumerate(inputs.tolist()):
+            error = (block[j] - grid.nearest(k, block[j])) / within[j, j]
+            block[j:].addr_(within[j, j:], error, alpha=-1)
+            errors[j] = error
+        left[stop:].addmm_(reach[:, stop:].T, errors, alpha=-1)
 
 
 def descend(w: Tensor, grid: Grid, moment: Tensor) -> None:
@@ -216,17 +225,23 @@ def descend(w: Tensor, grid: Grid, moment: Tensor) -> None:
 def fit_line(grid: Grid, group: int, values: Tensor, slope: Tensor, within: Tensor) -> None:
     """Move scale and zero of a group to where the error is smallest, in the rows where that is a
     gain after rounding to bfloat16. values, slope [group_size, rows]: see descend."""
-    q, scale, zero = grid.q[group], grid.scale[group], grid.zero[group]
+    q = grid.q[group]
+    scale = grid.scale[group]
+    zero = grid.zero[group]
     # two linear equations for the steps of scale and zero
     of_q = within @ q  # (group_size, rows)
-    a, b, c = (of_q * q).sum(0), of_q.sum(0), within.sum()
-    for_scale, for_zero = (slope * q).sum(0), slope.sum(0)
+    a = (of_q * q).sum(0)
+    b = of_q.sum(0)
+    c = within.sum()
+    for_scale = (slope * q).sum(0)
+    for_zero = slope.sum(0)
     step = (for_scale * c - for_zero * b) / (a * c - b * b)
     new_scale = (scale + step).bfloat16().float()
     step = (for_zero - (new_scale - scale) * b) / c  # the best one beside the rounded scale
     new_zero = (zero + step).bfloat16().float()
     change = torch.addcmul(new_zero, q, new_scale) - values
-    gain = ((2 * slope - within @ change) * change).sum(0)
-    better = (gain > 0) & (new_scale > 0)  # NaN, where all q are alike, is not
-    scale[better], zero[better] = new_scale[better], new_zero[better]
+    gain = (2 * slope - within @ change) * change
+    better = (gain.sum(0) > 0) & (new_scale > 0)  # NaN, where all q are alike, is not
+    scale[better] = new_scale[better]
+    zero[better] = new_zero[better]
     values.copy_(torch.addcmul(zero, q, scale))

@@ -21,7 +21,9 @@ from batching.engine import Launch
 from checks.common import CPU_ENV, HERE, PATIENCE_S, read_to_end, run_cli
 from cli.batch import InOrder, Records, answer_jobs, print_record, work_off
 from cli.program import files_of
-from cli.prompts import SETTINGS, Job, Line, read_jobs, read_lines, read_text, samples
+from cli.prompts import (
+    SETTINGS, Job, Line, read_file, read_jobs, read_lines, read_prompt, read_text, samples,
+)
 from generate import NO_TEXT, Request, generate, load_tokenizer
 from model import load_model
 from parallel import Team
@@ -67,18 +69,37 @@ def prompts(jobs: list[Job]) -> list[str]:
 
 # --- reading ---
 
-def test_read_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_a_text_a_file_s_or_standard_input_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("\ufefftwo, \u00e9\n", encoding="utf-8")  # behind a byte order mark
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbffrom a pipe")))
-    assert read_text("as it is") == "as it is"
-    assert read_text("@@x @@") == "@x @@"
-    assert read_text("") == ""
-    assert read_text("-") == "from a pipe"
-    assert read_text(f"@{file}") == "two, \u00e9\n"
+    assert read_prompt("as it is") == "as it is"
+    assert read_prompt("@@x @@") == "@x @@"
+    assert read_prompt("") == ""
+    assert read_prompt("-") == "from a pipe"
+    assert read_text("-", "a system message") == "-"
+    assert read_prompt(f"@{file}") == "two, \u00e9\n"
     for name in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match=f"cannot read the prompt @{name}: "):
-            read_text(f"@{name}")
+            read_prompt(f"@{name}")
+    monkeypatch.chdir(tmp_path)
+    Path("@grammar").write_text("root")
+    assert read_file("@grammar", "the grammar") == "root"  # a flag that takes a file takes its name
+
+
+def test_bytes_that_are_no_utf_8_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    for source in ("-", f"@{tmp_path}/latin", "caf\udce9"):
+        with pytest.raises(ValueError, match="^the prompt.* is not UTF-8: byte 0xe9$"):
+            read_prompt(source)
+    (tmp_path / "utf-16").write_bytes("one\ntwo".encode("utf-16"))
+    with pytest.raises(ValueError, match="it is UTF-16, not UTF-8"):
+        read_lines(str(tmp_path / "utf-16"))
 
 
 @pytest.mark.parametrize("text, want", [
@@ -104,7 +125,7 @@ def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_closed_standard_input_has_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    for read in (read_lines, read_text):
+    for read in (read_lines, read_prompt):
         with pytest.raises(ValueError, match="cannot read .* -: standard input is closed"):
             read("-")
 
@@ -184,8 +205,8 @@ BAD_LINES = [
     ('{"prompt": "x", "stop": [1]}', "each text of stop must be a text, not 1"),
     ('{"prompt": "x", "stop": [""]}', "stop must be a list of texts, none of them empty, not ["),
     ('{"prompt": ' + 100_000 * "[", "JSON that is nested too deeply"),
-    (b'{"prompt": "\xe9"}', "not UTF-8: byte 0xe9"),
-    (b"\xff\xfe{\0", "not UTF-8: byte 0xff"),
+    (b'{"prompt": "\xe9"}', "it is not UTF-8: byte 0xe9"),
+    (b"\xff\xfe{\0", "it is not UTF-8: byte 0xff"),
     ('{"prompt": "a\0b"}', "not JSON: Invalid control character"),
 ]
 
@@ -363,9 +384,9 @@ def test_records_come_as_answers_end(
     found = [json.loads(line) for line in out.splitlines()]
     assert [record["index"] for record in found] == [6, 1, 3, 2, 4, 0, 5]
     bad, two, *_ = found
-    assert bad == {"index": 6, "sample": 0, "error": "line 7: not UTF-8: byte 0xff",
+    assert bad == {"index": 6, "sample": 0, "error": "line 7: it is not UTF-8: byte 0xff",
                    "digest": jobs[6].digest}
-    assert err == "line 7: not UTF-8: byte 0xff\n"
+    assert err == "line 7: it is not UTF-8: byte 0xff\n"
     assert two["text"] == "TWO" and two["finish_reason"] == "length"
     assert (two["prompt_tokens"], two["new_tokens"]) == (3, 3)
     assert 0 <= two["queued_s"] <= found[-1]["queued_s"]
@@ -390,8 +411,8 @@ def answer_into(
     """What a run leaves in a file of records."""
     with Records(str(file)) as records:
         answer_jobs(
-            jobs, engine or Shouter(), Letters(), write=records.append,
-            done=records.answers_to(jobs), team=ALONE,
+            [jobs[number] for number in records.left_of(jobs)], engine or Shouter(), Letters(),
+            write=records.append, team=ALONE,
         )
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -454,7 +475,8 @@ def test_waiting_counts_until_a_row_is_free(monkeypatch: pytest.MonkeyPatch) -> 
             yield 0, [5]
 
     monkeypatch.setattr(time, "perf_counter", iter([0.0, 5.0]).__next__)
-    [(_, _, _, record)] = work_off(plain_jobs("a"), Busy(), None)
+    [news] = work_off({0: plain_jobs("a")[0]}, Busy(), None, None)
+    record = news.record
     assert (record["queued_s"], record["first_token_s"]) == (3.0, 2.0)
 
 
@@ -560,7 +582,7 @@ def test_half_an_answer_stays_until_the_run_goes_on(tmp_path: Path, jobs: list[J
     half = file.read_bytes()[:-9]
     file.write_bytes(half)
     with Records(str(file)) as records:
-        records.answers_to(jobs)
+        records.left_of(jobs)
     with pytest.raises(ValueError, match="answers another prompt"):
         answer_into(file, plain_jobs("other"))
     assert file.read_bytes() == half
@@ -714,7 +736,7 @@ def test_a_bad_line_has_a_record_and_the_run_goes_on(
     errors = {record["index"]: record["error"] for record in found if "error" in record}
     assert code == 0 and len(found) == 6
     assert errors[1].startswith("line 2: not JSON: ")
-    assert errors[2] == "line 3: not UTF-8: byte 0xff"
+    assert errors[2] == "line 3: it is not UTF-8: byte 0xff"
     assert errors[4].endswith("tokens leaves no room for a new one in the context of 256")
     for error in errors.values():
         assert error in err.splitlines()
@@ -795,6 +817,23 @@ def test_a_second_run_goes_on(
     assert code == 2 and "give the prompts and flags that it was begun with" in err
 
 
+def test_a_run_goes_on_only_with_what_its_answers_were_made_by(
+    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path
+) -> None:
+    """The text that the model is calibrated on, and what records hold of a prompt."""
+    text = tmp_path / "text"
+    text.write_text(999 * "one two ")
+    file = tmp_path / "out.jsonl"
+    flags = ["--prompts", request_file, "--output", file, "--logprobs", 0, "--seed", 1]
+    flags += ["--quantize", "int8", "--calibrate", text]
+    assert cli(*flags)[0] == cli(*flags)[0] == 0
+    whole = file.read_text()
+    assert cli(*flags, "--echo")[0] == 2
+    text.write_text(999 * "three four ")
+    code, _, err = cli(*flags)
+    assert code == 2 and "or with other settings" in err and file.read_text() == whole
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--prompts {p} --output {p}", "--output goes to another file than --prompts comes from"),
     ("--prompts /dev/zero", "cannot read --prompts /dev/zero: it has more than 256 MiB"),
@@ -806,13 +845,13 @@ def test_a_second_run_goes_on(
     ("--interactive --system @/no/such/file", "cannot read the system message @/no/such/file: "),
     ("--prompt x --output x", "--output goes with --prompts"),
     ("--interactive --output x", "--output goes with --prompts"),
-    ("--prompts {p} --output x --profile y", "--output goes with --prompts and without --profile"),
+    ("--prompts {p} --output x --profile y", "--output goes without --profile"),
     ("--prompt x --stop=", "--stop takes no empty text, which would end every answer at once"),
     ("--benchmark --stop x", "--stop goes without --benchmark"),
     ("--prompt x --temperature inf", "inf is not at least 0 and at most 1000"),
     ("--prompt x --temperature 1 --top_k 99999999999999999999", "--top_k"),
     ("--prompt 99999999999999", "leaves no room"),
-    ("--prompt \ud8ff", "--prompt has half a character"),
+    ("--prompt \ud8ff", "the prompt has half a character"),
 ])
 def test_mistakes_get_one_sentence(
     cli: Callable[..., Outcome], request_file: Path, flags: str, message: str

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from checks.common import CPU_ENV, HERE, PATIENCE_S, state_of, wait_until
+from checks.common import CPU_ENV, HERE, PATIENCE_S
 from cli.chat import Chat
 from cli.stats import LONG, with_bar
 
@@ -626,8 +626,6 @@ def test_a_terminal_has_line_editing_and_a_history(tmp_path: Path) -> None:
         screen.wait_for("> ")
     screen.type("half")
     screen.wait_for("half")
-    # Python overhears a signal between an echo and its waiting for the next key
-    wait_until(lambda: state_of(screen.pid) == "S")
     screen.type("\x03")
     screen.wait_for("got KeyboardInterrupt\r\n")
     screen.wait_for("> ")
@@ -642,6 +640,21 @@ def test_a_terminal_has_line_editing_and_a_history(tmp_path: Path) -> None:
     screen.type(f"{UP}{UP}\n\x04")
     screen.wait_for("got 'x'")
     assert screen.close()[0] == 0
+
+
+INTERRUPT_UNHEARD = """
+import ctypes
+hook = ctypes.c_void_p.in_dll(ctypes.pythonapi, "PyOS_InputHook")  # called before each key's wait
+hook.value = ctypes.cast(ctypes.pythonapi.PyErr_SetInterrupt, ctypes.c_void_p).value
+"""
+
+
+def test_ctrl_c_counts_in_the_moment_before_the_wait_for_a_key(tmp_path: Path) -> None:
+    """Then it does not end that wait."""
+    screen = Screen(["-c", INTERRUPT_UNHEARD + ECHO], tmp_path)
+    screen.wait_for("got KeyboardInterrupt")
+    os.kill(screen.pid, signal.SIGTERM)
+    screen.close()
 
 
 def test_two_chats_at_once_keep_the_history_of_both(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,14 +45,33 @@ def test_what_cannot_be_read_is_said_though_stdout_is_closed(
     assert capsys.readouterr().err == said
 
 
-def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
+
+def test_ctrl_c_while_the_program_begins_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.answer, "become_a_program", interrupt)
     with pytest.raises(SystemExit) as end:
         cli.main(None)
     assert end.value.code == 130
+
+
+def test_ctrl_c_while_python_shuts_down_ends_it_without_a_word(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing catches an exception any more."""
+    handlers = {signal.SIGHUP: signal.SIG_IGN}  # as under nohup
+    monkeypatch.setattr(sys, "stdout", None)  # which else would get another encoding
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    for answer in (interrupt, lambda argv, team: None):
+        monkeypatch.setattr(cli.answer, "answer", answer)
+        with pytest.raises(SystemExit) if answer is interrupt else nullcontext():
+            cli.main(None)
+        assert handlers == {
+            signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL,
+            signal.SIGHUP: signal.SIG_IGN,
+        }
 
 
 def test_a_signal_counts_though_leaving_what_it_cut_short_fails() -> None:
@@ -349,8 +371,8 @@ def test_save_and_group_size(mode: str) -> None:
 
 SAVE = ["--quantize", "int8", "--save", "folder"]
 SAVE_ALONE = "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile"
-OUTPUT = "--output goes with --prompts and without --profile"
-ONE_SOURCE = "--prompt, --prompts and --interactive exclude each other"
+OUTPUT = "--output goes with --prompts"
+ONE_SOURCE = "--prompt goes without --prompts and --interactive"
 CHAT_ALONE = (
     "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size"
 )
@@ -374,13 +396,19 @@ RANDOM_TOKENS = "--benchmark takes its --prompt as a number of random tokens"
     (["--interactive", "--num_samples", "2"], CHAT_ALONE),
     (["--interactive", "--batch_size", "2"], CHAT_ALONE),
     (["--benchmark", "--prompt", "words"], RANDOM_TOKENS),
-    (["--benchmark", "--prompts", "x"], RANDOM_TOKENS),
+    (["--benchmark", "--prompts", "x"], "--prompts goes without --interactive and --benchmark"),
+    (["--interactive", "--prompts", "x"], "--prompts goes without --interactive and --benchmark"),
+    (["--json_schema", "x", "--grammar", "x"], "--json_schema goes without --grammar"),
+    (["--json", "--echo"], "--echo goes with --logprobs"),
+    (["--shift"], "--shift goes with --interactive"),
+    (["--quantize", "none", "--save", "x"], "--save goes with --quantize"),
+    (["--quantize", "auto", "--calibrate", "x"], "--calibrate goes with --quantize int8 or int4"),
     (["--benchmark", "--stop", "x"], "--stop goes without --benchmark and --profile"),
     (["--profile", "x", "--stop", "x"], "--stop goes without --benchmark and --profile"),
     (["--output", "x"], OUTPUT),
     (["--output", "x", "--prompt", "x"], OUTPUT),
     (["--output", "x", "--interactive"], OUTPUT),
-    (["--output", "x", "--prompts", "y", "--profile", "x"], OUTPUT),
+    (["--output", "x", "--prompts", "y", "--profile", "x"], "--output goes without --profile"),
     (["--stop", ""], "--stop takes no empty text, which would end every answer at once"),
     (["--system", "x"], "--system goes with --interactive or --chat"),
     (["--threads", "0"], "argument --threads: 0 is not at least 1 and at most 1024"),
@@ -478,6 +506,16 @@ def test_a_download_shows_how_far_it_is_on_a_terminal_only(
         default_model()
     [command] = commands
     assert ("--quiet" in command) != on_terminal
+
+
+def test_long_loading_says_how_far_it_is_where_stderr_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "perf_counter", iter([0, 6, 11, 12, 18, 23, 24, 25]).__next__)
+    assert list(cli.stats.counted("abcd", "loading")) == ["a", "b", "c", "d"]
+    assert list(cli.stats.counted(iter(()), "loading", 0)) == []
+    said = "loading: 2 of 4 layers after 12 s\nloading: 4 of 4 layers after 24 s\n"
+    assert capsys.readouterr().err == said
 
 
 def test_the_page_of_names_has_every_flag_and_no_other() -> None:

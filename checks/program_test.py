@@ -129,7 +129,7 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, model: Transformer, said: str) ->
     ("--dtype int3", "--dtype"),
     ("--quantize int9", "--quantize"),
     ("--nonsense", "--nonsense"),
-    ("--prompt x --interactive", "exclude"),
+    ("--prompt x --interactive", "--prompt goes without"),
     ("--interactive --json", "--interactive"),
     ("--prompt @/no/such/file", "/no/such/file"),
     ("--prompts /no/such/file", "/no/such/file"),

@@ -1,5 +1,6 @@
 """The program: what one prompt and plain flags ask is generate.run's, the rest cli/program.py's."""
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -8,20 +9,24 @@ import torch
 
 import generate
 from cli.arguments import is_plain, parse_args
-from cli.errors import become_a_program, sentences
-from cli.prompts import read_text
+from cli.errors import become_a_program, catch_signals, sentences
+from cli.prompts import read_prompt
 from cli.stats import say_cuts, say_library, say_memory, show_loading, watch_prompts
 from model import extension
 
 
 def main(argv: list[str] | None) -> None:
     """generate.main with all flags."""
-    with sentences():
+    try:
+        with sentences():
+            if argv is None:
+                become_a_program()
+            several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
+            with extension("parallel").Team() if several else nullcontext() as team:
+                answer(argv, team)
+    finally:
         if argv is None:
-            become_a_program()
-        several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
-        with extension("parallel").Team() if several else nullcontext() as team:
-            answer(argv, team)
+            catch_signals(signal.SIG_DFL, signal.SIG_DFL)  # Python shuts down: nobody would catch
 
 
 def answer(argv: list[str] | None, team: Any) -> None:
@@ -39,7 +44,7 @@ def answer(argv: list[str] | None, team: Any) -> None:
         run(args, team)
         return
     if args.prompt is not None:
-        args.prompt = read_text(args.prompt)
+        args.prompt = read_prompt(args.prompt)
     decoder = generate.run(args, watch_prompts)
     say_cuts(list(decoder.finish_reasons.values()))
     say_memory(decoder)

@@ -1,6 +1,7 @@
 """The flags of generate.py: what they are, what they may be, and which go together."""
 import argparse
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,17 +85,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def is_number(prompt: str | None) -> bool:
+    """Whether --prompt is a number of random tokens."""
+    return prompt is not None and prompt.isdecimal()
+
+
 def is_plain(args: argparse.Namespace) -> bool:
     """Whether one prompt, as it stands, and flags that generate.run knows are all there is."""
     known = ["threads"]  # it is nothing to know of
     add_flags(lambda flag, **options: known.append(flag.removeprefix("--")))
-    usual = parse_args([f"--device={args.device}"])
-    for name, value in vars(args).items():
-        if name not in known and value != getattr(usual, name):
-            return False
-    is_number = args.prompt is not None and args.prompt.isdecimal()
-    is_json = str(args.checkpoint_path).endswith(".json")
-    return not (is_number or is_json)
+    usual = vars(parse_args([f"--device={args.device}"]))
+    if any(value != usual[name] for name, value in vars(args).items() if name not in known):
+        return False
+    return not (is_number(args.prompt) or str(args.checkpoint_path).endswith(".json"))
 
 
 def say_what_does_nothing(args: argparse.Namespace) -> None:
@@ -102,7 +105,7 @@ def say_what_does_nothing(args: argparse.Namespace) -> None:
     if args.temperature > 0 or args.prompts is not None:
         return
     names = ["top_k", "top_p", "min_p"]
-    if not (args.prompt and args.prompt.isdecimal()):  # random tokens are drawn by the seed
+    if not is_number(args.prompt):  # random tokens are drawn by the seed
         names.append("seed")
     given = [f"--{name}" for name in names if getattr(args, name) is not None]
     if given:
@@ -214,45 +217,43 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         help="write a Chrome trace of 16 decode steps and say what they consist of")
 
 
+# each is said as it stands where it is broken
+RULES = (
+    "--prompt goes without --prompts and --interactive",
+    "--prompts goes without --interactive and --benchmark",
+    "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size",
+    "--output goes with --prompts",
+    "--output goes without --profile",
+    "--system goes with --interactive or --chat",
+    "--shift goes with --interactive",
+    "--stop goes without --benchmark and --profile",
+    "--json_schema goes without --grammar",
+    "--logprobs goes with --json or --output",
+    "--echo goes with --logprobs",
+    "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile",
+    "--draft_checkpoint_path goes with --speculate_k",
+    "--draft_quantize goes with --draft_checkpoint_path",
+)
+
+
 def check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """ValueError where flags contradict each other."""
-    sources = [args.prompt is not None, args.prompts is not None, args.interactive]
-    measures = args.benchmark or args.profile is not None
-    several = args.num_samples > 1 or args.batch_size > 1
-    saves = args.save is not None
-    is_number = not args.prompt or args.prompt.isdecimal()
+    given = {f"--{name}" for name, value in vars(args).items() if value != parser.get_default(name)}
+    for rule in RULES:
+        flag, *others = re.findall(r"--\w+", rule)
+        if flag in given and given.isdisjoint(others) == (" with " in rule):
+            parser.error(rule)
+    rounds = args.quantize in MODES
     contradictions = {
-        "--prompt, --prompts and --interactive exclude each other": sources.count(True) > 1,
-        "--output goes with --prompts and without --profile":
-            args.output is not None and (args.prompts is None or args.profile),
+        "--group_size goes with --quantize": "--group_size" in given and not rounds,
+        "--calibrate goes with --quantize int8 or int4": "--calibrate" in given and not rounds,
+        "--save goes with --quantize": "--save" in given and args.quantize in (None, "none"),
         "--output goes to another file than --prompts comes from":
             all(name and os.path.exists(name) for name in (args.output, args.prompts))
             and os.path.samefile(args.output, args.prompts),
-        "--interactive goes without --json, --benchmark, --profile, --num_samples and --batch_size":
-            args.interactive and (args.json or measures or several),
-        "--system goes with --interactive or --chat":
-            args.system is not None and not (args.interactive or args.chat),
-        "--json_schema and --grammar exclude each other":
-            None not in (args.json_schema, args.grammar),
-        "--logprobs goes with --json or --output, and not with --interactive":
-            args.logprobs is not None and not (args.json or args.output),
-        "--echo goes with --logprobs": args.echo and args.logprobs is None,
-        "--shift goes with --interactive": args.shift and not args.interactive,
-        "--group_size goes with --quantize":
-            args.group_size is not None and args.quantize not in MODES,
-        "--calibrate goes with --quantize int8 or int4":
-            args.calibrate is not None and args.quantize not in MODES,
-        "--save goes with --quantize": saves and args.quantize in (None, "none"),
-        "--save goes without --prompt, --prompts, --interactive, --benchmark and --profile":
-            saves and (any(sources) or measures),
-        "--draft_checkpoint_path goes with --speculate_k":
-            args.draft_checkpoint_path is not None and not args.speculate_k,
-        "--draft_quantize goes with --draft_checkpoint_path":
-            args.draft_quantize is not None and args.draft_checkpoint_path is None,
-        "--stop goes without --benchmark and --profile": args.stop and measures,
         "--stop takes no empty text, which would end every answer at once": "" in args.stop,
         "--benchmark takes its --prompt as a number of random tokens":
-            args.benchmark and (args.prompts is not None or not is_number),
+            args.benchmark and bool(args.prompt) and not is_number(args.prompt),
     }
     for message, wrong in contradictions.items():
         if wrong:

@@ -6,15 +6,16 @@ import re
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from batching import Engine
+from cli.files import trying_to
 from cli.prompts import Job
 from cli.stats import NO_TIME
 from formats.text import TextStream
@@ -24,6 +25,18 @@ from parallel import Team
 # how the lines begin that Records writes, each number a 0
 RECORD_STARTS = b'{"index": 0, "sample": 0, "text": ', b'{"index": 0, "sample": 0, "error": '
 Record = dict[str, Any]  # an answer as far as it has come, as --json and --output give it
+
+
+class News(NamedTuple):
+    """What is new of an answer, and its record as far as it has come."""
+    number: int  # of its job
+    n_tokens: int
+    text: str
+    record: Record
+
+    @property
+    def ended(self) -> bool:
+        return self.record.get("finish_reason", "error") is not None
 
 
 def new_record(job: Job) -> Record:
@@ -52,12 +65,11 @@ def print_record(record: Record) -> None:
 
 
 def work_off(
-    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, team: Team | None = None
-) -> Iterator[tuple[int, int, str, Record]]:
-    """Run jobs -> (a job's number, how many tokens and which text are new, its record), as they
-    come. tokenizer: None makes no text. team: its groups share the jobs; None: all are run here."""
+    jobs: dict[int, Job], engine: Engine, tokenizer: Tokenizer | None, team: Team | None
+) -> Iterator[News]:
+    """Answer jobs, by their numbers; of several groups of a team each takes some."""
     requests, streams = [], []
-    for job in jobs:
+    for job in jobs.values():
         settings = dict(job.settings)
         stop = settings.pop("stop")
         if tokenizer is not None:
@@ -65,26 +77,25 @@ def work_off(
             settings["eos_ids"] = tokenizer.eos_ids
             settings["ends"] = tokenizer.ends(stop, job.prompt) if stop else None
         requests.append(Request(job.prompt, **settings))
-    records = [new_record(job) for job in jobs]
-    take_number = None
+    records = list(map(new_record, jobs.values()))
+    numbers = list(jobs)
+    take_place = None
     if team is not None and team.n_groups > 1:
-        take_number = partial(team.take_number, len(jobs))
+        take_place = partial(team.take_number, len(jobs))
     began = time.perf_counter()
-    for number, ids in engine.run(requests, take_number):
-        record = records[number]
-        started = engine.started[number]
+    for place, ids in engine.run(requests, take_place):
+        record = records[place]
+        started = engine.started[place]
         record["total_s"] = round(time.perf_counter() - started, 6)
         if not record["new_tokens"]:
             record["queued_s"] = round(started - began, 6)
             record["first_token_s"] = record["total_s"]
         record["new_tokens"] += len(ids)
-        add_logprobs(record, jobs[number].prompt, ids, tokenizer)
-        record["finish_reason"] = engine.finish_reasons.get(number)
-        piece = ""
-        if tokenizer is not None:
-            piece = streams[number].push(ids, final=record["finish_reason"] is not None)
-        record["text"] += piece
-        yield number, len(ids), piece, record
+        add_logprobs(record, requests[place].prompt, ids, tokenizer)
+        reason = record["finish_reason"] = engine.finish_reasons.get(place)
+        text = streams[place].push(ids, final=reason is not None) if streams else ""
+        record["text"] += text
+        yield News(numbers[place], len(ids), text, record)
 
 
 def add_logprobs(
@@ -103,6 +114,35 @@ def add_logprobs(
             likeliest = [named(*each) for each in (top or {}).items()]
             told = named(token, logprob) | {"top_logprobs": likeliest}
             record.setdefault(f"{name}logprobs", []).append(told)
+
+
+def answers_of_all(
+    jobs: list[Job], engine: Engine | None, tokenizer: Tokenizer | None, team: Team | None
+) -> Iterator[News]:
+    """The bad lines among jobs, and what work_off gives of the others, of all groups of the team in
+    the first process: the others send it what they have. engine: None where all lines are bad."""
+    good = {number: job for number, job in enumerate(jobs) if job.error is None}
+    ours = work_off(good, engine, tokenizer, team) if good else ()
+    if team is not None and team.n_groups > 1 and not team.is_first:
+        for news in ours:
+            if news.ended:
+                team.send(news.number, news.record)
+        return
+    for number, job in enumerate(jobs):
+        if job.error is not None:
+            yield News(number, 0, "", new_record(job))
+    n_left = len(good)
+    for news in chain(ours, repeat(None)):
+        if news is not None:
+            n_left -= news.ended
+            yield news
+        elif n_left:
+            time.sleep(0.01)  # others are still at work
+        else:
+            return
+        for number, record in team.receive() if team is not None else ():
+            n_left -= 1
+            yield News(number, record["new_tokens"], record["text"], record)
 
 
 class InOrder:
@@ -129,95 +169,47 @@ class InOrder:
 
 def answer_jobs(
     jobs: list[Job], engine: Engine | None, tokenizer: Tokenizer | None, *,
-    write: Callable[[Record], None] | None = None, done: Collection[tuple[int, int]] = (),
-    team: Team | None = None,
+    write: Callable[[Record], None] | None = None, n_done: int = 0, team: Team | None = None,
 ) -> list[Record]:
     """Answer prompts, and report the lines that are none -> their records, as they ended.
 
-    write takes each record; None prints the texts in the prompts' order, those of several under
-    their headings. tokenizer: None makes no text. done: (index, sample) of jobs that have their
-    answers already. team: its groups share the jobs, with a bar of progress if stderr is a
-    terminal, and give the first process what they have; None: all are answered here, and a text is
-    printed as it comes."""
+    engine: None where all are such lines. write takes each record; None prints the texts in the
+    prompts' order, those of several under their headings. tokenizer: None makes no text. n_done:
+    other answers that are there already. team: its groups share the jobs, with a bar, and give the
+    first process what they have; None: all are answered here, and a text is printed as it comes."""
     one = team is None and len(jobs) == 1
     screen = InOrder([] if one else jobs, whole=team is not None)
-    ended = []
 
-    def show(number: int, piece: str, record: Record) -> None:
-        ends = record.get("finish_reason", "error") is not None
-        if ends:
-            ended.append(record)
+    def show(news: News) -> None:
+        text = news.text
+        if "error" in news.record:
+            say(news.record["error"])
+        elif news.ended:
+            text += "\n" if one else "\n\n"
         if write is None and tokenizer is not None:
-            if ends and "text" in record:
-                piece += "\n" if one else "\n\n"
-            screen.push(number, piece, ends)
-        elif write is not None and ends:
-            write(record)
+            screen.push(news.number, text, news.ended)
+        elif write is not None and news.ended:
+            write(news.record)
 
-    left = []
-    for number, job in enumerate(jobs):
-        if (job.index, job.sample) not in done:
-            if job.error is None:
-                left.append(number)
-            else:  # a line that is no prompt is done by saying so
-                say(job.error)
-                show(number, "", new_record(job))
-    if left:
-        answer_left(jobs, left, engine, tokenizer, show, team)
-    return ended
-
-
-def answer_left(
-    jobs: list[Job], left: list[int], engine: Engine, tokenizer: Tokenizer | None,
-    show: Callable[[int, str, Record], None], team: Team | None,
-) -> None:
-    """Answer the jobs of these numbers, and show what is new of each as it comes."""
-    wanted = [jobs[number] for number in left]
-    n_tokens, began = 0, time.perf_counter()
+    n_tokens, began, ended = 0, time.perf_counter(), []
     with tqdm(
-        total=len(jobs), initial=len(jobs) - len(left), unit="prompt", miniters=0,
-        disable=team is None or None,  # None: unless stderr is a terminal
+        total=n_done + len(jobs), initial=n_done, unit="prompt", miniters=0,
+        disable=team is None or not jobs or None,  # None: unless stderr is a terminal
         nrows=20,  # a terminal without a size says that it has none, which would hide the bar
     ) as bar:
-        for number, n_new, piece, record in answers_of_all(wanted, engine, tokenizer, team):
-            ended = record["finish_reason"] is not None
-            n_tokens += n_new
+        for news in answers_of_all(jobs, engine, tokenizer, team):
+            n_tokens += news.n_tokens
             speed = n_tokens / max(time.perf_counter() - began, NO_TIME)
             bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
-            with bar.external_write_mode() if ended else nullcontext():
-                show(left[number], piece, record)
-            bar.update(ended)  # draws it anew if that is due
-    if team is not None and team.n_groups > 1:
+            with bar.external_write_mode() if news.ended else nullcontext():
+                show(news)
+            bar.update(news.ended)  # draws it anew if that is due
+            if news.ended:
+                ended.append(news.record)
+    if n_tokens and team is not None and team.n_groups > 1:
         seconds = time.perf_counter() - began
         say(f"{team.n_groups} groups: {n_tokens} new tokens in {seconds:.2f} s; the first of them:")
-
-
-def answers_of_all(
-    jobs: list[Job], engine: Engine, tokenizer: Tokenizer | None, team: Team | None
-) -> Iterator[tuple[int, int, str, Record]]:
-    """What work_off gives, of all groups of the team in the first process: the others send it what
-    they have."""
-    ours = work_off(jobs, engine, tokenizer, team)
-    if team is None or team.n_groups == 1:
-        yield from ours
-        return
-    if not team.is_first:
-        for number, _, _, record in ours:
-            if record["finish_reason"] is not None:
-                team.send(number, record)
-        return
-    n_left = len(jobs)
-    for news in chain(ours, repeat(None)):
-        if news is not None:
-            n_left -= news[-1]["finish_reason"] is not None
-            yield news
-        elif n_left:
-            time.sleep(0.01)  # others are still at work
-        else:
-            return
-        for number, record in team.receive():
-            n_left -= 1
-            yield number, record["new_tokens"], record["text"], record
+    return ended
 
 
 def is_begun(line: bytes) -> bool:
@@ -238,10 +230,8 @@ class Records:
         self.path = os.path.realpath(path)  # a link stays one
         self.made = not os.path.exists(self.path)
         make = os.O_CREAT | os.O_EXCL if self.made else 0
-        try:
+        with trying_to(f"write --output {path}"):
             self.file = os.open(self.path, os.O_RDWR | os.O_APPEND | make, 0o666)
-        except OSError as e:
-            raise ValueError(f"cannot write --output {path}: {e.strerror}") from None
         self.size = 0  # of the whole lines
         try:
             self.lock()
@@ -271,12 +261,11 @@ class Records:
         """Keep other runs away until this process ends."""
         if not stat.S_ISREG(os.fstat(self.file).st_mode):
             raise ValueError(f"--output {self.path} is no plain file; --json prints answers")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to --output {self.path}") from None
-        except OSError as e:
-            raise ValueError(f"cannot lock --output {self.path}: {e.strerror}") from None
+        with trying_to(f"lock --output {self.path}"):
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to --output {self.path}") from None
         self.check_place()
 
     def read(self) -> dict[tuple[int, int], str]:
@@ -301,8 +290,8 @@ class Records:
                     self.size += len(line)
         return done
 
-    def answers_to(self, jobs: list[Job]) -> set[tuple[int, int]]:
-        """The (index, sample) of those that are there. ValueError: one is no answer to a job."""
+    def left_of(self, jobs: list[Job]) -> list[int]:
+        """The numbers of those without an answer. ValueError: one that is there is to no job."""
         asked = {(job.index, job.sample): job.digest for job in jobs}
         wrong = self.done.items() - asked.items()
         if wrong:
@@ -311,7 +300,7 @@ class Records:
                 f"--output {self.path} answers another prompt {index}, or with other settings: "
                 "give the prompts and flags that it was begun with, or choose another file"
             )
-        return set(self.done)
+        return [number for number, place in enumerate(asked) if place not in self.done]
 
     def append(self, record: Record) -> None:
         """Write a record, behind the last whole one, and wait until it is on the disk."""

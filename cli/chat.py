@@ -7,16 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from batching import Engine, load_row, read_row, save_row
-from cli.files import in_place_of, read_all
+from cli.files import in_place_of, read_all, trying_to
 from cli.lines import COMMAND, QUOTES, Messages
 from cli.prompts import check_messages, check_template, check_text, read_text, with_system
 from cli.stats import NO_TIME, plural
 from formats.text import TextStream
 from generate import RANGES, Request, Tokenizer, generate, say
-from model import first_line
 
 Message = dict[str, str]  # role and content
 
@@ -246,17 +243,16 @@ class Chat:
         file = named_file(name if also == "+cache" else argument)
         messages = with_system(self.system, self.messages)
         text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
-        try:
+        with trying_to(f"write {file}"):
             with in_place_of(file, read_conversation) as new:
                 new.write_text(text, encoding="utf-8")
-            say(f"{len(messages)} messages are in {file}")
-            if also == "+cache":
-                file = cache_of(file)
+        say(f"{len(messages)} messages are in {file}")
+        if also == "+cache":
+            file = cache_of(file)
+            with trying_to(f"write {file}"):
                 with in_place_of(file, read_row) as new:
                     save_row(self.engine.model, self.held, new)
-                say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")
-        except (OSError, SafetensorError) as e:
-            raise ValueError(f"cannot write {file}: {first_line(e)}") from None
+            say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")
 
     def load(self, argument: str) -> None:
         file = named_file(argument)
@@ -314,7 +310,7 @@ def named_file(argument: str) -> Path:
 def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
     """What a file has: the system message, None where there is none, and those of user and
     assistant in turn. ValueError: it has anything else, or cannot be read."""
-    try:
+    with trying_to(f"read a conversation from {file}", ValueError, RecursionError):
         if file.exists() and not file.is_file():
             raise ValueError("it is no plain file")
         with open(file, encoding="utf-8-sig") as text:
@@ -326,8 +322,6 @@ def read_conversation(file: Path) -> tuple[str | None, list[Message]]:
         roles = [message["role"] for message in messages]
         if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
             raise ValueError("its messages are not those of user and assistant in turn")
-    except (OSError, ValueError, RecursionError) as e:
-        raise ValueError(f"cannot read a conversation from {file}: {first_line(e)}") from None
     return system, messages
 
 

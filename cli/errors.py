@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -118,10 +118,7 @@ def become_a_program() -> None:
     """Signals become exceptions, so that whatever is half-written goes. Texts leave in UTF-8, but
     for a terminal of another encoding: what that cannot show is no reason to end, and what would
     drive it is only shown."""
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP), end_by_signal)
-    for number, handler in (handlers | {signal.SIGINT: signal.default_int_handler}).items():
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as for nohup and background jobs
-            signal.signal(number, handler)
+    catch_signals(end_by_signal, signal.default_int_handler)
     if sys.stdout is not None:
         encoding = "utf-8"
         if sys.stdout.isatty():
@@ -129,6 +126,14 @@ def become_a_program() -> None:
             write = sys.stdout.write
             sys.stdout.write = lambda text: write(text.translate(HARMLESS))
         sys.stdout.reconfigure(encoding=encoding, errors="replace")
+
+
+def catch_signals(end: Any, interrupt: Any) -> None:
+    """Set what handles them, but for those that are ignored, as under nohup."""
+    handlers = {signal.SIGTERM: end, signal.SIGHUP: end, signal.SIGINT: interrupt}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def end_by_signal(number: int, frame: object) -> None:

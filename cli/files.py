@@ -6,9 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, AnyStr
 
+from safetensors import SafetensorError
+
+from model import first_line
 from quantize import workspace
 
 LONGEST = 2**28  # bytes or characters of a file that is read
+
+
+@contextmanager
+def trying_to(do: str, *also: type[Exception]) -> Iterator[None]:
+    """ValueError says what cannot be done where the system, safetensors or `also` raise."""
+    try:
+        yield
+    except (OSError, SafetensorError, *also) as e:
+        raise ValueError(f"cannot {do}: {getattr(e, 'strerror', None) or first_line(e)}") from None
 
 
 def read_all(file: IO[AnyStr]) -> AnyStr:

@@ -2,6 +2,7 @@
 import os
 import re
 import select
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ COMMAND = re.compile(r"/[A-Za-z]\w*(?=\s|$)")
 # quotes that begin a text, perhaps behind a command, and not the doc string of a pasted program
 OPENING = re.compile(rf'((?:{COMMAND.pattern}\s+)?){QUOTES}(?!.*{QUOTES}\s*[^\s"])', re.DOTALL)
 PASTE_S = 0.03  # a line that follows so soon was not typed
+ALARM_S = 0.2
 
 
 class Messages:
@@ -65,10 +67,14 @@ class Messages:
             say(prompt, end="")
             return sys.stdin.readline()
         before = readline.get_current_history_length()
+        # a Ctrl-C between the prompt and the wait for a key is seen when the next signal ends that
+        signal.setitimer(signal.ITIMER_REAL, ALARM_S, ALARM_S)
         try:
             line = input(prompt)
         except EOFError:
             return ""
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         n_new = readline.get_current_history_length() - before  # not a line that is typed again
         if self.history is not None:
             # a full disk, or a library that cannot, is no reason to end a conversation
@@ -82,6 +88,7 @@ def start_editing() -> Path | None:
     # pasted lines become one; Python switches that off, and libedit ignores it
     readline.parse_and_bind("set enable-bracketed-paste on")
     readline.set_history_length(1000)
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
     with suppress(OSError, RuntimeError):  # a home that cannot be written, or none
         state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         file = Path(state) / "gpt-flash" / "history"

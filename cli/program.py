@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from batching import Engine, Stats
-from cli.batch import Records, answer_jobs, print_record, work_off
+from cli.arguments import is_number
+from cli.batch import Records, answer_jobs, print_record
 from cli.chat import Chat
-from cli.files import in_place_of
+from cli.files import in_place_of, trying_to
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_jobs, read_lines, read_text, samples,
-    standard_input, title_of, with_system,
+    SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_prompt, read_text,
+    samples, standard_input, title_of, with_system,
 )
 from cli.stats import plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts
 from formats import save_tokenizer
@@ -25,7 +25,7 @@ from formats.checkpoint import open_checkpoint, resolve
 from generate import (
     NO_TEXT, QUESTION, Request, Tokenizer, few_sizes, generate, load_tokenizer, prepare_steps, say,
 )
-from model import Checkpoint, ModelConfig, Transformer, first_line
+from model import Checkpoint, ModelConfig, Transformer
 from parallel import ALONE, Ranks, Team, load_model
 from processors import Grammar
 from quantize import QuantizedLinear, new_folder, write_quantized
@@ -41,17 +41,19 @@ def run(args: Any, team: Team | None) -> None:
         return save(args)
     team.form_groups(args.tp, args.device.type)
     asked = Asked(*team.broadcast(read_asked(args) if team.is_first else None))
-    output = nullcontext()
+    records = trace = nullcontext()
     if args.profile is not None:
-        output = in_place_of(args.profile, read_trace)
+        trace = in_place_of(args.profile, read_trace)
     elif args.output is not None and team.is_first:
-        output = Records(args.output)
-    with output as file:
-        answer(args, asked, file, team)
+        records = Records(args.output)
+    with records as records, trace as trace:
+        answer(args, asked, team, records, trace)
 
 
-def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> None:
-    """Load, prepare, and answer. file: of --output in the first process, or of --profile."""
+def answer(
+    args: Any, asked: Asked, team: Team, records: Records | None, trace: Path | None
+) -> None:
+    """Load, prepare, and answer. records: of --output, in the first process; trace: of --profile."""
     tokenizer, engine = None, None
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)
@@ -60,65 +62,65 @@ def answer(args: Any, asked: Asked, file: Records | Path | None, team: Team) -> 
     config = checkpoint.empty_model().config
     if tokenizer is not None:
         tokenizer.check_fit(config.vocab_size)
-    context = config.max_seq_len
-    if args.max_seq_len is not None and args.max_seq_len > context:
+    if args.max_seq_len is not None and args.max_seq_len > config.max_seq_len:
         raise ValueError(
-            f"--max_seq_len {args.max_seq_len} exceeds the model's context of {context} tokens"
+            f"--max_seq_len {args.max_seq_len} exceeds the model's context of "
+            f"{config.max_seq_len} tokens"
         )
+    settings = {name: getattr(args, name, None) for name in SETTINGS}
+    jobs = wanted(args, asked, tokenizer, config, settings)
+    left = list(range(len(jobs))) if records is None else records.left_of(jobs)
+    left = [jobs[number] for number in team.broadcast(left)]
+    if len(left) < len(jobs):
+        n_done = plural(len(jobs) - len(left), "answer")
+        say(f"{args.output} has {n_done} already; {len(left)} are left")
     more = for_all(args, asked, tokenizer, config)
-    jobs = wanted(args, asked, tokenizer, config)
-    done = file.answers_to(jobs) if isinstance(file, Records) else ()
-    if done:
-        n_left = len(jobs) - len(done)
-        say(f"{file.path} has {plural(len(done), 'answer')} already; {n_left} are left")
-    done = {(index, sample) for index, sample in team.broadcast(list(done))}
-    answered = [job.error or (job.index, job.sample) in done for job in jobs]
-    if args.prompts is None or not all(answered):  # which needs no model
-        for job in jobs:
-            job.settings.update(more)
+    for job in left:
+        job.settings.update(more)
+    if args.prompts is None or any(job.error is None for job in left):  # others need no model
         model = load(args, team.ranks, checkpoint)
         load_s = time.perf_counter() - began
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
-    settings = more | {name: getattr(args, name, None) for name in SETTINGS}
     if args.interactive:
         team.share_input(standard_input())
         watch_prompts(engine)
-        Chat(engine, tokenizer, settings, asked.system, args.shift).run()
+        Chat(engine, tokenizer, settings | more, asked.system, args.shift).run()
     elif args.profile:
         prompts = [job.prompt for job in jobs if not job.error][:args.batch_size]
         settings["max_new_tokens"] = 16  # to warm up
-        generate(model, prompts, stats=engine.stats, engine=engine, **settings)
-        profile(engine, file)
+        generate(model, prompts, stats=engine.stats, engine=engine, **settings | more)
+        profile(engine, trace)
     else:
-        answer_prompts(args, jobs, engine, tokenizer, file, done, team)
+        answer_prompts(args, jobs, left, engine, tokenizer, records, team)
     if engine is not None:
         say_run(args, engine)
 
 
 def answer_prompts(
-    args: Any, jobs: list[Job], engine: Engine | None, tokenizer: Tokenizer | None,
-    file: Records | None, done: set[tuple[int, int]], team: Team,
+    args: Any, jobs: list[Job], left: list[Job], engine: Engine | None,
+    tokenizer: Tokenizer | None, records: Records | None, team: Team,
 ) -> None:
-    """One prompt, or those of a file, and what is to be said of all answers."""
+    """Answer those jobs that are left, and say what is to be said of all answers."""
     if args.benchmark:  # one run to warm up and compile; its prefill and steps do not count
-        for _ in work_off(jobs[:args.batch_size], engine, tokenizer):
-            pass
+        answer_jobs(jobs[:args.batch_size], engine, None)
         engine.stats = Stats(load_s=engine.stats.load_s, compile_s=engine.stats.compile_s)
     elif args.prompts is None:
         watch_prompts(engine)
     write = print_record if args.json and tokenizer is not None else None
-    records = answer_jobs(
-        jobs, engine, tokenizer, write=write if file is None else file.append, done=done,
+    if records is not None:
+        write = records.append
+    answers = answer_jobs(
+        left, engine, tokenizer, write=write, n_done=len(jobs) - len(left),
         team=None if args.prompts is None else team,
     )
-    reasons = [record.get("finish_reason", "error") for record in records]
+    reasons = [record.get("finish_reason", "error") for record in answers]
     if not args.benchmark:
         say_cuts(reasons)
     if all(job.error for job in jobs):
         n = plural(len(jobs), "prompt")
         raise ValueError(f"none of the {n} of {args.prompts} could be answered")
-    ended_at_once = any(r == "eos" and x["new_tokens"] == 1 for r, x in zip(reasons, records))
+    ended_at_once = any(r == "eos" and x["new_tokens"] == 1 for r, x in zip(reasons, answers))
     if ended_at_once and tokenizer.chat_template and args.prompt and not args.chat:
         say(NO_TEXT)
 
@@ -147,33 +149,34 @@ def read_asked(args: Any) -> Asked:
     """What the flags ask about. ValueError: a file of theirs cannot be read."""
     if args.draft_checkpoint_path is not None:
         resolve(args.draft_checkpoint_path)
-    has_text = args.prompt is not None and not args.prompt.isdecimal()
+    has_text = args.prompt is not None and not is_number(args.prompt)
     grammar = args.grammar if args.json_schema is None else args.json_schema
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
-        text=read_text(args.prompt) if has_text else None,
+        text=read_prompt(args.prompt) if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
-        grammar=None if grammar is None else read_text(f"@{grammar}", "the grammar"),
+        grammar=None if grammar is None else read_file(grammar, f"the grammar {grammar}"),
     )
 
 
-def load(args: Any, ranks: Ranks, source: Checkpoint | str, is_draft: bool = False) -> Transformer:
-    """The model, or its draft; args.dtype becomes the one that it has."""
-    options = {"quantize": args.draft_quantize or "auto"}
-    if not is_draft:
-        options = {"quantize": args.quantize, "adapter": args.adapter}
-        if args.calibrate is not None:
-            text = read_text(f"@{args.calibrate}", "the text of --calibrate")
-            options["calibrate"] = load_tokenizer(args.checkpoint_path).encode(text)
-    dtype = args.dtype and getattr(torch, args.dtype)
+def load(args: Any, ranks: Ranks, source: Checkpoint) -> Transformer:
+    """The model. args.dtype becomes the one that it has."""
+    calibrate = None
+    if args.calibrate is not None:
+        text = read_file(args.calibrate, f"--calibrate {args.calibrate}")
+        calibrate = load_tokenizer(args.checkpoint_path).encode(text)
     model = load_model(
-        source, ranks, device=args.device, dtype=dtype, group_size=args.group_size, **options
+        source, ranks, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
+        quantize=args.quantize, group_size=args.group_size, adapter=args.adapter,
+        calibrate=calibrate,
     )
     args.dtype = str(model.dtype).removeprefix("torch.")
     return model
 
 
-def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transformer:
+def load_draft(
+    args: Any, model: Transformer, tokenizer: Tokenizer | None, ranks: Ranks
+) -> Transformer:
     """The draft model. ValueError if its tokens have other meanings than the model's."""
     path = args.draft_checkpoint_path
     if tokenizer is not None:
@@ -184,37 +187,23 @@ def load_draft(args: Any, tokenizer: Tokenizer | None, ranks: Ranks) -> Transfor
                 f"the draft {path} has another tokenizer than the model: its proposals would be "
                 "tokens of other words; give one of the same family"
             )
-    return load(args, ranks, path, is_draft=True)
+    return load_model(
+        path, ranks, device=args.device, dtype=model.dtype, quantize=args.draft_quantize or "auto",
+        group_size=args.group_size,
+    )
 
 
-def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig) -> list[Job]:
-    """The answers that the flags ask for."""
+def wanted(
+    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig,
+    settings: dict[str, Any],
+) -> list[Job]:
+    """The answers that the flags ask for, with the settings that flags give."""
     if args.interactive and tokenizer is not None:
         return []
-    defaults = {name: getattr(args, name, None) for name in SETTINGS}
     room = args.max_seq_len or config.max_seq_len
     n_samples = args.num_samples
     if args.benchmark or args.profile:  # a measurement is of full rows
         n_samples *= args.batch_size
-
-    if args.prompt and args.prompt.isdecimal():
-        n = min(int(args.prompt), room)  # more do not fit anyway
-        generator = torch.Generator().manual_seed(args.seed or 0)
-        prompt = torch.randint(config.vocab_size, (n,), generator=generator).tolist()
-        Request(prompt, 1).budget(config.vocab_size, room)
-        if tokenizer is not None and not args.profile:
-            say(
-                f"--prompt {args.prompt} is {args.prompt} random tokens, as in gpt-fast; for this "
-                f"text: printf {args.prompt} | python generate.py --prompt -"
-            )
-        return samples(0, f"{len(prompt)} random tokens", prompt, defaults, n_samples)
-
-    if tokenizer is None:
-        raise ValueError(
-            "a bare config.json has no tokenizer: give --prompt a number of random tokens"
-        )
-    if asked.system is not None:
-        check_template(tokenizer, asked.system)
 
     def encode(entry: dict[str, Any]) -> list[int]:
         if "messages" in entry:
@@ -227,16 +216,35 @@ def wanted(args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelCo
         Request(prompt, 1).budget(config.vocab_size, room)
         return prompt
 
+    if is_number(args.prompt):
+        n = min(int(args.prompt), room)  # more do not fit anyway
+        generator = torch.Generator().manual_seed(args.seed or 0)
+        prompt = torch.randint(config.vocab_size, (n,), generator=generator).tolist()
+        Request(prompt, 1).budget(config.vocab_size, room)
+        if tokenizer is not None and not args.profile:
+            say(
+                f"--prompt {args.prompt} is {args.prompt} random tokens, as in gpt-fast; for this "
+                f"text: printf {args.prompt} | python generate.py --prompt -"
+            )
+        return samples(0, f"{len(prompt)} random tokens", prompt, settings, n_samples)
+    if tokenizer is None:
+        raise ValueError(
+            "a bare config.json has no tokenizer: give --prompt a number of random tokens"
+        )
+    if asked.system is not None:
+        check_template(tokenizer, asked.system)
     if args.prompts is not None:
+        text = args.calibrate and sha256(Path(args.calibrate).read_bytes()).hexdigest()
         answering = json.dumps([
-            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room,
-            args.calibrate, args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
+            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room, text,
+            args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
+            *["echo"] * args.echo,
         ])
-        return read_jobs(asked.lines, encode, defaults, args.num_samples, answering)
+        return read_jobs(asked.lines, encode, settings, args.num_samples, answering)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
     if asked.text is None and tokenizer.chat_template and not args.chat:
         entry = {"messages": [{"role": "user", "content": QUESTION}]}
-    return samples(0, title_of(entry), encode(entry), defaults, n_samples)
+    return samples(0, title_of(entry), encode(entry), settings, n_samples)
 
 
 def files_of(path: str | None) -> list[Any]:
@@ -272,32 +280,28 @@ def make_engine(
     model.setup_caches(rows, size, kv_dtype, args.attention)
     draft = None
     if args.draft_checkpoint_path is not None:
-        draft = load_draft(args, tokenizer, team.ranks)
+        draft = load_draft(args, model, tokenizer, team.ranks)
     for each in filter(None, (model, draft)):
         compiled = prepare_steps(each, args.compile, rows, args.compile_prefill)
     return Engine(model, compiled=compiled, speculate_k=args.speculate_k, draft=draft, context=room)
-
-
-def check_room(args: Any, folder: Path, model: Transformer) -> None:
-    """ValueError where the disk has less room than --save takes at least. model: on meta."""
-    needed = sum(w.numel() for w in model.parameters()) * (1 if args.quantize == "int8" else 0.5)
-    if shutil.disk_usage(folder).free < needed:
-        raise ValueError(f"{args.save} takes at least {needed / 1e6:.1f} MB, which its disk lacks")
 
 
 def save(args: Any) -> None:
     """--save: quantize while loading, and write a folder that loads like any checkpoint."""
     args.checkpoint_path = resolve(args.checkpoint_path)
     began = time.perf_counter()
-    try:
-        with new_folder(args.save) as folder:  # what cannot be written shows before the long work
-            save_tokenizer(args.checkpoint_path, folder)
-            checkpoint = open_checkpoint(args.checkpoint_path, args.device)
-            check_room(args, folder, checkpoint.empty_model())
-            model = load(args, ALONE, checkpoint)
-            write_quantized(model, folder)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"cannot write {args.save}: {first_line(e)}") from None
+    # what cannot be written shows before the long work
+    with trying_to(f"write {args.save}"), new_folder(args.save) as folder:
+        save_tokenizer(args.checkpoint_path, folder)
+        checkpoint = open_checkpoint(args.checkpoint_path, args.device)
+        n_weights = sum(w.numel() for w in checkpoint.empty_model().parameters())
+        least = n_weights * (1 if args.quantize == "int8" else 0.5)  # bytes
+        if shutil.disk_usage(folder).free < least:
+            raise ValueError(
+                f"{args.save} takes at least {least / 1e6:.1f} MB, which its disk lacks"
+            )
+        model = load(args, ALONE, checkpoint)
+        write_quantized(model, folder)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     before = sum(layer.out_features * layer.in_features for layer in layers) * model.dtype.itemsize
     after = sum(x.nbytes for layer in layers for x in layer.stored().values())

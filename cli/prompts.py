@@ -3,13 +3,14 @@ import io
 import json
 import re
 import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, NamedTuple, TextIO
 
-from cli.files import read_all
+from cli.files import read_all, trying_to
 from generate import RANGES, Tokenizer
 
 HANDED_ON = re.compile("id$|metadata$|x")  # keys of a line that its record has too
@@ -55,22 +56,29 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
-def read_text(source: str, what: str = "the prompt") -> str:
-    """A text as it is, or of @FILE; @@ begins one with an @ of its own, and - is, for a prompt,
-    standard input. ValueError: it cannot be read."""
-    is_prompt = what == "the prompt"
-    text = source
-    try:
-        if is_prompt and source == "-":
+def read_prompt(source: str) -> str:
+    """The text of --prompt: read_text's, or of standard input for -."""
+    return read_file(None, "the prompt -") if source == "-" else read_text(source, "the prompt")
+
+
+def read_text(source: str, what: str) -> str:
+    """A text as it is, or of @FILE; @@ begins one with an @ of its own. ValueError: it cannot be
+    read."""
+    if source.startswith("@") and not source.startswith("@@"):
+        return read_file(source[1:], f"{what} {source}")
+    check_text(what, source)
+    return source.removeprefix("@")
+
+
+def read_file(path: str | None, what: str) -> str:
+    """The text of a file, None: of standard input. ValueError: it cannot be read."""
+    with trying_to(f"read {what}", ValueError):
+        if path is None:
             text = read_all(standard_input())
-        elif source.startswith("@@"):
-            text = source[1:]
-        elif source.startswith("@"):
-            with open(source[1:], encoding="utf-8-sig") as file:
+        else:
+            with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
                 text = read_all(file)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read {what} {source}: {e}") from None
-    check_text("--prompt" if is_prompt else what, text)
+    check_text(what, text)
     return text
 
 
@@ -92,12 +100,12 @@ def with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict
 def read_lines(path: str) -> list[Line]:
     """The lines of a file, - for standard input, that are not blank: JSON if its name ends in
     .jsonl or the first one begins with a brace. ValueError: there is none, or it cannot be read."""
-    try:
+    with trying_to(f"read --prompts {path}", ValueError):
         with nullcontext(standard_input().buffer) if path == "-" else open(path, "rb") as file:
             content = read_all(file)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"cannot read --prompts {path}: {e}") from None
-    content = content.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise ValueError("it is UTF-16, not UTF-8")
+    content = content.removeprefix(BOM_UTF8)
     if not content.strip():
         raise ValueError(f"no prompts in {path}")
     is_json = path.endswith(".jsonl") or content.lstrip().startswith(b"{")
@@ -158,11 +166,7 @@ def samples(
 
 def parse_line(line: Line) -> dict[str, Any]:
     """{"prompt": text} or what a JSON line holds. ValueError: it is no JSON object."""
-    try:
-        line.content.encode()
-    except UnicodeEncodeError as e:
-        byte = ord(line.content[e.start]) - 0xDC00
-        raise ValueError(f"not UTF-8: byte 0x{byte:02x}") from None
+    check_text("it", line.content)
     if not line.is_json:
         return {"prompt": line.content}
     try:
@@ -202,7 +206,10 @@ def check_text(name: str, value: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"{name} has half a character, {value[e.start]!a}") from None
+        half = value[e.start]
+        if "\udc80" <= half <= "\udcff":  # by which surrogateescape stands for a byte
+            raise ValueError(f"{name} is not UTF-8: byte 0x{ord(half) - 0xDC00:02x}") from None
+        raise ValueError(f"{name} has half a character, {half!a}") from None
 
 
 def check_stop(name: str, stop: Any) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 import os
 import resource
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from errno import ENOSPC
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ CUTS = {
 }
 PROFILED = 16  # decode steps in a trace
 NO_TIME = 1e-9  # seconds that stand for none, where a clock has not moved
+SAID_EVERY_S = 10
 LONG = 512  # tokens; shorter ones are read while rows decode, whose text a bar would cover
 
 # --- while it runs ---
@@ -73,8 +75,22 @@ def watch_prompts(decoder: Decoder) -> None:
 
 
 def show_loading() -> None:
-    """From now on loading has a bar, if stderr is a terminal."""
-    quantize.progress = partial(tqdm, unit=" layers", disable=None, leave=False)
+    """From now on loading shows how far it is."""
+    quantize.progress = counted
+
+
+def counted(items: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+    """The same items: on a terminal with a bar, elsewhere with a line now and then."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, unit=" layers", leave=False)
+        return
+    total = len(items) if total is None else total
+    began = said = time.perf_counter()
+    for n, item in enumerate(items, start=1):
+        yield item
+        if time.perf_counter() - said > SAID_EVERY_S:
+            said = time.perf_counter()
+            say(f"{what}: {n} of {total} layers after {said - began:.0f} s")
 
 
 @afterthought()
