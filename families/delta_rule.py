@@ -112,10 +112,10 @@ def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, T
     for i, tap in enumerate(others, 1):
         y.addcmul_(window.narrow(-2, i, T), tap)
     qk, v = F.silu(y).tensor_split([2 * H * Dk], -1)
-    qk = qk.unflatten(-1, (2, H, 1, Dk))
+    qk, v = qk.view(*y.shape[:-1], 2, H, 1, Dk), v.view(*y.shape[:-1], H, G, Dv)
     qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
     qk.select(-4, 0).mul_(Dk ** -0.5)
-    return qk, v.unflatten(-1, (H, G, Dv))
+    return qk, v
 
 # --- decode ---
 
