@@ -10,8 +10,9 @@ from families import deltanet, gemma4, gguf, lfm2, mla
 from families.blocks import (
     AlibiAttention, AllHeadsAttention, BiasedHeadTransformer, FarQueryAttention, GemmaNorm,
     GemmaTransformer, GraniteTransformer, HeadwiseAttention, LateNormAttention, OneNormBlock,
-    ParallelBlock, PlainMLP, PostNormBlock, SandwichBlock, ScaledBlock, ScaledHeadTransformer,
-    SinkAttention, SoftcapAttention, baichuan_ropes, by_rope, halves_first, normalize_head,
+    ParallelBlock, PlainMLP, PostNormBlock, RenamedBlock, SandwichBlock, ScaledBlock,
+    ScaledHeadTransformer, SinkAttention, SoftcapAttention, baichuan_ropes, by_rope, halves_first,
+    normalize_head, xielu,
 )
 from families.experts import ClampedExperts, deepseek_moe, ernie_moe, mixture_of_experts, mlp_or_moe
 from families.rings import RingKVCache
@@ -28,6 +29,7 @@ __all__ = ["RingKVCache", "windows_of"]  # what model.py takes from here
 ROPES |= {"yarn": yarn, "longrope": longrope, "proportional": gemma4.proportional,
           "mrope": ROPES["default"]}  # as it is for texts
 ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorch_tanh"])
+ACTIVATIONS["xielu"] = xielu
 
 # --- what a config.json means where it leaves a setting out ---
 
@@ -152,7 +154,7 @@ LFM2_PARTS = dict(
         norm_eps=partial(positive, key="norm_eps", kind=float), qk_norm=True,
     ),
     attention=by_rope(Attention, lfm2.ShortConvolution), mlp=mlp_or_moe,
-    block=by_rope(Block, lfm2.ConvolutionBlock), stored_as=lfm2.STORED_AS,
+    block=by_rope(Block, RenamedBlock), stored_as=lfm2.STORED_AS,
 )
 LFM2_FILE = dict(
     complete=gguf.lfm2, means=dict(block_auto_adjust_ff_dim=False, routed_scaling_factor=1.0),
@@ -176,7 +178,7 @@ DELTA_FIELDS = dict(windows=deltanet.windows, qk_norm=True,
                     ropes=partial(ropes_outside, windows=deltanet.windows))
 DELTA_CLASSES = dict(
     norm=GemmaNorm, attention=by_rope(deltanet.GatedAttention, deltanet.GatedDeltaNet),
-    block=by_rope(Block, deltanet.LinearBlock), model=deltanet.DeltaTransformer,
+    block=by_rope(Block, RenamedBlock), model=deltanet.DeltaTransformer,
     stored_as=deltanet.STORED_AS,
 )
 NEXT_CLASSES = DELTA_CLASSES | dict(stored_as={}, convert=deltanet.by_part)
@@ -301,7 +303,7 @@ FAMILIES |= {
                   settings=dict(use_parallel_residual="use_parallel_residual")),
     ),
     "apertus": Family(
-        APERTUS, {"qk_norm": True, "act": lambda hf: hf["hidden_act"].replace("xielu", "silu")},
+        APERTUS, {"qk_norm": True, "act": lambda hf: hf["hidden_act"]},
         mlp=PlainMLP,
         stored_as={"input_layernorm": ("attention_layernorm",), "act": ("act_fn",),
                    "post_attention_layernorm": ("feedforward_layernorm",)},

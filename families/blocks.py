@@ -238,14 +238,17 @@ def by_rope(
 
 
 class RenamedBlock(Block):
-    """Its checkpoints have another name for what is in the place of attention."""
-
-    name: str
-    self_attn = property(lambda block: getattr(block, block.name))
+    """Checkpoints call what is in the place of attention by its stored_name."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        setattr(self, self.name, self._modules.pop("self_attn"))
+        attention = self._modules.pop("self_attn")
+        self.stored_name = attention.stored_name
+        self.add_module(self.stored_name, attention)
+
+    @property
+    def self_attn(self) -> nn.Module:
+        return getattr(self, self.stored_name)
 
 
 class SandwichBlock(Block):
@@ -312,8 +315,9 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        has_xielu = config.hf.get("hidden_act") == "xielu"
-        self.act = XIELU(config, layer) if has_xielu else ACTIVATIONS[config.act]
+        self.act = ACTIVATIONS[config.act]
+        if config.act == "xielu":
+            self.act = TrainedXIELU(config, layer)
         self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
@@ -321,9 +325,15 @@ class PlainMLP(nn.Module):
         return self.down_proj(self.act(self.up_proj(x)))
 
 
-class XIELU(nn.Module):
-    """Apertus's activation, of which two slopes are trained (arXiv 2411.13010). GGUF files have
-    them among their settings."""
+def xielu(x: Tensor, above: float | Tensor = 0.8, below: float | Tensor = 0.3) -> Tensor:
+    """Of arXiv 2411.13010; slopes above and below 0: as they are before training."""
+    y = above * x * x
+    z = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + below)
+    return torch.where(x > 0, y, z) + 0.5 * x
+
+
+class TrainedXIELU(nn.Module):
+    """Apertus's, with slopes of each layer. GGUF files have them among their settings."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -333,9 +343,7 @@ class XIELU(nn.Module):
             setattr(self, name, nn.Parameter(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        above = F.softplus(self.alpha_p) * x * x
-        below = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + F.softplus(self.alpha_n))
-        return torch.where(x > 0, above, below) + 0.5 * x
+        return xielu(x, F.softplus(self.alpha_p), F.softplus(self.alpha_n))
 
 # --- embedding and head ---
 

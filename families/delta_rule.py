@@ -15,6 +15,7 @@ over, as in a cache of keys: rows may go back by the last 16 tokens that were wr
 There are H heads of keys, each with G heads of values: tensors are [..., H, 1 or G, tokens, D]."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,13 +74,19 @@ class Memory(NamedTuple):
         dtype: torch.dtype, device: torch.device | str,
     ) -> Memory:
         """heads: of keys, of values. sizes: Dk, Dv. kernel: C, K of the convolution."""
-        (H, n_values), (Dk, Dv), (C, K) = heads, sizes, kernel
-        G, n_tiles = n_values // H, -(-Dv // TILE)
-        shapes = (H, G, Dk, Dv), (H, 1, PLACES, Dk), (H, G, PLACES, Dv), (H, G, PLACES, 1)
+        H, n_values = heads
+        Dk, Dv = sizes
+        C, K = kernel
+        G = n_values // H
+        n_tiles = -(-Dv // TILE)
+        zeros = partial(torch.zeros, device=device)
         return cls(
-            *(torch.zeros(n_rows, *shape, device=device) for shape in shapes),
-            torch.zeros(n_rows, 1, 1, BLOCK + K, C, dtype=dtype, device=device),
-            torch.zeros(n_rows, n_values * n_tiles, dtype=torch.int32, device=device),
+            state=zeros(n_rows, H, G, Dk, Dv),
+            keys=zeros(n_rows, H, 1, PLACES, Dk),
+            updates=zeros(n_rows, H, G, PLACES, Dv),
+            gates=zeros(n_rows, H, G, PLACES, 1),
+            inputs=zeros(n_rows, 1, 1, BLOCK + K, C, dtype=dtype),
+            folded=zeros(n_rows, n_values * n_tiles, dtype=torch.int32),
         )
 
     @property
@@ -98,15 +105,16 @@ def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, T
     """window [..., K - 1 + T, C]: inputs, K - 1 of them before the new ones; weight [C, K] -> in
     float32, q / sqrt(Dk) and k [..., T, 2, H, 1, Dk], and v [..., T, H, G, Dv]."""
     H, G, Dk, Dv = memory.state.shape[-4:]
-    window, taps = window.float(), weight.float().unbind(1)
-    T = window.shape[-2] - len(taps) + 1
-    y = window.narrow(-2, 0, T) * taps[0]
-    for i in range(1, len(taps)):
-        y.addcmul_(window.narrow(-2, i, T), taps[i])
+    window = window.float()
+    first, *others = weight.float().unbind(1)  # taps, (C) each
+    T = window.shape[-2] - len(others)
+    y = window.narrow(-2, 0, T) * first
+    for i, tap in enumerate(others, 1):
+        y.addcmul_(window.narrow(-2, i, T), tap)
     qk, v = F.silu(y).tensor_split([2 * H * Dk], -1)
     qk, v = qk.view(*y.shape[:-1], 2, H, 1, Dk), v.view(*y.shape[:-1], H, G, Dv)
     qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
-    qk[..., 0, :, :, :] *= Dk ** -0.5
+    qk.select(-4, 0).mul_(Dk ** -0.5)
     return qk, v
 
 # --- decode ---
@@ -121,11 +129,10 @@ def decode(
     if triton and x.is_cuda:
         return decode_triton(x, g, beta, weight, input_pos, Memory(*memory))
     out = []
-    for b, p in enumerate(input_pos.tolist()):
-        row = Memory(*(part[b] for part in memory))
+    for p, tokens, parts in zip(input_pos.tolist(), zip(x, g, beta), zip(*memory)):
+        row = Memory(*parts)
         folded = fold(p, x.shape[1], row)
-        for t in range(x.shape[1]):  # each is what it would be alone, to the bit
-            token = x[b, t], g[b, t], beta[b, t]
+        for t, token in enumerate(zip(*tokens)):  # each is what it would be alone, to the bit
             out.append(decode_token(*token, weight, p + t, folded, row))
     return torch.stack(out).view(*g.shape, -1)
 
@@ -142,24 +149,30 @@ def decode_token(
         window[:K - 1 - p] = 0
     qk, v = convolved(window, weight, memory)
     qk = qk[0].movedim(0, -2)  # (H, 1, 2, Dk)
+    q, k = qk.unbind(-2)
 
     # it is behind the state as those before it are; its update is 0 until it is known
-    place = p % PLACES
-    memory.keys[..., place, :] = qk[..., 1, :]
-    memory.updates[..., place, :] = 0
-    memory.gates[..., place, :] = g.view(H, G, 1)
-    keys, updates, gates = (pieces(part, folded, p + 1) for part in memory.tokens)
+    keys, updates, gates = (part.select(-2, p % PLACES) for part in memory.tokens)
+    keys.copy_(k)
+    updates.zero_()
+    gates.copy_(g.view(H, G, 1))
+    of_q, of_k = read(qk, folded, p + 1, memory).unbind(-2)  # (H, G, Dv) each
+    u = beta.view(H, G, 1) * (v[0] - of_k)
+    updates.copy_(u)
+    return of_q + (q * k).sum(-1, keepdim=True) * u
 
-    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, n, 1), from the state on
+
+def read(x: Tensor, folded: int, end: int, memory: Memory) -> Tensor:
+    """x S for x [H, 1, n, Dk] and the S of all tokens before position end: [H, G, n, Dv]."""
+    keys, updates, gates = (pieces(part, folded, end) for part in memory.tokens)
+    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, tokens, 1), from the state on
     total = gate[..., -1:, :]
     decays = (total - gate).exp().split([part.shape[-2] for part in gates], -2)
-    read = total.exp() * (qk @ memory.state)  # (H, G, 2, Dv)
+    out = total.exp() * (x @ memory.state)
     for key, update, decay in zip(keys, updates, decays):
-        scores = decay.mT * (qk @ key.mT)  # (H, G, 2, n)
-        read = read + scores @ update
-    u = beta.view(H, G, 1) * (v[0] - read[..., 1, :])  # (H, G, Dv)
-    memory.updates[..., place, :] = u
-    return read[..., 0, :] + scores[..., 0, -1:] * u
+        scores = decay.mT * (x @ key.mT)  # (H, G, n, tokens of the piece)
+        out = out + scores @ update
+    return out
 
 
 def fold(p: int, T: int, memory: Memory) -> int:
@@ -186,13 +199,11 @@ def pieces(x: Tensor, first: int, end: int) -> list[Tensor]:
         return [x.narrow(-2, start, stop - start)]
     return [x.narrow(-2, start, n - start), x.narrow(-2, 0, stop)]
 
-# --- decode, in Triton: one launch ---
+# --- decode, in Triton: one launch; what is in capitals is known when it is compiled ---
 
 
 @jit
-def _convolved(
-    x_ptr, inputs_ptr, weight_ptr, channel, mask, t, p, stride, C, K: tl.constexpr, R: tl.constexpr
-):
+def _convolved(x_ptr, inputs_ptr, weight_ptr, channel, mask, t, p, stride, C, K, R):
     """Some channels of a row's token at p + t, in float32; their inputs go into the memory."""
     y = tl.zeros_like(channel).to(tl.float32)
     for i in tl.static_range(K):
@@ -214,14 +225,12 @@ def _unit(x):
 
 
 @jit
-def _fold(
-    state_ptr, keys_ptr, updates_ptr, gates_ptr, folded_ptr, p, dk, dv, in_k, in_v,
-    T: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr,
-):
+def _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, folded_ptr, p, dk, dv, in_k, in_v,
+          T, DV, DK, BLOCK, PLACES):
     """A part of the state at position p, and how many tokens it has: a block of them goes in."""
-    state_ptr += dk[:, None] * DV + dv[None]
+    state_ptrs = state_ptr + dk[:, None] * DV + dv[None]
     in_state = in_k[:, None] & in_v[None]
-    S = tl.load(state_ptr, mask=in_state & (p > 0), other=0)
+    S = tl.load(state_ptrs, mask=in_state & (p > 0), other=0)
     folded = tl.load(folded_ptr)
     target = tl.maximum(p // BLOCK * BLOCK - BLOCK, 0)
     more = (folded < target) & (p - folded < PLACES)
@@ -234,7 +243,7 @@ def _fold(
             S = tl.exp(g) * S + k[:, None] * u[None]
         folded += BLOCK
     if more | (p == 0):
-        tl.store(state_ptr, S, mask=in_state)
+        tl.store(state_ptrs, S, mask=in_state)
     if (p < folded) | (p + T > folded + PLACES):  # begun anew, or nobody's
         folded = target
     tl.store(folded_ptr, folded)
@@ -242,18 +251,18 @@ def _fold(
 
 
 @jit
-def _behind(ptr, folded, n, d, inside, D: tl.constexpr, PLACES: tl.constexpr):
+def _behind(ptr, folded, n, d, inside, D, PLACES):
     """Of the first n tokens behind the state, in order: [PLACES, d]; 0 where there is none yet."""
     i = tl.arange(0, PLACES)[:, None]
-    place = (folded + i) % PLACES
-    return tl.load(ptr + place * D + d[None], mask=(i < n) & inside[None], other=0)
+    ptrs = ptr + (folded + i) % PLACES * D + d[None]
+    return tl.load(ptrs, mask=(i < n) & inside[None], other=0)
 
 
 @jit
 def _read(x, S, keys, updates, decay, kept):
-    scores = tl.sum(keys * x[None], 1) * decay
-    of_state = tl.sum(S * x[:, None], 0)
-    return kept * of_state + tl.sum(scores[:, None] * updates, 0)
+    scores = decay * tl.sum(keys * x[None], 1)
+    of_tokens = tl.sum(scores[:, None] * updates, 0)
+    return of_tokens + kept * tl.sum(S * x[:, None], 0)
 
 
 @jit
@@ -278,13 +287,14 @@ def _decode_kernel(
     folded_ptr += value_head * tl.num_programs(2) + tile
     p = tl.load(pos_ptr + b)
     S, folded = _fold(state_ptr, keys_ptr, updates_ptr, gates_ptr, folded_ptr, p, dk, dv, in_k,
-                      in_v, T, DK, DV, BLOCK, PLACES)
+                      in_v, T, DV, DK, BLOCK, PLACES)
     n = p - folded
     keys = _behind(keys_ptr, folded, n, dk, in_k, DK, PLACES)
     updates = _behind(updates_ptr, folded, n, dv, in_v, DV, PLACES)
     i = tl.arange(0, PLACES)
     gates = tl.load(gates_ptr + (folded + i) % PLACES, mask=i < n, other=0)
-    of_q, of_v = head // G * DK + dk, 2 * H * DK + head * DV + dv  # channels
+    of_q = head // G * DK + dk  # channels
+    of_v = 2 * H * DK + head * DV + dv
     for t in range(T):
         q = _convolved(x_ptr, inputs_ptr, weight_ptr, of_q, in_k, t, p, stride, C, K, R)
         k = _convolved(x_ptr, inputs_ptr, weight_ptr, H * DK + of_q, in_k, t, p, stride, C, K, R)
@@ -310,15 +320,19 @@ def _decode_kernel(
 def kernel_arguments(
     x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, input_pos: Tensor, memory: Memory
 ) -> dict[str, Any]:
-    (B, T, C), K = x.shape, weight.shape[1]
+    B, T, C = x.shape
+    K = weight.shape[1]
     H, G, Dk, Dv = memory.state.shape[1:]
     x = x.flatten(0, 1)  # (B T, C): each row's values lie together
-    inputs = [x, *(each.contiguous() for each in (g, beta, weight, input_pos))]
-    out = torch.empty(B, T, H * G, Dv, device=x.device)
-    arguments = dict(zip(_decode_kernel.arg_names, [*inputs, *memory, out]))
-    sizes = dict(stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv)
-    blocks = dict(BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES)
-    return arguments | sizes | blocks
+    tensors = memory._asdict() | dict(
+        x=x, g=g.contiguous(), beta=beta.contiguous(), weight=weight.contiguous(),
+        pos=input_pos.contiguous(), out=torch.empty(B, T, H * G, Dv, device=x.device),
+    )
+    pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    return pointers | dict(
+        stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv,
+        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES,
+    )
 
 
 def decode_triton(*inputs: Any) -> Tensor:
@@ -338,14 +352,18 @@ def prefill(
 ) -> Tensor:
     """decode of any number of tokens. last [B]: the position of each row's last token, what is
     behind it is padding; below input_pos: the row has none. None: all T are tokens."""
+    kept = Memory(*memory)
     T = x.shape[1]
     start = input_pos.long()[:, None]  # (B, 1)
     end = start + T if last is None else last.long()[:, None] + 1
+    begins = (start == 0) & (end > 0)
+    kept.state.masked_fill_(of_tokens(begins), 0)
+    kept.folded.masked_fill_(begins, 0)
     padded = (F.pad(each, (0, 0, 0, -T % CHUNK)) for each in (x, g, beta))
     out = []
     for segment in zip(*(each.split(SEGMENT, dim=1) for each in padded)):
         until = end.minimum(start + SEGMENT)
-        out.append(prefill_segment(*segment, weight, start, until, Memory(*memory)))
+        out.append(prefill_segment(*segment, weight, start, until, kept))
         start = start + SEGMENT
     return torch.cat(out, 1)[:, :T]
 
@@ -356,35 +374,38 @@ def prefill_segment(
     """prefill of some whole chunks from start [B, 1] on; tokens from end [B, 1] on are none."""
     x = x[:, None, None]  # (B, 1, 1, T, C)
     before = start + torch.arange(1 - weight.shape[1], 0, device=x.device)  # (B, K - 1)
-    window = torch.cat([shown(at_places(memory.inputs, before), before >= 0), x], -2)
-    qk, v = convolved(window[:, 0, 0], weight, memory)
+    inputs = shown(at_places(memory.inputs, before), before >= 0)
+    qk, v = convolved(torch.cat([inputs, x], -2)[:, 0, 0], weight, memory)
     q, k, v = (y.movedim(1, -2) for y in (*qk.unbind(2), v))  # (B, H, 1 or G, T, D)
     new = start + torch.arange(x.shape[-2], device=x.device)  # (B, T)
     g, beta = (shown(y.mT.view(*v.shape[:-1], 1), new < end) for y in (g, beta))
 
     # what the memory has: a state, and tokens behind it
-    begins = start == 0  # (B, 1)
-    state = memory.state.masked_fill(of_tokens(begins), 0)
-    folded = memory.folded[:, :1].long().masked_fill(begins, 0)
+    folded = memory.folded[:, :1].long()  # (B, 1)
     old = folded + torch.arange(PLACES, device=x.device)  # (B, PLACES)
     tokens = [shown(at_places(part, old), old < start) for part in memory.tokens]
-    o, u = chunks(q, k, v, g, beta, absorb(state, *tokens))
+    o, u = chunks(q, k, v, g, beta, absorb(memory.state, *tokens))
 
     # what it is to have: more of all these tokens in the state
-    target = torch.maximum(end // BLOCK * BLOCK - BLOCK, folded)
+    target = (end // BLOCK * BLOCK - BLOCK).maximum(folded)
+    target = target.where(end > start, folded)  # (B, 1)
     is_folded = torch.cat([old, new], 1) < target
-    both = (torch.cat(parts, -2) for parts in zip(tokens, (k, u, g)))
-    state = absorb(state, *(shown(part, is_folded) for part in both))
-    has_some = end > start  # (B, 1)
-    memory.state.copy_(torch.where(of_tokens(has_some), state, memory.state))
-    memory.folded.copy_(torch.where(has_some, target, memory.folded))
+    both = (torch.cat(pair, -2) for pair in zip(tokens, (k, u, g)))
+    memory.state.copy_(absorb(memory.state, *(shown(part, is_folded) for part in both)))
+    memory.folded.copy_(target)
     for part, values in zip((*memory.tokens, memory.inputs), (k, u, g, x)):
-        # each place takes the last token that falls on it, or keeps its own
-        place = torch.arange(part.shape[-2], device=x.device)
-        newest = end - 1 - (end - 1 - place) % len(place)  # (B, n): its position
-        is_new = of_tokens(newest >= start)
-        part.copy_(torch.where(is_new, at_places(values, newest - start), part))
+        put_last(part, values, start, end)
     return o.flatten(1, 2).transpose(1, 2)  # (B, T, H G, Dv)
+
+
+def put_last(part: Tensor, x: Tensor, start: Tensor, end: Tensor) -> None:
+    """Each place of a part takes the last token of x [B, H, G, T, D] that falls on it, or keeps its
+    own. The tokens stand at positions from start [B, 1] to before end [B, 1]."""
+    n = part.shape[-2]
+    place = torch.arange(n, device=x.device)
+    newest = end - 1 - (end - 1 - place) % n  # (B, n): its position
+    taken = at_places(x, newest - start)
+    part.copy_(torch.where(of_tokens(newest >= start), taken, part))
 
 
 def of_tokens(x: Tensor) -> Tensor:
@@ -427,14 +448,17 @@ def chunks(
     return torch.cat(out, -2), torch.cat(updates, -2)
 
 
-def prefill_fake(x: Tensor, g: Tensor, beta: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    *_, updates, _, _, _ = rest
-    return x.new_empty((*g.shape, updates.shape[-1]), dtype=torch.float32)
+def prefill_fake(x: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    memory = Memory(*rest[-len(Memory._fields):])
+    return x.new_empty(*g.shape, memory.state.shape[-1], dtype=torch.float32)
 
 
-TENSORS = "Tensor x, Tensor g, Tensor beta, Tensor weight, Tensor input_pos, "
-MEMORY = ", ".join(f"Tensor({a}!) {name}" for a, name in zip("abcdef", Memory._fields))
+SCHEMA = (
+    "(Tensor x, Tensor g, Tensor beta, Tensor weight, Tensor input_pos, {}Tensor(a!) state, "
+    "Tensor(b!) keys, Tensor(c!) updates, Tensor(d!) gates, Tensor(e!) inputs, Tensor(f!) folded)"
+    " -> Tensor"
+)
 for name, run, more in ("decode", decode, ""), ("prefill", prefill, "Tensor? last, "):
-    torch.library.define(f"gpt_flash::delta_{name}", f"({TENSORS}{more}{MEMORY}) -> Tensor")
+    torch.library.define(f"gpt_flash::delta_{name}", SCHEMA.format(more))
     torch.library.impl(f"gpt_flash::delta_{name}", "default", run)
     torch.library.register_fake(f"gpt_flash::delta_{name}", prefill_fake)

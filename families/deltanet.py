@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from families import delta_rule
-from families.blocks import RenamedBlock
 from families.delta_rule import Memory
 from families.settings import last_ones, layer_kinds
 from model import (
@@ -59,6 +58,7 @@ class GatedNorm(nn.RMSNorm):
 class GatedDeltaNet(nn.Module):
     """Qwen3-Next's and Qwen3.5's, its modules named as in the checkpoints of the first."""
 
+    stored_name = "linear_attn"
     may_shift_scores = True  # it has none
     divides = False  # over ranks
 
@@ -146,11 +146,7 @@ class GatedAttention(Attention):
         y = self.attend(q, k, v.transpose(1, 2), positions, cache).transpose(1, 2)
         return self.o_proj((y * gate.sigmoid()).reshape(B, T, -1))
 
-# --- blocks and the model ---
-
-
-class LinearBlock(RenamedBlock):
-    name = "linear_attn"
+# --- the model ---
 
 
 class NextToken(nn.Module):

@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from families.blocks import RenamedBlock
 from families.experts import MoEConfig, deepseek_moe
 from families.settings import layer_kinds
 from model import Device, KVCache, LayerCache, ModelConfig, Places, Positions, positive
@@ -53,6 +52,7 @@ def experts(hf: dict) -> MoEConfig | None:
 class ShortConvolution(nn.Module):
     """Each channel's values are weighted sums over the last few tokens."""
 
+    stored_name = "conv"
     may_shift_scores = True  # it has none
     divides = False  # over ranks
 
@@ -93,7 +93,3 @@ class ShortConvolution(nn.Module):
         row = torch.arange(len(place), device=place.device)[:, None]  # (B, 1)
         inputs = cache.kv[:, row, 0, place]  # (2, B, n_seen - 1, dim / 2)
         return torch.cat(inputs.unbind(0), -1).masked_fill((index < 0)[..., None], 0)
-
-
-class ConvolutionBlock(RenamedBlock):
-    name = "conv"
