@@ -28,14 +28,17 @@ from formats.integers import Blocks, Rows, check_shape, fill_layers, mxfp4_block
 from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
-from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
+from model import FAMILIES, Checkpoint, ModelConfig, Transformer, family_of, first_line
 from quantize import Linear, affine, say_once
 
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
             "act_fn.beta", "act_fn.eps", "attention.bias", "attention.masked_bias")
-IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
+# of a tensor in a layer the layer's number, and of one of an expert alone the expert's
+IN_LAYERS = re.compile(
+    r"(?:model\.)?(?:layers|blk)\.(\d+)\.(?:.*\.experts\.(?:\w+\.)?(\d+)\.)?")
+STACK = re.compile(r"_(gate|up|down|gate_up)_exps\.|\.experts\.(gate_up|down)_proj(?!\.\d)")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -63,7 +66,29 @@ class CheckedCheckpoint(Checkpoint):
         """ValueError also where settings go together so badly that using them fails."""
         with making_sense_of(self.path):
             refuse_unsupported(self.config)
+            self.check_counts(ModelConfig.from_hf(self.config))
             return super().empty_model()
+
+    def check_counts(self, config: ModelConfig) -> None:
+        """ValueError for layers or experts that the file does not have: making modules of thousands
+        would take minutes. A stack has those of all experts in a layer."""
+        numbers = [found.groups() for found in map(IN_LAYERS.match, self.tensors) if found]
+        missing = set(range(config.n_layer)) - {int(layer) for layer, _ in numbers}
+        if missing:
+            raise ValueError(f"{self.path} has no tensor of layer {min(missing)}, of "
+                             f"{config.n_layer} layers")
+        if config.moe is None:
+            return
+        n_expert = config.moe.n_expert
+        stacks = list(filter(STACK.search, self.tensors))
+        for name in stacks:
+            shape = tuple(self.tensors[name].shape)
+            if shape[:1] != (n_expert,):
+                raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of "
+                                 f"{n_expert} experts")
+        n_alone = len({expert for _, expert in numbers} - {None})
+        if not stacks and n_alone < n_expert:
+            raise ValueError(f"{self.path} has tensors of {n_alone} experts, not of {n_expert}")
 
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str
@@ -106,7 +131,7 @@ class CheckedCheckpoint(Checkpoint):
     def is_harmless(self, name: str) -> bool:
         """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, layers behind the
         last one, which predict a further token, and keys of layers that share those of others."""
-        layer = re.match(r"(?:model\.layers|blk)\.(\d+)", name)
+        layer = IN_LAYERS.match(name)
         n_layer = self.config["num_hidden_layers"]
         if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
             return True
@@ -205,7 +230,6 @@ class CheckedCheckpoint(Checkpoint):
         rows = range(n_rows)
         expert = EXPERT.search(name)
         if expert and stored != name and "block_sparse_moe" not in stored:
-            check_stack(stored, tensor.shape, self.config)
             tensor = tensor[int(expert["number"])]
             if expert["part"] != "down":
                 both = range(2 * n_rows)
@@ -223,6 +247,9 @@ class RandomCheckpoint(CheckedCheckpoint):
     """A bare config.json: the weights are random."""
 
     device: torch.device | str
+
+    def check_counts(self, config: ModelConfig) -> None:
+        """It has no tensors."""
 
     def check_names(self, wanted: Iterable[str]) -> None:
         say_once(f"WARNING: {self.path} is a bare configuration: the weights are RANDOM, for "
@@ -276,15 +303,6 @@ def other_names(name: str) -> Iterator[str]:
         part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
         bias = "_bias" if expert["kind"] == "bias" else ""
         yield f"{name[:expert.start()]}experts.{part}{bias}"
-
-
-def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
-    """ValueError unless a stack has as many experts as the configuration says."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    n_expert = next((config[name] for name in names if config.get(name) is not None), None)
-    if shape[:1] != (n_expert,):
-        raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of {n_expert} "
-                         "experts")
 
 
 # --- files ---

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from formats.architectures import hf_config
 from formats.blocks import FLOATS, dequantized, file_blocks
-from formats.checkpoint import CheckedCheckpoint, InFile, check_stack, making_sense_of
+from formats.checkpoint import CheckedCheckpoint, InFile, making_sense_of
 from formats.integers import Blocks, check_shape
 from formats.settings import plain_file
-from formats.wrappers import LEFT_OUT, has_pictures
+from formats.wrappers import LEFT_OUT, TEXTS
 from model import first_line, is_number
 from quantize import say_once
 
@@ -79,10 +79,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
         """As it lies in the file, an expert's out of its stack."""
         tensor = self.tensors[stored]
         expert = EXPERT_NUMBER.search(name)
-        if expert is None:
-            return tensor
-        check_stack(stored, tensor.shape, self.config)
-        return tensor[int(expert[1])]
+        return tensor if expert is None else tensor[int(expert[1])]
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
@@ -144,6 +141,40 @@ class GGUFCheckpoint(CheckedCheckpoint):
             n_head = self.config.get("num_key_value_heads") or n_head
         pairs = torch.arange(shape[0]).view(n_head, -1, 2)  # (H, D/2, 2)
         return 0, pairs.transpose(1, 2).flatten()
+
+
+# --- the part for pictures and sound, which has a file of its own ---
+
+# words in the names of these files that say nothing of the model
+GENERAL = re.compile(r"mmproj|model|gguf|b?f(16|32)|fp16|q\d_\w+", re.IGNORECASE)
+
+
+def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
+    """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
+    beside = path.parent.glob("*mmproj*.gguf")
+    return meta.get("general.architecture") in TEXTS or any(
+        belongs(file, path, meta) for file in beside)
+
+
+def belongs(mmproj: Path, path: Path, meta: dict[str, Any]) -> bool:
+    """Whether an mmproj is for a model, of many that may lie in its folder: it gives vectors of the
+    model's size, and what its file or itself calls the model, the model is called too."""
+    try:
+        its_meta, its_tensors = read_part(mmproj)
+    except ValueError:
+        return False
+    size = meta.get(f"{meta.get('general.architecture')}.embedding_length")
+    if not any(size in tensor.shape for tensor in its_tensors.values()):
+        return False
+    called = words(path.stem) | words(meta.get("general.name"))
+    names = words(mmproj.stem), words(its_meta.get("general.name"))
+    names = [name for name in names if name]
+    return not names or any(name <= called for name in names)
+
+
+def words(name: object) -> set[str]:
+    plain = GENERAL.sub(" ", str(name or "")).lower()
+    return set(re.findall("[^\\W_]+", plain))
 
 
 # --- reading ---

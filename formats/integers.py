@@ -225,7 +225,7 @@ class MXFP4Linear(QuantizedLinear):
 class QuantizedEmbedding(nn.Module):
     """An embedding whose table is a quantized layer, perhaps that of a tied output layer."""
 
-    def __init__(self, table: Int4Linear, dtype: torch.dtype) -> None:
+    def __init__(self, table: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.table = table
         self.dtype = dtype  # of what it gives
@@ -247,16 +247,16 @@ TABLE = ".table"  # behind an embedding's name: that of a QuantizedEmbedding
 def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
     """quantize.put_layer with all FORMS, also for an embedding's table; a tied output layer shares
     that of tokens."""
-    prefix = name.removesuffix(TABLE)
-    if prefix == name:
-        model.set_submodule(name, FORMS[mode](model.get_submodule(name), group_size))
-        return
-    weight = model.get_submodule(prefix).weight  # (vocab_size, dim)
-    vocab_size, dim = weight.shape
-    table = FORMS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
-    model.set_submodule(prefix, QuantizedEmbedding(table, weight.dtype))
-    if model.config.tied and prefix == "embed_tokens":
-        model.lm_head = table
+    if name.endswith(TABLE):
+        prefix = name.removesuffix(TABLE)
+        weight = model.get_submodule(prefix).weight
+        vocab_size, dim = weight.shape
+        dense = Linear(dim, vocab_size, False, weight.device)
+        model.set_submodule(prefix, QuantizedEmbedding(dense, weight.dtype))
+    layer = FORMS[mode](model.get_submodule(name), group_size)
+    model.set_submodule(name, layer)
+    if model.config.tied and name == f"embed_tokens{TABLE}":
+        model.lm_head = layer
 
 
 # --- filling them ---

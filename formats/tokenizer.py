@@ -22,11 +22,11 @@ from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
-from formats.wrappers import PICTURE, has_pictures
+from formats.wrappers import PICTURE
 from generate import Tokenizer
 from model import first_line, is_number
 
-# nobody knows it: what stands, with its id, for a special token that a message has
+# nobody knows it: what stands, with a number, for a special token that a message has
 WRITTEN = f"{secrets.randbits(64)}:"
 Piece = ModelProto.SentencePiece
 
@@ -85,14 +85,50 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        hide = partial(
-            re.sub, any_of(self.special), lambda found: f"{WRITTEN}{self.special[found[0]]};")
-        hidden = [{name: hide(value) if isinstance(value, str) else value
-                   for name, value in message.items()} for message in messages]
-        pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hidden))
-        tokens = {str(i): token for token, i in self.special.items()}
-        show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: tokens[found[1]])
+        written: list[str] = []  # of what messages say: what must not become a token
+        special = any_of(self.special)
+
+        def mark(found: re.Match | str) -> str:
+            written.append(found[0])
+            return f"{WRITTEN}{len(written) - 1};"
+
+        def hide(said: Any, key: str = "") -> Any:
+            if isinstance(said, dict):
+                return {key: hide(each, key) for key, each in said.items()}
+            if isinstance(said, list):
+                return [hide(each, key) for each in said]
+            if not isinstance(said, str):
+                return said
+            # of a role templates do make tokens
+            for i in self.exposed(said) if key != "role" else ():
+                said = said[:i] + mark(said[i]) + said[i + 1:]
+            return re.sub(special, mark, said)
+
+        pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hide(messages)))
+        show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: written[int(found[1])])
         return self.ids([show(piece) for piece in pieces])
+
+    def exposed(self, text: str) -> list[int]:
+        """The places of characters at the ends of a text, as it is or stripped, that could be a part
+        of a special token together with what a template puts beside them; the last one first."""
+        heads, tails, longest = self.halves
+        places = set()
+        for part in filter(None, {text, text.strip()}):
+            first = text.index(part)
+            sizes = range(1, min(longest, len(part)) + 1)
+            within = any(part in token for token in self.special)
+            if within or any(part[:n] in tails for n in sizes):
+                places.add(first)
+            if any(part[-n:] in heads for n in sizes):
+                places.add(first + len(part) - 1)
+        return sorted(places, reverse=True)
+
+    @cached_property
+    def halves(self) -> tuple[set[str], set[str], int]:
+        """What special tokens begin with, what they end in, and the length of the longest."""
+        cuts = [(token[:n], token[n:]) for token in self.special for n in range(1, len(token))]
+        heads, tails = map(set, zip(*cuts)) if cuts else (set(), set())
+        return heads, tails, max(map(len, self.special), default=0)
 
     def ids(self, pieces: list[str]) -> list[int]:
         """The ids of a text in pieces, of which every second one is a token. ValueError for one
@@ -331,7 +367,7 @@ CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentenc
 
 def gguf_tokenizer(path: Path) -> ChatTokenizer:
     """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
-    from formats.gguf_file import read_gguf  # gguf is slow to import
+    from formats.gguf_file import has_pictures, read_gguf  # gguf is slow to import
     whole = read_gguf(path)[0]
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in whole.items()}
     kind, pre = meta.get("model"), meta.get("pre")
