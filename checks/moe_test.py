@@ -314,7 +314,7 @@ def test_mxfp4_layer_holds_the_numbers_of_the_file(gpu_layouts: None) -> None:
     blocks = blocks_of(packed, exponents)
     linear = Linear(96, 70, bias=False)
     layer = FORMS["mxfp4"](linear)
-    for rows in blocks.slices(16):
+    for rows, _ in blocks.slices(16):
         layer.take(rows, *blocks.affine(rows), 16)
     assert torch.equal(layer.scales, exponents)
     nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
