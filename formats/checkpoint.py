@@ -31,6 +31,7 @@ from formats.wrappers import plain_names, text_config
 from model import FAMILIES, Checkpoint, ModelConfig, Transformer, family_of, first_line
 from quantize import Linear, affine, say_once
 
+Plan = dict[str, dict[str, tuple[int, ...]]]  # by parameter: what it is read from, and its shape
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
@@ -103,7 +104,7 @@ class CheckedCheckpoint(Checkpoint):
             return nothing_more
         return fill_layers(model, self.integers(model, plan), device)
 
-    def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
+    def plan(self, model: Transformer) -> Plan:
         """What each parameter of a model is read from."""
         plan = {}
         tied = model.config.tied and isinstance(model.lm_head, Linear)
@@ -143,9 +144,7 @@ class CheckedCheckpoint(Checkpoint):
             return not self.tensors[name].read().any()
         return name.endswith(HARMLESS)
 
-    def integers(
-        self, model: Transformer, plan: dict[str, dict[str, tuple[int, ...]]]
-    ) -> dict[str, list[Blocks]]:
+    def integers(self, model: Transformer, plan: Plan) -> dict[str, list[Blocks]]:
         """By the name of a layer, the integers that the file has for it, part below part."""
         stored = {}
         for name, parts in plan.items():
