@@ -155,6 +155,18 @@ def test_templates_get_every_named_token(tmp_path: Path) -> None:
         chat_template=template))
 
 
+def test_further_special_tokens_are_a_list_and_a_dictionary(tmp_path: Path) -> None:
+    """Of which files have both, and the list has texts or tokens."""
+    names = ["<s>", "</s>", "<a>", "<b>", "<c>"]
+    json_folder(tmp_path, names[:2], *(AddedToken(name, special=False) for name in names[2:]),
+                eos_token="</s>", chat_template="{{ image_token }}<a><b>",
+                additional_special_tokens=["<a>", flags("<b>", True)],
+                extra_special_tokens={"image_token": "<c>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special.keys() == {*names}
+    assert tokenizer.chat(TALK) == [tokenizer.special[name] for name in ("<c>", "<a>", "<b>")]
+
+
 @pytest.mark.parametrize("single, want", [("$A </s>", []), ("<s> $A </s>", [0]), ("<s> $A", [0])])
 def test_an_end_behind_a_text_is_not_its_beginning(
     tmp_path: Path, single: str, want: list[int]
