@@ -202,12 +202,12 @@ def write_weights(folder: Path, hf: PreTrainedModel, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("name, form, change, message", [
-    ("llama", "folder", dict(num_hidden_layers=2000), "no tensor of layer 3, of 2000 layers"),
-    ("llama", "gguf", dict(block_count=2000), "no tensor of layer 3, of 2000 layers"),
-    ("mixtral", "folder", dict(num_local_experts=2000), "tensors of 4 experts, not of 2000"),
-    ("qwen2-moe", "folder", dict(num_experts=9), "tensors of 8 experts, not of 9"),
-    ("gpt-oss", "folder", dict(num_local_experts=5), "not an entry for each of 5 experts"),
-    ("mixtral", "gguf", dict(expert_count=3, expert_used_count=2), "not an entry for each of 3"),
+    ("llama", "folder", dict(num_hidden_layers=2000), "no tensor of layer 3, .* 1999"),
+    ("llama", "gguf", dict(block_count=2000), "no tensor of layer 3, .* 1999"),
+    ("mixtral", "folder", dict(num_local_experts=2000), "no tensor of expert 4, .* 1999"),
+    ("qwen2-moe", "folder", dict(num_experts=9), "no tensor of expert 8"),
+    ("gpt-oss", "folder", dict(num_local_experts=9), "no tensor of expert 8"),
+    ("mixtral", "gguf", dict(expert_count=5, expert_used_count=2), "no tensor of expert 4"),
 ])
 def test_more_layers_or_experts_than_there_are_get_no_module(
     checkpoint: MakeCheckpoint, name: str, form: str, change: dict[str, int], message: str,

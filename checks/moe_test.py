@@ -84,7 +84,7 @@ def test_stacks_of_transformers_5_are_read(checkpoint: Checkpoint, tmp_path: Pat
 
     config["num_local_experts"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"unexpected tensor .*\.experts\.7\."):
         load_model(tmp_path)
 
 

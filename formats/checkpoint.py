@@ -24,7 +24,8 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.integers import Blocks, Rows, check_shape, fill_layers, mxfp4_blocks, put, read
+from formats.experts import settle_experts
+from formats.integers import Blocks, Rows, check_shape, fill_layers, put, read
 from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
@@ -39,7 +40,6 @@ HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
 # of a tensor in a layer the layer's number, and of one of an expert alone the expert's
 IN_LAYERS = re.compile(
     r"(?:model\.)?(?:layers|blk)\.(\d+)\.(?:.*\.experts\.(?:\w+\.)?(\d+)\.)?")
-STACK = re.compile(r"_(gate|up|down|gate_up)_exps\.|\.experts\.(gate_up|down)_proj(?!\.\d)")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -72,24 +72,20 @@ class CheckedCheckpoint(Checkpoint):
 
     def check_counts(self, config: ModelConfig) -> None:
         """ValueError for layers or experts that the file does not have: making modules of thousands
-        would take minutes. A stack has those of all experts in a layer."""
-        numbers = [found.groups() for found in map(IN_LAYERS.match, self.tensors) if found]
-        missing = set(range(config.n_layer)) - {int(layer) for layer, _ in numbers}
-        if missing:
-            raise ValueError(f"{self.path} has no tensor of layer {min(missing)}, of "
-                             f"{config.n_layer} layers")
-        if config.moe is None:
-            return
-        n_expert = config.moe.n_expert
-        stacks = list(filter(STACK.search, self.tensors))
-        for name in stacks:
-            shape = tuple(self.tensors[name].shape)
-            if shape[:1] != (n_expert,):
-                raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of "
-                                 f"{n_expert} experts")
-        n_alone = len({expert for _, expert in numbers} - {None})
-        if not stacks and n_alone < n_expert:
-            raise ValueError(f"{self.path} has tensors of {n_alone} experts, not of {n_expert}")
+        would take minutes."""
+        n_expert = config.moe.n_expert if config.moe else 0
+        missing = {"layer": set(range(config.n_layer)), "expert": set(range(n_expert))}
+        for name, x in self.tensors.items():
+            found = IN_LAYERS.match(name)
+            if found:
+                missing["layer"].discard(int(found[1]))
+                missing["expert"].discard(int(found[2] or -1))
+            if "_exps." in name:  # all of a layer, in a GGUF file
+                missing["expert"] -= set(range(min(x.shape[0], n_expert)))
+        for what, numbers in missing.items():
+            if numbers:
+                raise ValueError(f"{self.path} has no tensor of {what} {min(numbers)}, where its "
+                                 f"configuration has them up to {max(numbers)}")
 
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str
@@ -178,67 +174,29 @@ class CheckedCheckpoint(Checkpoint):
         return tensor
 
     def stored_names(self, name: str) -> list[str]:
-        """Hugging Face's name of a tensor -> the file's of what it is made from. That of an expert
-        may be a stack of all experts, MXFP4 is two, and what formats/packed.py read is Blocks."""
-        for stored in (name, *other_names(name)):
-            if f"{stored}_blocks" in self.tensors:
-                return [f"{stored}_blocks", f"{stored}_scales"]
-            for one in (f"{stored}_packed", stored):
-                if one in self.tensors:
-                    return [one]
-        return [name]
+        """Hugging Face's name of a tensor -> the file's of what it is made from. That of Blocks ends
+        in _packed."""
+        packed = f"{name}_packed"
+        return [packed if packed in self.tensors else name]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """As Checkpoint's; of MXFP4 what it stands for, in float32."""
+        """As Checkpoint's; of Blocks what they stand for, in float32."""
         blocks = self.blocks(name, shape)
         if blocks is not None:
             q, scale, zero = blocks[0].affine(slice(0, shape[0]))
             return affine(q, 0, scale, zero, torch.float32)
-        [stored] = self.stored_names(name)
-        in_a_stack = ".experts." in name and stored != name
-        is_turned = in_a_stack and self.config["model_type"] == "gpt_oss" and len(shape) == 2
-        tensor, rows = self.part_of(stored, name, shape, is_turned)
-        self.checked(stored, tensor, tuple(tensor.shape))
-        whole = tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
-        whole = whole.t() if is_turned else whole
-        return whole[rows.start:rows.stop:rows.step]
+        tensor = super().read(name, shape)
+        return tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
         part; None if it is stored in floating point."""
-        stored = self.stored_names(name)
-        if len(stored) == 1:
-            matrix = self.tensors.get(stored[0])
-            if not isinstance(matrix, Blocks):
-                return None
-            check_shape(matrix.name, matrix.shape, shape)
-            return [matrix]
-        N, K = shape
-        packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
-        exponents, _ = self.part_of(stored[1], name, (N, K // 32))
-        return [mxfp4_blocks(stored[0], packed, exponents, rows)]
-
-    def part_of(
-        self, stored: str, name: str, shape: tuple[int, ...], is_turned: bool = False
-    ) -> tuple[InFile, range]:
-        """What a tensor of the file has for that of a Hugging Face name and shape -> (it, which of
-        its rows): all, or of a stack of experts those of one. gpt-oss has gate and up by turns,
-        others one below the other. is_turned: rows are columns there. ValueError: another shape."""
-        tensor = self.tensors[stored]
-        n_rows, *others = shape
-        rows = range(n_rows)
-        expert = EXPERT.search(name)
-        if expert and stored != name and "block_sparse_moe" not in stored:
-            tensor = tensor[int(expert["number"])]
-            if expert["part"] != "down":
-                both = range(2 * n_rows)
-                turns, halves = (both[::2], both[1::2]), (both[:n_rows], both[n_rows:])
-                gate, up = turns if self.config["model_type"] == "gpt_oss" else halves
-                rows = gate if expert["part"] == "gate" else up
-                n_rows = len(both)
-        expected = (n_rows, *others)
-        check_shape(stored, tensor.shape, expected[::-1] if is_turned else expected)
-        return tensor, rows
+        [stored] = self.stored_names(name)
+        matrix = self.tensors.get(stored)
+        if not isinstance(matrix, Blocks):
+            return None
+        check_shape(matrix.name, matrix.shape, shape)
+        return [matrix]
 
 
 @dataclass
@@ -279,31 +237,6 @@ def making_sense_of(path: Path) -> Iterator[None]:
         raise ValueError(why) from None
 
 
-# --- the tensors of a mixture of experts ---
-
-# in Hugging Face's names
-EXPERT = re.compile(r"experts\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.(?P<kind>weight|bias)")
-MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-def other_names(name: str) -> Iterator[str]:
-    """What else files call a tensor of a mixture of experts: Mixtral's name, gpt-oss's of the
-    router, and that of the stack in which gpt-oss and transformers 5 have all experts."""
-    mixtral = name
-    for part, theirs in MIXTRAL.items():
-        mixtral = mixtral.replace(part, theirs)
-    yield mixtral
-    yield name.replace(".mlp.gate.", ".mlp.router.")
-    yield mixtral.replace(".gate.e_score", ".e_score")
-    yield name.replace(".gate.e_score", ".moe_statics.e_score")
-    yield name.replace(".gate.e_score_correction_bias", ".expert_bias")
-    expert = EXPERT.search(name)
-    if expert:
-        part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
-        bias = "_bias" if expert["kind"] == "bias" else ""
-        yield f"{name[:expert.start()]}experts.{part}{bias}"
-
-
 # --- files ---
 
 @dataclass
@@ -324,6 +257,8 @@ class InFile:
 
     def __getitem__(self, i: int) -> InFile:
         """One of those that are stacked."""
+        if i >= self.shape[0]:
+            raise ValueError(f"tensor {self.name} has shape {self.shape}, no entry {i}")
         part = replace(self, shape=self.shape[1:])
         return replace(part, offset=self.offset + i * part.nbytes)
 
@@ -424,6 +359,7 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
         with making_sense_of(folder):
             settle_quantized(folder, config, tensors)
             settle_head(config, tensors)
+            settle_experts(tensors, str(config.get("model_type")))
     return CheckedCheckpoint(folder, config, tensors)
 
 

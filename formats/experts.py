@@ -1,0 +1,70 @@
+"""The tensors of a mixture of experts, by the names that most models have for them."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, dtype
+
+from formats.integers import mxfp4_blocks, read
+
+# their names in files of Mixtral, and in those of gpt-oss, ERNIE and LFM2
+MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.",
+           ".w2.": ".down_proj.", ".mlp.e_score": ".mlp.gate.e_score"}
+OTHERS = {".mlp.router.": ".mlp.gate.", ".moe_statics.e_score": ".gate.e_score",
+          ".expert_bias": ".gate.e_score_correction_bias"}
+# of all experts of a layer, as gpt-oss and transformers 5 have them; in MXFP4 with _scales beside
+STACK = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_bias|_blocks|)")
+ENDS = {"": "weight", "_bias": "bias", "_blocks": "weight_packed"}
+
+
+def settle_experts(tensors: dict[str, Any], model_type: str) -> None:
+    """Give tensors their plain names, and put one for each expert in the place of a stack."""
+    for name in list(tensors):
+        plain = name
+        for theirs, ours in (MIXTRAL if ".block_sparse_moe." in name else OTHERS).items():
+            plain = plain.replace(theirs, ours)
+        tensors[plain] = tensors.pop(name)
+    for name in filter(STACK.fullmatch, list(tensors)):
+        experts, part, kind = STACK.fullmatch(name).groups()
+        scales = tensors.pop(name.replace("_blocks", "_scales"), None) if kind == "_blocks" else 0
+        if scales is None:
+            continue  # half of one, of which the model will say that there is none
+        stack = tensors.pop(name)
+        is_turned = model_type == "gpt_oss" and kind == ""
+        N = stack.shape[-1 if is_turned else 1]
+        rows = {"down": range(N)}
+        if part == "gate_up":
+            rows = {"gate": range(N)[:N // 2], "up": range(N)[N // 2:]}
+            if model_type == "gpt_oss":  # by turns
+                rows = {"gate": range(N)[::2], "up": range(N)[1::2]}
+        for i in range(stack.shape[0]):
+            for one, its_rows in rows.items():
+                own = Part(stack[i], its_rows, is_turned)
+                if kind == "_blocks":
+                    own = mxfp4_blocks(name, stack[i], scales[i], its_rows)
+                tensors[f"{experts}{i}.{one}_proj.{ENDS[kind]}"] = own
+
+
+@dataclass
+class Part:
+    """Some rows of a tensor of a file, or of its transpose."""
+
+    whole: Any  # a tensor, an InFile of formats/checkpoint.py or Floats of formats/packed.py
+    rows: range
+    is_turned: bool
+
+    @property
+    def dtype(self) -> dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.whole.shape)
+        return len(self.rows), *(shape[::-1] if self.is_turned else shape)[1:]
+
+    def read(self) -> Tensor:
+        whole = read(self.whole)
+        whole = whole.t() if self.is_turned else whole
+        return whole[self.rows.start:self.rows.stop:self.rows.step]
