@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import generate
-from formats.checkpoint import RandomCheckpoint
+from formats.checkpoint import CheckedCheckpoint
 from formats.pretokenizers import PRE_TOKENIZERS
 from model import ModelConfig, Transformer
 
@@ -449,7 +449,7 @@ def random_blocks(shape: tuple[int, int], kind: GGML) -> np.ndarray:
 def empty_model(hf: dict) -> Transformer:
     """What load_model makes of a configuration before it reads a tensor."""
     with torch.device("meta"):
-        return RandomCheckpoint(Path("model"), hf, {}, "meta").empty_model()
+        return CheckedCheckpoint(Path("model"), hf, {}).empty_model()
 
 
 SMALL = dict(

@@ -39,7 +39,7 @@ HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "act_fn.beta", "act_fn.eps", "attention.bias", "attention.masked_bias")
 # of a tensor in a layer the layer's number, and of one of an expert alone the expert's
 IN_LAYERS = re.compile(
-    r"(?:model\.)?(?:layers|blk)\.(\d+)\.(?:.*\.experts\.(?:\w+\.)?(\d+)\.)?")
+    r"(?:model\.)?(?:layers|blk)\.(\d+)\.(?:.*\bexperts\.(?:\w+\.)?(\d+)\.)?")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -67,25 +67,27 @@ class CheckedCheckpoint(Checkpoint):
         """ValueError also where settings go together so badly that using them fails."""
         with making_sense_of(self.path):
             refuse_unsupported(self.config)
-            self.check_counts(ModelConfig.from_hf(self.config))
+            if self.tensors:  # or they are random
+                self.check_counts(ModelConfig.from_hf(self.config))
             return super().empty_model()
 
     def check_counts(self, config: ModelConfig) -> None:
-        """ValueError for layers or experts that the file does not have: making modules of thousands
-        would take minutes."""
-        n_expert = config.moe.n_expert if config.moe else 0
-        missing = {"layer": set(range(config.n_layer)), "expert": set(range(n_expert))}
+        """ValueError for layers that the file does not have, or far more experts: making modules of
+        thousands would take minutes."""
+        layers, n_expert = set(), 0
         for name, x in self.tensors.items():
             found = IN_LAYERS.match(name)
             if found:
-                missing["layer"].discard(int(found[1]))
-                missing["expert"].discard(int(found[2] or -1))
-            if "_exps." in name:  # all of a layer, in a GGUF file
-                missing["expert"] -= set(range(min(x.shape[0], n_expert)))
-        for what, numbers in missing.items():
-            if numbers:
-                raise ValueError(f"{self.path} has no tensor of {what} {min(numbers)}, where its "
-                                 f"configuration has them up to {max(numbers)}")
+                layers.add(int(found[1]))
+                # a GGUF file has all of a layer in one tensor
+                n_expert += x.shape[0] if "_exps." in name else found[2] is not None
+        missing = set(range(config.n_layer)) - layers
+        if missing:
+            raise ValueError(f"{self.path} has no tensor of layer {min(missing)}, of "
+                             f"{config.n_layer} layers")
+        if config.moe and n_expert < config.moe.n_expert * sum(config.moe.layers):
+            raise ValueError(f"{self.path} has {n_expert} tensors of experts, where a layer is to "
+                             f"have {config.moe.n_expert}")
 
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str
@@ -174,8 +176,8 @@ class CheckedCheckpoint(Checkpoint):
         return tensor
 
     def stored_names(self, name: str) -> list[str]:
-        """Hugging Face's name of a tensor -> the file's of what it is made from. That of Blocks ends
-        in _packed."""
+        """Hugging Face's name of a tensor -> the file's of what it is made from; _packed is behind
+        that of Blocks."""
         packed = f"{name}_packed"
         return [packed if packed in self.tensors else name]
 
@@ -204,9 +206,6 @@ class RandomCheckpoint(CheckedCheckpoint):
     """A bare config.json: the weights are random."""
 
     device: torch.device | str
-
-    def check_counts(self, config: ModelConfig) -> None:
-        """It has no tensors."""
 
     def check_names(self, wanted: Iterable[str]) -> None:
         say_once(f"WARNING: {self.path} is a bare configuration: the weights are RANDOM, for "

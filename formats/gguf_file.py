@@ -143,38 +143,33 @@ class GGUFCheckpoint(CheckedCheckpoint):
         return 0, pairs.transpose(1, 2).flatten()
 
 
-# --- the part for pictures and sound, which has a file of its own ---
-
-# words in the names of these files that say nothing of the model
-GENERAL = re.compile(r"mmproj|model|gguf|b?f(16|32)|fp16|q\d_\w+", re.IGNORECASE)
-
+# --- the other half of a model that takes pictures or sound: a file of its own, an mmproj ---
 
 def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
     """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
-    beside = path.parent.glob("*mmproj*.gguf")
-    return meta.get("general.architecture") in TEXTS or any(
-        belongs(file, path, meta) for file in beside)
+    if meta.get("general.architecture") in TEXTS:
+        return True
+    return any(belongs(file, path, meta) for file in path.parent.glob("*mmproj*.gguf"))
 
 
 def belongs(mmproj: Path, path: Path, meta: dict[str, Any]) -> bool:
-    """Whether an mmproj is for a model, of many that may lie in its folder: it gives vectors of the
-    model's size, and what its file or itself calls the model, the model is called too."""
+    """Whether an mmproj, of many in a folder, is a model's: it gives vectors of the model's size,
+    and where its file or itself has a name, that is a part of one of the model's."""
     try:
         its_meta, its_tensors = read_part(mmproj)
     except ValueError:
         return False
+    names = letters(path.stem), letters(meta.get("general.name"))
+    its_names = letters(mmproj.stem), letters(its_meta.get("general.name"))
+    alike = [any(its in name for name in names) for its in its_names if its]
     size = meta.get(f"{meta.get('general.architecture')}.embedding_length")
-    if not any(size in tensor.shape for tensor in its_tensors.values()):
-        return False
-    called = words(path.stem) | words(meta.get("general.name"))
-    names = words(mmproj.stem), words(its_meta.get("general.name"))
-    names = [name for name in names if name]
-    return not names or any(name <= called for name in names)
+    fits = any(size in tensor.shape for tensor in its_tensors.values())
+    return fits and (any(alike) or not alike)
 
 
-def words(name: object) -> set[str]:
-    plain = GENERAL.sub(" ", str(name or "")).lower()
-    return set(re.findall("[^\\W_]+", plain))
+def letters(name: object) -> str:
+    """Of a name without what says nothing of the model."""
+    return re.sub(r"mmproj|model|gguf|b?f(16|32)|fp16|i?q\d_\w+|[\W_]", "", f"{name or ''}".lower())
 
 
 # --- reading ---

@@ -110,7 +110,7 @@ class ChatTokenizer(Tokenizer):
         return self.ids([show(piece) for piece in pieces])
 
     def exposed(self, text: str) -> list[int]:
-        """The places of characters at the ends of a text, as it is or stripped, that could be a part
+        """The places of characters at the ends of a text, as it is or stripped, that could be part
         of a special token together with what a template puts beside them; the last one first."""
         heads, tails, longest = self.halves
         places = set()
