@@ -37,9 +37,8 @@ Plan = dict[str, dict[str, tuple[int, ...]]]  # by parameter: what it is read fr
 HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
             "act_fn.beta", "act_fn.eps", "attention.bias", "attention.masked_bias")
-# of a tensor in a layer the layer's number, and of one of an expert alone the expert's
-IN_LAYERS = re.compile(
-    r"(?:model\.)?(?:layers|blk)\.(\d+)\.(?:.*\bexperts\.(?:\w+\.)?(\d+)\.)?")
+IN_LAYERS = re.compile(r"(?:model\.)?(?:layers|blk)\.(\d+)\.")  # its number
+EXPERT = re.compile(r"\bexperts\.(\w+\.)?\d+\.")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -76,11 +75,13 @@ class CheckedCheckpoint(Checkpoint):
         thousands would take minutes."""
         layers, n_expert = set(), 0
         for name, x in self.tensors.items():
-            found = IN_LAYERS.match(name)
+            found = IN_LAYERS.search(name)
             if found:
                 layers.add(int(found[1]))
-                # a GGUF file has all of a layer in one tensor
-                n_expert += x.shape[0] if "_exps." in name else found[2] is not None
+            if "_exps." in name:  # of a GGUF file, for all of a layer
+                n_expert += x.shape[0]
+            elif EXPERT.search(name):
+                n_expert += 1
         missing = set(range(config.n_layer)) - layers
         if missing:
             raise ValueError(f"{self.path} has no tensor of layer {min(missing)}, of "
