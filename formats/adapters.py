@@ -10,11 +10,11 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from formats.checkpoint import CheckedCheckpoint, Plan, making_sense_of, open_tensors
+from formats.checkpoint import CheckedCheckpoint, Plan, making_sense_of, read_weights
 from formats.integers import Blocks, check_shape, read
-from formats.settings import is_factor, plain_file, read_json
+from formats.settings import is_factor, read_json
 from formats.wrappers import plain_names
-from model import FAMILIES, WEIGHT_DTYPES, first_line
+from model import FAMILIES, WEIGHT_DTYPES
 
 # settings of how it was trained, and those that are read here; any other one is refused if set
 KNOWN = set(
@@ -96,11 +96,8 @@ class Adapter:
                                  f"{', '.join(sorted(together))} belong together")
 
     def tensors(self) -> dict[str, Any]:
-        file = plain_file(self.folder / "adapter_model.safetensors")
-        try:
-            tensors = open_tensors(file)
-        except Exception as e:  # of safetensors and the file system
-            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+        file = self.folder / "adapter_model.safetensors"
+        tensors = read_weights(file)
         if not tensors:
             raise ValueError(f"{file} has no tensor: it changes nothing")
         return {name.removeprefix("base_model.model."): x for name, x in tensors.items()}

@@ -350,10 +350,7 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
     check_settings(config)
     tensors = {}
     for file in files:
-        try:
-            tensors |= read_file(plain_file(file))
-        except Exception as e:  # of safetensors, pickle and the file system
-            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+        tensors |= read_weights(file, read_file)
     if "gpt_flash" not in config:  # it has names of our own
         tensors = plain_names(tensors, config)
         with making_sense_of(folder):
@@ -361,6 +358,15 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
             settle_head(config, tensors)
             settle_experts(tensors, str(config.get("model_type")))
     return CheckedCheckpoint(folder, config, tensors)
+
+
+def read_weights(
+    file: Path, read: Callable[[Path], dict[str, Any]] = open_tensors
+) -> dict[str, Any]:
+    try:
+        return read(plain_file(file))
+    except Exception as e:  # of safetensors, pickle and the file system
+        raise ValueError(f"cannot read {file}: {first_line(e)}") from None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

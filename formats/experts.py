@@ -9,7 +9,7 @@ from torch import Tensor, dtype
 
 from formats.integers import mxfp4_blocks, read
 
-# their names in files of Mixtral, and in those of gpt-oss, ERNIE and LFM2
+# other names, in files of Mixtral, and of gpt-oss, ERNIE and LFM2
 MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.",
            ".w2.": ".down_proj.", ".mlp.e_score": ".mlp.gate.e_score"}
 OTHERS = {".mlp.router.": ".mlp.gate.", ".moe_statics.e_score": ".gate.e_score",
@@ -26,25 +26,26 @@ def settle_experts(tensors: dict[str, Any], model_type: str) -> None:
         for theirs, ours in (MIXTRAL if ".block_sparse_moe." in name else OTHERS).items():
             plain = plain.replace(theirs, ours)
         tensors[plain] = tensors.pop(name)
+    in_turn = model_type == "gpt_oss"
     for name in filter(STACK.fullmatch, list(tensors)):
-        experts, part, kind = STACK.fullmatch(name).groups()
-        scales = tensors.pop(name.replace("_blocks", "_scales"), None) if kind == "_blocks" else 0
-        if scales is None:
-            continue  # half of one, of which the model will say that there is none
-        stack = tensors.pop(name)
-        is_turned = model_type == "gpt_oss" and kind == ""
-        N = stack.shape[-1 if is_turned else 1]
-        rows = {"down": range(N)}
+        prefix, part, kind = STACK.fullmatch(name).groups()
+        scales = name.replace("_blocks", "_scales")  # of others their own name
+        if scales not in tensors:
+            continue  # half of one: the model will say that it lacks it
+        stack, exponents = tensors.pop(name), tensors.pop(scales, None)
+        is_turned = in_turn and kind == ""
+        all_rows = range(stack.shape[-1 if is_turned else 1])
+        rows = {"down": all_rows}
         if part == "gate_up":
-            rows = {"gate": range(N)[:N // 2], "up": range(N)[N // 2:]}
-            if model_type == "gpt_oss":  # by turns
-                rows = {"gate": range(N)[::2], "up": range(N)[1::2]}
+            half = len(all_rows) // 2
+            gate, up = (all_rows[::2], all_rows[1::2]) if in_turn else (
+                all_rows[:half], all_rows[half:])
+            rows = {"gate": gate, "up": up}
         for i in range(stack.shape[0]):
-            for one, its_rows in rows.items():
-                own = Part(stack[i], its_rows, is_turned)
-                if kind == "_blocks":
-                    own = mxfp4_blocks(name, stack[i], scales[i], its_rows)
-                tensors[f"{experts}{i}.{one}_proj.{ENDS[kind]}"] = own
+            for part, own in rows.items():
+                tensors[f"{prefix}{i}.{part}_proj.{ENDS[kind]}"] = (
+                    Part(stack[i], own, is_turned) if exponents is None
+                    else mxfp4_blocks(name, stack[i], exponents[i], own))
 
 
 @dataclass

@@ -205,16 +205,18 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 def nvfp4(name: str, weight: Any, tensors: Tensors) -> Blocks:
     """Which stays as it is: NAME_scale has an FP8 for 16 inputs, and all are times NAME_scale_2, or
     over NAME_global_scale."""
-    divisor = tensors.pop(f"{name}_global_scale", None)
-    factor = read(tensors.pop(f"{name}_scale_2")) if divisor is None else 1 / read(divisor)
+    if f"{name}_global_scale" in tensors:
+        factor = 1 / read(tensors.pop(f"{name}_global_scale"))
+    else:
+        factor = read(tensors.pop(f"{name}_scale_2"))
     scales = tensors.pop(f"{name}_scale")
     N, half = weight.shape  # a byte has input 2c in its low nibble
     check_shape("its scale", scales.shape, (N, half // 8))
 
     def load(rows: Rows) -> Affine:
         scale = scales.read(rows).float() * (factor.item() / 2)
-        q = TWICE_E2M1_AND_16[unpack_nibbles(weight.read(rows)).int()]
-        return Affine(q, scale, -16 * scale)
+        nibbles = unpack_nibbles(weight.read(rows))
+        return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
 
     return Blocks(name, "NVFP4", 5, range(N), range(2 * half), load, 16)
 
@@ -223,9 +225,10 @@ def float8(name: str, weight: Any, tensors: Tensors, block: tuple[int, int]) -> 
     """Times NAME_scale, or NAME_scale_inv, which is no inverse: one, one for each row or one for
     each block."""
     *stack, N, K = weight.shape
-    scales = tensors.pop(f"{name}_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
-    rows, *columns = (*scales.shape[len(stack):], 1)[:2]
-    if rows in (1, N) and columns in ([], [1]):
+    inverse = f"{name}_scale_inv"
+    scales = tensors.pop(inverse if inverse in tensors else f"{name}_scale")
+    rows, columns = (*scales.shape[len(stack):], 1, 1)[:2]
+    if rows in (1, N) and columns == 1:
         block = N // rows, K
     return Floats(weight, weight.shape, scales, block)
 
@@ -274,10 +277,13 @@ class Floats:
         return replace(self, weight=self.weight[i], shape=self.shape[1:], scales=self.scales[i])
 
     def read(self) -> Tensor:
-        (N, K), (n, k) = self.shape, self.block
-        stored, scales = read(self.weight), read(self.scales).float().view(-(-N // n), -(-K // k))
-        w = stored.float() if self.pairs is None else self.pairs[stored.int()].flatten(1)
+        N, K = self.shape
+        n, k = self.block
+        w = read(self.weight)
+        w = w.float() if self.pairs is None else self.pairs[w.int()].flatten(1)
         size = math.gcd(K, k)  # of a group
-        groups = scales.repeat_interleave(n, 0)[:N].repeat_interleave(k // size, 1)[:, :K // size]
-        w.unflatten(1, (-1, size)).mul_(groups[..., None])
+        scales = read(self.scales).float().view(-(-N // n), -(-K // k))
+        scales = scales.repeat_interleave(n, 0)[:N]
+        scales = scales.repeat_interleave(k // size, 1)[:, :K // size]
+        w.unflatten(1, (-1, size)).mul_(scales[..., None])
         return w.to(self.dtype)
