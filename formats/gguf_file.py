@@ -75,9 +75,9 @@ class GGUFCheckpoint(CheckedCheckpoint):
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
         return stored
 
-    def part_of(self, stored: str, name: str) -> InFile:
+    def stored(self, name: str) -> InFile:
         """As it lies in the file, an expert's out of its stack."""
-        tensor = self.tensors[stored]
+        tensor = self.tensors[self.stored_name(name)]
         expert = EXPERT_NUMBER.search(name)
         return tensor if expert is None else tensor[int(expert[1])]
 
@@ -90,7 +90,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
                 tensor = torch.cat([self.read(part) for part in parts], -2).flatten(0, -2)
             check_shape(name, tensor.shape, shape)
             return tensor
-        stored = self.part_of(self.stored_name(name), name)
+        stored = self.stored(name)
         shape = stored.shape if shape is None else shape
         # a convolution's weight has one dimension less, and files may leave out any of 1
         flat = shape if stored.shape == shape else tuple(n for n in shape if n > 1)
@@ -117,14 +117,16 @@ class GGUFCheckpoint(CheckedCheckpoint):
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """None also where one part of it is stored in floating point."""
         names = self.alone(name)
-        parts = [self.part_of(self.stored_name(part), part) for part in names]
+        parts = [self.stored(part) for part in names]
         if any(stored.dtype in FLOATS for stored in parts):
             return None
         rows = [stored.shape[0] for stored in parts[:-1]]
+        rows.append(shape[0] - sum(rows))
         blocks = []
-        for part, stored, n in zip(names, parts, [*rows, shape[0] - sum(rows)]):
+        for part, stored, n in zip(names, parts, rows):
             check_shape(stored.name, stored.shape, (n, *shape[1:]))
-            block, order = file_blocks(stored), self.order(part, stored.shape)
+            block = file_blocks(stored)
+            order = self.order(part, stored.shape)
             blocks.append(block if order is None else block.reordered(*order))
         return blocks
 
@@ -215,7 +217,7 @@ class Header:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
         self.left = self.size  # bytes
-        [version] = self.numbers(Kind.UINT32) if self.take(4) == b"GGUF" else [None]
+        version = self.number() if self.take(4) == b"GGUF" else None
         if version in (2 << 24, 3 << 24):
             raise ValueError("it is big-endian, made for machines of the other byte order")
         if version not in (2, 3):
@@ -239,14 +241,17 @@ class Header:
         nbytes = n * np.dtype(NUMBERS[kind]).itemsize
         return np.frombuffer(self.take(nbytes), NUMBERS[kind]).tolist()
 
+    def number(self, kind: int = Kind.UINT32) -> int | float | bool:
+        return self.numbers(kind)[0]
+
     def value(self) -> Any:
         """A number, a text, or a list of them."""
-        [kind] = self.numbers(Kind.UINT32)
+        kind = self.number()
         if kind == Kind.STRING:
             return self.text()
         if kind != Kind.ARRAY:
-            return self.numbers(kind)[0]
-        [kind], [n] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
+            return self.number(kind)
+        kind, n = self.number(), self.number(Kind.UINT64)
         return [self.text() for _ in range(n)] if kind == Kind.STRING else self.numbers(kind, n)
 
     def settings(self) -> dict[str, Any]:
@@ -276,8 +281,8 @@ class Header:
     def tensor(self) -> InFile:
         """The next one, its offset that behind the header."""
         name = self.text()
-        dims = self.numbers(Kind.UINT64, *self.numbers(Kind.UINT32))
-        [kind], [offset] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
+        dims = self.numbers(Kind.UINT64, self.number())
+        kind, offset = self.number(), self.number(Kind.UINT64)
         block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
         if not block or not 1 <= len(dims) <= 4 or min(dims) < 1 or dims[0] % block:
             raise ValueError(f"tensor {name} has type {kind} and shape {dims!r:.60}")
