@@ -84,7 +84,7 @@ def test_stacks_of_transformers_5_are_read(checkpoint: Checkpoint, tmp_path: Pat
 
     config["num_local_experts"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"unexpected tensor .*\.experts\.7\."):
         load_model(tmp_path)
 
 
@@ -314,7 +314,7 @@ def test_mxfp4_layer_holds_the_numbers_of_the_file(gpu_layouts: None) -> None:
     blocks = blocks_of(packed, exponents)
     linear = Linear(96, 70, bias=False)
     layer = FORMS["mxfp4"](linear)
-    for rows in blocks.slices(16):
+    for rows, _ in blocks.slices(16):
         layer.take(rows, *blocks.affine(rows), 16)
     assert torch.equal(layer.scales, exponents)
     nibbles = torch.stack((packed & 15, packed >> 4), -1).flatten(1)

@@ -178,7 +178,7 @@ def test_a_quantized_folder_is_what_it_stands_for(
     ("W4A16", dict(format="marlin-24"), "compressed-tensors with format 'marlin-24'"),
     ("W4A16", dict(sparsity_config={"format": "sparse-24"}), "format 'sparse-24'"),
     ("W4A16", dict(config_groups={"a": {"weights": {"num_bits": 2}}}), "num_bits 2"),
-    ("W4A16", dict(config_groups={"a": {"weights": None}}), "makes no sense"),
+    ("gptq", dict(dynamic={"+:.*up_proj": {"bits": 3}}), "gptq with bits 3"),
 ])
 def test_other_variants_are_refused_by_name(
     kind: str, change: dict, message: str, tmp_path: Path
@@ -189,6 +189,21 @@ def test_other_variants_are_refused_by_name(
     rewrite(packed, config)
     with pytest.raises(ValueError, match=message):
         load_model(packed)
+
+
+@pytest.mark.parametrize("kind, change", [
+    ("W4A16", dict(version="0.14.0.1", sparsity_config=None, transform_config={})),
+    ("W4A16", dict(config_groups={"of attention": {"weights": None}})),
+    ("gptq of 8 bits", dict(bits=4, dynamic={"-:.*head": {}, "+:.*": {"bits": 8}})),
+])
+def test_what_programs_write_of_themselves_or_of_some_layers_is_read(
+    kind: str, change: dict, tmp_path: Path
+) -> None:
+    packed, plain = write(tmp_path, kind)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= change
+    rewrite(packed, config)
+    close(logits_of(load(packed)), logits_of(load(plain)), 1e-4)
 
 
 @pytest.mark.parametrize("kind, part", [

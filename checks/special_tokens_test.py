@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
@@ -154,6 +155,18 @@ def test_templates_get_every_named_token(tmp_path: Path) -> None:
         chat_template=template))
 
 
+def test_further_special_tokens_are_a_list_and_a_dictionary(tmp_path: Path) -> None:
+    """Of which files have both, and the list has texts or tokens."""
+    names = ["<s>", "</s>", "<a>", "<b>", "<c>"]
+    json_folder(tmp_path, names[:2], *(AddedToken(name, special=False) for name in names[2:]),
+                eos_token="</s>", chat_template="{{ image_token }}<a><b>",
+                additional_special_tokens=["<a>", flags("<b>", True)],
+                extra_special_tokens={"image_token": "<c>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.special.keys() == {*names}
+    assert tokenizer.chat(TALK) == [tokenizer.special[name] for name in ("<c>", "<a>", "<b>")]
+
+
 @pytest.mark.parametrize("single, want", [("$A </s>", []), ("<s> $A </s>", [0]), ("<s> $A", [0])])
 def test_an_end_behind_a_text_is_not_its_beginning(
     tmp_path: Path, single: str, want: list[int]
@@ -294,19 +307,58 @@ def test_a_picture_that_a_template_puts_into_a_prompt_is_refused(tmp_path: Path)
         load_tokenizer(folder).chat([{"role": "user", "content": [{"type": "image"}]}])
 
 
+def test_no_text_of_a_message_becomes_a_part_of_a_special_token(tmp_path: Path) -> None:
+    """With the line breaks that a template writes beside it, or in a list of parts."""
+    folder = json_folder(tmp_path, ["<s>", START, END, "\n<x>", f"y\n{END}"], eos_token=END,
+                         chat_template=CHATML.replace("<|im_end|>", "\n<|im_end|>", 1))
+    tokenizer = load_tokenizer(folder)
+    for said in ("<x> hi", "hi y", "y", "y\n", "a\n<x>b", "<x>"):
+        ids = tokenizer.chat([{"role": "user", "content": said}])
+        assert [i for i in ids if i < 5] == [1, 2, 1]
+        assert tokenizer.decode(ids) == f"user\n{said}\n\nassistant\n"
+    parts = [{"type": "text", "text": f"{END}<x>"}]
+    ids = tokenizer.chat([{"role": "user", "content": parts}])
+    assert [i for i in ids if i < 5] == [1, 2, 1]
+
+
 # --- GGUF ---
 
-@pytest.mark.parametrize("arch, beside", [("qwen2vl", None), ("llama", "mmproj-F16.gguf")])
+OWN = "gemma-3-4b-it-Q4_K_M.gguf"
+NAME = "Gemma 3 4b It"
+
+
+@pytest.mark.parametrize("arch, beside, size, its_name, is_its", [
+    ("qwen2vl", None, 0, None, True), ("llama", None, 0, None, False),
+    ("llama", "mmproj-F16.gguf", 64, None, True),
+    ("llama", "mmproj-model-f16.gguf", 64, "Gemma-3-4B-It", True),
+    ("llama", "mmproj-google_gemma-3-4b-it-f16.gguf", 64, NAME, True),
+    ("llama", "gemma-3-4b-it.mmproj-Q8_0.gguf", 64, None, True),
+    ("llama", "mmproj-F16.gguf", 96, NAME, False),
+    ("llama", "mmproj-F16.gguf", 64, "SmolVLM 256M Instruct", False),
+    ("llama", "SmolVLM-256M-Instruct-mmproj-f16.gguf", 64, None, False),
+])
 def test_a_picture_in_a_prompt_of_a_gguf_file(
-    tmp_path: Path, arch: str, beside: str | None
+    tmp_path: Path, arch: str, beside: str | None, size: int, its_name: str | None, is_its: bool
 ) -> None:
-    """By its architecture, or by the other half of the model that lies beside it."""
-    path = bytes_gguf(tmp_path / "m.gguf", ["<|endoftext|>", "<|image_pad|>"], arch=arch)
+    """By its architecture, or by the other half of the model among all that lie beside it."""
+    path = bytes_gguf(tmp_path / OWN, ["<|endoftext|>", "<|image_pad|>"], (
+        "add_embedding_length", 64), ("add_name", NAME), arch=arch)
+    (tmp_path / "mmproj-broken.gguf").touch()
     if beside:
-        assert load_tokenizer(path).encode("<|image_pad|>")
-        (tmp_path / beside).touch()
+        writer = gguf.GGUFWriter(tmp_path / beside, "clip")
+        if its_name:
+            writer.add_name(its_name)
+        writer.add_tensor("mm.2.weight", np.zeros((size, 8), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    tokenizer = load_tokenizer(path)
+    if not is_its:
+        assert tokenizer.encode("<|image_pad|>")
+        return
     with pytest.raises(ValueError, match="the text has .*image_pad.*pictures and sound"):
-        load_tokenizer(path).encode("<|image_pad|>")
+        tokenizer.encode("<|image_pad|>")
 
 
 def write_gguf(
@@ -338,13 +390,17 @@ def pieces_gguf(
         ("add_token_scores", [*(model.get_score(i) for i in ids), *[-1e3] * len(added)]), *extra)
 
 
-def bytes_gguf(path: Path, special: list[str], *added: str, arch: str = "llama") -> Path:
+def bytes_gguf(
+    path: Path, special: list[str], *added: str | tuple, arch: str = "llama"
+) -> Path:
+    """added: tokens, and methods of a GGUFWriter with their arguments."""
+    added, extra = ([each for each in added if isinstance(each, kind)] for kind in (str, tuple))
     _, tokens, merges = byte_level_tokenizer(special)
     types = [3] * len(special) + [1] * (len(tokens) - len(special)) + [4] * len(added)
     return write_gguf(
         path, [*tokens, *added], types, ("add_tokenizer_model", "gpt2"), ("add_eos_token_id", 0),
         ("add_tokenizer_pre", "gpt-2"), ("add_token_merges", [" ".join(pair) for pair in merges]),
-        arch=arch)
+        *extra, arch=arch)
 
 
 def test_phi3s_tokens_take_in_the_line_break_whatever_the_file_is_called(

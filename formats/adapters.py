@@ -10,11 +10,11 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from formats.checkpoint import CheckedCheckpoint, making_sense_of, open_tensors
+from formats.checkpoint import CheckedCheckpoint, Plan, making_sense_of, read_weights
 from formats.integers import Blocks, check_shape, read
-from formats.settings import is_factor, plain_file, read_json
+from formats.settings import is_factor, read_json
 from formats.wrappers import plain_names
-from model import FAMILIES, WEIGHT_DTYPES, first_line
+from model import FAMILIES, WEIGHT_DTYPES
 
 # settings of how it was trained, and those that are read here; any other one is refused if set
 KNOWN = set(
@@ -26,7 +26,7 @@ KNOWN = set(
 ONLY = {  # what they may be; other starts change the base model too
     "peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva", "orthogonal"]
 }
-PART = re.compile(r"\.lora_(embedding_)?(A|B|magnitude)(_vector)?(\.weight)?$")
+PART = re.compile(r"\.lora_(?P<embedding>embedding_)?(?P<part>A|B|magnitude)(_vector)?(\.weight)?$")
 ENDLESS = re.compile(r"\)[*+{]|([*+{].*){4}")  # in a pattern, which may take for ever then
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,8 +48,8 @@ def adapt(checkpoint: CheckedCheckpoint, folder: str | Path) -> None:
     def base_of(name: str) -> str:
         return EMBEDDING if untied and name == HEAD else name
 
-    def integers(model: nn.Module, plan: dict[str, dict[str, Any]]) -> dict[str, list[Blocks]]:
-        kept = {name: parts for name, parts in plan.items() if not changes.keys() & parts.keys()}
+    def integers(model: nn.Module, plan: Plan) -> dict[str, list[Blocks]]:
+        kept = {name: parts for name, parts in plan.items() if changes.keys().isdisjoint(parts)}
         return integers_of(model, kept)
 
     def check_names(wanted: Iterable[str]) -> None:
@@ -75,41 +75,45 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_json(folder / "adapter_config.json")
-        wrong = [key for key, allowed in ONLY.items() if self.config.get(key) not in allowed]
-        self.refuse(wrong + list(filter(self.config.get, self.config.keys() - KNOWN)))
-        parts = {"A", "B", "magnitude"} if self.config.get("use_dora") else {"A", "B"}
-        file = plain_file(folder / "adapter_model.safetensors")
-        try:
-            tensors = open_tensors(file)
-        except Exception as e:  # of safetensors and the file system
-            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
-        if not tensors:
-            raise ValueError(f"{file} has no tensor: it changes nothing")
-        tensors = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+        for key, allowed in ONLY.items():
+            self.refuse(key, self.config.get(key) not in allowed)
+        for key, value in self.config.items():
+            self.refuse(key, value and key not in KNOWN)
         self.changes: dict[str, dict[str, Any]] = {}
-        for name, x in plain_names(tensors, {}).items():
+        for name, x in plain_names(self.tensors(), {}).items():
             found = PART.search(name)
             key, part = name.replace(".base_layer.", "."), "whole"
             if found:
-                key, part = f"{name[:found.start()]}.weight", found[2]
-            if found and found[1]:  # of an embedding, which multiplies from the other side
-                part, x = "BA"[part == "B"], read(x).movedim(0, -1)
+                key, part = f"{name[:found.start()]}.weight", found["part"]
+            if found and found["embedding"]:  # which multiplies from the other side
+                part = {"A": "B", "B": "A"}.get(part, part)
+                x = read(x).movedim(0, -1)
             self.changes.setdefault(key, {})[part] = x
-        for key, found in self.changes.items():
-            if found.keys() - {"whole"} not in (set(), parts):
-                raise ValueError(f"{folder} has {', '.join(sorted(found))} of {key}, where "
-                                 f"{', '.join(sorted(parts))} belong together")
+        together = {"A", "B", "magnitude"} if self.config.get("use_dora") else {"A", "B"}
+        for key, parts in self.changes.items():
+            if parts.keys() - {"whole"} not in (set(), together):
+                raise ValueError(f"{folder} has {', '.join(sorted(parts))} of {key}, where "
+                                 f"{', '.join(sorted(together))} belong together")
 
-    def refuse(self, keys: list[str]) -> None:
-        for key in keys:
+    def tensors(self) -> dict[str, Any]:
+        file = self.folder / "adapter_model.safetensors"
+        tensors = read_weights(file)
+        if not tensors:
+            raise ValueError(f"{file} has no tensor: it changes nothing")
+        return {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+
+    def refuse(self, key: str, problem: Any) -> None:
+        if problem:
             raise ValueError(f"unsupported {key} {self.config.get(key)!r:.60} of {self.folder}")
 
     def setting(self, name: str, patterns: str, key: str) -> float:
         """Of PEFT's patterns the first that matches the end of a module's name counts."""
+        value = self.config.get(name)
         given = self.config.get(patterns) or {}
-        self.refuse([patterns] * any(map(ENDLESS.search, given)))
-        found = [own for end, own in given.items() if re.match(rf"(.*\.)?({end})\.weight$", key)]
-        value = [*found, self.config.get(name)][0]
+        self.refuse(patterns, any(map(ENDLESS.search, given)))
+        for end in reversed(given):
+            if re.match(rf"(.*\.)?({end})\.weight$", key):
+                value = given[end]
         if not is_factor(value):
             raise ValueError(f"{name} of {self.folder} is {value!r:.60}, no number above 0")
         return value

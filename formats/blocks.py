@@ -16,71 +16,75 @@ from formats.integers import Affine, Blocks, Rows, twice_e2m1
 from model import first_line
 
 
-# --- fields of n blocks by name, [n, ...] -> q [n, block], scale and zero [n, groups] ---
+# --- the fields of n blocks, [n, ...] each -> q [n, block], scale and zero [n, groups] ---
 
-Fields = dict[str, Tensor]
-
-
-def q8_0(x: Fields) -> Affine:
-    return Affine(x["signed"] ^ 128, x["d"], -128 * x["d"])
+def q8_0(d: Tensor, signed: Tensor) -> Affine:
+    return Affine(signed ^ 128, d, -128 * d)
 
 
-def of_32(x: Fields) -> Affine:
+def of_32(
+    d: Tensor, low: Tensor, m: Tensor | None = None, fifth: Tensor | None = None
+) -> Affine:
     """q * d + m, or without an m (q - 8) * d, (q - 16) * d of 5 bits."""
-    q, middle = pieces(x["low"], 4).flatten(1), 8
-    if "fifth" in x:
-        q, middle = q | pieces(x["fifth"], 1).mT.flatten(1) << 4, 16
-    return Affine(q, x["d"], x["m"] if "m" in x else -middle * x["d"])
+    q = pieces(low, 4).flatten(1)
+    middle = 8
+    if fifth is not None:
+        q = q | pieces(fifth, 1).mT.flatten(1) << 4
+        middle = 16
+    return Affine(q, d, -middle * d if m is None else m)
 
 
-def of_256(x: Fields) -> Affine:
+def of_256(
+    d: Tensor, m: Tensor, scales: Tensor, low: Tensor, fifth: Tensor | None = None
+) -> Affine:
     """q * d * scale - m * minimum, for 8 scales and minima of 6 bits: the first four have a byte of
     their own, of which the upper two bits belong to the last four, whose low nibbles are behind.
     Bit j of byte i of fifth is of input i in group j."""
-    scale, minimum, low = x["scales"].unbind(1)  # (n, 4) each
-    scales = torch.cat((scale & 63, low & 15 | scale >> 2 & 48), 1)
-    minima = torch.cat((minimum & 63, low >> 4 | minimum >> 2 & 48), 1)
-    q = pieces(x["low"], 4).view(-1, 8, 32)
-    if "fifth" in x:
-        q = q | pieces(x["fifth"], 1) << 4
-    return Affine(q.flatten(1), x["d"] * scales.float(), -x["m"] * minima.float())
+    first, second, last = scales.unbind(1)  # (n, 4) each
+    scale = torch.cat((first & 63, last & 15 | first >> 2 & 48), 1)
+    minimum = torch.cat((second & 63, last >> 4 | second >> 2 & 48), 1)
+    q = pieces(low, 4).view(-1, 8, 32)
+    if fifth is not None:
+        q = q | pieces(fifth, 1) << 4
+    return Affine(q.flatten(1), d * scale.float(), -m * minimum.float())
 
 
-def q6_k(x: Fields) -> Affine:
+def q6_k(low: Tensor, upper: Tensor, scales: Tensor, d: Tensor) -> Affine:
     """(q - 32) * d * scale."""
-    low = pieces(x["low"], 4).view(-1, 2, 4, 32)
-    q = low | pieces(x["upper"], 2) << 4
-    scale = x["d"] * x["scales"].float()  # (n, 16)
+    q = pieces(low, 4).view(-1, 2, 4, 32) | pieces(upper, 2) << 4
+    scale = d * scales.float()  # (n, 16)
     return Affine(q.flatten(1), scale, -32 * scale)
 
 
-def q2_k(x: Fields) -> Affine:
+def q2_k(scales: Tensor, q: Tensor, d: Tensor, m: Tensor) -> Affine:
     """q * d * scale - m * minimum; minima are above the scales."""
-    scale, minimum = pieces(x["scales"], 4).float().unbind(1)  # (n, 16) each
-    return Affine(pieces(x["q"], 2).flatten(1), x["d"] * scale, -x["m"] * minimum)
+    scale, minimum = pieces(scales, 4).float().unbind(1)  # (n, 16) each
+    return Affine(pieces(q, 2).flatten(1), d * scale, -m * minimum)
 
 
-def q3_k(x: Fields) -> Affine:
+def q3_k(third: Tensor, low: Tensor, scales: Tensor, upper: Tensor, d: Tensor) -> Affine:
     """(q - 4) * d * (scale - 32), for scales of 6 bits."""
-    q = pieces(x["low"], 2).view(-1, 8, 32) | pieces(x["third"], 1) << 2
-    scale = pieces(x["scales"], 4).flatten(1) | pieces(x["upper"], 2).flatten(1) << 4
-    scale = x["d"] * (scale.float() - 32)
+    q = pieces(low, 2).view(-1, 8, 32) | pieces(third, 1) << 2
+    scale = pieces(scales, 4).flatten(1) | pieces(upper, 2).flatten(1) << 4
+    scale = d * (scale.float() - 32)
     return Affine(q.flatten(1), scale, -4 * scale)
 
 
-def iq4(x: Fields) -> Affine:
-    """Places in a table, times d, or times d * (scale - 32), for scales of 6 bits."""
-    scale = x["d"]
-    if "scales" in x:
-        low, upper = pieces(x["scales"], 4), pieces(x["upper"], 2)
-        scale = scale * ((low.mT.flatten(1) | upper.mT.flatten(1) << 4).float() - 32)
-    q = IQ4[pieces(x["places"], 4).int()].flatten(1)
-    return Affine(q, scale, -128 * scale)
+def iq4_nl(d: Tensor, places: Tensor) -> Affine:
+    """Places in a table, times d."""
+    q = IQ4[pieces(places, 4).int()]
+    return Affine(q.flatten(1), d, -128 * d)
 
 
-def mxfp4(x: Fields) -> Affine:
+def iq4_xs(d: Tensor, upper: Tensor, scales: Tensor, places: Tensor) -> Affine:
+    """The same times d * (scale - 32), for scales of 6 bits."""
+    scale = pieces(scales, 4).mT.flatten(1) | pieces(upper, 2).mT.flatten(1) << 4
+    return iq4_nl(d * (scale.float() - 32), places)
+
+
+def mxfp4(e: Tensor, q: Tensor) -> Affine:
     """E2M1 numbers times 2 ** (e - 127)."""
-    return twice_e2m1(pieces(x["q"], 4).flatten(1), x["e"])
+    return twice_e2m1(pieces(q, 4).flatten(1), e)
 
 
 def pieces(packed: Tensor, bits: int) -> Tensor:
@@ -95,7 +99,7 @@ def pieces(packed: Tensor, bits: int) -> Tensor:
 IQ4 = torch.tensor(gguf.quants.IQ4_NL.kvalues).add(128).to(torch.uint8)
 # by type: bits of an integer, inputs of a group, what unpacks the fields of a block, their names in
 # order, and what they are
-TYPES: dict[GGML, tuple[int, int, Callable[[Fields], Affine], str, str]] = {
+TYPES: dict[GGML, tuple[int, int, Callable[..., Affine], str, str]] = {
     GGML.Q4_0: (4, 32, of_32, "d low", "(1,)f2, 16u1"),
     GGML.Q4_1: (4, 32, of_32, "d m low", "(1,)f2, (1,)f2, 16u1"),
     GGML.Q5_0: (5, 32, of_32, "d fifth low", "(1,)f2, 4u1, 16u1"),
@@ -107,8 +111,8 @@ TYPES: dict[GGML, tuple[int, int, Callable[[Fields], Affine], str, str]] = {
     GGML.Q5_K: (5, 32, of_256, "d m scales fifth low",
                 "(1,)f2, (1,)f2, (3, 4)u1, 32u1, (4, 32)u1"),
     GGML.Q6_K: (6, 16, q6_k, "low upper scales d", "(2, 64)u1, (2, 32)u1, 16i1, (1,)f2"),
-    GGML.IQ4_NL: (8, 32, iq4, "d places", "(1,)f2, 16u1"),
-    GGML.IQ4_XS: (8, 32, iq4, "d upper scales places", "(1,)f2, 2u1, 4u1, (8, 16)u1"),
+    GGML.IQ4_NL: (8, 32, iq4_nl, "d places", "(1,)f2, 16u1"),
+    GGML.IQ4_XS: (8, 32, iq4_xs, "d upper scales places", "(1,)f2, 2u1, 4u1, (8, 16)u1"),
     GGML.MXFP4: (5, 32, mxfp4, "e q", "(1,)u1, 16u1"),
 }
 FLOATS = (GGML.F32, GGML.F16, GGML.BF16, GGML.F64)
@@ -135,10 +139,11 @@ def layout_of(kind: GGML) -> np.dtype:
 def unpack(kind: GGML, data: Tensor) -> Affine:
     """Whole blocks [n, bytes of one]."""
     _, _, affine, *_ = TYPES[kind]
-    layout = layout_of(kind)
-    blocks = data.numpy().view(layout)[:, 0]
-    fields = {name: torch.from_numpy(blocks[name]) for name in layout.names}
-    return affine({name: x.float() if name in "dm" else x for name, x in fields.items()})
+    blocks = data.numpy().view(layout_of(kind))[:, 0]
+    fields = {name: torch.from_numpy(blocks[name]) for name in blocks.dtype.names}
+    for name in fields.keys() & {"d", "m"}:  # halves
+        fields[name] = fields[name].float()
+    return affine(**fields)
 
 
 def file_blocks(stored: InFile) -> Blocks:

@@ -24,18 +24,21 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from formats.default import default_model
-from formats.integers import Blocks, Rows, check_shape, fill_layers, mxfp4_blocks, put, read
+from formats.experts import settle_experts
+from formats.integers import Blocks, Rows, check_shape, fill_layers, put, read
 from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
-from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
+from model import FAMILIES, Checkpoint, ModelConfig, Transformer, family_of, first_line
 from quantize import Linear, affine, say_once
 
+Plan = dict[str, dict[str, tuple[int, ...]]]  # by parameter: what it is read from, and its shape
 # ends of the names of tensors that may be surplus: they follow from the configuration
 HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
             "act_fn.beta", "act_fn.eps", "attention.bias", "attention.masked_bias")
-IN_LAYERS = re.compile(r"(model\.)?layers\.|blk\.")
+IN_LAYERS = re.compile(r"(?:model\.)?(?:layers|blk)\.(\d+)\.")  # its number
+EXPERT = re.compile(r"\bexperts\.(\w+\.)?\d+\.")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -63,7 +66,29 @@ class CheckedCheckpoint(Checkpoint):
         """ValueError also where settings go together so badly that using them fails."""
         with making_sense_of(self.path):
             refuse_unsupported(self.config)
+            if self.tensors:  # or they are random
+                self.check_counts(ModelConfig.from_hf(self.config))
             return super().empty_model()
+
+    def check_counts(self, config: ModelConfig) -> None:
+        """ValueError for layers that the file does not have, or far more experts: making modules of
+        thousands would take minutes."""
+        layers, n_expert = set(), 0
+        for name, x in self.tensors.items():
+            found = IN_LAYERS.search(name)
+            if found:
+                layers.add(int(found[1]))
+            if "_exps." in name:  # of a GGUF file, for all of a layer
+                n_expert += x.shape[0]
+            elif EXPERT.search(name):
+                n_expert += 1
+        missing = set(range(config.n_layer)) - layers
+        if missing:
+            raise ValueError(f"{self.path} has no tensor of layer {min(missing)}, of "
+                             f"{config.n_layer} layers")
+        if config.moe and n_expert < config.moe.n_expert * sum(config.moe.layers):
+            raise ValueError(f"{self.path} has {n_expert} tensors of experts, where a layer is to "
+                             f"have {config.moe.n_expert}")
 
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str
@@ -78,7 +103,7 @@ class CheckedCheckpoint(Checkpoint):
             return nothing_more
         return fill_layers(model, self.integers(model, plan), device)
 
-    def plan(self, model: Transformer) -> dict[str, dict[str, tuple[int, ...]]]:
+    def plan(self, model: Transformer) -> Plan:
         """What each parameter of a model is read from."""
         plan = {}
         tied = model.config.tied and isinstance(model.lm_head, Linear)
@@ -106,7 +131,7 @@ class CheckedCheckpoint(Checkpoint):
     def is_harmless(self, name: str) -> bool:
         """Whether nothing is lost without it: zeros that AutoGPTQ has for biases, layers behind the
         last one, which predict a further token, and keys of layers that share those of others."""
-        layer = re.match(r"(?:model\.layers|blk)\.(\d+)", name)
+        layer = IN_LAYERS.match(name)
         n_layer = self.config["num_hidden_layers"]
         if layer and int(layer[1]) >= n_layer and self.config.get("num_nextn_predict_layers"):
             return True
@@ -118,9 +143,7 @@ class CheckedCheckpoint(Checkpoint):
             return not self.tensors[name].read().any()
         return name.endswith(HARMLESS)
 
-    def integers(
-        self, model: Transformer, plan: dict[str, dict[str, tuple[int, ...]]]
-    ) -> dict[str, list[Blocks]]:
+    def integers(self, model: Transformer, plan: Plan) -> dict[str, list[Blocks]]:
         """By the name of a layer, the integers that the file has for it, part below part."""
         stored = {}
         for name, parts in plan.items():
@@ -154,68 +177,29 @@ class CheckedCheckpoint(Checkpoint):
         return tensor
 
     def stored_names(self, name: str) -> list[str]:
-        """Hugging Face's name of a tensor -> the file's of what it is made from. That of an expert
-        may be a stack of all experts, MXFP4 is two, and what formats/packed.py read is Blocks."""
-        for stored in (name, *other_names(name)):
-            if f"{stored}_blocks" in self.tensors:
-                return [f"{stored}_blocks", f"{stored}_scales"]
-            for one in (f"{stored}_packed", stored):
-                if one in self.tensors:
-                    return [one]
-        return [name]
+        """Hugging Face's name of a tensor -> the file's of what it is made from; _packed is behind
+        that of Blocks."""
+        packed = f"{name}_packed"
+        return [packed if packed in self.tensors else name]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """As Checkpoint's; of MXFP4 what it stands for, in float32."""
+        """As Checkpoint's; of Blocks what they stand for, in float32."""
         blocks = self.blocks(name, shape)
         if blocks is not None:
             q, scale, zero = blocks[0].affine(slice(0, shape[0]))
             return affine(q, 0, scale, zero, torch.float32)
-        [stored] = self.stored_names(name)
-        in_a_stack = ".experts." in name and stored != name
-        is_turned = in_a_stack and self.config["model_type"] == "gpt_oss" and len(shape) == 2
-        tensor, rows = self.part_of(stored, name, shape, is_turned)
-        self.checked(stored, tensor, tuple(tensor.shape))
-        whole = tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
-        whole = whole.t() if is_turned else whole
-        return whole[rows.start:rows.stop:rows.step]
+        tensor = super().read(name, shape)
+        return tensor.clone() if isinstance(tensor, Tensor) else tensor.read()
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """The tensor of that Hugging Face name as the integers that it is stored in, part below
         part; None if it is stored in floating point."""
-        stored = self.stored_names(name)
-        if len(stored) == 1:
-            matrix = self.tensors.get(stored[0])
-            if not isinstance(matrix, Blocks):
-                return None
-            check_shape(matrix.name, matrix.shape, shape)
-            return [matrix]
-        N, K = shape
-        packed, rows = self.part_of(stored[0], name, (N, K // 32, 16))
-        exponents, _ = self.part_of(stored[1], name, (N, K // 32))
-        return [mxfp4_blocks(stored[0], packed, exponents, rows)]
-
-    def part_of(
-        self, stored: str, name: str, shape: tuple[int, ...], is_turned: bool = False
-    ) -> tuple[InFile, range]:
-        """What a tensor of the file has for that of a Hugging Face name and shape -> (it, which of
-        its rows): all, or of a stack of experts those of one. gpt-oss has gate and up by turns,
-        others one below the other. is_turned: rows are columns there. ValueError: another shape."""
-        tensor = self.tensors[stored]
-        n_rows, *others = shape
-        rows = range(n_rows)
-        expert = EXPERT.search(name)
-        if expert and stored != name and "block_sparse_moe" not in stored:
-            check_stack(stored, tensor.shape, self.config)
-            tensor = tensor[int(expert["number"])]
-            if expert["part"] != "down":
-                both = range(2 * n_rows)
-                turns, halves = (both[::2], both[1::2]), (both[:n_rows], both[n_rows:])
-                gate, up = turns if self.config["model_type"] == "gpt_oss" else halves
-                rows = gate if expert["part"] == "gate" else up
-                n_rows = len(both)
-        expected = (n_rows, *others)
-        check_shape(stored, tensor.shape, expected[::-1] if is_turned else expected)
-        return tensor, rows
+        [stored] = self.stored_names(name)
+        matrix = self.tensors.get(stored)
+        if not isinstance(matrix, Blocks):
+            return None
+        check_shape(matrix.name, matrix.shape, shape)
+        return [matrix]
 
 
 @dataclass
@@ -253,40 +237,6 @@ def making_sense_of(path: Path) -> Iterator[None]:
         raise ValueError(why) from None
 
 
-# --- the tensors of a mixture of experts ---
-
-# in Hugging Face's names
-EXPERT = re.compile(r"experts\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.(?P<kind>weight|bias)")
-MIXTRAL = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-def other_names(name: str) -> Iterator[str]:
-    """What else files call a tensor of a mixture of experts: Mixtral's name, gpt-oss's of the
-    router, and that of the stack in which gpt-oss and transformers 5 have all experts."""
-    mixtral = name
-    for part, theirs in MIXTRAL.items():
-        mixtral = mixtral.replace(part, theirs)
-    yield mixtral
-    yield name.replace(".mlp.gate.", ".mlp.router.")
-    yield mixtral.replace(".gate.e_score", ".e_score")
-    yield name.replace(".gate.e_score", ".moe_statics.e_score")
-    yield name.replace(".gate.e_score_correction_bias", ".expert_bias")
-    expert = EXPERT.search(name)
-    if expert:
-        part = "down_proj" if expert["part"] == "down" else "gate_up_proj"
-        bias = "_bias" if expert["kind"] == "bias" else ""
-        yield f"{name[:expert.start()]}experts.{part}{bias}"
-
-
-def check_stack(name: str, shape: tuple[int, ...], config: dict) -> None:
-    """ValueError unless a stack has as many experts as the configuration says."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    n_expert = next((config[name] for name in names if config.get(name) is not None), None)
-    if shape[:1] != (n_expert,):
-        raise ValueError(f"tensor {name} has shape {shape}, not an entry for each of {n_expert} "
-                         "experts")
-
-
 # --- files ---
 
 @dataclass
@@ -307,6 +257,8 @@ class InFile:
 
     def __getitem__(self, i: int) -> InFile:
         """One of those that are stacked."""
+        if i >= self.shape[0]:
+            raise ValueError(f"tensor {self.name} has shape {self.shape}, no entry {i}")
         part = replace(self, shape=self.shape[1:])
         return replace(part, offset=self.offset + i * part.nbytes)
 
@@ -398,16 +350,23 @@ def read_folder(folder: Path) -> CheckedCheckpoint:
     check_settings(config)
     tensors = {}
     for file in files:
-        try:
-            tensors |= read_file(plain_file(file))
-        except Exception as e:  # of safetensors, pickle and the file system
-            raise ValueError(f"cannot read {file}: {first_line(e)}") from None
+        tensors |= read_weights(file, read_file)
     if "gpt_flash" not in config:  # it has names of our own
         tensors = plain_names(tensors, config)
         with making_sense_of(folder):
             settle_quantized(folder, config, tensors)
             settle_head(config, tensors)
+            settle_experts(tensors, str(config.get("model_type")))
     return CheckedCheckpoint(folder, config, tensors)
+
+
+def read_weights(
+    file: Path, read: Callable[[Path], dict[str, Any]] = open_tensors
+) -> dict[str, Any]:
+    try:
+        return read(plain_file(file))
+    except Exception as e:  # of safetensors, pickle and the file system
+        raise ValueError(f"cannot read {file}: {first_line(e)}") from None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:

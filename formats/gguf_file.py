@@ -18,10 +18,10 @@ from torch import Tensor
 
 from formats.architectures import hf_config
 from formats.blocks import FLOATS, dequantized, file_blocks
-from formats.checkpoint import CheckedCheckpoint, InFile, check_stack, making_sense_of
+from formats.checkpoint import CheckedCheckpoint, InFile, making_sense_of
 from formats.integers import Blocks, check_shape
 from formats.settings import plain_file
-from formats.wrappers import LEFT_OUT, has_pictures
+from formats.wrappers import LEFT_OUT, TEXTS
 from model import first_line, is_number
 from quantize import say_once
 
@@ -75,14 +75,11 @@ class GGUFCheckpoint(CheckedCheckpoint):
             return f"{stored}.weight"  # the sinks of attention, parameters without a module
         return stored
 
-    def part_of(self, stored: str, name: str) -> InFile:
+    def stored(self, name: str) -> InFile:
         """As it lies in the file, an expert's out of its stack."""
-        tensor = self.tensors[stored]
+        tensor = self.tensors[self.stored_name(name)]
         expert = EXPERT_NUMBER.search(name)
-        if expert is None:
-            return tensor
-        check_stack(stored, tensor.shape, self.config)
-        return tensor[int(expert[1])]
+        return tensor if expert is None else tensor[int(expert[1])]
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor of that Hugging Face name as Hugging Face has it, dequantized to float32.
@@ -93,7 +90,7 @@ class GGUFCheckpoint(CheckedCheckpoint):
                 tensor = torch.cat([self.read(part) for part in parts], -2).flatten(0, -2)
             check_shape(name, tensor.shape, shape)
             return tensor
-        stored = self.part_of(self.stored_name(name), name)
+        stored = self.stored(name)
         shape = stored.shape if shape is None else shape
         # a convolution's weight has one dimension less, and files may leave out any of 1
         flat = shape if stored.shape == shape else tuple(n for n in shape if n > 1)
@@ -120,14 +117,16 @@ class GGUFCheckpoint(CheckedCheckpoint):
     def blocks(self, name: str, shape: tuple[int, ...]) -> list[Blocks] | None:
         """None also where one part of it is stored in floating point."""
         names = self.alone(name)
-        parts = [self.part_of(self.stored_name(part), part) for part in names]
+        parts = [self.stored(part) for part in names]
         if any(stored.dtype in FLOATS for stored in parts):
             return None
         rows = [stored.shape[0] for stored in parts[:-1]]
+        rows.append(shape[0] - sum(rows))
         blocks = []
-        for part, stored, n in zip(names, parts, [*rows, shape[0] - sum(rows)]):
+        for part, stored, n in zip(names, parts, rows):
             check_shape(stored.name, stored.shape, (n, *shape[1:]))
-            block, order = file_blocks(stored), self.order(part, stored.shape)
+            block = file_blocks(stored)
+            order = self.order(part, stored.shape)
             blocks.append(block if order is None else block.reordered(*order))
         return blocks
 
@@ -144,6 +143,35 @@ class GGUFCheckpoint(CheckedCheckpoint):
             n_head = self.config.get("num_key_value_heads") or n_head
         pairs = torch.arange(shape[0]).view(n_head, -1, 2)  # (H, D/2, 2)
         return 0, pairs.transpose(1, 2).flatten()
+
+
+# --- the other half of a model that takes pictures or sound: a file of its own, an mmproj ---
+
+def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
+    """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
+    if meta.get("general.architecture") in TEXTS:
+        return True
+    return any(belongs(file, path, meta) for file in path.parent.glob("*mmproj*.gguf"))
+
+
+def belongs(mmproj: Path, path: Path, meta: dict[str, Any]) -> bool:
+    """Whether an mmproj, of many in a folder, is a model's: it gives vectors of the model's size,
+    and where its file or itself has a name, that is a part of one of the model's."""
+    try:
+        its_meta, its_tensors = read_part(mmproj)
+    except ValueError:
+        return False
+    names = letters(path.stem), letters(meta.get("general.name"))
+    its_names = letters(mmproj.stem), letters(its_meta.get("general.name"))
+    alike = [any(its in name for name in names) for its in its_names if its]
+    size = meta.get(f"{meta.get('general.architecture')}.embedding_length")
+    fits = any(size in tensor.shape for tensor in its_tensors.values())
+    return fits and (any(alike) or not alike)
+
+
+def letters(name: object) -> str:
+    """Of a name without what says nothing of the model."""
+    return re.sub(r"mmproj|model|gguf|b?f(16|32)|fp16|i?q\d_\w+|[\W_]", "", f"{name or ''}".lower())
 
 
 # --- reading ---
@@ -189,7 +217,7 @@ class Header:
         self.file = file
         self.size = os.fstat(file.fileno()).st_size
         self.left = self.size  # bytes
-        [version] = self.numbers(Kind.UINT32) if self.take(4) == b"GGUF" else [None]
+        version = self.number() if self.take(4) == b"GGUF" else None
         if version in (2 << 24, 3 << 24):
             raise ValueError("it is big-endian, made for machines of the other byte order")
         if version not in (2, 3):
@@ -213,14 +241,17 @@ class Header:
         nbytes = n * np.dtype(NUMBERS[kind]).itemsize
         return np.frombuffer(self.take(nbytes), NUMBERS[kind]).tolist()
 
+    def number(self, kind: int = Kind.UINT32) -> int | float | bool:
+        return self.numbers(kind)[0]
+
     def value(self) -> Any:
         """A number, a text, or a list of them."""
-        [kind] = self.numbers(Kind.UINT32)
+        kind = self.number()
         if kind == Kind.STRING:
             return self.text()
         if kind != Kind.ARRAY:
-            return self.numbers(kind)[0]
-        [kind], [n] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
+            return self.number(kind)
+        kind, n = self.number(), self.number(Kind.UINT64)
         return [self.text() for _ in range(n)] if kind == Kind.STRING else self.numbers(kind, n)
 
     def settings(self) -> dict[str, Any]:
@@ -250,8 +281,8 @@ class Header:
     def tensor(self) -> InFile:
         """The next one, its offset that behind the header."""
         name = self.text()
-        dims = self.numbers(Kind.UINT64, *self.numbers(Kind.UINT32))
-        [kind], [offset] = self.numbers(Kind.UINT32), self.numbers(Kind.UINT64)
+        dims = self.numbers(Kind.UINT64, self.number())
+        kind, offset = self.number(), self.number(Kind.UINT64)
         block, nbytes = gguf.GGML_QUANT_SIZES.get(kind, (0, 0))
         if not block or not 1 <= len(dims) <= 4 or min(dims) < 1 or dims[0] % block:
             raise ValueError(f"tensor {name} has type {kind} and shape {dims!r:.60}")

@@ -42,7 +42,7 @@ class Blocks:
     columns: range
     read: Callable[[Rows], Affine]  # some rows, with all columns
     group_size: int = 32  # inputs of a group that stays one: 16, 32, 64 or 128
-    hold: Callable[[], Callable[[Rows], Affine]] | None = None  # -> a read that has all in memory
+    is_whole: bool = False  # whether reading some rows takes as long as all
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -72,14 +72,13 @@ class Blocks:
 
         return replace(self, read=read)
 
-    def held(self) -> Blocks:
-        """For reading all of it, where its rows do not lie one after the other in the file."""
-        return self if self.hold is None else replace(self, read=self.hold())
-
-    def slices(self, n: int) -> Iterator[slice]:
+    def slices(self, n: int) -> Iterator[tuple[slice, Affine]]:
         """All rows, n at a time."""
-        for start in range(0, len(self.rows), n):
-            yield slice(start, min(start + n, len(self.rows)))
+        N = len(self.rows)
+        whole = self.affine(slice(0, N)) if self.is_whole else None
+        for start in range(0, N, n):
+            rows = slice(start, min(start + n, N))
+            yield rows, Affine(*(x[rows] for x in whole)) if whole else self.affine(rows)
 
     def affine(self, rows: slice) -> Affine:
         whole = self.read(self.rows[rows])
@@ -225,7 +224,7 @@ class MXFP4Linear(QuantizedLinear):
 class QuantizedEmbedding(nn.Module):
     """An embedding whose table is a quantized layer, perhaps that of a tied output layer."""
 
-    def __init__(self, table: Int4Linear, dtype: torch.dtype) -> None:
+    def __init__(self, table: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.table = table
         self.dtype = dtype  # of what it gives
@@ -247,16 +246,16 @@ TABLE = ".table"  # behind an embedding's name: that of a QuantizedEmbedding
 def put(model: nn.Module, name: str, mode: str, group_size: int | None) -> None:
     """quantize.put_layer with all FORMS, also for an embedding's table; a tied output layer shares
     that of tokens."""
-    prefix = name.removesuffix(TABLE)
-    if prefix == name:
-        model.set_submodule(name, FORMS[mode](model.get_submodule(name), group_size))
-        return
-    weight = model.get_submodule(prefix).weight  # (vocab_size, dim)
-    vocab_size, dim = weight.shape
-    table = FORMS[mode](Linear(dim, vocab_size, False, weight.device), group_size)
-    model.set_submodule(prefix, QuantizedEmbedding(table, weight.dtype))
-    if model.config.tied and prefix == "embed_tokens":
-        model.lm_head = table
+    if name.endswith(TABLE):
+        prefix = name.removesuffix(TABLE)
+        weight = model.get_submodule(prefix).weight
+        vocab_size, dim = weight.shape
+        dense = Linear(dim, vocab_size, False, weight.device)
+        model.set_submodule(prefix, QuantizedEmbedding(dense, weight.dtype))
+    layer = FORMS[mode](model.get_submodule(name), group_size)
+    model.set_submodule(name, layer)
+    if model.config.tied and name == f"embed_tokens{TABLE}":
+        model.lm_head = layer
 
 
 # --- filling them ---
@@ -315,10 +314,8 @@ def repack(layer: Int4Linear, prefix: str, parts: list[Blocks], device: torch.de
     first = 0
     first_inputs = torch.arange(0, layer.in_features, layer.group_size)
     for part in parts:
-        part = part.held()
-        for rows in part.slices(at_once):
+        for rows, (q, scale, zero) in part.slices(at_once):
             ours = slice(first + rows.start, first + rows.stop)
-            q, scale, zero = part.affine(rows)
             group = first_inputs // (layer.in_features // scale.shape[1])  # of the file's, for ours
             layer.take(ours, q, scale[:, group], zero[:, group], middle=2 ** (part.bits - 1))
         first += part.shape[0]

@@ -27,24 +27,26 @@ from model import first_line
 from quantize import unpack_nibbles
 
 METHODS = "awq bitsandbytes compressed-tensors fbgemm_fp8 fp8 gptq modelopt mxfp4".split()
-KNOWN = {  # what settings may be; some files have some for each group of layers
+Tensors = dict[str, Any]  # of a file: an InFile of formats/checkpoint.py, or a tensor
+# what settings may be, in a file's own and in those that it has for some layers
+KNOWN = {
     "transform_config": (None, {}),
     "bits": (4, 8), "num_bits": (4, 8), "type": ("int", "float"), "zero_point": (None, True),
     "format": (None, "gptq", "gptq_v2", "gemm", "pack-quantized", "int-quantized",
                "mixed-precision", "dense", "float-quantized", "naive-quantized",
                "nvfp4-pack-quantized"),
-    "checkpoint_format": (None, "gptq", "gptq_v2", "gemm"), "version": (None, "gemm", "GEMM"),
-    "is_marlin_format": (None, False),
+    "checkpoint_format": (None, "gptq", "gptq_v2", "gemm"), "is_marlin_format": (None, False),
     "quant_algo": (None, "FP8", "FP8_PB_WO", "FP8_BLOCK_SCALES", "FP8_PER_CHANNEL_PER_TOKEN",
                    "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"),
 }
+AWQ = KNOWN | {"version": (None, "gemm", "GEMM")}  # others have that of a program there
 MATRIX = re.compile(r"(.*\.)((q)?weight(_packed)?|experts\.(gate_up|down)_proj)")
 # scales of activations and of the cache, and what says nothing
 LEFT_OUT = re.compile(r".*[._]((input|output|activation|[qkv]|kv)(_global)?_scale|weight_format"
                       "|input_zero_point)")
 
 
-def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> None:
+def settle_quantized(folder: Path, config: dict[str, Any], tensors: Tensors) -> None:
     """Put Blocks and Floats in place of what a folder has quantized by METHODS, and take
     quantization_config out; others stay, to be refused. ValueError names a variant that is unknown,
     or a tensor that does not fit what is beside it."""
@@ -53,10 +55,10 @@ def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, An
         config["quantization_config"] = read_json(older).get("quantization")
         check_settings(config)
     settings = config.get("quantization_config") or {}
-    method = settings.get("quant_method") or "modelopt" * ("quant_algo" in settings)
+    method = settings.get("quant_method", "modelopt" if "quant_algo" in settings else None)
     if method not in METHODS:
         return
-    check_known(method, settings)
+    check_known(method, settings, AWQ if method == "awq" else KNOWN)
     del config["quantization_config"]
     for name in filter(LEFT_OUT.fullmatch, list(tensors)):
         del tensors[name]
@@ -75,28 +77,24 @@ def settle_quantized(folder: Path, config: dict[str, Any], tensors: dict[str, An
     say_dequantized("/".join(kinds), size)
 
 
-def check_known(method: str, settings: dict[str, Any]) -> None:
-    groups = list((settings.get("config_groups") or {}).values())
-    layers = (settings.get("quantized_layers") or {}).values()
-    parts = [settings, settings.get("sparsity_config") or {}, *groups, *layers,
-             *(group["weights"] for group in groups)]
-    for key, known in KNOWN.items():
-        for value in (part[key] for part in parts if key in part):
-            if value not in known:
-                raise ValueError(f"the model is quantized by {method} with {key} {value!r:.200}, "
-                                 "which cannot be read")
+def check_known(method: str, settings: dict[str, Any], known: dict[str, tuple]) -> None:
+    """ValueError names a setting, of the file or of some layers, that is none of those known."""
+    for key, value in settings.items():
+        if value not in known.get(key, (value,)):
+            raise ValueError(f"the model is quantized by {method} with {key} {value!r:.200}, "
+                             "which cannot be read")
+        if isinstance(value, dict):
+            check_known(method, value, known)
 
 
-def read_layout(
-    name: str, matrix: str, tensors: dict[str, Any], settings: dict[str, Any]
-) -> Any:
+def read_layout(name: str, matrix: str, tensors: Tensors, settings: dict[str, Any]) -> Any:
     """A matrix of the file's name with what is beside it, which is taken out of tensors; plain
     numbers as they are."""
     if name.endswith(".qweight"):
         return by_inputs(name.removesuffix(".qweight"), tensors, settings)
     weight = tensors.pop(name)
-    of_8_bits = weight.dtype == torch.int8 and f"{matrix}_scale" in tensors
-    if weight.dtype == torch.int32 or of_8_bits:
+    has_scale = f"{matrix}_scale" in tensors
+    if weight.dtype == torch.int32 or weight.dtype == torch.int8 and has_scale:
         return by_outputs(matrix, weight, tensors)
     if f"{matrix}.quant_map" in tensors:
         return four_bits(matrix, weight, tensors)
@@ -112,32 +110,38 @@ def read_layout(
 # --- integers ---
 
 
-def by_inputs(module: str, tensors: dict[str, Any], settings: dict[str, Any]) -> Blocks:
+def by_inputs(module: str, tensors: Tensors, settings: dict[str, Any]) -> Blocks:
     """scales [groups, N], qzeros [groups, N * bits / 32]; AutoAWQ's qweight [K, N / 8]; GPTQ's
     [K * bits / 32, N], zeros less 1 but in its second version, and g_idx [K], the groups."""
     words, zeros, scales = (tensors.pop(f"{module}.{x}") for x in ("qweight", "qzeros", "scales"))
     order = tensors.pop(f"{module}.g_idx", None)
-    bits, is_awq = settings["bits"], settings["quant_method"] == "awq"
-    n_rows, (groups, N) = words.shape[0], scales.shape
-    n, K = (8, n_rows) if is_awq else (1, n_rows * 32 // bits)  # n: outputs of an int32
-    check_shape(f"{module}.qweight", words.shape, (n_rows, N // n))
+    groups, N = scales.shape
+    bits = zeros.shape[1] * 32 // N  # of a module alone, perhaps
+    is_awq = settings["quant_method"] == "awq"
+    if bits not in (4, 8) or is_awq and bits == 8:
+        raise ValueError(f"its integers have {bits} bits")
+    K = words.shape[0] if is_awq else words.shape[0] * 32 // bits
+    check_shape(f"{module}.qweight", words.shape, (words.shape[0], N // 8 if is_awq else N))
     check_shape(f"{module}.qzeros", zeros.shape, (groups, N * bits // 32))
-    is_less = not is_awq and "gptq_v2" not in map(settings.get, ("checkpoint_format", "format"))
-
-    def turned(packed: Tensor) -> Tensor:
-        """[rows, m * bits / 32] -> [m, rows]. AutoAWQ's 8 outputs are 0 2 4 6 1 3 5 7."""
-        x = unpack(packed, bits).t()
-        return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).reshape(x.shape) if is_awq else x
+    is_second = "gptq_v2" in (settings.get("checkpoint_format"), settings.get("format"))
+    # one in each integer, which may carry
+    ones = 0 if is_awq or is_second else (2**32 - 1) // (2**bits - 1)
 
     def load() -> tuple[Tensor, Tensor, Tensor]:
-        q = turned(read(words)) if is_awq else unpack(read(words).t(), bits)
-        ones = (2**32 - 1) // (2**bits - 1)  # one in each integer, which may carry
-        return q, read(scales).t(), turned(read(zeros) + is_less * ones)
+        zero = unpack(read(zeros) + ones, bits).t()
+        if is_awq:
+            return from_awq(unpack(read(words), 4).t()), read(scales).t(), from_awq(zero)
+        return unpack(read(words).t(), bits), read(scales).t(), zero
 
     return blocks(f"{module}.qweight", bits, (N, K, groups), load, order)
 
 
-def by_outputs(name: str, words: Any, tensors: dict[str, Any]) -> Blocks:
+def from_awq(x: Tensor) -> Tensor:
+    """[N, n], of which eight rows are those of outputs 0 2 4 6 1 3 5 7, in order."""
+    return x.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2)
+
+
+def by_outputs(name: str, words: Any, tensors: Tensors) -> Blocks:
     """words: NAME [N, K] int8, or NAME_packed [N, K * bits / 32] with NAME_shape; NAME_scale
     [N, groups], or one; NAME_zero_point like it, perhaps packed along N; NAME_g_idx [K]."""
     scales, zeros, order, sizes = (
@@ -149,10 +153,10 @@ def by_outputs(name: str, words: Any, tensors: dict[str, Any]) -> Blocks:
 
     def load() -> tuple[Tensor, Tensor, Tensor]:
         scale = read(scales).reshape(-1, groups)
-        z = torch.full_like(scale, 2 ** (bits - 1))
+        zero = torch.full_like(scale, 2 ** (bits - 1))
         if zeros is not None:
-            z = unpack(read(zeros).t(), bits).t()[:N].reshape(-1, groups)
-        return unpack(read(words), bits), scale, z
+            zero = unpack(read(zeros).t(), bits).t()[:N].reshape(-1, groups)
+        return unpack(read(words), bits), scale, zero
 
     return blocks(name, bits, (N, K, groups), load, order)
 
@@ -164,26 +168,25 @@ def blocks(
     """shape: N, K, groups. load: gives integers [N, K], scales and zeros [N or 1, groups]. order:
     the group of each input, None: one after the other."""
     N, K, groups = shape
-    size = K // groups
-    index = torch.arange(K) // size if order is None else read(order).long()
+    in_order = torch.arange(K) // (K // groups)
+    index = in_order if order is None else read(order).long()
     if len(index) != K or index.min() < 0 or index.max() >= groups:
         raise ValueError(f"tensor {name} has {K} inputs, but not each in one of {groups} groups")
-    in_order = torch.equal(index, torch.arange(K) // size)
-    size = math.gcd(size, 128) if in_order else 1  # of groups that can be kept
-    kind = f"{bits}-bit {f'groups of {size}:' if in_order else 'act-order'}"
+    size = math.gcd(K // groups, 128) if torch.equal(index, in_order) else 1
+    kind = f"{bits}-bit small-group" if size > 1 else f"{bits}-bit act-order"
 
-    def hold() -> Callable[[Rows], Affine]:
+    def read_rows(rows: Rows) -> Affine:
         q, scales, zeros = load()
-        lines = scales.float().expand(N, -1), (-zeros.float() * scales).expand(N, -1)
-        ids = index[::min(size, 32)]
-        lines = q, *(x[:, ids] for x in lines)
-        return lambda rows: Affine(*(at(x, rows) for x in lines))
+        zeros = -zeros.float() * scales
+        each = index[::min(size, 32)]
+        scales, zeros = scales.float()[:, each], zeros[:, each]
+        return Affine(*(pick(x.expand(N, -1), rows) for x in (q, scales, zeros)))
 
-    return Blocks(name, kind, bits if size >= 16 else None, range(N), range(K),
-                  lambda rows: hold()(rows), size, hold)
+    kept = bits if size >= 16 else None
+    return Blocks(name, kind, kept, range(N), range(K), read_rows, size, is_whole=True)
 
 
-def at(x: Tensor, rows: Rows) -> Tensor:
+def pick(x: Tensor, rows: Rows) -> Tensor:
     return x[rows] if isinstance(rows, Tensor) else x[rows.start:rows.stop]  # no copy
 
 
@@ -199,35 +202,38 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 # --- numbers ---
 
 
-def nvfp4(name: str, weight: Any, tensors: dict[str, Any]) -> Blocks:
+def nvfp4(name: str, weight: Any, tensors: Tensors) -> Blocks:
     """Which stays as it is: NAME_scale has an FP8 for 16 inputs, and all are times NAME_scale_2, or
     over NAME_global_scale."""
-    divisor = tensors.pop(f"{name}_global_scale", None)
-    factor = read(tensors.pop(f"{name}_scale_2")) if divisor is None else 1 / read(divisor)
+    if f"{name}_global_scale" in tensors:
+        factor = 1 / read(tensors.pop(f"{name}_global_scale"))
+    else:
+        factor = read(tensors.pop(f"{name}_scale_2"))
     scales = tensors.pop(f"{name}_scale")
     N, half = weight.shape  # a byte has input 2c in its low nibble
     check_shape("its scale", scales.shape, (N, half // 8))
 
     def load(rows: Rows) -> Affine:
         scale = scales.read(rows).float() * (factor.item() / 2)
-        q = TWICE_E2M1_AND_16[unpack_nibbles(weight.read(rows)).int()]
-        return Affine(q, scale, -16 * scale)
+        nibbles = unpack_nibbles(weight.read(rows))
+        return Affine(TWICE_E2M1_AND_16[nibbles.int()], scale, -16 * scale)
 
     return Blocks(name, "NVFP4", 5, range(N), range(2 * half), load, 16)
 
 
-def float8(name: str, weight: Any, tensors: dict[str, Any], block: tuple[int, int]) -> Floats:
+def float8(name: str, weight: Any, tensors: Tensors, block: tuple[int, int]) -> Floats:
     """Times NAME_scale, or NAME_scale_inv, which is no inverse: one, one for each row or one for
     each block."""
     *stack, N, K = weight.shape
-    scales = tensors.pop(f"{name}_scale" + "_inv" * (f"{name}_scale_inv" in tensors))
-    rows, *columns = (*scales.shape[len(stack):], 1)[:2]
-    if rows in (1, N) and columns in ([], [1]):
+    inverse = f"{name}_scale_inv"
+    scales = tensors.pop(inverse if inverse in tensors else f"{name}_scale")
+    rows, columns = (*scales.shape[len(stack):], 1, 1)[:2]
+    if rows in (1, N) and columns == 1:
         block = N // rows, K
     return Floats(weight, weight.shape, scales, block)
 
 
-def four_bits(name: str, weight: Any, tensors: dict[str, Any]) -> Floats:
+def four_bits(name: str, weight: Any, tensors: Tensors) -> Floats:
     """bitsandbytes': places in a table, the first of two in the high nibble, times absmax for a
     block of them. absmax may be nested: places in another table, times scales, plus an offset."""
     def take(end: str) -> Tensor:
@@ -271,10 +277,13 @@ class Floats:
         return replace(self, weight=self.weight[i], shape=self.shape[1:], scales=self.scales[i])
 
     def read(self) -> Tensor:
-        (N, K), (n, k) = self.shape, self.block
-        stored, scales = read(self.weight), read(self.scales).float().view(-(-N // n), -(-K // k))
-        w = stored.float() if self.pairs is None else self.pairs[stored.int()].flatten(1)
+        N, K = self.shape
+        n, k = self.block
+        w = read(self.weight)
+        w = w.float() if self.pairs is None else self.pairs[w.int()].flatten(1)
         size = math.gcd(K, k)  # of a group
-        groups = scales.repeat_interleave(n, 0)[:N].repeat_interleave(k // size, 1)[:, :K // size]
-        w.unflatten(1, (-1, size)).mul_(groups[..., None])
+        scales = read(self.scales).float().view(-(-N // n), -(-K // k))
+        scales = scales.repeat_interleave(n, 0)[:N]
+        scales = scales.repeat_interleave(k // size, 1)[:, :K // size]
+        w.unflatten(1, (-1, size)).mul_(scales[..., None])
         return w.to(self.dtype)

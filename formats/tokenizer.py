@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -22,11 +23,11 @@ from formats.pretokenizers import PRE_TOKENIZERS, WHOLE_WORDS
 from formats.settings import plain_file, read_json
 from formats.templates import render_template
 from formats.text import StreamPrinter, TextStream
-from formats.wrappers import PICTURE, has_pictures
+from formats.wrappers import PICTURE
 from generate import Tokenizer
 from model import first_line, is_number
 
-# nobody knows it: what stands, with its id, for a special token that a message has
+# nobody knows it: what stands, with a number, for a special token that a message has
 WRITTEN = f"{secrets.randbits(64)}:"
 Piece = ModelProto.SentencePiece
 
@@ -85,14 +86,50 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        hide = partial(
-            re.sub, any_of(self.special), lambda found: f"{WRITTEN}{self.special[found[0]]};")
-        hidden = [{name: hide(value) if isinstance(value, str) else value
-                   for name, value in message.items()} for message in messages]
-        pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hidden))
-        tokens = {str(i): token for token, i in self.special.items()}
-        show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: tokens[found[1]])
+        written: list[str] = []  # of what messages say: what must not become a token
+        special = any_of(self.special)
+
+        def mark(found: re.Match | str) -> str:
+            written.append(found[0])
+            return f"{WRITTEN}{len(written) - 1};"
+
+        def hide(said: Any, key: str = "") -> Any:
+            if isinstance(said, dict):
+                return {key: hide(each, key) for key, each in said.items()}
+            if isinstance(said, list):
+                return [hide(each, key) for each in said]
+            if not isinstance(said, str):
+                return said
+            # of a role templates do make tokens
+            for i in self.exposed(said) if key != "role" else ():
+                said = said[:i] + mark(said[i]) + said[i + 1:]
+            return re.sub(special, mark, said)
+
+        pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hide(messages)))
+        show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: written[int(found[1])])
         return self.ids([show(piece) for piece in pieces])
+
+    def exposed(self, text: str) -> list[int]:
+        """The places of characters at the ends of a text, as it is or stripped, that could be part
+        of a special token together with what a template puts beside them; the last one first."""
+        heads, tails, longest = self.halves
+        places = set()
+        for part in filter(None, {text, text.strip()}):
+            first = text.index(part)
+            sizes = range(1, min(longest, len(part)) + 1)
+            within = any(part in token for token in self.special)
+            if within or any(part[:n] in tails for n in sizes):
+                places.add(first)
+            if any(part[-n:] in heads for n in sizes):
+                places.add(first + len(part) - 1)
+        return sorted(places, reverse=True)
+
+    @cached_property
+    def halves(self) -> tuple[set[str], set[str], int]:
+        """What special tokens begin with, what they end in, and the length of the longest."""
+        cuts = [(token[:n], token[n:]) for token in self.special for n in range(1, len(token))]
+        heads, tails = map(set, zip(*cuts)) if cuts else (set(), set())
+        return heads, tails, max(map(len, self.special), default=0)
 
     def ids(self, pieces: list[str]) -> list[int]:
         """The ids of a text in pieces, of which every second one is a token. ValueError for one
@@ -194,6 +231,17 @@ def any_of(tokens: Iterable[str]) -> str:
 
 # --- Hugging Face folders ---
 
+@dataclass
+class Settings:
+    """What a folder's JSON files say of its tokenizer."""
+
+    values: dict[str, Any]  # of all files, those of the last one that has them
+    eos_ids: set[int]  # of tokens that end a text
+    names: dict[str, str]  # of special tokens, as bos_token, and their texts
+    special: set[str]  # the texts of all tokens that are to be special
+    added: dict[int, AddedToken]
+
+
 def folder_tokenizer(path: Path) -> ChatTokenizer:
     """From tokenizer.json or tokenizer.model, and the settings in the files beside it."""
     files = [path, path / "tokenizer.json", path / "tokenizer.model"]
@@ -202,22 +250,25 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     if not found:
         raise ValueError("no tokenizer.json or tokenizer.model there")
     file = found[0]
-    settings, eos_ids = read_settings(file.parent)
+    settings = read_settings(file.parent)
+    values = settings.values
     read = json_tokenizer if file.suffix == ".json" else model_tokenizer
     tokenizer = read(file, settings)
-    tokenizer.names = settings["names"]
-    tokenizer.eos_ids = eos_ids | {tokenizer.special.get(tokenizer.names.get("eos_token"))} - {None}
-    takes_bos, bos = settings.get("add_bos_token"), tokenizer.names.get("bos_token")
-    if takes_bos is not None:
-        tokenizer.bos_id = tokenizer.special.get(bos, tokenizer.bos_id) if takes_bos else None
+    special = tokenizer.special
+    tokenizer.names = settings.names
+    tokenizer.eos_ids = settings.eos_ids | {special.get(settings.names.get("eos_token"))} - {None}
+    if values.get("add_bos_token"):
+        tokenizer.bos_id = special.get(settings.names.get("bos_token"), tokenizer.bos_id)
+    elif values.get("add_bos_token") is not None:
+        tokenizer.bos_id = None
     # tokens that were added behind the model's own, for padding or pictures, are none of a text
-    n = (settings.get("text_config") or settings).get("vocab_size")
-    surplus = {*tokenizer.special.values(), *tokenizer.added.values()}
-    if is_number(n, int) and all(i in surplus for i in range(n, tokenizer.vocab_size)):
+    n = (values.get("text_config") or values).get("vocab_size")
+    surplus = {*special.values(), *tokenizer.added.values()}
+    if is_number(n, int) and surplus.issuperset(range(n, tokenizer.vocab_size)):
         tokenizer.vocab_size = min(n, tokenizer.vocab_size)
-    if {"wrapper", "text_config", "vision_config"} & settings.keys():
-        tokenizer.pictures = any_of(filter(PICTURE.search, tokenizer.special))
-    template = settings.get("chat_template")
+    if {"wrapper", "text_config", "vision_config"} & values.keys():
+        tokenizer.pictures = any_of(filter(PICTURE.search, special))
+    template = values.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (file.parent / "chat_template.jinja").exists():
@@ -226,86 +277,86 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     return tokenizer
 
 
-def json_tokenizer(file: Path, settings: dict[str, Any]) -> JSONTokenizer:
+def json_tokenizer(file: Path, settings: Settings) -> JSONTokenizer:
     backend = tokenizers.Tokenizer.from_file(str(file))
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True  # as plain text
-    own, beside = backend.get_added_tokens_decoder().values(), settings["added"].values()
-    last = [*own, *beside] if "added_tokens_decoder" in settings else [*beside, *own]
+    own = backend.get_added_tokens_decoder().values()
+    beside = settings.added.values()
+    last = [*own, *beside] if "added_tokens_decoder" in settings.values else [*beside, *own]
     added = {token.content: token for token in last}  # the last one counts
-    for text in settings["special"]:
+    for text in settings.special:
         if text in added or backend.token_to_id(text) is not None:
             added.setdefault(text, AddedToken(text)).special = True
     backend.add_tokens(list(added.values()))
-    flags = {token.content: token for token in backend.get_added_tokens_decoder().values()
-             if token.special}
-    special = {text: backend.token_to_id(text) for text in flags}
+    known = backend.get_added_tokens_decoder()
+    special = {token.content: i for i, token in known.items() if token.special}
     encoded = backend.encode("a")
     is_put = encoded.special_tokens_mask
     bos_id = encoded.ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
     tokenizer = JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
-    tokenizer.flags = flags
+    tokenizer.flags = {token.content: token for token in known.values() if token.special}
     tokenizer.legacy = "prepend_scheme=first" not in str(backend.pre_tokenizer)
     return tokenizer
 
 
-def model_tokenizer(file: Path, settings: dict[str, Any]) -> ChatTokenizer:
+def model_tokenizer(file: Path, settings: Settings) -> ChatTokenizer:
     """By tokenizer.model, with the added tokens among its pieces."""
     proto = ModelProto.FromString(file.read_bytes())
-    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    added = {ids[text]: AddedToken(text, special=True) for text in settings["special"] & ids.keys()}
-    added |= {ids.get(token.content, i): token for i, token in settings["added"].items()}
+    pieces = proto.pieces
+    ids = {piece.piece: i for i, piece in enumerate(pieces)}
+    added = {ids[text]: AddedToken(text, special=True) for text in settings.special & ids.keys()}
+    added |= {ids.get(token.content, i): token for i, token in settings.added.items()}
     if max(added, default=0) > len(ids) + len(added):
         raise ValueError("the added tokens have ids far behind those of the others")
     for i, token in added.items():
-        while len(proto.pieces) <= i:
-            proto.pieces.add(piece=f"[EMPTY_{len(proto.pieces)}]", type=Piece.UNUSED)
-        proto.pieces[i].piece = token.content.replace(" ", "\u2581")
-        if proto.pieces[i].type != Piece.UNKNOWN:
-            proto.pieces[i].type = CONTROL if token.special else USER_DEFINED
-    proto.normalizer_spec.add_dummy_prefix &= settings.get("add_prefix_space") is not False
+        while len(pieces) <= i:
+            pieces.add(piece=f"[EMPTY_{len(pieces)}]", type=Piece.UNUSED)
+        pieces[i].piece = token.content.replace(" ", "\u2581")
+        if pieces[i].type != Piece.UNKNOWN:
+            pieces[i].type = CONTROL if token.special else USER_DEFINED
+    proto.normalizer_spec.add_dummy_prefix &= settings.values.get("add_prefix_space") is not False
     backend = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    special = {piece.piece: i for i, piece in enumerate(proto.pieces) if piece.type == CONTROL}
+    special = {piece.piece: i for i, piece in enumerate(pieces) if piece.type == CONTROL}
     special |= {token.content: i for i, token in added.items() if token.special}
     bos_id = backend.bos_id() if backend.bos_id() >= 0 else None
-    tokenizer = ChatTokenizer(backend, len(proto.pieces), special, bos_id, set())
+    tokenizer = ChatTokenizer(backend, len(pieces), special, bos_id, set())
     tokenizer.added = {token.content: i for i, token in added.items() if not token.special}
-    tokenizer.legacy = settings.get("legacy", False)
+    tokenizer.legacy = settings.values.get("legacy", False)
     tokenizer.flags = {token.content: token for token in added.values()}
     return tokenizer
 
 
-def read_settings(folder: Path) -> tuple[dict[str, Any], set[int]]:
-    """What a folder's JSON files say of its tokenizer, and the ids that end a text. Among it are
-    names: the special tokens that have one, special: the texts of all that are to be special, and
-    added: the added tokens by id."""
-    settings, eos_ids = {}, set()
+def read_settings(folder: Path) -> Settings:
+    values, eos_ids = {}, set()
     for name in ("config.json", "generation_config.json", "tokenizer_config.json",
                  "special_tokens_map.json"):
         if not (folder / name).exists():
             continue
         found = read_json(folder / name)
         eos_ids |= token_ids(found.get("eos_token_id"), folder / name)
-        if name != "special_tokens_map.json" or "added_tokens_decoder" not in settings:
-            settings |= found
-    others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    named = {name: token for name, token in settings.items() if name.endswith("_token")}
-    named |= others if isinstance(others, dict) else dict(enumerate(others))
+        if name != "special_tokens_map.json" or "added_tokens_decoder" not in values:
+            values |= found
+    tokens = {name: token for name, token in values.items() if name.endswith("_token")}
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        others = values.get(key) or []
+        tokens |= others if isinstance(others, dict) else {
+            (key, i): each for i, each in enumerate(others)}
     texts = {name: token["content"] if isinstance(token, dict) else token
-             for name, token in named.items() if isinstance(token, (dict, str))}
-    names = {name: text for name, text in texts.items() if isinstance(name, str)}
+             for name, token in tokens.items() if isinstance(token, (dict, str))}
     special = {text for text in texts.values() if len(text) > 1}  # as padding, ! is a text's too
-    flags = settings.get("added_tokens_decoder")
-    if flags is None and (folder / "added_tokens.json").exists():
+    decoder = values.get("added_tokens_decoder")
+    if decoder is None and (folder / "added_tokens.json").exists():
         older = read_json(folder / "added_tokens.json")
-        flags = {i: {"content": text} for text, i in older.items()}
+        decoder = {i: {"content": text} for text, i in older.items()}
     added = {}
-    for i, token in (flags or {}).items():
+    for i, token in (decoder or {}).items():
         fields = {name: value for name, value in token.items() if name != "__type"}
         fields["special"] = token.get("special", False) or token["content"] in special
         added[int(i)] = AddedToken(**fields)
-    return settings | {"names": names, "special": special, "added": added}, eos_ids
+    names = {name: text for name, text in texts.items() if isinstance(name, str)}
+    return Settings(values, eos_ids, names, special, added)
 
 
 def token_ids(value: object, file: Path) -> set[int]:
@@ -331,42 +382,42 @@ CONTROL, USER_DEFINED = 3, 4  # token types of GGUF, the same numbers as sentenc
 
 def gguf_tokenizer(path: Path) -> ChatTokenizer:
     """From the metadata of a GGUF file, SentencePiece or BPE with a known pre-tokenizer."""
-    from formats.gguf_file import read_gguf  # gguf is slow to import
-    whole = read_gguf(path)[0]
+    from formats.gguf_file import has_pictures, read_gguf  # gguf is slow to import
+    whole, _ = read_gguf(path)
     meta = {key.removeprefix("tokenizer.ggml."): value for key, value in whole.items()}
     kind, pre = meta.get("model"), meta.get("pre")
-    if kind not in ("gpt2", "llama") or kind == "gpt2" and str(pre) not in PRE_TOKENIZERS:
+    is_bpe = kind == "gpt2"
+    if not is_bpe and kind != "llama" or is_bpe and str(pre) not in PRE_TOKENIZERS:
         raise ValueError(f"unsupported tokenizer {kind!r}, pre-tokenizer {pre!r}; supported: llama "
                          f"(SentencePiece) and gpt2 (BPE) with {', '.join(PRE_TOKENIZERS)}")
     tokens = meta["tokens"]
     types = meta.get("token_type") or [1] * len(tokens)
-    special_ids = {name: token_id(meta, name, tokens) for name in ("bos", "eos", "eot", "eom")}
     # some files have them as plain text, which is right where </s> ends what HTML strikes through
     types = [CONTROL if token in ENDS else given for token, given in zip(tokens, types)]
     special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL and token}
-    ends = {special[token] for token in special.keys() & {*ENDS, "</s>"}}
-    if kind == "gpt2":
+    if is_bpe:
         backend = byte_level_bpe(tokens, meta["merges"], types, pre)
-        takes_bos = pre in WHOLE_WORDS and pre != "glm4"
     else:
         unknown = token_id(meta, "unknown", tokens) or 0
         space_prefix = meta.get("add_space_prefix", True)
         backend = sentencepiece_bpe(tokens, meta["scores"], types, unknown, space_prefix)
-        takes_bos = True
-    bos_id = special_ids["bos"] if meta.get("add_bos_token", takes_bos) else None
+    takes_bos = not is_bpe or pre in WHOLE_WORDS and pre != "glm4"
+    bos_id = token_id(meta, "bos", tokens)
+    bos_id = bos_id if meta.get("add_bos_token", takes_bos) else None
+    ends = {special[token] for token in special.keys() & {*ENDS, "</s>"}}
     if {"<|return|>", "<|call|>"} <= special.keys():
         ends.discard(special.get("<|end|>"))  # of a message, behind which gpt-oss goes on
-    ends |= {special_ids[name] for name in ("eos", "eot", "eom")} - {None}
+    ends |= {token_id(meta, name, tokens) for name in ("eos", "eot", "eom")} - {None}
+    make = JSONTokenizer if is_bpe else ChatTokenizer
     template = meta.get("tokenizer.chat_template")
-    kind_of_tokenizer = JSONTokenizer if kind == "gpt2" else ChatTokenizer
-    tokenizer = kind_of_tokenizer(backend, len(tokens), special, bos_id, ends, template)
+    tokenizer = make(backend, len(tokens), special, bos_id, ends, template)
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: meta.get(f"{theirs}_token_id") for name, theirs in named.items()}
     tokenizer.names = {f"{name}_token": tokens[i] for name, i in ids.items()
                        if is_number(i, int) and 0 <= i < len(tokens)}
     if has_pictures(path, whole):
         tokenizer.pictures = any_of(filter(PICTURE.search, special))
-    if kind == "llama" and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
+    if not is_bpe and {"<|user|>", "<|assistant|>", "<|end|>"} <= special.keys():  # Phi-3
         tokenizer.added = {tokens[2]: 2} if types[2] == USER_DEFINED else {}  # </s>, a text here
         names = {*special, *tokenizer.added} - {"<s>", "<unk>", "<|endoftext|>"}
         tokenizer.flags = {name: AddedToken(name, rstrip=True, special=name in special)

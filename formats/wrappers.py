@@ -70,12 +70,6 @@ def text_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return defaults | text | settled | {"wrapper": kind}
 
 
-def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
-    """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
-    beside = path.parent.glob("*mmproj*.gguf")
-    return meta.get("general.architecture") in TEXTS or any(beside)
-
-
 # what may stand in front of the names of a model of texts, in place of model.
 PREFIX = re.compile(
     r"(((language_|text_|base_|pretrained_)?model|transformer|module|llm)\.)*(?=layers\.\d)"
