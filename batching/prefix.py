@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from batching.speculate import Speculator
+from batching.stats import Stats
 from generate import Request
 from quantize import BLOCK
 
@@ -50,8 +51,14 @@ class PrefixSharer(Speculator):
     held: the prompts that stand in rows, from the first place on. A row without a request has its
     own until the next step, which writes where that row rests."""
 
-    held: dict[int, list[int]]
-    stats: Any  # an Engine's, as that is
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.held: dict[int, list[int]] = {}
+        self.stats = Stats()
+
+    def start(self, requests: Sequence[Request]) -> None:
+        self.held.clear()  # others may have had the cache since
+        super().start(requests)
 
     def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
         shared = begin_alike(requests)
@@ -105,6 +112,5 @@ class PrefixSharer(Speculator):
             yield False
 
     def forget_resting(self, rows: Sequence[int]) -> None:
-        """A step writes into the others, at places that they held."""
-        if len(self.held) > len(rows):
-            self.held = {row: prompt for row, prompt in self.held.items() if row in rows}
+        """A step of some rows writes into the others, at places that these held."""
+        self.held = {row: prompt for row, prompt in self.held.items() if row in rows}

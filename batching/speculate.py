@@ -290,8 +290,8 @@ class Speculator(Decoder):
         self.drafter = make_drafter(speculate_k, model, draft, self.cache, compiled)
         looks_up = isinstance(self.drafter, PromptLookup)  # other drafts are asked at every step
         self.gauge = Gauge(speculate_k) if looks_up else None
-        # at most where rows without a request stand
-        self.ends = [0] * self.cache.max_batch_size
+        # where each row stands at most: the host does not know yet which proposals were accepted
+        self.furthest = [0] * self.cache.max_batch_size
 
     @property
     def step_key(self) -> Any:
@@ -326,7 +326,7 @@ class Speculator(Decoder):
 
     def prepare(self) -> float:
         """Not where the trial has no room: a row may be too near the end of the cache."""
-        if max(self.ends) + self.k_now + 1 > self.cache.max_seq_len:
+        if max(self.furthest) + self.k_now + 1 > self.cache.max_seq_len:
             return 0.0
         return super().prepare()
 
@@ -354,11 +354,11 @@ class Speculator(Decoder):
             self.drafter.read(tokens, rows, cached, last)
         return logits
 
-    def next_k(self, ends: list[int]) -> int:
+    def next_k(self) -> int:
         """How many proposals the next step checks: none where that does not pay, or where a row may
-        be too near the end of the cache. ends: at most where each stands."""
+        be too near the end of the cache."""
         if self.k == 0 or self.gauge is not None and not self.gauge.pays(self.width()):
             return 0
-        if max(ends) + self.k + 1 > self.cache.max_seq_len:
+        if max(self.furthest) + self.k + 1 > self.cache.max_seq_len:
             return 0
         return self.k

@@ -350,6 +350,41 @@ def test_a_request_that_is_ended_gets_no_token_more(checkpoint: Checkpoint) -> N
     assert got == {0: 4, 1: 0} and decoder.finish_reasons == {0: "length", 1: "stop"}
 
 
+@pytest.mark.parametrize("rows, speculate_k", [(1, 0), (1, 3), (3, 0), (3, 3)])
+def test_a_request_that_is_ended_before_its_first_token_takes_no_step(
+    checkpoint: Checkpoint, small_chunks: int, rows: int, speculate_k: int
+) -> None:
+    """While it waits for a row, or while its prompt is read; the others get what they get alone."""
+    model = loaded(checkpoint)
+    requests = [Request(random_prompt(n), 9) for n in (5, 40, 70)]
+    expected = alone(model, requests)
+    for number in (1, 2):
+        model.setup_caches(rows, 96)
+        engine = Engine(model, speculate_k=speculate_k)
+        out: list[list[int]] = [[], [], []]
+        for i, tokens in engine.run(requests):
+            out[i] += tokens
+            engine.end(number)
+        assert out == [[] if i == number else tokens for i, tokens in enumerate(expected)]
+        assert engine.finish_reasons[number] == "stop"
+        assert engine.stats.useful_row_steps <= engine.stats.decode_tokens <= 16
+
+
+def test_requests_in_refilled_rows_are_behind_the_same_tokens(checkpoint: Checkpoint) -> None:
+    """One that is behind fewer would write over those of the next."""
+    model = loaded(checkpoint)
+    prefix = random_prompt(20)
+    requests = [Request([5, 6, 7], 6, cached=10), Request([8, 9], 6, cached=20)]
+    engine = engine_of(model, 1)
+    generate(model, [prefix], 1, engine=engine)
+    with pytest.raises(ValueError, match="2 prompts in 1 rows .* not behind 10 and 20"):
+        collect(engine, requests)
+    engine = engine_of(model, 2)
+    generate(model, [prefix] * 2, 1, engine=engine)
+    texts = [Request(prefix[:each.cached] + each.prompt, 6) for each in requests]
+    assert collect(engine, requests) == alone(model, texts)
+
+
 def test_empty_lists_ask_for_nothing(checkpoint: Checkpoint) -> None:
     """No requests are refused by a Decoder, and no processors need no folder."""
     model = loaded(checkpoint)

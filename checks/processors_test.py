@@ -227,7 +227,7 @@ def test_prompts_log_probabilities_do_not_depend_on_chunks(
     prompts = [random_prompt(n) for n in (50, 7, 61)]
     want = generate(model, prompts, 2, logprobs=2, echo=True)
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 5)
-    monkeypatch.setattr("processors.extras.HEAD_TOKENS", 7)
+    monkeypatch.setattr("processors.logprobs.HEAD_TOKENS", 7)
     engine = engine_of(model, 3)
     for engine.chunk in (lambda: 15, lambda: 1):
         got = generate(model, prompts, 2, logprobs=2, echo=True, engine=engine)

@@ -452,5 +452,5 @@ def test_timed_steps_are_plain_ones(checkpoint: Checkpoint, nearly: Transformer)
     model = loaded(checkpoint)
     engine = speculating(model, 1, 3, nearly)
     generate(model, [REPEATED], 60, engine=engine)
-    assert engine.k_now == 0
     assert len(engine.timed_steps(3)) == 3  # a row at the end of the cache has no room for four
+    assert engine.k_now == 0
