@@ -337,3 +337,16 @@ def test_half_of_an_mxfp4_tensor_is_named(
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="no tensor .*layers.1.mlp.experts"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:, :, :-1], lambda x: x[:, :-1], lambda x: x[:-1]])
+def test_exponents_of_another_shape_are_named(
+    mxfp4_checkpoint: tuple[Path, transformers.PreTrainedModel], tmp_path: Path, cut: Callable
+) -> None:
+    folder, _ = mxfp4_checkpoint
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    save_file(tensors | {name: cut(tensors[name]).contiguous()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj.* has shape"):
+        load_model(tmp_path)

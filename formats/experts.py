@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, dtype
 
 from formats.integers import mxfp4_blocks, read
+from formats.settings import LARGEST
 
 # other names, in files of Mixtral, and of gpt-oss, ERNIE and LFM2
 MIXTRAL = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.",
@@ -16,6 +17,7 @@ OTHERS = {".mlp.router.": ".mlp.gate.", ".moe_statics.e_score": ".gate.e_score",
           ".expert_bias": ".gate.e_score_correction_bias"}
 # of all experts of a layer, as gpt-oss and transformers 5 have them; in MXFP4 with _scales beside
 STACK = re.compile(r"(.*\.experts\.)(gate_up|down)_proj(_bias|_blocks|)")
+LARGEST_N = 2**18  # of all tensors: far above any model's
 ENDS = {"": "weight", "_bias": "bias", "_blocks": "weight_packed"}
 
 
@@ -26,26 +28,27 @@ def settle_experts(tensors: dict[str, Any], model_type: str) -> None:
         for theirs, ours in (MIXTRAL if ".block_sparse_moe." in name else OTHERS).items():
             plain = plain.replace(theirs, ours)
         tensors[plain] = tensors.pop(name)
-    in_turn = model_type == "gpt_oss"
     for name in filter(STACK.fullmatch, list(tensors)):
-        prefix, part, kind = STACK.fullmatch(name).groups()
         scales = name.replace("_blocks", "_scales")  # of others their own name
-        if scales not in tensors:
-            continue  # half of one: the model will say that it lacks it
+        is_odd = tensors[name].shape[0] > LARGEST["num_experts"] or len(tensors) > LARGEST_N
+        if is_odd or scales not in tensors:
+            continue  # the model will say that it lacks them
         stack, exponents = tensors.pop(name), tensors.pop(scales, None)
-        is_turned = in_turn and kind == ""
-        all_rows = range(stack.shape[-1 if is_turned else 1])
-        rows = {"down": all_rows}
-        if part == "gate_up":
-            half = len(all_rows) // 2
-            gate, up = (all_rows[::2], all_rows[1::2]) if in_turn else (
-                all_rows[:half], all_rows[half:])
-            rows = {"gate": gate, "up": up}
+        prefix, joined, kind = STACK.fullmatch(name).groups()
+        is_turned = model_type == "gpt_oss" and kind == ""
+        rows = range(stack.shape[-1 if is_turned else 1])
+        half = len(rows) // 2
+        parts = {"down": rows}
+        if joined == "gate_up":
+            parts = {"gate": rows[:half], "up": rows[half:]}
+            if model_type == "gpt_oss":  # by turns
+                parts = {"gate": rows[::2], "up": rows[1::2]}
         for i in range(stack.shape[0]):
-            for part, own in rows.items():
-                tensors[f"{prefix}{i}.{part}_proj.{ENDS[kind]}"] = (
-                    Part(stack[i], own, is_turned) if exponents is None
-                    else mxfp4_blocks(name, stack[i], exponents[i], own))
+            for part, rows in parts.items():
+                own = Part(stack[i], rows, is_turned)
+                if exponents is not None:
+                    own = mxfp4_blocks(name, stack[i], exponents[i], rows)
+                tensors[f"{prefix}{i}.{part}_proj.{ENDS[kind]}"] = own
 
 
 @dataclass

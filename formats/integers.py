@@ -122,6 +122,8 @@ def twice_e2m1(nibbles: Tensor, exponents: Tensor) -> Affine:
 def mxfp4_blocks(name: str, packed: Any, exponents: Any, of: range) -> Blocks:
     """As gpt-oss's files have them, of tensors in a file these rows: packed [N, K / 32, 16] uint8,
     whose byte c has input 2c in its low nibble and 2c + 1 above; exponents [N, K / 32] uint8."""
+    check_shape(name, packed.shape, (*exponents.shape, 16))
+
     def read(rows: Rows) -> Affine:
         return twice_e2m1(unpack_nibbles(packed.read(rows).flatten(1)), exponents.read(rows))
 
