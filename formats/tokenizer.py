@@ -86,10 +86,20 @@ class ChatTokenizer(Tokenizer):
         those inside a message are text. ValueError if there is no template or it fails."""
         if not self.chat_template:
             raise ValueError("this model has no chat template; use --prompt")
-        written: list[str] = []  # of what messages say: what must not become a token
-        special = any_of(self.special)
+        pieces = self.pieces(messages, any_of(self.special))
+        # a line break of the template, say, and the beginning of a message may be a token: only
+        # those count that it writes around messages of which it sees nothing
+        alone = self.pieces(messages, "(?s).+")
+        found, right = ([token for token in each[1::2] if token in self.special]
+                        for each in (pieces, alone))
+        return self.ids(pieces if found == right else alone)
 
-        def mark(found: re.Match | str) -> str:
+    def pieces(self, messages: list[dict[str, str]], hidden: str) -> list[str]:
+        """A conversation in the template, cut so that every second piece is a token. hidden: an
+        expression for what, of each message, the template does not see."""
+        written: list[str] = []
+
+        def mark(found: re.Match) -> str:
             written.append(found[0])
             return f"{WRITTEN}{len(written) - 1};"
 
@@ -98,38 +108,13 @@ class ChatTokenizer(Tokenizer):
                 return {key: hide(each, key) for key, each in said.items()}
             if isinstance(said, list):
                 return [hide(each, key) for each in said]
-            if not isinstance(said, str):
-                return said
             # of a role templates do make tokens
-            for i in self.exposed(said) if key != "role" else ():
-                said = said[:i] + mark(said[i]) + said[i + 1:]
-            return re.sub(special, mark, said)
+            what = any_of(self.special) if key in ("role", "type") else hidden
+            return re.sub(what, mark, said) if isinstance(said, str) else said
 
         pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hide(messages)))
         show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: written[int(found[1])])
-        return self.ids([show(piece) for piece in pieces])
-
-    def exposed(self, text: str) -> list[int]:
-        """The places of characters at the ends of a text, as it is or stripped, that could be part
-        of a special token together with what a template puts beside them; the last one first."""
-        heads, tails, longest = self.halves
-        places = set()
-        for part in filter(None, {text, text.strip()}):
-            first = text.index(part)
-            sizes = range(1, min(longest, len(part)) + 1)
-            within = any(part in token for token in self.special)
-            if within or any(part[:n] in tails for n in sizes):
-                places.add(first)
-            if any(part[-n:] in heads for n in sizes):
-                places.add(first + len(part) - 1)
-        return sorted(places, reverse=True)
-
-    @cached_property
-    def halves(self) -> tuple[set[str], set[str], int]:
-        """What special tokens begin with, what they end in, and the length of the longest."""
-        cuts = [(token[:n], token[n:]) for token in self.special for n in range(1, len(token))]
-        heads, tails = map(set, zip(*cuts)) if cuts else (set(), set())
-        return heads, tails, max(map(len, self.special), default=0)
+        return [show(piece) for piece in pieces]
 
     def ids(self, pieces: list[str]) -> list[int]:
         """The ids of a text in pieces, of which every second one is a token. ValueError for one
