@@ -98,6 +98,7 @@ class ChatTokenizer(Tokenizer):
         """A conversation in the template, cut so that every second piece is a token. hidden: an
         expression for what, of each message, the template does not see."""
         written: list[str] = []
+        special = any_of(self.special)
 
         def mark(found: re.Match) -> str:
             written.append(found[0])
@@ -108,8 +109,7 @@ class ChatTokenizer(Tokenizer):
                 return {key: hide(each, key) for key, each in said.items()}
             if isinstance(said, list):
                 return [hide(each, key) for each in said]
-            # of a role templates do make tokens
-            what = any_of(self.special) if key in ("role", "type") else hidden
+            what = special if key in ("role", "type") else hidden  # templates ask for these
             return re.sub(what, mark, said) if isinstance(said, str) else said
 
         pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hide(messages)))
