@@ -24,6 +24,8 @@ from parallel import Team
 
 # how the lines begin that Records writes, each number a 0
 RECORD_STARTS = b'{"index": 0, "sample": 0, "text": ', b'{"index": 0, "sample": 0, "error": '
+# what some take for the end of a line, and halves of characters, which UTF-8 cannot hold
+ESCAPES = {i: f"\\u{i:04x}" for i in (0x85, 0x2028, 0x2029, *range(0xD800, 0xE000))}
 Record = dict[str, Any]  # an answer as far as it has come, as --json and --output give it
 
 
@@ -55,9 +57,8 @@ def new_record(job: Job) -> Record:
 
 
 def as_line(record: Record) -> str:
-    """A record as a line of JSON, in UTF-8 but for what some take for the end of a line."""
-    text = json.dumps(record, ensure_ascii=False, default=str)
-    return text.translate({end: f"\\u{end:04x}" for end in (0x85, 0x2028, 0x2029)})
+    """A record as a line of JSON."""
+    return json.dumps(record, ensure_ascii=False, default=str).translate(ESCAPES)
 
 
 def print_record(record: Record) -> None:
@@ -305,7 +306,7 @@ class Records:
     def append(self, record: Record) -> None:
         """Write a record, behind the last whole one, and wait until it is on the disk."""
         self.check_place()
-        line = as_line(record).encode(errors="replace") + b"\n"
+        line = as_line(record).encode() + b"\n"
         try:
             os.ftruncate(self.file, self.size)
             self.size += len(line)

@@ -171,7 +171,8 @@ def parse_line(line: Line) -> dict[str, Any]:
         return {"prompt": line.content}
     try:
         entry = json.loads(line.content)
-        json.dumps([[[[[[[[entry]]]]]]]])  # more is around it when it is written
+        # more is around it when it is written, and others do not read NaN
+        json.dumps([[[[[[[[entry]]]]]]]], allow_nan=False)
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON: {e.msg} at column {e.colno}") from None
     except RecursionError:
