@@ -716,8 +716,8 @@ def test_a_language_that_is_not_known_is_one_sentence(
     (english / "generation_config.json").unlink()
     for option in (("--language", "de"), ("--task", "translate")):
         fails(capsys, "knows English only", "--checkpoint_path", english, *option, SPEECH)
-    for option, value in (("--batch_size", 0), ("--batch_size", "many")):
-        fails(capsys, option, "--checkpoint_path", english, option, value, SPEECH)
+    for size, said in ((0, "--batch_size 0 is not from 1 to 256"), ("many", "--batch_size")):
+        fails(capsys, said, "--checkpoint_path", english, "--batch_size", size, SPEECH)
 
 # --- what it stands on ---
 

@@ -538,12 +538,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--language", metavar="CODE", help="such as en or de; default: what is heard first")
     add("--task", choices=["transcribe", "translate"], default="transcribe",
         help="translate: into English; default: transcribe")
-    add("--batch_size", metavar="N", type=int, default=1, choices=range(1, 257),
+    add("--batch_size", metavar="N", type=int, default=1,
         help="parts of the recording that decode at once, 1 to 256; default: 1")
     for layout in ("timestamps", "json", "srt", "vtt"):
         add(f"--{layout}", dest="layout", action="store_const", const=layout, default="text",
             help=f"print {layout} in place of bare text")
     args = parser.parse_args(argv)
+    if not 1 <= args.batch_size <= 256:
+        parser.error(f"--batch_size {args.batch_size} is not from 1 to 256")
     try:
         torch.manual_seed(0)  # what a fallback draws is the same in every run
         with torch.inference_mode():
