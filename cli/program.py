@@ -234,17 +234,22 @@ def wanted(
     if asked.system is not None:
         check_template(tokenizer, asked.system)
     if args.prompts is not None:
-        text = args.calibrate and sha256(Path(args.calibrate).read_bytes()).hexdigest()
-        answering = json.dumps([
-            files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room, text,
-            args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
-            *["echo"] * args.echo,
-        ])
-        return read_jobs(asked.lines, encode, settings, args.num_samples, answering)
+        by = answered_by(args, asked, room)
+        return read_jobs(asked.lines, encode, settings, args.num_samples, by)
     entry = {"prompt": QUESTION if asked.text is None else asked.text}
     if asked.text is None and tokenizer.chat_template and not args.chat:
         entry = {"messages": [{"role": "user", "content": QUESTION}]}
     return samples(0, title_of(entry), encode(entry), settings, n_samples)
+
+
+def answered_by(args: Any, asked: Asked, room: int) -> str:
+    """What makes the answers of a file, beside prompts and their settings."""
+    text = args.calibrate and sha256(Path(args.calibrate).read_bytes()).hexdigest()
+    return json.dumps([
+        files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room, text,
+        args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
+        *["echo"] * args.echo,
+    ])
 
 
 def files_of(path: str | None) -> list[Any]:
