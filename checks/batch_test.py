@@ -22,7 +22,7 @@ from checks.common import CPU_ENV, HERE, PATIENCE_S, read_to_end, run_cli
 from cli.batch import InOrder, Records, answer_jobs, print_record, work_off
 from cli.program import files_of
 from cli.prompts import (
-    SETTINGS, Job, Line, read_file, read_jobs, read_lines, read_prompt, read_text, samples,
+    SETTINGS, Job, Line, read_file, read_jobs, read_lines, read_text, samples,
 )
 from generate import NO_TEXT, Request, generate, load_tokenizer
 from model import load_model
@@ -75,15 +75,14 @@ def test_a_prompt_is_a_text_a_file_s_or_standard_input_s(
     file = tmp_path / "prompt.txt"
     file.write_text("\ufefftwo, \u00e9\n", encoding="utf-8")  # behind a byte order mark
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbffrom a pipe")))
-    assert read_prompt("as it is") == "as it is"
-    assert read_prompt("@@x @@") == "@x @@"
-    assert read_prompt("") == ""
-    assert read_prompt("-") == "from a pipe"
-    assert read_text("-", "a system message") == "-"
-    assert read_prompt(f"@{file}") == "two, \u00e9\n"
+    assert read_text("as it is", "the prompt") == "as it is"
+    assert read_text("@@x @@", "the prompt") == "@x @@"
+    assert read_text("", "the prompt") == ""
+    assert read_text("-", "the prompt") == "from a pipe"
+    assert read_text(f"@{file}", "the prompt") == "two, \u00e9\n"
     for name in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match=f"cannot read the prompt @{name}: "):
-            read_prompt(f"@{name}")
+            read_text(f"@{name}", "the prompt")
     monkeypatch.chdir(tmp_path)
     Path("@grammar").write_text("root")
     assert read_file("@grammar", "the grammar") == "root"  # a flag that takes a file takes its name
@@ -96,7 +95,7 @@ def test_bytes_that_are_no_utf_8_are_named(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     for source in ("-", f"@{tmp_path}/latin", "caf\udce9"):
         with pytest.raises(ValueError, match="^the prompt.* is not UTF-8: byte 0xe9$"):
-            read_prompt(source)
+            read_text(source, "the prompt")
     (tmp_path / "utf-16").write_bytes("one\ntwo".encode("utf-16"))
     with pytest.raises(ValueError, match="it is UTF-16, not UTF-8"):
         read_lines(str(tmp_path / "utf-16"))
@@ -125,7 +124,7 @@ def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_closed_standard_input_has_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    for read in (read_lines, read_prompt):
+    for read in (read_lines, partial(read_text, what="the prompt")):
         with pytest.raises(ValueError, match="cannot read .* -: standard input is closed"):
             read("-")
 

@@ -16,8 +16,8 @@ from cli.batch import Records, answer_jobs, print_record
 from cli.chat import Chat
 from cli.files import in_place_of, trying_to
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_prompt, read_text,
-    samples, standard_input, title_of, with_system,
+    SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_text, samples,
+    standard_input, title_of, with_system,
 )
 from cli.stats import plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts
 from formats import save_tokenizer
@@ -74,7 +74,11 @@ def answer(
     if len(left) < len(jobs):
         n_done = plural(len(jobs) - len(left), "answer")
         say(f"{args.output} has {n_done} already; {len(left)} are left")
-    more = for_all(args, asked, tokenizer, config)
+    processors = ()
+    if asked.grammar is not None and tokenizer is not None:
+        kind = "grammar" if args.json_schema is None else "json_schema"
+        processors = (Grammar(kind, asked.grammar, tokenizer, config.vocab_size),)
+    more = {"processors": processors, "echo": args.echo or None}
     for job in left:
         job.settings.update(more)
     if args.prompts is None or any(job.error is None for job in left):  # others need no model
@@ -125,17 +129,6 @@ def answer_prompts(
         say(NO_TEXT)
 
 
-def for_all(
-    args: Any, asked: Asked, tokenizer: Tokenizer | None, config: ModelConfig
-) -> dict[str, Any]:
-    """Settings that flags give to every request, whatever its line of --prompts says."""
-    processors = []
-    if asked.grammar is not None and tokenizer is not None:
-        kind = "grammar" if args.json_schema is None else "json_schema"
-        processors.append(Grammar(kind, asked.grammar, tokenizer, config.vocab_size))
-    return {"processors": tuple(processors), "echo": args.echo or None}
-
-
 def say_run(args: Any, engine: Engine) -> None:
     """What it took, also as a line of JSON."""
     measured = not args.interactive and engine.stats.new_tokens > 0
@@ -153,7 +146,7 @@ def read_asked(args: Any) -> Asked:
     grammar = args.grammar if args.json_schema is None else args.json_schema
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
-        text=read_prompt(args.prompt) if has_text else None,
+        text=read_text(args.prompt, "the prompt") if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
         grammar=None if grammar is None else read_file(grammar, f"the grammar {grammar}"),
     )
