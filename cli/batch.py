@@ -124,7 +124,8 @@ def answers_of_all(
     the first process: the others send it what they have. engine: None where all lines are bad."""
     good = {number: job for number, job in enumerate(jobs) if job.error is None}
     ours = work_off(good, engine, tokenizer, team) if good else ()
-    if team is not None and team.n_groups > 1 and not team.is_first:
+    shared = team is not None and team.n_groups > 1
+    if shared and not team.is_first:
         for news in ours:
             if news.ended:
                 team.send(news.number, news.record)
@@ -133,7 +134,7 @@ def answers_of_all(
         if job.error is not None:
             yield News(number, 0, "", new_record(job))
     n_left = len(good)
-    for news in chain(ours, repeat(None)):
+    for news in chain(ours, repeat(None) if shared else ()):
         if news is not None:
             n_left -= news.ended
             yield news
@@ -141,7 +142,7 @@ def answers_of_all(
             time.sleep(0.01)  # others are still at work
         else:
             return
-        for number, record in team.receive() if team is not None else ():
+        for number, record in team.receive() if shared else ():
             n_left -= 1
             yield News(number, record["new_tokens"], record["text"], record)
 
