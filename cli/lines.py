@@ -67,9 +67,9 @@ class Messages:
             say(prompt, end="")
             return sys.stdin.readline()
         before = readline.get_current_history_length()
-        # a Ctrl-C between the prompt and the wait for a key is seen when the next signal ends that
-        signal.setitimer(signal.ITIMER_REAL, ALARM_S, ALARM_S)
         try:
+            # a Ctrl-C just before the wait for a key is seen when the next signal ends that
+            signal.setitimer(signal.ITIMER_REAL, ALARM_S, ALARM_S)
             line = input(prompt)
         except EOFError:
             return ""
