@@ -243,15 +243,13 @@ class Chat:
         file = named_file(name if also == "+cache" else argument)
         messages = with_system(self.system, self.messages)
         text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
-        with trying_to(f"write {file}"):
-            with in_place_of(file, read_conversation) as new:
-                new.write_text(text, encoding="utf-8")
+        with trying_to(f"write {file}"), in_place_of(file, read_conversation) as new:
+            new.write_text(text, encoding="utf-8")
         say(f"{len(messages)} messages are in {file}")
         if also == "+cache":
             file = cache_of(file)
-            with trying_to(f"write {file}"):
-                with in_place_of(file, read_row) as new:
-                    save_row(self.engine.model, self.held, new)
+            with trying_to(f"write {file}"), in_place_of(file, read_row) as new:
+                save_row(self.engine.model, self.held, new)
             say(f"what was read of them is in {file}, {file.stat().st_size / 1e6:.1f} MB")
 
     def load(self, argument: str) -> None:
