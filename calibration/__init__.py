@@ -75,7 +75,7 @@ class Calibration:
         """Quantize a block's layers by what the text brings them, and let it go through them."""
         model, config = self.model, self.model.config
         if self.block == 0:
-            self.hidden = self.run(lambda tokens: model.embed(tokens.to(model.device)))
+            self.hidden = model.embed(self.hidden.to(model.device))
         block, T = model.layers[self.block], self.hidden.shape[1]
         cache = KVCache(
             1, config.n_kv_head, config.head_dim, BATCH, T, dtype=model.dtype, device=model.device,
