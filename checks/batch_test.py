@@ -816,6 +816,19 @@ def test_a_second_run_goes_on(
     assert code == 2 and "give the prompts and flags that it was begun with" in err
 
 
+def test_a_text_to_calibrate_on_is_read_once(
+    cli: Callable[..., Outcome], request_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that a pipe will do, and early, so that a typo shows at once."""
+    flags = ["--prompts", request_file, "--quantize", "int8", "--calibrate"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(999 * "one two "))
+    assert cli(*flags, "-", "--output", tmp_path / "out.jsonl")[0] == 0
+    monkeypatch.setattr("cli.program.open_checkpoint", None)
+    code, _, err = cli(*flags, "/no/such/text")
+    assert code == 2 and "cannot read --calibrate /no/such/text: No such file" in err
+
+
 def test_a_run_goes_on_only_with_what_its_answers_were_made_by(
     cli: Callable[..., Outcome], request_file: Path, tmp_path: Path
 ) -> None:

@@ -82,7 +82,7 @@ def answer(
     for job in left:
         job.settings.update(more)
     if args.prompts is None or any(job.error is None for job in left):  # others need no model
-        model = load(args, team.ranks, checkpoint)
+        model = load(args, team.ranks, checkpoint, asked.calibrate)
         load_s = time.perf_counter() - began
         engine = make_engine(args, model, tokenizer, jobs, team)
         engine.stats.load_s = load_s
@@ -149,15 +149,18 @@ def read_asked(args: Any) -> Asked:
         text=read_text(args.prompt, "the prompt") if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
         grammar=None if grammar is None else read_file(grammar, f"the grammar {grammar}"),
+        calibrate=read_calibrate(args),
     )
 
 
-def load(args: Any, ranks: Ranks, source: Checkpoint) -> Transformer:
-    """The model. args.dtype becomes the one that it has."""
-    calibrate = None
-    if args.calibrate is not None:
-        text = read_file(args.calibrate, f"--calibrate {args.calibrate}")
-        calibrate = load_tokenizer(args.checkpoint_path).encode(text)
+def read_calibrate(args: Any) -> str | None:
+    file = args.calibrate
+    return None if file is None else read_file(file, f"--calibrate {file}")
+
+
+def load(args: Any, ranks: Ranks, source: Checkpoint, text: str | None) -> Transformer:
+    """The model, calibrated on a text. args.dtype becomes the one that it has."""
+    calibrate = None if text is None else load_tokenizer(args.checkpoint_path).encode(text)
     model = load_model(
         source, ranks, device=args.device, dtype=args.dtype and getattr(torch, args.dtype),
         quantize=args.quantize, group_size=args.group_size, adapter=args.adapter,
@@ -237,7 +240,7 @@ def wanted(
 
 def answered_by(args: Any, asked: Asked, room: int) -> str:
     """What makes the answers of a file, beside prompts and their settings."""
-    text = args.calibrate and sha256(Path(args.calibrate).read_bytes()).hexdigest()
+    text = asked.calibrate and sha256(asked.calibrate.encode()).hexdigest()
     return json.dumps([
         files_of(args.checkpoint_path), args.dtype, args.quantize, args.group_size, room, text,
         args.kv_dtype, args.adapter and files_of(args.adapter), asked.grammar,
@@ -298,7 +301,7 @@ def save(args: Any) -> None:
             raise ValueError(
                 f"{args.save} takes at least {least / 1e6:.1f} MB, which its disk lacks"
             )
-        model = load(args, ALONE, checkpoint)
+        model = load(args, ALONE, checkpoint, read_calibrate(args))
         write_quantized(model, folder)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     before = sum(layer.out_features * layer.in_features for layer in layers) * model.dtype.itemsize

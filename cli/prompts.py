@@ -44,6 +44,7 @@ class Asked(NamedTuple):
     text: str | None  # of --prompt; None: there is none, or it is a number of random tokens
     system: str | None  # of --system
     grammar: str | None  # of --json_schema or --grammar
+    calibrate: str | None  # the text of --calibrate
 
 
 def standard_input() -> TextIO:
