@@ -371,6 +371,8 @@ def test_an_interrupt_leaves_a_layer_whole(load: Load, what: str) -> None:
     def text() -> None:
         pack(layer)(x)
 
+    text()
+    is_packed = layer.order is not None  # some CPUs have no products of bfloat16
     shown = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     n = 0
     while True:
@@ -387,4 +389,4 @@ def test_an_interrupt_leaves_a_layer_whole(load: Load, what: str) -> None:
         numbers(layer).mul_(0.5)
         if ran[0] < n:
             break
-    assert n > 3 or layer.mode == "int8"
+    assert n > 3 or not is_packed

@@ -8,6 +8,7 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from checks.common import PATIENCE_S
 from formats import templates
 from formats.templates import START, render_template
 from formats.tokenizer import ChatTokenizer, load_tokenizer
@@ -103,7 +104,10 @@ def test_a_template_that_takes_too_much_is_ended(
     ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", "recursion"),
     ("{% for a in range(99999) %}{{ text }}{% endfor %}", "20000000 characters"),
 ])
-def test_a_template_that_ends_says_why(template: str, message: str) -> None:
+def test_a_template_that_ends_says_why(
+    monkeypatch: pytest.MonkeyPatch, template: str, message: str
+) -> None:
+    monkeypatch.setattr(templates, "SECONDS", PATIENCE_S)
     with pytest.raises((ValueError, RecursionError), match=message):
         render_template(template, text="x" * 1000)
 
@@ -170,7 +174,8 @@ def test_well_known_templates_need_no_process(
         assert_rendered_alike(template, CONVERSATIONS[conversation])
 
 
-def test_a_long_conversation_is_no_loop_for_ever() -> None:
+def test_a_long_conversation_is_no_loop_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", PATIENCE_S)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert render_template(template, messages=[HI] * 10_000).count("\n") == 10_000
 

@@ -701,6 +701,7 @@ def test_what_a_killed_run_left_goes_and_what_another_uses_stays(tmp_path: Path)
     os.utime(pipe, (0, 0))
     new = tmp_path / ".gpt-flash-x-abcdefgh"  # of a run that has not locked it yet
     new.mkdir()
+    os.utime(new, (2**32, 2**32))  # a moment ago, however slow this machine is
     with workspace(tmp_path, "x") as mine:
         assert not left.exists() and others.exists() and new.exists()
         os.utime(mine, (0, 0))
