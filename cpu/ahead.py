@@ -278,10 +278,9 @@ class Snapshot:
             raise NoLibrary
         self.kinds.add(type(module))
         yield f"{name} is a {type(module)}"
-        for key, value in vars(module).items():
-            of_rounding = key == "error" and isinstance(module, QuantizedLinear)
-            if key not in NOT_SETTINGS and not of_rounding:
-                yield f"{name}.{key} = {self.of_setting(value)}"
+        of_rounding = {"error"} if isinstance(module, QuantizedLinear) else set()
+        for key in vars(module).keys() - NOT_SETTINGS - of_rounding:
+            yield f"{name}.{key} = {self.of_setting(vars(module)[key])}"
 
     def of_setting(self, value: Any) -> str:
         """A setting, of which nothing changes unless it is replaced."""
