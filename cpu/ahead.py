@@ -450,6 +450,7 @@ def compile_to(
     say_once("compiling a block for this CPU, which takes some 15 seconds and is kept")
     for folder in reversed([path.parent, *path.parent.parents]):
         folder.mkdir(0o700, exist_ok=True)  # another process may make it at the same time
+    refuse_others(folder.resolve(), folder)  # a compiler runs what it has put there
     function = FunctionOfTensors(block, positions)
     lengths = torch._dynamo.config.patch(capture_scalar_outputs=True)  # as symbols
     # they would lie in TMPDIR, where others may have put some, and are slower for one library
