@@ -910,6 +910,18 @@ def test_what_others_can_write_is_not_loaded(
     assert f"{loose} can be written by other users" in capsys.readouterr().err
 
 
+def test_nothing_is_compiled_where_others_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor runs what it has compiled to try a compiler."""
+    wrote: list[str] = []
+    pretend_to_compile(monkeypatch, wrote.append)
+    tmp_path.chmod(0o777)
+    with pytest.raises(ValueError, match=f"{tmp_path} can be written by other users"):
+        compile_any(tmp_path / "name.pt2")
+    assert not wrote
+
+
 def test_what_was_looked_at_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

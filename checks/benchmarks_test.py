@@ -129,7 +129,8 @@ def test_weights_that_fail_leave_others_their_rows(
     lines = results_in(tmp_path)
     assert lines[0]["left_out"].startswith("bf16, batch 1: loading x needs 16.1 GB")
     assert {line["variant"] for line in lines[1:]} == {"int8", "int4"}
-    assert "- decode, left out: bf16, batch 1: loading x" in render.device_section([MACHINE, *lines])
+    table = render.device_section([MACHINE, *lines])
+    assert "- decode, left out: bf16, batch 1: loading x" in table
 
 
 def test_behind_a_fault_of_the_device_nothing_is_tried(

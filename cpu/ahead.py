@@ -278,10 +278,9 @@ class Snapshot:
             raise NoLibrary
         self.kinds.add(type(module))
         yield f"{name} is a {type(module)}"
-        for key, value in vars(module).items():
-            of_rounding = key == "error" and isinstance(module, QuantizedLinear)
-            if key not in NOT_SETTINGS and not of_rounding:
-                yield f"{name}.{key} = {self.of_setting(value)}"
+        of_rounding = {"error"} if isinstance(module, QuantizedLinear) else set()
+        for key in vars(module).keys() - NOT_SETTINGS - of_rounding:
+            yield f"{name}.{key} = {self.of_setting(vars(module)[key])}"
 
     def of_setting(self, value: Any) -> str:
         """A setting, of which nothing changes unless it is replaced."""
@@ -451,6 +450,7 @@ def compile_to(
     say_once("compiling a block for this CPU, which takes some 15 seconds and is kept")
     for folder in reversed([path.parent, *path.parent.parents]):
         folder.mkdir(0o700, exist_ok=True)  # another process may make it at the same time
+    refuse_others(folder.resolve(), folder)  # a compiler runs what it has put there
     function = FunctionOfTensors(block, positions)
     lengths = torch._dynamo.config.patch(capture_scalar_outputs=True)  # as symbols
     # they would lie in TMPDIR, where others may have put some, and are slower for one library
