@@ -211,8 +211,7 @@ FAMILIES |= {
         gguf=dict(name="phi3", complete=gguf.phi3),
     ),
     "olmo2": Family(
-        OLMO2, attention=AllHeadsAttention, block=PostNormBlock, gguf=dict(name="olmo2"),
-    ),
+        OLMO2, attention=AllHeadsAttention, block=PostNormBlock, gguf=dict(name="olmo2")),
     "olmo3": Family(
         OLMO3, LAYERWISE, attention=AllHeadsAttention, block=PostNormBlock,
         gguf=dict(name="olmo2", when="attention.sliding_window", complete=gguf.windows),
@@ -237,11 +236,9 @@ FAMILIES |= {
     "lfm2_moe": Family(LFM2_MOE, **LFM2_PARTS, gguf=LFM2_FILE | {"name": "lfm2moe"}),
     "ministral": Family(MISTRAL | {"layer_types": None}),
     "ministral3": Family(
-        MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True),
-    ),
+        MINISTRAL3, attention=FarQueryAttention, gguf=dict(name="mistral3", interleaved=True)),
     "seed_oss": Family(
-        SEED_OSS, {"o_bias": lambda hf: hf["attention_out_bias"]}, gguf=dict(name="seed_oss"),
-    ),
+        SEED_OSS, {"o_bias": lambda hf: hf["attention_out_bias"]}, gguf=dict(name="seed_oss")),
     "exaone4": Family(
         EXAONE4, LAYERWISE | {"ropes": ropes_in_windows, "qk_norm": True}, block=PostNormBlock,
         gguf=dict(name="exaone4", means=NO_WINDOW, complete=gguf.windows),

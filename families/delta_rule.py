@@ -25,12 +25,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
 except ImportError:
     triton = None
-
-    def jit(fn: Any) -> Any:
-        return fn
+jit = triton.jit if triton else lambda fn: fn
 
 BLOCK = 16  # tokens that go into the state together, all whole blocks but the last one
 TILE = 32  # values of a head that a program of the kernel has
@@ -324,15 +321,12 @@ def kernel_arguments(
     K = weight.shape[1]
     H, G, Dk, Dv = memory.state.shape[1:]
     x = x.flatten(0, 1)  # (B T, C): each row's values lie together
-    tensors = memory._asdict() | dict(
-        x=x, g=g.contiguous(), beta=beta.contiguous(), weight=weight.contiguous(),
-        pos=input_pos.contiguous(), out=torch.empty(B, T, H * G, Dv, device=x.device),
-    )
-    pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    out = torch.empty(B, T, H * G, Dv, device=x.device)
+    tensors = memory._asdict() | dict(g=g, beta=beta, weight=weight, pos=input_pos, out=out)
+    pointers = {f"{name}_ptr": tensor.contiguous() for name, tensor in tensors.items()}
     return pointers | dict(
-        stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv,
-        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES,
-    )
+        x_ptr=x, stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv,
+        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES)
 
 
 def decode_triton(*inputs: Any) -> Tensor:

@@ -93,13 +93,13 @@ class GatedDeltaNet(nn.Module):
         b, a = self.in_proj_ba(x).chunk(2, -1)  # (B, T, n_v)
         g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         args = qkv, g, b.float().sigmoid(), self.conv1d.weight[:, 0], positions.input_pos
+        compiles, ops = torch.compiler.is_compiling(), torch.ops.gpt_flash
         if positions.prefill:
-            args += (positions.last,)
-        run = delta_rule.prefill if positions.prefill else delta_rule.decode
-        if torch.compiler.is_compiling():
-            ops = torch.ops.gpt_flash
-            run = ops.delta_prefill if positions.prefill else ops.delta_decode
-        y = run(*args, *cache.memory)  # (B, T, n_v, v_dim)
+            run = ops.delta_prefill if compiles else delta_rule.prefill
+            y = run(*args, positions.last, *cache.memory)
+        else:
+            run = ops.delta_decode if compiles else delta_rule.decode
+            y = run(*args, *cache.memory)  # (B, T, n_v, v_dim)
         y = self.norm(y, z.view(B, T, self.n_v, self.v_dim))
         return self.out_proj(y.flatten(2))
 

@@ -3,7 +3,6 @@ highest for it. Decoding reads the bytes of these experts only, so that a model 
 active weights do: 3 of 30 billion in Qwen3-30B-A3B."""
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -262,11 +261,10 @@ class Experts(nn.Module):
         return 1 - (1 - self.n_active / self.n_expert) ** rows
 
     def register(self) -> None:
-        """Take a number by which the operator one_by_one finds these experts. It is a tensor, so
-        that one compiled graph serves all layers."""
-        number = next(NUMBERS)
-        self.key = torch.tensor(number, device="cpu")
-        EXPERTS[number] = self
+        """Let the operator one_by_one find these experts by a key. It is a tensor, so that one
+        compiled graph serves all layers."""
+        self.key = torch.tensor(id(self), device="cpu")
+        EXPERTS[id(self)] = self
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -291,7 +289,6 @@ class ClampedExperts(Experts):
         return (up + 1) * gate * (gate * self.alpha).sigmoid()
 
 
-NUMBERS = itertools.count()
 EXPERTS: WeakValueDictionary[int, Experts] = WeakValueDictionary()
 
 

@@ -53,12 +53,15 @@ class LatentAttention(Attention):
         self.v_head_dim = positive(hf, "v_head_dim")
         if self.v_head_dim > self.head_dim:
             raise ValueError(f"unsupported v_head_dim {self.v_head_dim} above {self.head_dim}")
-        self.q_a_proj, q_inputs, q_name = None, config.dim, "q_proj"
-        if hf.get("q_lora_rank") is not None:
-            q_inputs, q_name = positive(hf, "q_lora_rank"), "q_b_proj"
-            self.q_a_proj = Linear(config.dim, q_inputs, bias=bias)
-            self.q_a_layernorm = nn.RMSNorm(q_inputs, 1e-6)  # whatever other norms have
-        self.add_module(q_name, Linear(q_inputs, self.n_head * self.head_dim, bias=False))
+        q_size = self.n_head * self.head_dim
+        self.q_a_proj = None
+        if hf.get("q_lora_rank") is None:
+            self.q_proj = Linear(config.dim, q_size, bias=False)
+        else:
+            q_rank = positive(hf, "q_lora_rank")
+            self.q_a_proj = Linear(config.dim, q_rank, bias=bias)
+            self.q_a_layernorm = nn.RMSNorm(q_rank, 1e-6)  # whatever other norms have
+            self.q_b_proj = Linear(q_rank, q_size, bias=False)
         self.kv_a_proj_with_mqa = Linear(config.dim, self.rank + self.turned, bias=bias)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, 1e-6)
         kv_size = self.n_head * (self.plain + self.v_head_dim)
