@@ -50,9 +50,8 @@ class GatedNorm(nn.RMSNorm):
     """Of each head, times the SiLU of a gate."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        x = x.float()
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y.to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(gate.dtype)
+        return (self.weight * y * F.silu(gate.float())).to(gate.dtype)
 
 
 class GatedDeltaNet(nn.Module):

@@ -13,9 +13,7 @@ from model import Rope, is_number, make_rope, positive, rope_settings, scaled
 
 def maybe_positive(hf: dict, key: str) -> float | None:
     """A setting as a float above 0, None where it is not set."""
-    if hf.get(key) is None:
-        return None
-    return positive(hf, key, kind=float)
+    return None if hf.get(key) is None else positive(hf, key, kind=float)
 
 # --- which layers have a window, or a rope ---
 
@@ -59,8 +57,7 @@ def of_layers(hf: dict, key: str) -> list[Any] | None:
 def last_ones(hf: dict, key: str) -> list[bool]:
     """The last of every few layers, as many as a setting says."""
     period = positive(hf, key)
-    n_layer = positive(hf, "num_hidden_layers")
-    return [layer % period == period - 1 for layer in range(n_layer)]
+    return [layer % period == period - 1 for layer in range(positive(hf, "num_hidden_layers"))]
 
 
 def first_layers(hf: dict) -> list[bool]:
