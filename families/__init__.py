@@ -32,6 +32,7 @@ ACTIVATIONS |= dict.fromkeys(("gelu_new", "gelu_fast"), ACTIVATIONS["gelu_pytorc
 ACTIVATIONS["xielu"] = xielu
 
 # --- what a config.json means where it leaves a setting out ---
+# None: nothing, but files may have it. Some settings are refused where a family does not name them.
 
 EXPERTS = dict(num_experts=None, num_local_experts=None)  # files have one or the other
 GELU = {"hidden_activation": "gelu_pytorch_tanh"}
