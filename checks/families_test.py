@@ -804,6 +804,7 @@ def test_no_first_layers_of_qwen2_moe_have_a_window(n_first: int | None) -> None
     ("hunyuan_v1_moe", dict(num_experts=None), "num_experts = None"),
     ("hunyuan_v1_moe", dict(num_experts=[10**9] * 2), "there may be 65536"),
     ("lfm2_moe", dict(num_dense_layers="2"), "makes no sense"),
+    ("ernie4_5_moe", dict(moe_norm_min=0.5), "unsupported moe_norm_min 0.5"),
 ])
 def test_what_would_go_wrong_is_refused(family: str, change: dict, message: str) -> None:
     """Before any tensor is read."""

@@ -158,8 +158,9 @@ def test_the_bias_of_a_router_stays_float32(
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_group=3), "the best 2 of 3 groups cannot be chosen from 8 experts"),
+    (dict(n_group=3), "3 of 8 experts cannot be in the best 2 of 3 groups"),
     (dict(topk_group=5), "the best 5 of 4 groups"),
+    (dict(topk_group=1), "3 of 8 experts cannot be in the best 1 of 4 groups"),
     (dict(topk_group=None), "topk_group = None"),
     (dict(n_routed_experts=2048, num_hidden_layers=40), "2048 in each of 40 layers"),
 ])

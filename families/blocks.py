@@ -315,9 +315,8 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.act = ACTIVATIONS[config.act]
-        if config.act == "xielu":
-            self.act = TrainedXIELU(config, layer)
+        is_trained = config.act == "xielu"
+        self.act = TrainedXIELU(config, layer) if is_trained else ACTIVATIONS[config.act]
         self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
@@ -327,9 +326,8 @@ class PlainMLP(nn.Module):
 
 def xielu(x: Tensor, above: float | Tensor = 0.8, below: float | Tensor = 0.3) -> Tensor:
     """Of arXiv 2411.13010; slopes above and below 0: as they are before training."""
-    y = above * x * x
-    z = (torch.expm1(x.clamp(max=-1e-6)) - x) * (0.5 + below)
-    return torch.where(x > 0, y, z) + 0.5 * x
+    y = torch.where(x > 0, above * x * x, (0.5 + below) * (x.clamp(max=-1e-6).expm1() - x))
+    return y + 0.5 * x
 
 
 class TrainedXIELU(nn.Module):

@@ -25,12 +25,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
 except ImportError:
     triton = None
-
-    def jit(fn: Any) -> Any:
-        return fn
+jit = triton.jit if triton else lambda fn: fn
 
 BLOCK = 16  # tokens that go into the state together, all whole blocks but the last one
 TILE = 32  # values of a head that a program of the kernel has
@@ -112,10 +109,10 @@ def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, T
     for i, tap in enumerate(others, 1):
         y.addcmul_(window.narrow(-2, i, T), tap)
     qk, v = F.silu(y).tensor_split([2 * H * Dk], -1)
-    qk, v = qk.view(*y.shape[:-1], 2, H, 1, Dk), v.view(*y.shape[:-1], H, G, Dv)
+    qk = qk.view(*y.shape[:-1], 2, H, 1, Dk)
     qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
     qk.select(-4, 0).mul_(Dk ** -0.5)
-    return qk, v
+    return qk, v.view(*y.shape[:-1], H, G, Dv)
 
 # --- decode ---
 
@@ -324,15 +321,12 @@ def kernel_arguments(
     K = weight.shape[1]
     H, G, Dk, Dv = memory.state.shape[1:]
     x = x.flatten(0, 1)  # (B T, C): each row's values lie together
-    tensors = memory._asdict() | dict(
-        x=x, g=g.contiguous(), beta=beta.contiguous(), weight=weight.contiguous(),
-        pos=input_pos.contiguous(), out=torch.empty(B, T, H * G, Dv, device=x.device),
-    )
-    pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+    out = torch.empty(B, T, H * G, Dv, device=x.device)
+    tensors = memory._asdict() | dict(g=g, beta=beta, weight=weight, pos=input_pos, out=out)
+    pointers = {f"{name}_ptr": tensor.contiguous() for name, tensor in tensors.items()}
     return pointers | dict(
-        stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv,
-        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES,
-    )
+        x_ptr=x, stride=x.stride(0), C=C, T=T, K=K, R=BLOCK + K, H=H, G=G, DK=Dk, DV=Dv,
+        BLOCK_K=triton.next_power_of_2(Dk), TILE=TILE, BLOCK=BLOCK, PLACES=PLACES)
 
 
 def decode_triton(*inputs: Any) -> Tensor:
@@ -376,7 +370,8 @@ def prefill_segment(
     before = start + torch.arange(1 - weight.shape[1], 0, device=x.device)  # (B, K - 1)
     inputs = shown(at_places(memory.inputs, before), before >= 0)
     qk, v = convolved(torch.cat([inputs, x], -2)[:, 0, 0], weight, memory)
-    q, k, v = (y.movedim(1, -2) for y in (*qk.unbind(2), v))  # (B, H, 1 or G, T, D)
+    q, k = qk.movedim(1, -2).unbind(1)  # (B, H, 1, T, Dk) each
+    v = v.movedim(1, -2)  # (B, H, G, T, Dv)
     new = start + torch.arange(x.shape[-2], device=x.device)  # (B, T)
     g, beta = (shown(y.mT.view(*v.shape[:-1], 1), new < end) for y in (g, beta))
 
@@ -459,6 +454,6 @@ SCHEMA = (
     " -> Tensor"
 )
 for name, run, more in ("decode", decode, ""), ("prefill", prefill, "Tensor? last, "):
-    torch.library.define(f"gpt_flash::delta_{name}", SCHEMA.format(more))
-    torch.library.impl(f"gpt_flash::delta_{name}", "default", run)
-    torch.library.register_fake(f"gpt_flash::delta_{name}", prefill_fake)
+    torch.library.define(f"gpt_flash_delta::{name}", SCHEMA.format(more))
+    torch.library.impl(f"gpt_flash_delta::{name}", "default", run)
+    torch.library.register_fake(f"gpt_flash_delta::{name}", prefill_fake)

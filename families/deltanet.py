@@ -50,9 +50,8 @@ class GatedNorm(nn.RMSNorm):
     """Of each head, times the SiLU of a gate."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        x = x.float()
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y.to(gate.dtype) * F.silu(gate.float())).to(gate.dtype)
+        y = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(gate.dtype)
+        return (self.weight * y * F.silu(gate.float())).to(gate.dtype)
 
 
 class GatedDeltaNet(nn.Module):
@@ -91,15 +90,14 @@ class GatedDeltaNet(nn.Module):
         B, T, _ = x.shape
         qkv, z = self.in_proj_qkvz(x).split(self.rows["in_proj_qkvz"], -1)
         b, a = self.in_proj_ba(x).chunk(2, -1)  # (B, T, n_v)
-        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
-        args = qkv, g, b.float().sigmoid(), self.conv1d.weight[:, 0], positions.input_pos
+        fading = self.A_log.float().exp()
+        g = -fading * F.softplus(a.float() + self.dt_bias)
+        inputs = qkv, g, b.float().sigmoid(), self.conv1d.weight[:, 0], positions.input_pos
+        rule = torch.ops.gpt_flash_delta if torch.compiler.is_compiling() else delta_rule
         if positions.prefill:
-            args += (positions.last,)
-        run = delta_rule.prefill if positions.prefill else delta_rule.decode
-        if torch.compiler.is_compiling():
-            ops = torch.ops.gpt_flash
-            run = ops.delta_prefill if positions.prefill else ops.delta_decode
-        y = run(*args, *cache.memory)  # (B, T, n_v, v_dim)
+            y = rule.prefill(*inputs, positions.last, *cache.memory)
+        else:
+            y = rule.decode(*inputs, *cache.memory)  # (B, T, n_v, v_dim)
         y = self.norm(y, z.view(B, T, self.n_v, self.v_dim))
         return self.out_proj(y.flatten(2))
 
@@ -114,15 +112,20 @@ def by_part(config: ModelConfig, name: str) -> Any:
     hf = config.hf
     n_k, k_dim = hf["linear_num_key_heads"], hf["linear_key_head_dim"]
     group = hf["linear_num_value_heads"] // n_k
-    v = group * hf["linear_value_head_dim"]
-    sizes = {"in_proj_qkvz": [k_dim, k_dim, v, v], "in_proj_ba": [group] * 2}.get(
-        name.split(".")[-2]
-    )
-    if sizes is None or hf.get("by_part") and ".in_proj_qkvz." in name:
+    v_size = group * hf["linear_value_head_dim"]
+    module = name.split(".")[-2]
+    if module == "in_proj_qkvz" and not hf.get("by_part"):
+        sizes = [k_dim, k_dim, v_size, v_size]
+    elif module == "in_proj_ba":
+        sizes = [group, group]
+    else:
         return None
-    return lambda x: torch.cat([
-        part.flatten(0, 1) for part in x.view(n_k, -1, x.shape[-1]).split(sizes, 1)
-    ])
+
+    def together(x: Tensor) -> Tensor:
+        parts = x.unflatten(0, (n_k, -1)).split(sizes, 1)
+        return torch.cat([part.flatten(0, 1) for part in parts])
+
+    return together
 
 # --- layers with attention ---
 

@@ -3,7 +3,6 @@ highest for it. Decoding reads the bytes of these experts only, so that a model 
 active weights do: 3 of 30 billion in Qwen3-30B-A3B."""
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -76,9 +75,10 @@ def mixture_of_experts(
         each = f"{n_expert} = {config.n_expert} in each of {n_layer} layers"
         most = f"there may be {MOST_EXPERTS} experts in all"
         raise ValueError(f"the model's configuration has {each}: {most}")
-    if config.n_expert % config.n_group or config.topk_group > config.n_group:
-        groups = f"the best {config.topk_group} of {config.n_group} groups"
-        raise ValueError(f"{groups} cannot be chosen from {config.n_expert} experts")
+    in_groups = config.n_expert // config.n_group * config.topk_group  # a token's best ones
+    if config.n_expert % config.n_group or not config.n_active <= in_groups <= config.n_expert:
+        groups = f"the best {config.topk_group} of {config.n_group} groups of them"
+        raise ValueError(f"{config.n_active} of {config.n_expert} experts cannot be in {groups}")
     return config
 
 
@@ -108,6 +108,8 @@ def ernie_moe(hf: dict) -> MoEConfig | None:
     last = hf["moe_layer_end_index"] % positive(hf, "num_hidden_layers")
     if hf["use_bias"] or last + 1 != positive(hf, "num_hidden_layers"):
         raise ValueError("unsupported use_bias or moe_layer_end_index of ERNIE's experts")
+    if (hf.get("moe_norm_min") or 0) > hf["moe_k"] / hf["moe_num_experts"]:
+        raise ValueError(f"unsupported moe_norm_min {hf['moe_norm_min']}: some weights are less")
     return deepseek_moe(hf | dict(
         n_shared_experts=hf["moe_num_shared_experts"], decoder_sparse_step=hf["moe_layer_interval"],
         first_k_dense_replace=hf["moe_layer_start_index"], topk_method="greedy",
@@ -262,11 +264,10 @@ class Experts(nn.Module):
         return 1 - (1 - self.n_active / self.n_expert) ** rows
 
     def register(self) -> None:
-        """Take a number by which the operator one_by_one finds these experts. It is a tensor, so
-        that one compiled graph serves all layers."""
-        number = next(NUMBERS)
-        self.key = torch.tensor(number, device="cpu")
-        EXPERTS[number] = self
+        """Let the operator one_by_one find these experts by a key. It is a tensor, so that one
+        compiled graph serves all layers."""
+        self.key = torch.tensor(id(self), device="cpu")
+        EXPERTS[id(self)] = self
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -291,7 +292,6 @@ class ClampedExperts(Experts):
         return (up + 1) * gate * (gate * self.alpha).sigmoid()
 
 
-NUMBERS = itertools.count()
 EXPERTS: WeakValueDictionary[int, Experts] = WeakValueDictionary()
 
 

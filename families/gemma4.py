@@ -46,11 +46,10 @@ def settings_of_layers(hf: dict) -> list[dict]:
 
 def ropes(hf: dict) -> tuple[Rope, ...]:
     """Layers of a kind have one together."""
-    of_kind, layers = {}, settings_of_layers(hf)
-    for own in layers:
-        kind = own["kind"]
-        of_kind[kind] = of_kind.get(kind) or make_rope(rope_settings_of(own, kind))
-    return tuple(of_kind[own["kind"]] for own in layers)
+    layers = settings_of_layers(hf)
+    of_kind = {own["kind"]: own for own in reversed(layers)}  # the first of each
+    ropes = {kind: make_rope(rope_settings_of(own, kind)) for kind, own in of_kind.items()}
+    return tuple(ropes[own["kind"]] for own in layers)
 
 
 def proportional(rope: Rope, inv_freq: Tensor, max_seq_len: int) -> tuple[Tensor, float]:

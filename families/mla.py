@@ -53,12 +53,15 @@ class LatentAttention(Attention):
         self.v_head_dim = positive(hf, "v_head_dim")
         if self.v_head_dim > self.head_dim:
             raise ValueError(f"unsupported v_head_dim {self.v_head_dim} above {self.head_dim}")
-        self.q_a_proj, q_inputs, q_name = None, config.dim, "q_proj"
-        if hf.get("q_lora_rank") is not None:
-            q_inputs, q_name = positive(hf, "q_lora_rank"), "q_b_proj"
-            self.q_a_proj = Linear(config.dim, q_inputs, bias=bias)
-            self.q_a_layernorm = nn.RMSNorm(q_inputs, 1e-6)  # whatever other norms have
-        self.add_module(q_name, Linear(q_inputs, self.n_head * self.head_dim, bias=False))
+        q_size = self.n_head * self.head_dim
+        self.q_a_proj = None
+        if hf.get("q_lora_rank") is None:
+            self.q_proj = Linear(config.dim, q_size, bias=False)
+        else:
+            q_rank = positive(hf, "q_lora_rank")
+            self.q_a_proj = Linear(config.dim, q_rank, bias=bias)
+            self.q_a_layernorm = nn.RMSNorm(q_rank, 1e-6)  # whatever other norms have
+            self.q_b_proj = Linear(q_rank, q_size, bias=False)
         self.kv_a_proj_with_mqa = Linear(config.dim, self.rank + self.turned, bias=bias)
         self.kv_a_layernorm = nn.RMSNorm(self.rank, 1e-6)
         kv_size = self.n_head * (self.plain + self.v_head_dim)
@@ -81,18 +84,19 @@ class LatentAttention(Attention):
         q = q.view(B, T, self.n_head, self.head_dim)
         q, q_turned = q.split([self.plain, self.turned], dim=-1)
         latent, k_turned = self.kv_a_proj_with_mqa(x).split([self.rank, self.turned], dim=-1)
-        both = torch.cat([q_turned, k_turned[:, :, None]], dim=2)  # (B, T, Hq + 1, turned)
-        both = apply_rope(both, positions.cos, positions.sin).transpose(1, 2)
-        q_turned, k_turned = both.split([self.n_head, 1], dim=1)
+        turned = torch.cat([q_turned, k_turned[:, :, None]], dim=2)  # (B, T, Hq + 1, turned)
+        turned = apply_rope(turned, positions.cos, positions.sin).transpose(1, 2)
+        q_turned, k_turned = turned.split([self.n_head, 1], dim=1)
         latent = torch.cat([self.kv_a_layernorm(latent)[:, None], k_turned], dim=-1)
-        # a head's part of kv_b_proj: what makes its keys and its values
+        # a head's parts of kv_b_proj: what makes its keys, and its values
         parts = self.kv_b_proj.weight.view(self.n_head, -1, self.rank)
+        of_keys, of_values = parts.split([self.plain, self.v_head_dim], dim=1)
         q = q.transpose(1, 2)  # (B, Hq, T, plain)
         if not positions.prefill:
-            q = torch.einsum("bhtd,hdr->bhtr", q, parts[:, :self.plain])
+            q = torch.einsum("bhtd,hdr->bhtr", q, of_keys)
         y = self.attend(torch.cat([q, q_turned], dim=-1), latent, latent, positions, cache)
         if not positions.prefill:
-            y = torch.einsum("bhtr,hdr->bhtd", y[..., :self.rank], parts[:, self.plain:])
+            y = torch.einsum("bhtr,hdr->bhtd", y[..., :self.rank], of_values)
         return self.o_proj(y[..., :self.v_head_dim].transpose(1, 2).reshape(B, T, -1))
 
     def attend_to(

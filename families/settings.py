@@ -13,9 +13,7 @@ from model import Rope, is_number, make_rope, positive, rope_settings, scaled
 
 def maybe_positive(hf: dict, key: str) -> float | None:
     """A setting as a float above 0, None where it is not set."""
-    if hf.get(key) is None:
-        return None
-    return positive(hf, key, kind=float)
+    return None if hf.get(key) is None else positive(hf, key, kind=float)
 
 # --- which layers have a window, or a rope ---
 
@@ -59,8 +57,7 @@ def of_layers(hf: dict, key: str) -> list[Any] | None:
 def last_ones(hf: dict, key: str) -> list[bool]:
     """The last of every few layers, as many as a setting says."""
     period = positive(hf, key)
-    n_layer = positive(hf, "num_hidden_layers")
-    return [layer % period == period - 1 for layer in range(n_layer)]
+    return [layer % period == period - 1 for layer in range(positive(hf, "num_hidden_layers"))]
 
 
 def first_layers(hf: dict) -> list[bool]:
@@ -91,30 +88,29 @@ def layers_with_rope(hf: dict) -> list[bool]:
 
 
 def layer_ropes(hf: dict) -> tuple[Rope | None, ...]:
-    """Each layer's rotary embedding. Where layers with a window have a base of their own, what else
-    is said of rope is meant for the other layers."""
+    """Each layer's rotary embedding. Layers with the same settings share one."""
     kinds = layer_kinds(hf, by_pattern)
     ropes: dict[str, Rope] = {}
     for kind in dict.fromkeys(kinds):
         settings = rope_settings_of(hf, kind)
-        local = kind == "sliding_attention" and hf.get("rope_local_base_freq") is not None
-        nested = isinstance((hf.get("rope_parameters") or {}).get(kind), dict)
-        if local and not nested:
-            settings = hf | {"rope_theta": hf["rope_local_base_freq"]}
-        rope = make_rope(settings)
-        same = [other for other in ropes.values() if other.hf == rope.hf]
-        ropes[kind] = same[0] if same else rope
+        same = [rope for rope in ropes.values() if rope.hf == settings]
+        ropes[kind] = same[0] if same else make_rope(settings)
     turned = layers_with_rope(hf)
     return tuple(ropes[kind] if turns else None for kind, turns in zip(kinds, turned))
 
 
 def rope_settings_of(hf: dict, kind: str) -> dict:
     """model.rope_settings for layers of a kind, by which rope_parameters may differ. A rope_scaling
-    replaces those of full attention then."""
+    replaces those of full attention then. Where layers with a window have a base of their own, what
+    else is said of rope is meant for the other layers."""
     given = hf.get("rope_parameters") or {}
+    in_window = kind == "sliding_attention"
+    local = hf.get("rope_local_base_freq") if in_window else None
+    if local is not None and not isinstance(given.get(kind), dict):
+        return hf | {"rope_theta": local}
     if not any(isinstance(value, dict) for value in given.values()):
         return rope_settings(hf)
-    scaling = hf.get("rope_scaling") if kind == "full_attention" else None
+    scaling = None if in_window else hf.get("rope_scaling")
     return hf | (given.get(kind) or {}) | (scaling or {})
 
 

@@ -27,12 +27,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-    jit = triton.jit
 except ImportError:
     triton = None
-
-    def jit(fn: Callable | None = None, **_: Any) -> Callable:
-        return fn or jit
+jit = triton.jit if triton else lambda fn: fn
 
 # --- the contract ---
 
