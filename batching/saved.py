@@ -36,13 +36,15 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     if not all(0 <= i < model.config.vocab_size for i in ids):
         raise ValueError(f"{file} has ids that are no tokens of the model")
     cache.refuse_overflow([len(ids)], 1)
+    if kinds(parts_of_row(cache, 0, len(ids))) != kinds(tensors):
+        raise ValueError(f"{file} is of another kind of cache: set one up as it was then")
     for row in range(cache.max_batch_size):
-        here = parts_of_row(cache, row, len(ids))
-        kinds = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (here, tensors)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"{file} is of another kind of cache: set one up as it was then")
         fill_row(cache, row, len(ids), tensors)
     return ids
+
+
+def kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (x.shape, x.dtype) for name, x in tensors.items()}
 
 
 def read_row(file: Path, device: Device = "cpu") -> tuple[list[int], str, dict[str, Tensor]]:

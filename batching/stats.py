@@ -43,10 +43,10 @@ class Stats:
     useful_row_steps: int = 0  # those whose request got something
     speculation: Speculation = field(default_factory=Speculation)
 
-    def count(self, n: int, is_step: bool, k: int) -> None:
-        """A request got n tokens, of prompts or of a step that checked k proposals."""
+    def count(self, n: int, k: int | None) -> None:
+        """A request got n tokens, of a step that checked k proposals, or its first; k is None."""
         self.new_tokens += n
-        if is_step:
+        if k is not None:
             self.useful_row_steps += 1
             self.decode_tokens += n
         if k:
