@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from generate import EXTRAS, Decoder, Request, settings_of
+from processors.functions import Function
 from processors.logprobs import LogProbs
 
-Function = Callable[[Tensor, Tensor], Tensor]  # one of Request.processors
 
 
 class Texts(NamedTuple):
@@ -101,6 +101,7 @@ class Extras:
         self.logprobs = LogProbs(self.decoder.model, requests)
         self.echo = self.logprobs.echo
         self.note_prompts = self.logprobs.note_prompts
+        self.key = frozenset(self.on), self.by_host, self.logprobs.n  # what steps differ in
         self.decoder.known = ()
 
     def refuse(self, request: Request) -> None:
@@ -112,11 +113,6 @@ class Extras:
             raise ValueError("echo goes with logprobs: it gives those of the prompt")
         if request.logprobs is not None and not hasattr(self.decoder, "stats"):
             raise ValueError("logprobs are what a batching.Engine gives, and not a Decoder")
-
-    @property
-    def key(self) -> tuple:
-        """What steps differ in."""
-        return frozenset(self.on), self.by_host, self.logprobs.n
 
     def begin(self, rows: slice, requests: Sequence[Request], logits: Tensor) -> Tensor:
         """The prompts of requests were read into rows; logits [n, V] of their ends, changed."""
