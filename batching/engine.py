@@ -46,9 +46,9 @@ class Engine(PrefixSharer):
         advances the others by a step.
 
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
-        max_new_tokens, or where the cache is full; finish_reasons then has which it was.
-        ValueError if one has no room for a token, or if the cache has lost or would lose the
-        cached tokens in front of one; RuntimeError if another run of this engine has begun."""
+        max_new_tokens, or where the cache is full; finish_reasons then has which it was. ValueError
+        if one has no room for a token, or the cache has lost or would lose the cached tokens in
+        front of it; RuntimeError if another run of this engine has begun meanwhile."""
         wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(wanted, take_number)
         self.wanted = wanted
@@ -243,8 +243,7 @@ class Engine(PrefixSharer):
 
     def free(self, running: Running) -> None:
         """Let go of a request's row, if it has one. A row that is refilled goes back to its cached
-        tokens, where steps cost it least; any other keeps its text, for a caller who continues
-        it."""
+        tokens, where steps cost least; any other keeps its text, for a caller who goes on."""
         row = running.row
         had_row = self.running.get(row) is running
         if had_row:

@@ -47,13 +47,11 @@ def penalize_repetition(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor
 
 
 def penalize_presence(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
-    has_come = texts.counts(logits.shape[1], new=True) > 0
-    return logits - penalty * has_come
+    return logits - penalty * (texts.counts(logits.shape[1], new=True) > 0)
 
 
 def penalize_frequency(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
-    counts = texts.counts(logits.shape[1], new=True)
-    return logits - penalty * counts
+    return logits - penalty * texts.counts(logits.shape[1], new=True)
 
 
 class Processor(NamedTuple):
