@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,8 +21,10 @@ def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> No
     if cache.cached[row] < len(ids):
         raise ValueError(f"{len(ids)} tokens are not cached: the row has {cache.cached[row]}")
     cache.refuse_lost(slice(row, row + 1), len(ids))
-    tensors = {name: x.contiguous() for name, x in parts_of_row(cache, row, len(ids)).items()}
-    said = {"ids": json.dumps(ids), "model": fingerprint(model), "sums": sums_of(tensors)}
+    parts = parts_of_row(cache, row, len(ids))
+    tensors = {name: x.contiguous() for name, x in parts.items()}
+    said = {"ids": json.dumps(ids), "model": fingerprint(model)}
+    said["sums"] = sums_of(tensors)
     save_file(tensors, file, said)
 
 
@@ -43,7 +46,8 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     return ids
 
 
-def kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def kinds(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Their shapes and dtypes."""
     return {name: (x.shape, x.dtype) for name, x in tensors.items()}
 
 
@@ -90,11 +94,12 @@ def fingerprint(model: Transformer) -> str:
     cache has that room, and its weights."""
     ropes = filter(None, dict.fromkeys(model.config.ropes))
     turns = [rope_frequencies(rope, model.cache.max_seq_len)[0].tolist() for rope in ropes]
-    plain = [
-        (name, key, value) for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key not in ("training", "compiled", "error")
-    ]
+    plain = []
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            passing = key in ("training", "compiled", "error")
+            if isinstance(value, (int, float, str)) and not passing:
+                plain.append((name, key, value))
     said = [model.config.hf, turns, plain, sums_of(model.state_dict())]
     return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 

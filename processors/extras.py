@@ -19,7 +19,6 @@ from processors.functions import Function
 from processors.logprobs import LogProbs
 
 
-
 class Texts(NamedTuple):
     """The tokens of N rows, on the device, as far as their decoder has read or drawn them."""
 
@@ -29,13 +28,12 @@ class Texts(NamedTuple):
 
     def counts(self, n_tokens: int, new: bool = False) -> Tensor:
         """How often each token has come, of the new ones or of all: float32 [N, n_tokens]."""
-        N, S = self.tokens.shape
         device = self.tokens.device
-        position = torch.arange(S, device=device)
+        position = torch.arange(self.tokens.shape[1], device=device)
         counted = (position < self.n[:, None]) & (self.tokens >= 0)
         if new:
             counted &= position >= self.begins[:, None]
-        counts = torch.zeros(N, n_tokens, device=device)
+        counts = torch.zeros(len(self.n), n_tokens, device=device)
         return counts.scatter_add_(1, self.tokens.clamp(min=0), counted.float())
 
 
@@ -47,10 +45,13 @@ def penalize_repetition(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor
 
 
 def penalize_presence(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
-    return logits - penalty * (texts.counts(logits.shape[1], new=True) > 0)
+    """Logits of tokens that have come in the answer: less it."""
+    has_come = texts.counts(logits.shape[1], new=True) > 0
+    return logits - penalty * has_come
 
 
 def penalize_frequency(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
+    """The same, as often as they have come."""
     return logits - penalty * texts.counts(logits.shape[1], new=True)
 
 
@@ -103,10 +104,11 @@ class Extras:
         self.decoder.known = ()
 
     def refuse(self, request: Request) -> None:
-        functions = request.processors
-        listed = isinstance(functions, (list, tuple))
-        if not listed or not all(callable(getattr(each, "begin", each)) for each in functions):
-            raise ValueError(f"processors must be a list of functions, not {functions!r:.60}")
+        """ValueError if a request asks for what makes no sense, or what the decoder has not."""
+        given = request.processors
+        listed = isinstance(given, Sequence)
+        if not listed or not all(callable(getattr(each, "begin", each)) for each in given):
+            raise ValueError(f"processors must be a list of functions, not {given!r:.60}")
         if request.echo and request.logprobs is None:
             raise ValueError("echo goes with logprobs: it gives those of the prompt")
         if request.logprobs is not None and not hasattr(self.decoder, "stats"):
@@ -138,8 +140,7 @@ class Extras:
     def change(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
         """Logits [B, T, V], `ahead` of the rows' last tokens and on, as the rows' requests want
         them, in float32."""
-        B, T, V = logits.shape
-        device = logits.device
+        T, device = logits.shape[1], logits.device
         offsets = torch.arange(ahead, ahead + T, device=device)
         places = self.decoder.input_pos[rows, None] + offsets  # (B, T)
         self.raw, self.rows, self.places = logits, rows, places
@@ -151,19 +152,19 @@ class Extras:
         row = torch.arange(rows.start, rows.stop, device=device)
         row = row.repeat_interleave(T)  # (B * T)
         texts = Texts(self.tokens[row], self.begins[row], places.flatten())
-        settings = self.settings[row].split(1, 1)
-        logits = logits.to(torch.float32, copy=True).view(B * T, V)
+        settings = self.settings[row].split(1, 1)  # (B * T, 1) each
+        logits = logits.to(torch.float32, copy=True).flatten(0, 1)  # (B * T, V)
         for name, setting in zip(PROCESSORS, settings):
             if name in self.on:
                 logits = PROCESSORS[name].change(logits, texts, setting)
         if self.by_host:
             self.call(rows, texts, logits, ahead)
-        return logits.view(B, T, V)
+        return logits.view_as(self.raw)
 
     def call(self, rows: slice, texts: Texts, logits: Tensor, ahead: int) -> None:
         """Change logits [N, V] by the functions of each row, one after the other. A row that does
         not run has none; its prompt may just have been read. ValueError: one gives no logits."""
-        runs = self.decoder.active[rows].tolist()
+        runs = self.decoder.active[rows].tolist()  # by the row
         T = len(logits) // len(runs)
         for i, n in enumerate(texts.n.tolist()):
             row = i // T
