@@ -140,8 +140,8 @@ class Extras:
     def change(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
         """Logits [B, T, V], `ahead` of the rows' last tokens and on, as the rows' requests want
         them, in float32."""
-        T, device = logits.shape[1], logits.device
-        offsets = torch.arange(ahead, ahead + T, device=device)
+        T = logits.shape[1]
+        offsets = torch.arange(ahead, ahead + T, device=logits.device)
         places = self.decoder.input_pos[rows, None] + offsets  # (B, T)
         self.raw, self.rows, self.places = logits, rows, places
         if not self.on and not self.by_host:
@@ -149,12 +149,11 @@ class Extras:
         if T > 1:  # what stands in front of all but the first
             proposals = self.proposals[:, :T - 1]
             self.tokens[rows].scatter_(1, places[:, :-1], proposals)
-        row = torch.arange(rows.start, rows.stop, device=device)
-        row = row.repeat_interleave(T)  # (B * T)
-        texts = Texts(self.tokens[row], self.begins[row], places.flatten())
-        settings = self.settings[row].split(1, 1)  # (B * T, 1) each
+        of_rows = (self.tokens, self.begins, self.settings)
+        tokens, begins, settings = (x[rows].repeat_interleave(T, 0) for x in of_rows)  # (B * T)
+        texts = Texts(tokens, begins, places.flatten())
         logits = logits.to(torch.float32, copy=True).flatten(0, 1)  # (B * T, V)
-        for name, setting in zip(PROCESSORS, settings):
+        for name, setting in zip(PROCESSORS, settings.split(1, 1)):
             if name in self.on:
                 logits = PROCESSORS[name].change(logits, texts, setting)
         if self.by_host:
