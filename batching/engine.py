@@ -85,6 +85,7 @@ class Engine(PrefixSharer):
 
     def start(self, requests: Sequence[Request]) -> None:
         self.started.clear()
+        self.held.clear()  # others may have had the cache since
         super().start(requests)
         self.furthest = self.input_pos.tolist()
         self.refills = len(requests) > self.cache.max_batch_size
@@ -108,7 +109,7 @@ class Engine(PrefixSharer):
             n, B = len(self.wanted), self.cache.max_batch_size
             raise ValueError(f"{n} prompts behind cached tokens need as many rows, not {B}: {why}")
 
-    # --- prompts ---
+    # --- prompts and steps ---
 
     def chunk(self) -> int:
         return self.chunk_beside_steps if self.running else PREFILL_CHUNK
@@ -159,8 +160,6 @@ class Engine(PrefixSharer):
         drawn = Drawn(self.token[rows], None, *self.known)
         return [self.send(drawn, dict(enumerate(reading.group)), reading.began, k=None)]
 
-    # --- steps ---
-
     @on_its_device
     def launch(self, began: Mark) -> Launch:
         """Launch a step for the requests that run."""
@@ -207,7 +206,12 @@ class Engine(PrefixSharer):
             taken = self.take(running, tokens[row][:accepted + 1])
             if self.extras is not None:
                 taken = self.extras.logprobs.told(running.request, taken, launch.drawn, row)
-            self.stats.count(len(taken), launch.k)
+            self.stats.new_tokens += len(taken)
+            if launch.k is not None:
+                self.stats.useful_row_steps += 1
+                self.stats.decode_tokens += len(taken)
+            if launch.k:
+                self.stats.speculation.tokens += len(taken)
             yield running.number, taken
 
     def note_step(self, launch: Launch, agreed: list[int], seconds: float) -> None:
@@ -280,8 +284,6 @@ class Engine(PrefixSharer):
             self.extras.copy_row(last, free)
         self.active[last] = 0
         self.rest(last, running.request.cached)
-
-    # --- time ---
 
     @on_its_device
     def mark(self) -> Mark:
