@@ -78,7 +78,7 @@ class Extras:
     def __init__(self, decoder: Decoder):
         self.decoder = proxy(decoder)  # which has this
         B, S = decoder.cache.max_batch_size, decoder.cache.max_seq_len
-        device = decoder.device
+        device = decoder.input_pos.device
         # these two: see Texts
         self.tokens = torch.full((B, S + 1), -1, device=device)
         self.begins = torch.zeros(B, dtype=torch.int32, device=device)
