@@ -103,8 +103,8 @@ class Engine(PrefixSharer):
         if len(cached) > 1:
             why = f"some would write over the {max(cached)} tokens that others are behind"
         elif lost and cached != {0}:
-            why = f"layers with a sliding window keep the last {self.cache.ring_len} tokens of a row"
-            why += ", and no others for the prompt after"
+            why = "layers with a sliding window keep the last "
+            why += f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
         if why:
             n, B = len(self.wanted), self.cache.max_batch_size
             raise ValueError(f"{n} prompts behind cached tokens need as many rows, not {B}: {why}")
