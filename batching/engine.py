@@ -13,7 +13,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from batching.prefix import PrefixSharer, pads_little
 from generate import PREFILL_CHUNK, Drawn, Request, kind_of, on_its_device
@@ -47,9 +46,9 @@ class Engine(PrefixSharer):
         advances the others by a step.
 
         A request ends with the first of its eos_ids (included), where its `ends` says so, after
-        max_new_tokens, or where the cache is full; finish_reasons then has which it was.
-        ValueError if one has no room for a token, or if the cache has lost or would lose the
-        cached tokens in front of one; RuntimeError if another run of this engine has begun."""
+        max_new_tokens, or where the cache is full; finish_reasons then has which it was. ValueError
+        if one has no room for a token, or the cache has lost or would lose the cached tokens in
+        front of it; RuntimeError if another run of this engine has begun meanwhile."""
         wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(wanted, take_number)
         self.wanted = wanted
@@ -86,6 +85,7 @@ class Engine(PrefixSharer):
 
     def start(self, requests: Sequence[Request]) -> None:
         self.started.clear()
+        self.held.clear()  # others may have had the cache since
         super().start(requests)
         self.furthest = self.input_pos.tolist()
         self.refills = len(requests) > self.cache.max_batch_size
@@ -96,23 +96,20 @@ class Engine(PrefixSharer):
         """ValueError if a request that has a row would drive cached tokens out of it that the next
         one is to have in front of its prompt: by writing over them, or out of a layer's ring."""
         cached = {running.request.cached for running in self.wanted}
-        n, B = len(self.wanted), self.cache.max_batch_size
-        if len(cached) > 1:
-            raise ValueError(
-                f"{n} prompts in {B} rows are behind the same number of cached tokens, not behind "
-                f"{min(cached)} and {max(cached)}"
-            )
         longest = max(running.prompt_end + running.budget for running in self.wanted)
         longest += (self.lag + 1) * (self.k + 1)  # steps that are under way
         lost = any(each.places.ring and longest > each.places.S for each in self.cache.whole)
-        if lost and cached != {0}:
-            raise ValueError(
-                f"{n} prompts behind cached tokens need as many rows, not {B}: layers with a "
-                f"sliding window keep the last {self.cache.ring_len} tokens of a row, and no "
-                "others for the prompt after"
-            )
+        why = ""
+        if len(cached) > 1:
+            why = f"some would write over the {max(cached)} tokens that others are behind"
+        elif lost and cached != {0}:
+            why = "layers with a sliding window keep the last "
+            why += f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
+        if why:
+            n, B = len(self.wanted), self.cache.max_batch_size
+            raise ValueError(f"{n} prompts behind cached tokens need as many rows, not {B}: {why}")
 
-    # --- prompts ---
+    # --- prompts and steps ---
 
     def chunk(self) -> int:
         return self.chunk_beside_steps if self.running else PREFILL_CHUNK
@@ -161,9 +158,7 @@ class Engine(PrefixSharer):
             self.running[running.row] = running
             running.drawn = 1
         drawn = Drawn(self.token[rows], None, *self.known)
-        return [self.send(drawn, dict(enumerate(reading.group)), reading.began)]
-
-    # --- steps ---
+        return [self.send(drawn, dict(enumerate(reading.group)), reading.began, k=None)]
 
     @on_its_device
     def launch(self, began: Mark) -> Launch:
@@ -178,18 +173,15 @@ class Engine(PrefixSharer):
         for row, running in rows.items():
             running.drawn += 1
             self.furthest[row] += k + 1
-        return self.send(drawn, rows, began, is_step=True, k=k)
+        return self.send(drawn, rows, began, k)
 
-    def send(
-        self, drawn: Drawn, rows: dict[int, Running], began: Mark, is_step: bool = False,
-        k: int = 0,
-    ) -> Launch:
+    def send(self, drawn: Drawn, rows: dict[int, Running], began: Mark, k: int | None) -> Launch:
         """Send what was drawn on its way to the host, and free the rows that have all."""
-        drawn = Drawn(*map(on_host, drawn))
+        copies = [x if x is None else x.to("cpu", non_blocking=True, copy=True) for x in drawn]
         for running in rows.values():
             if running.done or running.drawn >= running.budget:
                 self.free(running)
-        return Launch(drawn, rows, is_step, k, began, self.mark())
+        return Launch(Drawn(*copies), rows, k, began, self.mark())
 
     def read(self, launch: Launch) -> Iterator[tuple[int, list[int]]]:
         """Wait for a launch and hand its tokens to the requests that still want them."""
@@ -198,26 +190,28 @@ class Engine(PrefixSharer):
         agreed = [0] * len(tokens)
         if launch.drawn.agreed is not None:
             agreed = launch.drawn.agreed.tolist()
-        if launch.is_step:
-            self.note_step(launch, agreed, seconds)
-        else:
+        if launch.k is None:
             self.stats.first_token_s.append(seconds)
+        else:
+            self.note_step(launch, agreed, seconds)
+        k = launch.k or 0
         for row, running in launch.rows.items():
-            accepted = min(agreed[row], launch.k)
-            running.drawn += accepted
-            keeps_row = not self.refills or self.running.get(running.row) is running
-            if keeps_row:
-                self.furthest[running.row] -= launch.k - accepted
             if running.done:
                 continue
+            accepted = min(agreed[row], k)
+            running.drawn += accepted
+            if not self.refills or self.running.get(running.row) is running:
+                self.furthest[running.row] -= k - accepted
+                self.cache.cached[running.row] = running.prompt_end + running.read + accepted
             taken = self.take(running, tokens[row][:accepted + 1])
             if self.extras is not None:
                 taken = self.extras.logprobs.told(running.request, taken, launch.drawn, row)
-            if keeps_row:
-                self.cache.cached[running.row] = running.prompt_end + running.read - 1
-            self.stats.count(len(taken), launch.is_step, launch.k)
-            if running.done:
-                self.free(running)
+            self.stats.new_tokens += len(taken)
+            if launch.k is not None:
+                self.stats.useful_row_steps += 1
+                self.stats.decode_tokens += len(taken)
+            if launch.k:
+                self.stats.speculation.tokens += len(taken)
             yield running.number, taken
 
     def note_step(self, launch: Launch, agreed: list[int], seconds: float) -> None:
@@ -238,24 +232,22 @@ class Engine(PrefixSharer):
             running.read += 1
             reason = running.request.ends_with(token, running.read, running.budget)
             if reason is not None:
-                running.done = True
-                self.finish_reasons[running.number] = reason
+                self.end(running.number, reason)
                 return tokens[:i + 1]
         return tokens
 
     # --- rows ---
 
-    def end(self, number: int) -> None:
+    def end(self, number: int, reason: str = "stop") -> None:
         """Stop a request of this run; a caller may do that at any time."""
         running = self.wanted[number]
         running.done = True
-        self.finish_reasons.setdefault(number, "stop")
+        self.finish_reasons.setdefault(number, reason)
         self.free(running)
 
     def free(self, running: Running) -> None:
         """Let go of a request's row, if it has one. A row that is refilled goes back to its cached
-        tokens, where steps cost it least; any other keeps its text, for a caller who continues
-        it."""
+        tokens, where steps cost least; any other keeps its text, for a caller who goes on."""
         row = running.row
         had_row = self.running.get(row) is running
         if had_row:
@@ -293,8 +285,6 @@ class Engine(PrefixSharer):
         self.active[last] = 0
         self.rest(last, running.request.cached)
 
-    # --- time ---
-
     @on_its_device
     def mark(self) -> Mark:
         if self.device.type != "cuda":
@@ -322,14 +312,6 @@ def seconds_between(began: Mark, ended: Mark) -> float:
         return ended - began
     ended.synchronize()
     return began.elapsed_time(ended) / 1e3
-
-
-def on_host(tensor: Tensor | None) -> Tensor | None:
-    """A copy, on its way."""
-    if tensor is None:
-        return None
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor, non_blocking=True)
 
 
 @dataclass
@@ -390,7 +372,6 @@ class Launch:
 
     drawn: Drawn  # on the host, there once `ended` is reached
     rows: dict[int, Running]  # by the row of drawn
-    is_step: bool
-    k: int  # proposals that were checked
+    k: int | None  # proposals that a step checked; None: these are first tokens
     began: Mark
     ended: Mark

@@ -56,10 +56,6 @@ class PrefixSharer(Speculator):
         self.held: dict[int, list[int]] = {}
         self.stats = Stats()
 
-    def start(self, requests: Sequence[Request]) -> None:
-        self.held.clear()  # others may have had the cache since
-        super().start(requests)
-
     def prefill(self, rows: slice, requests: Sequence[Request], done: int = 0) -> Iterator[bool]:
         shared = begin_alike(requests)
         if shared and not (self.extras and self.extras.echo):  # which wants to see all

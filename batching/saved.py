@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,8 +21,10 @@ def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> No
     if cache.cached[row] < len(ids):
         raise ValueError(f"{len(ids)} tokens are not cached: the row has {cache.cached[row]}")
     cache.refuse_lost(slice(row, row + 1), len(ids))
-    tensors = {name: x.contiguous() for name, x in parts_of_row(cache, row, len(ids)).items()}
-    said = {"ids": json.dumps(ids), "model": fingerprint(model), "sums": sums_of(tensors)}
+    parts = parts_of_row(cache, row, len(ids))
+    tensors = {name: x.contiguous() for name, x in parts.items()}
+    said = {"ids": json.dumps(ids), "model": fingerprint(model)}
+    said["sums"] = sums_of(tensors)
     save_file(tensors, file, said)
 
 
@@ -36,13 +39,16 @@ def load_row(model: Transformer, file: Path) -> list[int]:
     if not all(0 <= i < model.config.vocab_size for i in ids):
         raise ValueError(f"{file} has ids that are no tokens of the model")
     cache.refuse_overflow([len(ids)], 1)
+    if kinds(parts_of_row(cache, 0, len(ids))) != kinds(tensors):
+        raise ValueError(f"{file} is of another kind of cache: set one up as it was then")
     for row in range(cache.max_batch_size):
-        here = parts_of_row(cache, row, len(ids))
-        kinds = [{name: (x.shape, x.dtype) for name, x in each.items()} for each in (here, tensors)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"{file} is of another kind of cache: set one up as it was then")
         fill_row(cache, row, len(ids), tensors)
     return ids
+
+
+def kinds(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Their shapes and dtypes."""
+    return {name: (x.shape, x.dtype) for name, x in tensors.items()}
 
 
 def read_row(file: Path, device: Device = "cpu") -> tuple[list[int], str, dict[str, Tensor]]:
@@ -88,11 +94,12 @@ def fingerprint(model: Transformer) -> str:
     cache has that room, and its weights."""
     ropes = filter(None, dict.fromkeys(model.config.ropes))
     turns = [rope_frequencies(rope, model.cache.max_seq_len)[0].tolist() for rope in ropes]
-    plain = [
-        (name, key, value) for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float, str)) and key not in ("training", "compiled", "error")
-    ]
+    plain = []
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            passing = key in ("training", "compiled", "error")
+            if isinstance(value, (int, float, str)) and not passing:
+                plain.append((name, key, value))
     said = [model.config.hf, turns, plain, sums_of(model.state_dict())]
     return sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -324,16 +324,11 @@ class Speculator(Decoder):
         self.move(rows, last, n)
         return Drawn(tokens, agreed, *self.known)
 
-    def prepare(self) -> float:
-        """Not where the trial has no room: a row may be too near the end of the cache."""
-        if max(self.furthest) + self.k_now + 1 > self.cache.max_seq_len:
-            return 0.0
-        return super().prepare()
-
     def prepare_all(self) -> float:
-        """Prepare the steps of self.kind, with proposals and without -> seconds it took."""
+        """Prepare the steps of self.kind, with proposals where a trial has room, and without ->
+        seconds it took."""
         seconds = 0.0
-        for self.k_now in sorted({0, self.k}, reverse=True):
+        for self.k_now in sorted({0, self.k if self.has_room() else 0}, reverse=True):
             seconds += self.prepare()
         return seconds
 
@@ -355,10 +350,10 @@ class Speculator(Decoder):
         return logits
 
     def next_k(self) -> int:
-        """How many proposals the next step checks: none where that does not pay, or where a row may
-        be too near the end of the cache."""
-        if self.k == 0 or self.gauge is not None and not self.gauge.pays(self.width()):
-            return 0
-        if max(self.furthest) + self.k + 1 > self.cache.max_seq_len:
-            return 0
-        return self.k
+        """How many proposals the next step checks: none where that does not pay."""
+        pays = self.gauge is None or self.gauge.pays(self.width())
+        return self.k if pays and self.has_room() else 0
+
+    def has_room(self) -> bool:
+        """Whether each row surely has room for k proposals behind its last token."""
+        return max(self.furthest) + self.k < self.cache.max_seq_len

@@ -42,12 +42,3 @@ class Stats:
     row_steps: int = 0  # rows that decode steps worked on
     useful_row_steps: int = 0  # those whose request got something
     speculation: Speculation = field(default_factory=Speculation)
-
-    def count(self, n: int, is_step: bool, k: int) -> None:
-        """A request got n tokens, of prompts or of a step that checked k proposals."""
-        self.new_tokens += n
-        if is_step:
-            self.useful_row_steps += 1
-            self.decode_tokens += n
-        if k:
-            self.speculation.tokens += n

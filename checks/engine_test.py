@@ -356,9 +356,10 @@ def test_a_request_that_is_ended_before_its_first_token_takes_no_step(
 ) -> None:
     """While it waits for a row, or while its prompt is read; the others get what they get alone."""
     model = loaded(checkpoint)
-    requests = [Request(random_prompt(n), 9) for n in (5, 40, 70)]
-    expected = alone(model, requests)
     for number in (1, 2):
+        budgets = [26 if i == number else 9 for i in range(3)]
+        requests = [Request(random_prompt(n), budgets[i]) for i, n in enumerate((5, 40, 70))]
+        expected = alone(model, requests)
         model.setup_caches(rows, 96)
         engine = Engine(model, speculate_k=speculate_k)
         out: list[list[int]] = [[], [], []]
@@ -367,7 +368,7 @@ def test_a_request_that_is_ended_before_its_first_token_takes_no_step(
             engine.end(number)
         assert out == [[] if i == number else tokens for i, tokens in enumerate(expected)]
         assert engine.finish_reasons[number] == "stop"
-        assert engine.stats.useful_row_steps <= engine.stats.decode_tokens <= 16
+        assert len(engine.stats.steps_s) <= 16
 
 
 def test_requests_in_refilled_rows_are_behind_the_same_tokens(checkpoint: Checkpoint) -> None:
@@ -377,7 +378,7 @@ def test_requests_in_refilled_rows_are_behind_the_same_tokens(checkpoint: Checkp
     requests = [Request([5, 6, 7], 6, cached=10), Request([8, 9], 6, cached=20)]
     engine = engine_of(model, 1)
     generate(model, [prefix], 1, engine=engine)
-    with pytest.raises(ValueError, match="2 prompts in 1 rows .* not behind 10 and 20"):
+    with pytest.raises(ValueError, match="need as many rows, not 1: some would write over the 20"):
         collect(engine, requests)
     engine = engine_of(model, 2)
     generate(model, [prefix] * 2, 1, engine=engine)

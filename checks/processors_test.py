@@ -323,6 +323,30 @@ def test_rows_that_share_a_beginning_know_all_of_it(checkpoint: Checkpoint) -> N
             assert one.prompt_logprobs[1:] == same
 
 
+def test_tokens_beyond_the_vocabulary_change_nothing(checkpoint: Checkpoint) -> None:
+    """A tokenizer may have some that its model has not, ends of a text among them."""
+    model = loaded(checkpoint)
+    functions = [MinNewTokens(2), BadWords([[5, 500], [500]]), LogitBias({500: 1.0})]
+    want = generate(model, PROMPTS, 4)
+    assert generate(model, PROMPTS, 4, eos_ids=[500], processors=functions) == want
+
+
+def test_a_row_of_processors_without_a_setting_is_on_by_what_a_run_asks(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by what the engine was asked before."""
+    model = loaded(checkpoint)
+    off = generate(model, PROMPTS, 3)
+
+    def want_one(logits: Tensor, *_: object) -> Tensor:
+        return logits.index_fill(1, torch.tensor([1]), 1e4)
+
+    monkeypatch.setitem(PROCESSORS, "one", Processor(want_one, off=0.0))
+    engine = engine_of(model, 3)
+    for settings, want in ({}, off), (dict(logprobs=0), [[1] * 3] * 3), ({}, off):
+        assert generate(model, PROMPTS, 3, engine=engine, **settings) == want
+
+
 # --- the command line ---
 
 SCHEMA = {

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from generate import EXTRAS, Decoder, Request, settings_of
+from processors.functions import Function
 from processors.logprobs import LogProbs
-
-Function = Callable[[Tensor, Tensor], Tensor]  # one of Request.processors
 
 
 class Texts(NamedTuple):
@@ -29,13 +28,12 @@ class Texts(NamedTuple):
 
     def counts(self, n_tokens: int, new: bool = False) -> Tensor:
         """How often each token has come, of the new ones or of all: float32 [N, n_tokens]."""
-        N, S = self.tokens.shape
         device = self.tokens.device
-        position = torch.arange(S, device=device)
+        position = torch.arange(self.tokens.shape[1], device=device)
         counted = (position < self.n[:, None]) & (self.tokens >= 0)
         if new:
             counted &= position >= self.begins[:, None]
-        counts = torch.zeros(N, n_tokens, device=device)
+        counts = torch.zeros(len(self.n), n_tokens, device=device)
         return counts.scatter_add_(1, self.tokens.clamp(min=0), counted.float())
 
 
@@ -47,13 +45,14 @@ def penalize_repetition(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor
 
 
 def penalize_presence(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
+    """Logits of tokens that have come in the answer: less it."""
     has_come = texts.counts(logits.shape[1], new=True) > 0
     return logits - penalty * has_come
 
 
 def penalize_frequency(logits: Tensor, texts: Texts, penalty: Tensor) -> Tensor:
-    counts = texts.counts(logits.shape[1], new=True)
-    return logits - penalty * counts
+    """The same, as often as they have come."""
+    return logits - penalty * texts.counts(logits.shape[1], new=True)
 
 
 class Processor(NamedTuple):
@@ -79,7 +78,7 @@ class Extras:
     def __init__(self, decoder: Decoder):
         self.decoder = proxy(decoder)  # which has this
         B, S = decoder.cache.max_batch_size, decoder.cache.max_seq_len
-        device = decoder.device
+        device = decoder.input_pos.device
         # these two: see Texts
         self.tokens = torch.full((B, S + 1), -1, device=device)
         self.begins = torch.zeros(B, dtype=torch.int32, device=device)
@@ -101,22 +100,19 @@ class Extras:
         self.logprobs = LogProbs(self.decoder.model, requests)
         self.echo = self.logprobs.echo
         self.note_prompts = self.logprobs.note_prompts
+        self.key = frozenset(self.on), self.by_host, self.logprobs.n  # what steps differ in
         self.decoder.known = ()
 
     def refuse(self, request: Request) -> None:
-        functions = request.processors
-        listed = isinstance(functions, (list, tuple))
-        if not listed or not all(callable(getattr(each, "begin", each)) for each in functions):
-            raise ValueError(f"processors must be a list of functions, not {functions!r:.60}")
+        """ValueError if a request asks for what makes no sense, or what the decoder has not."""
+        given = request.processors
+        listed = isinstance(given, Sequence)
+        if not listed or not all(callable(getattr(each, "begin", each)) for each in given):
+            raise ValueError(f"processors must be a list of functions, not {given!r:.60}")
         if request.echo and request.logprobs is None:
             raise ValueError("echo goes with logprobs: it gives those of the prompt")
         if request.logprobs is not None and not hasattr(self.decoder, "stats"):
             raise ValueError("logprobs are what a batching.Engine gives, and not a Decoder")
-
-    @property
-    def key(self) -> tuple:
-        """What steps differ in."""
-        return frozenset(self.on), self.by_host, self.logprobs.n
 
     def begin(self, rows: slice, requests: Sequence[Request], logits: Tensor) -> Tensor:
         """The prompts of requests were read into rows; logits [n, V] of their ends, changed."""
@@ -144,9 +140,8 @@ class Extras:
     def change(self, rows: slice, logits: Tensor, ahead: int) -> Tensor:
         """Logits [B, T, V], `ahead` of the rows' last tokens and on, as the rows' requests want
         them, in float32."""
-        B, T, V = logits.shape
-        device = logits.device
-        offsets = torch.arange(ahead, ahead + T, device=device)
+        T = logits.shape[1]
+        offsets = torch.arange(ahead, ahead + T, device=logits.device)
         places = self.decoder.input_pos[rows, None] + offsets  # (B, T)
         self.raw, self.rows, self.places = logits, rows, places
         if not self.on and not self.by_host:
@@ -154,22 +149,21 @@ class Extras:
         if T > 1:  # what stands in front of all but the first
             proposals = self.proposals[:, :T - 1]
             self.tokens[rows].scatter_(1, places[:, :-1], proposals)
-        row = torch.arange(rows.start, rows.stop, device=device)
-        row = row.repeat_interleave(T)  # (B * T)
-        texts = Texts(self.tokens[row], self.begins[row], places.flatten())
-        settings = self.settings[row].split(1, 1)
-        logits = logits.to(torch.float32, copy=True).view(B * T, V)
-        for name, setting in zip(PROCESSORS, settings):
+        of_rows = (self.tokens, self.begins, self.settings)
+        tokens, begins, settings = (x[rows].repeat_interleave(T, 0) for x in of_rows)  # (B * T)
+        texts = Texts(tokens, begins, places.flatten())
+        logits = logits.to(torch.float32, copy=True).flatten(0, 1)  # (B * T, V)
+        for name, setting in zip(PROCESSORS, settings.split(1, 1)):
             if name in self.on:
                 logits = PROCESSORS[name].change(logits, texts, setting)
         if self.by_host:
             self.call(rows, texts, logits, ahead)
-        return logits.view(B, T, V)
+        return logits.view_as(self.raw)
 
     def call(self, rows: slice, texts: Texts, logits: Tensor, ahead: int) -> None:
         """Change logits [N, V] by the functions of each row, one after the other. A row that does
         not run has none; its prompt may just have been read. ValueError: one gives no logits."""
-        runs = self.decoder.active[rows].tolist()
+        runs = self.decoder.active[rows].tolist()  # by the row
         T = len(logits) // len(runs)
         for i, n in enumerate(texts.n.tolist()):
             row = i // T

@@ -6,13 +6,15 @@ What has a method begin(request) makes a function for each answer."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from generate import Request
+
+Function = Callable[[Tensor, Tensor], Tensor]  # one of Request.processors
 
 
 class NoRepeatNgram:
@@ -33,11 +35,13 @@ class LogitBias:
     """Numbers to add, by tokens."""
 
     def __init__(self, bias: Mapping[int, float]):
-        self.ids, self.values = list(bias.keys()), list(bias.values())
+        self.bias = dict(bias)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        values = torch.tensor(self.values, dtype=torch.float32, device=logits.device)
-        return logits.index_add(0, torch.tensor(self.ids, device=logits.device), values)
+        known = {i: value for i, value in self.bias.items() if i < len(logits)}
+        index = torch.tensor([*known], dtype=torch.int64, device=logits.device)
+        values = torch.tensor([*known.values()], dtype=torch.float32, device=logits.device)
+        return logits.index_add(0, index, values)
 
 
 class BadWords:
@@ -60,19 +64,28 @@ class MinNewTokens:
     def __init__(self, n: int):
         self.n = n
 
-    def begin(self, request: Request) -> Callable[[Tensor, Tensor], Tensor]:
-        lengths: list[int] = []  # of the prompt: the first that is seen
+    def begin(self, request: Request) -> Function:
+        def later(new: Tensor, logits: Tensor) -> Tensor:
+            return forbid(logits, request.eos_ids) if len(new) < self.n else logits
 
-        def later(ids: Tensor, logits: Tensor) -> Tensor:
-            lengths[:] = lengths or [len(ids)]
-            too_soon = len(ids) - lengths[0] < self.n
-            return forbid(logits, list(request.eos_ids)) if too_soon else logits
-
-        return later
+        return of_new_tokens(later)
 
 
-def forbid(logits: Tensor, ids: list[int]) -> Tensor:
-    index = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+def of_new_tokens(function: Function) -> Function:
+    """A function of the new tokens as one of all: the first call is with the prompt."""
+    begins: list[int] = []  # where the new ones begin
+
+    def of_all(ids: Tensor, logits: Tensor) -> Tensor:
+        begins[:] = begins or [len(ids)]
+        return function(ids[begins[0]:], logits)
+
+    return of_all
+
+
+def forbid(logits: Tensor, ids: Iterable[int]) -> Tensor:
+    """Those beyond the model's vocabulary, which a tokenizer may have, never come anyway."""
+    known = [i for i in ids if i < len(logits)]
+    index = torch.tensor(known, dtype=torch.int64, device=logits.device)
     return logits.index_fill(0, index, float("-inf"))
 
 
@@ -111,15 +124,13 @@ class Grammar:
         if wrong:
             raise ValueError(f"no {kind}: {' '.join(wrong.split())}")
 
-    def begin(self, request: Request) -> Callable[[Tensor, Tensor], Tensor]:
+    def begin(self, request: Request) -> Function:
         """What masks the logits of one answer."""
         matcher = self.matcher(self.tokens, self.grammar)
-        lengths: list[int] = []  # of the prompt: the first that is seen
         taken: list[int] = []  # tokens that the matcher stands behind
 
         def mask(ids: Tensor, logits: Tensor) -> Tensor:
-            lengths[:] = lengths or [len(ids)]
-            new = ids[lengths[0]:].tolist()
+            new = ids.tolist()
             same = len(os.path.commonprefix([new, taken]))
             if same < len(taken):
                 matcher.rollback(len(taken) - same)
@@ -131,4 +142,4 @@ class Grammar:
             allowed = allowed[:len(logits)].to(logits.device, non_blocking=True)
             return logits.masked_fill(allowed == 0, float("-inf"))
 
-        return mask
+        return of_new_tokens(mask)

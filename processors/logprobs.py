@@ -23,7 +23,7 @@ class LogProbs:
     def __init__(self, model: Transformer, requests: Sequence[Request]):
         self.model = model
         asked = [request.logprobs for request in requests if request.logprobs is not None]
-        self.n = max(asked, default=None)
+        self.n = min(max(asked), model.config.vocab_size) if asked else None
         self.echo = any(request.echo for request in requests)
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.last: list[Tensor] = []  # [1, n, dim]: the head's input for the last tokens noted
@@ -32,8 +32,7 @@ class LogProbs:
     def of(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of logits [..., V] and tokens [...]: Drawn.logprobs and Drawn.likeliest."""
         logits = logits.float()
-        V = logits.shape[-1]
-        best, likeliest = logits.topk(min(self.n, V))
+        best, likeliest = logits.topk(self.n)
         own = logits.gather(-1, tokens[..., None])
         total = logits.logsumexp(-1, keepdim=True)
         return torch.cat([own, best], -1) - total, likeliest
@@ -44,13 +43,15 @@ class LogProbs:
         row = torch.arange(len(x), device=x.device)
         ends = x[row, last]  # (n, dim)
         # a token's come from the logits of the token before it; the very first has none
-        tokens, x = tokens.T, x.transpose(0, 1)
+        x = x.transpose(0, 1)  # (T, n, dim)
         before = torch.cat([*self.last, x[:-1]])  # (T or T - 1, n, dim)
-        wanted = tokens[len(tokens) - len(before):].flatten()
+        wanted = tokens.T[len(x) - len(before):]
         self.last = [x[-1:]]
         inputs = before.flatten(0, 1).split(HEAD_TOKENS)
-        for some, ids in zip(inputs, wanted.split(HEAD_TOKENS)):
-            self.noted.append(self.of(self.logits_of_many(some), ids))
+        ids = wanted.flatten().split(HEAD_TOKENS)
+        for some, some_ids in zip(inputs, ids):
+            logits = self.logits_of_many(some)
+            self.noted.append(self.of(logits, some_ids))
         return self.model.head(ends[:, None])[:, 0]
 
     def logits_of_many(self, x: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ class LogProbs:
         for i, request in enumerate(requests):
             if not request.echo:
                 continue
-            mine = slice(i, n * (len(request.prompt) - 1), n)
+            end = n * (len(request.prompt) - 1)  # of what prompts of this length have
+            mine = slice(i, end, n)
             known = fields_of(logprobs[mine], likeliest[mine], request)
             self.echoes[id(request)] = {
                 f"prompt_{name}": [None, *values] for name, values in known.items()
@@ -81,15 +83,16 @@ class LogProbs:
             return tokens
         n = len(tokens)
         known = fields_of(drawn.logprobs[row, :n], drawn.likeliest[row, :n], request)
-        known |= self.echoes.pop(id(request), {})
+        echo = self.echoes.pop(id(request), {})
         told = Tokens(tokens)
-        vars(told).update(known)
+        vars(told).update(known | echo)
         return told
 
 
 def fields_of(logprobs: Tensor, likeliest: Tensor, request: Request) -> dict[str, list]:
     """Fields of Tokens, from [n, 1 + K] and [n, K]."""
+    own = logprobs[:, 0].tolist()
+    best = logprobs[:, 1:].tolist()
     ids = likeliest[:, :request.logprobs].tolist()
-    values = logprobs[:, 1:].tolist()
-    top = [dict(zip(*each)) for each in zip(ids, values)]
-    return {"logprobs": logprobs[:, 0].tolist(), "top_logprobs": top}
+    top = [dict(zip(*each)) for each in zip(ids, best)]
+    return {"logprobs": own, "top_logprobs": top}
