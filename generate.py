@@ -347,9 +347,8 @@ class Decoder:
         self.prepared: dict[Any, Drawn] = {}
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self.lag = LAG if self.device.type == "cuda" else 0
-        self.sample = sample
-        if compiled and self.device.type == "cuda":  # noise alone is some thirty operators
-            self.sample = compiled_whole(sample)
+        on_gpu = compiled and self.device.type == "cuda"
+        self.sample = compiled_whole(sample) if on_gpu else sample  # noise is some thirty operators
 
     @on_its_device
     def step(self) -> Drawn:
@@ -550,7 +549,8 @@ class Decoder:
         self.finish_reasons.clear()
         self.active.zero_()
         # rows without a request, and trials, write after what is cached
-        self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
+        there = self.input_pos.new_tensor(self.cache.cached).clamp(max=self.cache.max_seq_len - 1)
+        self.input_pos.copy_(self.input_pos.maximum(there))
         self.kind = kind_of(requests)  # of all of them: a step is compiled before the first begins
         given = [getattr(request, name) for request in requests for name in EXTRAS]
         wanted = any(value not in (None, (), []) for value in given)

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from checks.common import PROMPTS, close, hf_logits, positions, random_tokens
-from generate import compile_model, generate
+from generate import Decoder, Request, compile_model, generate
 from model import KVCache, LayerCache, Transformer, load_model
 
 Checkpoint = Callable[[str], tuple[Path, PreTrainedModel]]  # the fixture: random ones, by name
@@ -140,3 +140,15 @@ def test_padding_is_not_cached(checkpoint: Checkpoint) -> None:
     model.prefill(random_tokens(2, 10), positions(0, 0), last=torch.tensor([9, 1]))
     with pytest.raises(ValueError, match="10 tokens are not cached"):
         generate(model, [[5], [5]], 2, cached=10)
+
+
+def test_steps_leave_rows_without_a_request_what_they_have(checkpoint: Checkpoint) -> None:
+    """A compiled step works on all rows. A new Decoder knows of them what the cache says."""
+    model = loaded(checkpoint)
+    cache = model.setup_caches(3, 40)
+    generate(model, [PROMPTS[0], [*PROMPTS[0], 7, 8], [5] * 38], 2)
+    rows = [(row, n) for row, n in enumerate(cache.cached) if row]
+    before = [[layer.kv[:, row, :, :n].clone() for row, n in rows] for layer in cache.whole]
+    list(Decoder(model, compiled=True).run([Request([3, 4], 4, cached=2)]))
+    for layer, held in zip(cache.whole, before):
+        assert all(torch.equal(layer.kv[:, row, :, :n], x) for (row, n), x in zip(rows, held))
