@@ -102,12 +102,11 @@ def convolved(window: Tensor, weight: Tensor, memory: Memory) -> tuple[Tensor, T
     """window [..., K - 1 + T, C]: inputs, K - 1 of them before the new ones; weight [C, K] -> in
     float32, q / sqrt(Dk) and k [..., T, 2, H, 1, Dk], and v [..., T, H, G, Dv]."""
     H, G, Dk, Dv = memory.state.shape[-4:]
-    window = window.float()
-    first, *others = weight.float().unbind(1)  # taps, (C) each
-    T = window.shape[-2] - len(others)
-    y = window.narrow(-2, 0, T) * first
-    for i, tap in enumerate(others, 1):
-        y.addcmul_(window.narrow(-2, i, T), tap)
+    window, taps = window.float(), weight.float().unbind(1)
+    T = window.shape[-2] - len(taps) + 1
+    y = window.narrow(-2, 0, T) * taps[0]
+    for i in range(1, len(taps)):
+        y.addcmul_(window.narrow(-2, i, T), taps[i])
     qk, v = F.silu(y).tensor_split([2 * H * Dk], -1)
     qk = qk.view(*y.shape[:-1], 2, H, 1, Dk)
     qk = qk * torch.rsqrt(qk.square().sum(-1, keepdim=True) + 1e-6)
@@ -146,30 +145,24 @@ def decode_token(
         window[:K - 1 - p] = 0
     qk, v = convolved(window, weight, memory)
     qk = qk[0].movedim(0, -2)  # (H, 1, 2, Dk)
-    q, k = qk.unbind(-2)
 
     # it is behind the state as those before it are; its update is 0 until it is known
-    keys, updates, gates = (part.select(-2, p % PLACES) for part in memory.tokens)
-    keys.copy_(k)
-    updates.zero_()
-    gates.copy_(g.view(H, G, 1))
-    of_q, of_k = read(qk, folded, p + 1, memory).unbind(-2)  # (H, G, Dv) each
-    u = beta.view(H, G, 1) * (v[0] - of_k)
-    updates.copy_(u)
-    return of_q + (q * k).sum(-1, keepdim=True) * u
+    place = p % PLACES
+    memory.keys[..., place, :] = qk[..., 1, :]
+    memory.updates[..., place, :] = 0
+    memory.gates[..., place, :] = g.view(H, G, 1)
+    keys, updates, gates = (pieces(part, folded, p + 1) for part in memory.tokens)
 
-
-def read(x: Tensor, folded: int, end: int, memory: Memory) -> Tensor:
-    """x S for x [H, 1, n, Dk] and the S of all tokens before position end: [H, G, n, Dv]."""
-    keys, updates, gates = (pieces(part, folded, end) for part in memory.tokens)
-    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, tokens, 1), from the state on
+    gate = torch.cat(gates, -2).cumsum(-2)  # (H, G, n, 1), from the state on
     total = gate[..., -1:, :]
     decays = (total - gate).exp().split([part.shape[-2] for part in gates], -2)
-    out = total.exp() * (x @ memory.state)
+    read = total.exp() * (qk @ memory.state)  # (H, G, 2, Dv)
     for key, update, decay in zip(keys, updates, decays):
-        scores = decay.mT * (x @ key.mT)  # (H, G, n, tokens of the piece)
-        out = out + scores @ update
-    return out
+        scores = decay.mT * (qk @ key.mT)  # (H, G, 2, n)
+        read = read + scores @ update
+    u = beta.view(H, G, 1) * (v[0] - read[..., 1, :])  # (H, G, Dv)
+    memory.updates[..., place, :] = u
+    return read[..., 0, :] + scores[..., 0, -1:] * u
 
 
 def fold(p: int, T: int, memory: Memory) -> int:
