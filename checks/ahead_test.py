@@ -229,6 +229,21 @@ def test_one_fingerprint_for_layers_that_do_the_same(checkpoint: MakeCheckpoint)
     assert names(model) == [first, second, third]
 
 
+def test_what_torch_compile_leaves_in_a_module_is_no_edit(
+    checkpoint: MakeCheckpoint, dynamo: None
+) -> None:
+    """It puts the functions that it makes among the names of the module whose function it is."""
+    model = load_model(checkpoint("llama")[0], dtype=torch.float32)
+    model.setup_caches(1, 16)
+    before = names(model)
+    known = set(vars(model_file))
+    model.decode_block = torch.compile(run_block, backend="eager")
+    decoded(model, 1)
+    left = vars(model_file).keys() - known
+    assert any(callable(vars(model_file)[name]) for name in left)
+    assert names(model) == before and None not in before
+
+
 def test_one_fingerprint_for_layers_that_were_quantized(checkpoint: MakeCheckpoint) -> None:
     """Though each has an error of its own: every other one takes a compiler some 15 seconds."""
     model = load_model(checkpoint("qwen3")[0], dtype=torch.float32, quantize="int8")

@@ -473,9 +473,9 @@ def openmp_settings(**chosen: str) -> str:
 @pytest.mark.skipif(sys.platform != "linux", reason="its wheels carry another OpenMP")
 def test_threads_that_wait_sleep_soon_unless_the_user_chose() -> None:
     """The setting is there before PyTorch's OpenMP loads, which reads it once."""
-    assert "GOMP_SPINCOUNT = '4000'" in openmp_settings()
+    assert "GOMP_SPINCOUNT = '2000'" in openmp_settings()
     assert "GOMP_SPINCOUNT = '77'" in openmp_settings(GOMP_SPINCOUNT="77")
-    assert "GOMP_SPINCOUNT = '4000'" not in openmp_settings(OMP_WAIT_POLICY="active")
+    assert "GOMP_SPINCOUNT = '2000'" not in openmp_settings(OMP_WAIT_POLICY="active")
 
 
 def test_threads_are_as_many_as_the_flag_says(monkeypatch: pytest.MonkeyPatch) -> None:

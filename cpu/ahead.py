@@ -373,6 +373,8 @@ def held(holder: type | ModuleType) -> dict[str, Any]:
     found, of_torch = {}, is_torch(holder)
     for name, value in vars(holder).items():
         is_none = name in ("progress", "__dict__", "__weakref__")  # cli/ replaces the first
+        # torch.compile puts functions among a module's names
+        is_none |= isinstance(holder, ModuleType) and name.startswith(("__compiled", "__resume"))
         if is_none or of_torch and name not in ("__call__", "_call_impl", "forward"):
             continue
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
@@ -395,7 +397,7 @@ def home(function: FunctionType) -> ModuleType:
     if code.co_filename in (contextlib.__file__, _contextlib.__file__):  # their decorators
         return module
     own = set(code.co_freevars) - {"__class__"}  # which super() reads
-    elsewhere = function.__globals__ is not vars(module)
+    elsewhere = module is None or function.__globals__ is not vars(module)
     if own or elsewhere or code.co_filename != getattr(module, "__file__", None):
         raise NoLibrary
     return module
