@@ -539,9 +539,9 @@ class Decoder:
     @torch.inference_mode(False)
     def start(self, requests: Sequence[Request]) -> None:
         """Take the rows for these requests, whatever they did."""
-        cached = self.cache.cached
-        if len(requests) > len(cached):  # a request's row may be any
-            cached = [min(cached)] * len(requests)
+        n, cached = len(requests), self.cache.cached
+        if n > len(cached):  # a request's row may be any
+            cached = [min(cached)] * n
         for request, there in zip(requests, cached):
             if request.cached > there:
                 raise ValueError(f"{request.cached} tokens are not cached: one row has {there}")
@@ -549,12 +549,11 @@ class Decoder:
         self.finish_reasons.clear()
         self.active.zero_()
         # rows without a request, and trials, write after what is cached
-        there = self.input_pos.new_tensor(self.cache.cached).clamp(max=self.cache.max_seq_len - 1)
-        self.input_pos.copy_(self.input_pos.maximum(there))
+        self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
+        self.input_pos[n:] = torch.tensor(cached[n:]).clamp(max=self.cache.max_seq_len - 1)
         self.kind = kind_of(requests)  # of all of them: a step is compiled before the first begins
         given = [getattr(request, name) for request in requests for name in EXTRAS]
-        wanted = any(value not in (None, (), []) for value in given)
-        if wanted or self.extras is not None:
+        if self.extras is not None or any(value not in (None, (), []) for value in given):
             self.extras = self.extras or extension("processors").Extras(self)
             self.extras.start(requests)
 

@@ -434,7 +434,7 @@ TABLE = {"token_embd.weight": np.zeros((40, 32), np.float32)}
 
 
 @pytest.mark.parametrize("settings, tensors, message", [
-    ({}, {"token_embd.weight": np.zeros(8, np.float32)}, "no tensor of layer 0"),
+    ({}, {"token_embd.weight": np.zeros(8, np.float32)}, "no tensor blk.0"),
     ({"attention.head_count": [4, 4]}, {}, "num_attention_heads"),
     ({"rope.dimension_count": [1, 2]}, {}, "makes no sense"),
     ({"block_count": "many"}, {}, "num_hidden_layers"),

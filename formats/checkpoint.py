@@ -29,7 +29,7 @@ from formats.integers import Blocks, Rows, check_shape, fill_layers, put, read
 from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
-from model import FAMILIES, Checkpoint, ModelConfig, Transformer, family_of, first_line
+from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
 from quantize import Linear, affine, say_once
 
 Plan = dict[str, dict[str, tuple[int, ...]]]  # by parameter: what it is read from, and its shape
@@ -38,7 +38,6 @@ HARMLESS = ("inv_freq", "cos_cached", "sin_cached", "rope_freqs.weight",
             "rope_factors_long.weight", "rope_factors_short.weight", "lm_head.weight",
             "act_fn.beta", "act_fn.eps", "attention.bias", "attention.masked_bias")
 IN_LAYERS = re.compile(r"(?:model\.)?(?:layers|blk)\.(\d+)\.")  # its number
-EXPERT = re.compile(r"\bexperts\.(\w+\.)?\d+\.")
 
 
 def open_checkpoint(path: str | Path | None, device: torch.device | str = "cpu") -> Checkpoint:
@@ -66,29 +65,7 @@ class CheckedCheckpoint(Checkpoint):
         """ValueError also where settings go together so badly that using them fails."""
         with making_sense_of(self.path):
             refuse_unsupported(self.config)
-            if self.tensors:  # or they are random
-                self.check_counts(ModelConfig.from_hf(self.config))
             return super().empty_model()
-
-    def check_counts(self, config: ModelConfig) -> None:
-        """ValueError for layers that the file does not have, or far more experts: making modules of
-        thousands would take minutes."""
-        layers, n_expert = set(), 0
-        for name, x in self.tensors.items():
-            found = IN_LAYERS.search(name)
-            if found:
-                layers.add(int(found[1]))
-            if "_exps." in name:  # of a GGUF file, for all of a layer
-                n_expert += x.shape[0]
-            elif EXPERT.search(name):
-                n_expert += 1
-        missing = set(range(config.n_layer)) - layers
-        if missing:
-            raise ValueError(f"{self.path} has no tensor of layer {min(missing)}, of "
-                             f"{config.n_layer} layers")
-        if config.moe and n_expert < config.moe.n_expert * sum(config.moe.layers):
-            raise ValueError(f"{self.path} has {n_expert} tensors of experts, where a layer is to "
-                             f"have {config.moe.n_expert}")
 
     def put_layers(
         self, model: Transformer, quantize: str | None, device: torch.device | str

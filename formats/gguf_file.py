@@ -148,30 +148,21 @@ class GGUFCheckpoint(CheckedCheckpoint):
 # --- the other half of a model that takes pictures or sound: a file of its own, an mmproj ---
 
 def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
-    """Whether a GGUF file with that metadata holds the texts of a model that takes pictures."""
-    if meta.get("general.architecture") in TEXTS:
+    """Whether a GGUF file with that metadata holds the texts of a model that takes pictures: by its
+    architecture, or an mmproj beside it that gives vectors of its size."""
+    arch = meta.get("general.architecture")
+    size = meta.get(f"{arch}.embedding_length")
+    if arch in TEXTS:
         return True
-    return any(belongs(file, path, meta) for file in path.parent.glob("*mmproj*.gguf"))
+    return any(size in sizes_in(file) for file in path.parent.glob("*mmproj*.gguf"))
 
 
-def belongs(mmproj: Path, path: Path, meta: dict[str, Any]) -> bool:
-    """Whether an mmproj, of many in a folder, is a model's: it gives vectors of the model's size,
-    and where its file or itself has a name, that is a part of one of the model's."""
+def sizes_in(mmproj: Path) -> set[int]:
     try:
-        its_meta, its_tensors = read_part(mmproj)
+        _, tensors = read_part(mmproj)
     except ValueError:
-        return False
-    names = letters(path.stem), letters(meta.get("general.name"))
-    its_names = letters(mmproj.stem), letters(its_meta.get("general.name"))
-    alike = [any(its in name for name in names) for its in its_names if its]
-    size = meta.get(f"{meta.get('general.architecture')}.embedding_length")
-    fits = any(size in tensor.shape for tensor in its_tensors.values())
-    return fits and (any(alike) or not alike)
-
-
-def letters(name: object) -> str:
-    """Of a name without what says nothing of the model."""
-    return re.sub(r"mmproj|model|gguf|b?f(16|32)|fp16|i?q\d_\w+|[\W_]", "", f"{name or ''}".lower())
+        return set()
+    return {n for tensor in tensors.values() for n in tensor.shape}
 
 
 # --- reading ---
