@@ -564,7 +564,7 @@ def test_what_llama_cpp_is_given_is_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("args, message", [
     ("", "--perplexity"),
-    ("--perplexity /nowhere/at-all", "cannot read a text"),
+    ("--perplexity /nowhere/at-all", "cannot read /nowhere/at-all"),
     ("--perplexity README.md --checkpoint_path /nowhere/at-all", "no such file"),
     ("--perplexity README.md --modes int3", "invalid choice"),
     ("--perplexity README.md --group_size 48", "invalid choice"),

@@ -196,7 +196,7 @@ def test_a_layer_with_a_state_launches_one_kernel_for_it() -> None:
     [line] = step_report("Qwen3.6", "bf16").values()
     first = re.search(r"the first has (\d+) = .*", line)
     assert int(first[1]) <= 18, line
-    assert "+ 1 gpt_flash::delta_decode" in first[0]
+    assert "+ 1 gpt_flash_delta::decode" in first[0]
     assert "clone" not in line
     assert "; graphs 3 + 0;" in line
 
