@@ -409,7 +409,7 @@ def write_quantized(model: nn.Module, folder: Path) -> None:
         if isinstance(module, QuantizedLinear):
             layers[name] = (module.mode, module.group_size)
     if not layers:
-        raise ValueError("the model has no quantized layers; call quantize_model first")
+        raise ValueError("the model has no quantized layers: quantize it to int8 or int4 first")
     config = {**model.config.hf, "gpt_flash": {"layers": layers}}
     weights = folder / "model.safetensors"
     save_file(stored_tensors(model), weights, {"format": "pt"})
