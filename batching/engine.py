@@ -139,7 +139,8 @@ class Engine(PrefixSharer):
     def read_together(self, group: Sequence[Running], other: Running) -> bool:
         """Whether another prompt is read with those of a group."""
         requests = [running.request for running in (*group, other)]
-        if requests[0].cached != requests[-1].cached:
+        has_next_row = self.refills or other.number == group[-1].number + 1
+        if not has_next_row or requests[0].cached != requests[-1].cached:
             return False
         if not pads_little(requests, self.chunk_beside_steps // 2):
             return False
@@ -262,8 +263,7 @@ class Engine(PrefixSharer):
     def rest(self, row: int, cached: int) -> None:
         """Let a row stand behind its first `cached` tokens: steps write there."""
         self.input_pos[row] = cached
-        self.furthest[row] = cached
-        self.cache.cached[row] = cached
+        self.furthest[row] = self.cache.cached[row] = cached
 
     def close_gap(self) -> None:
         """Move the last row's request to a free row before it, so that steps have fewer rows."""

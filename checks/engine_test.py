@@ -371,6 +371,24 @@ def test_a_request_that_is_ended_before_its_first_token_takes_no_step(
         assert len(engine.stats.steps_s) <= 16
 
 
+def test_rows_stay_those_of_their_requests_where_one_is_ended_before_it_begins(
+    checkpoint: Checkpoint
+) -> None:
+    """The one behind it is not read into its row, which has another text."""
+    model = loaded(checkpoint)
+    engine = engine_of(model, 4)
+    prefixes = [random_prompt(n)[:4] for n in range(4, 8)]
+    collect(engine, [Request(prefix, 1) for prefix in prefixes])
+    prompts = [random_prompt(50), [5, 6], [5, 6], [5, 6]]
+    out: list[list[int]] = [[], [], [], []]
+    for i, tokens in engine.run([Request(prompt, 5, cached=4) for prompt in prompts]):
+        out[i] += tokens
+        engine.end(2)
+    texts = [Request(prefix + prompt, 5) for prefix, prompt in zip(prefixes, prompts)]
+    expected = alone(model, texts)
+    assert out == [*expected[:2], [], expected[3]]
+
+
 def test_requests_in_refilled_rows_are_behind_the_same_tokens(checkpoint: Checkpoint) -> None:
     """One that is behind fewer would write over those of the next."""
     model = loaded(checkpoint)
