@@ -22,7 +22,7 @@ from checks.common import CPU_ENV, HERE, PATIENCE_S, read_to_end, run_cli
 from cli.batch import InOrder, Records, answer_jobs, print_record, work_off
 from cli.program import files_of
 from cli.prompts import (
-    SETTINGS, Job, Line, read_file, read_jobs, read_lines, read_text, samples,
+    SETTINGS, Job, Line, read_file, read_jobs, read_lines, read_prompt, read_text, samples,
 )
 from generate import NO_TEXT, Request, generate, load_tokenizer
 from model import load_model
@@ -78,7 +78,7 @@ def test_a_prompt_is_a_text_a_file_s_or_standard_input_s(
     assert read_text("as it is", "the prompt") == "as it is"
     assert read_text("@@x @@", "the prompt") == "@x @@"
     assert read_text("", "the prompt") == ""
-    assert read_text("-", "the prompt") == "from a pipe"
+    assert read_prompt("-") == "from a pipe"
     assert read_text(f"@{file}", "the prompt") == "two, \u00e9\n"
     for name in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match=f"cannot read the prompt @{name}: "):
@@ -88,6 +88,19 @@ def test_a_prompt_is_a_text_a_file_s_or_standard_input_s(
     assert read_file("@grammar", "the grammar") == "root"  # a flag that takes a file takes its name
 
 
+def test_standard_input_is_a_prompt_s_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system message or a grammar would take the lines of a conversation."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    assert read_text("-", "the system message") == "-"
+    Path("-").write_text("of a file")
+    for what in ("the prompt", "the system message"):
+        assert read_text("@-", what) == "of a file"
+    assert read_file("-", "the grammar -") == "of a file"
+
+
 def test_bytes_that_are_no_utf_8_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +108,7 @@ def test_bytes_that_are_no_utf_8_are_named(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
     for source in ("-", f"@{tmp_path}/latin", "caf\udce9"):
         with pytest.raises(ValueError, match="^the prompt.* is not UTF-8: byte 0xe9$"):
-            read_text(source, "the prompt")
+            read_prompt(source)
     (tmp_path / "utf-16").write_bytes("one\ntwo".encode("utf-16"))
     with pytest.raises(ValueError, match="it is UTF-16, not UTF-8"):
         read_lines(str(tmp_path / "utf-16"))
@@ -124,7 +137,7 @@ def test_lines_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_closed_standard_input_has_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
-    for read in (read_lines, partial(read_text, what="the prompt")):
+    for read in (read_lines, read_prompt):
         with pytest.raises(ValueError, match="cannot read .* -: standard input is closed"):
             read("-")
 

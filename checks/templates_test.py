@@ -187,3 +187,14 @@ def test_a_template_gets_the_tokens_that_the_settings_name(tokenizer_folder: Pat
     assert tokenizer.eos_ids == {0, 2}
     tokenizer.chat_template = "{{ bos_token }}|{{ eos_token }}"
     assert tokenizer.render([HI]) == "<|endoftext|>|<|im_end|>"
+
+
+def test_a_template_sees_the_ids_that_it_asks_for(tokenizer_folder: Path) -> None:
+    """Mistral's refuse those of other than nine characters; special tokens in them stay a text."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}"
+        "{% endif %}{{ m.tool_call_id }}{{ m.content }}<|im_end|>{% endfor %}")
+    answer = {"role": "tool", "tool_call_id": "abcdefghi", "content": "<|im_end|>"}
+    ids = tokenizer.chat([answer])
+    assert ids.count(2) == 1 and tokenizer.decode(ids[:-1]) == "abcdefghi<|im_end|>"

@@ -10,7 +10,7 @@ import torch
 import generate
 from cli.arguments import is_plain, parse_args
 from cli.errors import become_a_program, catch_signals, sentences
-from cli.prompts import read_text
+from cli.prompts import read_prompt
 from cli.stats import say_cuts, say_library, say_memory, show_loading, watch_prompts
 from model import extension
 
@@ -44,7 +44,7 @@ def answer(argv: list[str] | None, team: Any) -> None:
         run(args, team)
         return
     if args.prompt is not None:
-        args.prompt = read_text(args.prompt, "the prompt")
+        args.prompt = read_prompt(args.prompt)
     decoder = generate.run(args, watch_prompts)
     say_cuts(list(decoder.finish_reasons.values()))
     say_memory(decoder)

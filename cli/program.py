@@ -16,8 +16,8 @@ from cli.batch import Records, answer_jobs, print_record
 from cli.chat import Chat
 from cli.files import in_place_of, trying_to
 from cli.prompts import (
-    SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_text, samples,
-    standard_input, title_of, with_system,
+    SETTINGS, Asked, Job, check_template, read_file, read_jobs, read_lines, read_prompt, read_text,
+    samples, standard_input, title_of, with_system,
 )
 from cli.stats import plural, profile, read_trace, say_cuts, say_library, summarize, watch_prompts
 from formats import save_tokenizer
@@ -146,7 +146,7 @@ def read_asked(args: Any) -> Asked:
     grammar = args.grammar if args.json_schema is None else args.json_schema
     return Asked(
         lines=[] if args.prompts is None else read_lines(args.prompts),
-        text=read_text(args.prompt, "the prompt") if has_text else None,
+        text=read_prompt(args.prompt) if has_text else None,
         system=args.system and read_text(args.system, "the system message").strip(),
         grammar=None if grammar is None else read_file(grammar, f"the grammar {grammar}"),
         calibrate=read_calibrate(args),

@@ -57,23 +57,29 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
+def read_prompt(source: str) -> str:
+    """The text of --prompt: read_text's, or of standard input for -, which a conversation may read
+    beside any other text."""
+    return read_file(None, "the prompt -") if source == "-" else read_text(source, "the prompt")
+
+
 def read_text(source: str, what: str) -> str:
-    """A text as it is, or of @FILE, or of standard input for -; @@ begins one with an @ of its own.
-    ValueError: it cannot be read."""
-    if source == "-" or source.startswith("@") and not source.startswith("@@"):
-        return read_file(source.removeprefix("@"), f"{what} {source}")
+    """A text as it is, or of @FILE; @@ begins one with an @ of its own. ValueError: it cannot be
+    read."""
+    if source.startswith("@") and not source.startswith("@@"):
+        return read_file(source[1:], f"{what} {source}")
     check_text(what, source)
     return source.removeprefix("@")
 
 
-def read_file(path: str, what: str) -> str:
-    """The text of a file, - for standard input. ValueError: it cannot be read."""
+def read_file(path: str | None, what: str) -> str:
+    """The text of a file, None for standard input. ValueError: it cannot be read."""
     with trying_to(f"read {what}", ValueError):
-        with (
-            nullcontext(standard_input()) if path == "-"
-            else open(path, encoding="utf-8-sig", errors="surrogateescape")
-        ) as file:
-            text = read_all(file)
+        if path is None:
+            text = read_all(standard_input())
+        else:
+            with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+                text = read_all(file)
     check_text(what, text)
     return text
 

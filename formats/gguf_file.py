@@ -152,9 +152,8 @@ def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
     architecture, or an mmproj beside it that gives vectors of its size."""
     arch = meta.get("general.architecture")
     size = meta.get(f"{arch}.embedding_length")
-    if arch in TEXTS:
-        return True
-    return any(size in sizes_in(file) for file in path.parent.glob("*mmproj*.gguf"))
+    beside = path.parent.glob("*mmproj*.gguf")
+    return arch in TEXTS or any(size in sizes_in(file) for file in beside)
 
 
 def sizes_in(mmproj: Path) -> set[int]:

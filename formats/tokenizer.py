@@ -29,6 +29,7 @@ from model import first_line, is_number
 
 # nobody knows it: what stands, with a number, for a special token that a message has
 WRITTEN = f"{secrets.randbits(64)}:"
+ASKED_FOR = {"role", "type", "id", "tool_call_id"}  # by templates: Mistral's wants nine letters
 Piece = ModelProto.SentencePiece
 
 
@@ -109,7 +110,7 @@ class ChatTokenizer(Tokenizer):
                 return {key: hide(each, key) for key, each in said.items()}
             if isinstance(said, list):
                 return [hide(each, key) for each in said]
-            what = special if key in ("role", "type") else hidden  # templates ask for these
+            what = special if key in ASKED_FOR else hidden
             return re.sub(what, mark, said) if isinstance(said, str) else said
 
         pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hide(messages)))
