@@ -835,8 +835,11 @@ def test_a_text_to_calibrate_on_is_read_once(
 ) -> None:
     """So that a pipe will do, and early, so that a typo shows at once."""
     flags = ["--prompts", request_file, "--quantize", "int8", "--calibrate"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(999 * "one two "))
-    assert cli(*flags, "-", "--output", tmp_path / "out.jsonl")[0] == 0
+    end, begin = os.pipe()
+    os.write(begin, 999 * b"one two ")
+    os.close(begin)
+    assert cli(*flags, f"/dev/fd/{end}", "--output", tmp_path / "out.jsonl")[0] == 0
+    os.close(end)
     monkeypatch.setattr("cli.program.open_checkpoint", None)
     code, _, err = cli(*flags, "/no/such/text")
     assert code == 2 and "cannot read --calibrate /no/such/text: No such file" in err
