@@ -550,7 +550,8 @@ class Decoder:
         self.active.zero_()
         # rows without a request, and trials, write after what is cached
         self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
-        self.input_pos[n:] = torch.tensor(cached[n:]).clamp(max=self.cache.max_seq_len - 1)
+        there = self.input_pos.new_tensor(cached[n:])
+        self.input_pos[n:] = there.clamp(max=self.cache.max_seq_len - 1)
         self.kind = kind_of(requests)  # of all of them: a step is compiled before the first begins
         given = [getattr(request, name) for request in requests for name in EXTRAS]
         if self.extras is not None or any(value not in (None, (), []) for value in given):
