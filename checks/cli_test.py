@@ -291,7 +291,7 @@ def test_a_profile_takes_no_place_but_a_trace_s(theirs: bytes | str, tmp_path: P
             raise AssertionError("begun")
     # not the time of its last access: looking into it is allowed
     names = ("st_ino", "st_mode", "st_nlink", "st_size", "st_mtime_ns", "st_ctime_ns")
-    assert [getattr(path.lstat(), name) for name in names] == [getattr(there, name) for name in names]
+    assert all(getattr(path.lstat(), name) == getattr(there, name) for name in names)
 
 
 def test_a_trace_replaces_one_when_it_is_whole(tmp_path: Path) -> None:

@@ -37,3 +37,13 @@ def test_readme_says_how_long_the_files_are() -> None:
     for name in CORE:
         n = (HERE / name).read_text().count("\n")
         assert f"| `{name}` | {n:,} |" in readme
+
+
+def test_no_line_has_more_than_100_columns() -> None:
+    files = [*HERE.glob("*.py"), *HERE.glob("*/*.py")]
+    long = [
+        f"{file.relative_to(HERE)}:{number}" for file in files
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 100
+    ]
+    assert not long

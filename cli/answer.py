@@ -21,7 +21,7 @@ def main(argv: list[str] | None) -> None:
         with sentences():
             if argv is None:
                 become_a_program()
-            several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this process
+            several = {"RANK", "WORLD_SIZE"} & os.environ.keys()  # torchrun has started this one
             with extension("parallel").Team() if several else nullcontext() as team:
                 answer(argv, team)
     finally:

@@ -53,7 +53,7 @@ def run(args: Any, team: Team | None) -> None:
 def answer(
     args: Any, asked: Asked, team: Team, records: Records | None, trace: Path | None
 ) -> None:
-    """Load, prepare, and answer. records: of --output, in the first process; trace: of --profile."""
+    """Load, prepare, answer. records: of --output, in the first process; trace: of --profile."""
     tokenizer, engine = None, None
     if not args.benchmark and not str(args.checkpoint_path).endswith(".json"):
         tokenizer = load_tokenizer(args.checkpoint_path)

@@ -372,10 +372,10 @@ def held(holder: type | ModuleType) -> dict[str, Any]:
     packages add some, those that matter."""
     found, of_torch = {}, is_torch(holder)
     for name, value in vars(holder).items():
-        is_none = name in ("progress", "__dict__", "__weakref__")  # cli/ replaces the first
+        left_out = name in ("progress", "__dict__", "__weakref__")  # cli/ replaces the first
         # torch.compile puts functions among a module's names
-        is_none |= isinstance(holder, ModuleType) and name.startswith(("__compiled", "__resume"))
-        if is_none or of_torch and name not in ("__call__", "_call_impl", "forward"):
+        left_out |= isinstance(holder, ModuleType) and name.startswith(("__compiled", "__resume"))
+        if left_out or of_torch and name not in ("__call__", "_call_impl", "forward"):
             continue
         is_number = isinstance(value, SETTINGS) and not name.startswith("__")
         is_method = isinstance(holder, type) and hasattr(value, "__get__")
