@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -40,15 +41,17 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "checks")]
 
 def in_child(work: Callable[[], Any]) -> int:
     """Start a process that does it, in a group of its own -> its number. It ends with 1 where the
-    work raises or returns False."""
+    work raises or returns False, and with this process if that is killed."""
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
         os.setsid()
+        threading.Thread(target=end_with, args=[parent], daemon=True).start()
         code = int(work() is False)
     except BaseException:
         traceback.print_exc()
@@ -58,11 +61,20 @@ def in_child(work: Callable[[], Any]) -> int:
         os._exit(code)
 
 
+def end_with(parent: int) -> None:
+    """Kill this process and all that it started once its parent is gone: on a GPU that is lent,
+    nothing else would end them."""
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os.killpg(0, signal.SIGKILL)
+
+
 # asked in another process: one that has asked cannot start any that use the GPU
 CUDA = os.waitpid(in_child(torch.cuda.is_available), 0)[1] == 0
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+import render
 from cli.arguments import Parser, number
 from generate import say
 from model import first_line
@@ -76,7 +88,7 @@ SMALL_SHAPE = dict(
 CAPACITY = 9216 if CUDA else 96
 CONTEXTS = (128, 1024, 8192) if CUDA else (16, 32, 64)
 BATCHES = (1, 8) if CUDA else (1,)
-PROMPTS = (512, 1024, 2048, 4096, 8192, 16384) if CUDA else (16, 32)
+PROMPTS = (512, 1024, 2048, 4096, 8192, 16384) if CUDA else (16, 32, 64)
 ROOMS = (512, 1024) if CUDA else (64,)
 VARIANTS = ("bf16", "int8", "int4")
 
@@ -101,7 +113,11 @@ class Job:
 
     def lines(self, part: str) -> list[Line]:
         """What another part has said."""
-        return [line for line in read_lines(self.out) if line["part"] == part]
+        return [line for line in self.all_lines() if line["part"] == part]
+
+    def all_lines(self) -> list[Line]:
+        """The results so far."""
+        return render.read_lines(self.out / "results.jsonl")
 
     @property
     def bandwidth(self) -> float:
@@ -121,16 +137,6 @@ class Job:
         """Whether there is that much time left for another case on a GPU."""
         return not CUDA or self.ends - time.monotonic() > seconds
 
-
-def read_lines(out: Path) -> list[Line]:
-    """The results so far; a line that was cut off in the middle is left out."""
-    lines = []
-    for text in (out / "results.jsonl").read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
 
 # --- whether it runs, whether it is right ---
 
@@ -451,8 +457,7 @@ def pictures(job: Job) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as pyplot
     import attention as module
-    import render
-    run = render.run_of(read_lines(job.out))
+    run = render.run_of(job.all_lines())
     if render.has_curve(run):
         render.draw(run, job.out / "decode.png")
     rows = [line for line in job.lines("attention") if line.get("us")]
@@ -517,7 +522,6 @@ def run_part(part: Part, job: Job) -> None:
 
 
 def run(args: argparse.Namespace, shape: Path) -> None:
-    import render
     if not CUDA:
         say("device.py: PyTorch sees no GPU: the same parts in small, on the CPU")
     began = time.monotonic()
@@ -533,7 +537,7 @@ def run(args: argparse.Namespace, shape: Path) -> None:
         if args.parts and part.name not in args.parts:
             continue
         run_part(part, job)
-        table = render.device_section(read_lines(args.out))
+        table = render.device_section(job.all_lines())
         (args.out / "table.md").write_text(table)
     print(table)
 

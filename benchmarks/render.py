@@ -128,7 +128,18 @@ Line = dict[str, Any]
 
 
 def device_lines() -> list[Line]:
-    return [json.loads(text) for text in DEVICE.read_text().splitlines()] if DEVICE.exists() else []
+    return read_lines(DEVICE) if DEVICE.exists() else []
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The results in it; a line that was cut off in the middle is left out."""
+    lines = []
+    for text in file.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
 def of_part(lines: list[Line], part: str, key: str) -> list[Line]:
@@ -322,12 +333,12 @@ def main() -> None:
     args = p.parse_args()
     if args.device is not None:
         try:
-            lines = args.device.read_text().splitlines()
-            if "triton" not in run_of([json.loads(text) for text in lines]):
+            lines = read_lines(args.device)
+            if "triton" not in run_of(lines):
                 raise ValueError("it ran on a CPU")
         except (OSError, ValueError, KeyError, TypeError) as e:
             p.error(f"--device {args.device} has no results of benchmarks/device.py: {e!r:.100}")
-        DEVICE.write_text("\n".join(lines) + "\n")
+        DEVICE.write_text("".join(json.dumps(line) + "\n" for line in lines))
     new = pages()
     wrong = [page for page, text in new.items() if page.read_text(encoding="utf-8") != text]
     if args.check:

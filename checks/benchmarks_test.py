@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks import attention, decode, quality, quantizers, render
 from benchmarks.decode import write_gguf
-from checks.common import CONFIG, CPU_ENV, HERE, PATIENCE_S, hf_folder, wait_until
+from checks.common import CONFIG, CPU_ENV, HERE, PATIENCE_S, hf_folder, state_of, wait_until
 from formats import save_tokenizer
 from formats.default import default_model
 from generate import Tokenizer
@@ -78,10 +78,33 @@ def test_results_with_a_failed_check_say_so() -> None:
     assert "Unverified" not in render.device_section(device_lines())
 
 
-def test_there_is_a_table_wherever_results_are_cut_off() -> None:
-    lines = device_lines()
-    for n in range(len(lines)):
-        render.device_section(lines[:n])
+def test_there_is_a_table_wherever_results_are_cut_off(tmp_path: Path) -> None:
+    """In the middle of a line too."""
+    text = "".join(json.dumps(line) + "\n" for line in device_lines())
+    file = tmp_path / "results.jsonl"
+    for n in range(len(text)):
+        file.write_text(text[:n])
+        lines = render.read_lines(file)
+        assert len(lines) in (text.count("\n", 0, n), text.count("\n", 0, n + 1))
+        assert ("GPU, torch 2.11.0" in render.device_section(lines)) == bool(lines)
+
+
+def test_results_that_were_cut_off_go_into_the_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for page in ("README.md", "benchmarks/README.md"):
+        (tmp_path / page).write_text((HERE / page).read_text())
+    monkeypatch.setattr(render, "HERE", folder)
+    monkeypatch.setattr(render, "DEVICE", folder / "device.jsonl")
+    found = "".join(json.dumps(line) + "\n" for line in device_lines())
+    (tmp_path / "found").write_text(found[:-9])
+    monkeypatch.setattr(sys, "argv", ["render.py", "--device", str(tmp_path / "found")])
+    render.main()
+    assert "| gpt-flash bf16 | 4.00 (94%) |" in (tmp_path / "README.md").read_text()
+    assert "**Unverified" not in (folder / "README.md").read_text()
+    assert render.device_lines() == device_lines()[:-1]
 
 # --- benchmarks/device.py ---
 
@@ -164,6 +187,28 @@ def test_rows_say_where_the_kernel_was_not_used(
     assert made.name.endswith("bf16, math attention") and made.variant.attention == "math"
 
 
+def test_a_part_ends_with_the_command_however_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so does what the part has started: a GPU that is lent is free for the next command."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    from benchmarks.device import in_child
+    started = tmp_path / "started"
+
+    def part() -> None:
+        helper = subprocess.Popen(["sleep", str(PATIENCE_S)])
+        started.write_text(f"{os.getpid()} {helper.pid} all")
+        helper.wait()
+
+    command = in_child(lambda: in_child(part) and signal.pause())
+    wait_until(lambda: started.exists() and started.read_text().endswith("all"))
+    os.kill(command, signal.SIGKILL)
+    os.waitpid(command, 0)
+    for process in started.read_text().split()[:2]:
+        wait_until(lambda: state_of(int(process)) == "Z")
+
+
 def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +268,9 @@ def test_the_command_for_a_gpu_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
     said = {line["part"] for line in lines if "ended" not in line}
     assert ended.keys() - said <= {"sanitizer", "pictures"}
     assert all(line.get("ok", True) for line in lines), log
+    for part in ("decode", "prefill"):
+        of_part = [str(line) for line in lines if line["part"] == part]
+        assert all(any(kind in text for text in of_part) for kind in ("bf16", "int8", "int4"))
     table = (tmp_path / "out" / "table.md").read_text()
     assert "**gpt-flash int4**" in table and "Unverified" not in table
     assert len(list((tmp_path / "out").iterdir())) <= 8

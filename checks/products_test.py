@@ -159,6 +159,21 @@ def test_parts_of_the_inputs_add_up(N: int, K: int, rows: int, split: int) -> No
         check_linear(run_linear_kernel(x, *weights, n_sm=132), expected)
 
 
+@pytest.mark.parametrize("rows, dense", [(1, False), (17, False), (64, False), (65, True)])
+def test_up_to_64_vectors_no_weight_is_written_out(
+    monkeypatch: pytest.MonkeyPatch, rows: int, dense: bool
+) -> None:
+    """On a GPU, here a pretended one."""
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    written = []
+    monkeypatch.setattr(linear, "_launch_linear", lambda x, *_: x)
+    monkeypatch.setattr(linear, "dense_weight", lambda w, *_: written.append(w) or w.float())
+    linear._linear(torch.zeros(rows, 64).as_subclass(OnGPU), *int8_weights(24, 64), None)
+    assert bool(written) == dense
+
+
 def test_a_launch_has_counters_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """From whoever keeps zeros, who finds them as they were."""
     gpu = SimpleNamespace(multi_processor_count=132)
