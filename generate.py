@@ -531,7 +531,7 @@ class Decoder:
         """Stop a request of this run; a caller may do that at any time."""
         if self.running.pop(number, None) is not None:
             self.finish_reasons[number] = reason
-            self.active[number] = 0
+            self.active[number].zero_()
 
     def budget(self, request: Request) -> int:
         return request.budget(self.model.config.vocab_size, self.context)

@@ -253,7 +253,7 @@ class Engine(PrefixSharer):
         had_row = self.running.get(row) is running
         if had_row:
             del self.running[row]
-            self.active[row] = 0
+            self.active[row].zero_()
         if had_row and self.refills:
             self.rest(row, running.request.cached)
         elif running.done and running.drawn and not self.refills:
@@ -262,7 +262,7 @@ class Engine(PrefixSharer):
 
     def rest(self, row: int, cached: int) -> None:
         """Let a row stand behind its first `cached` tokens: steps write there."""
-        self.input_pos[row] = cached
+        self.input_pos[row].fill_(cached)
         self.furthest[row] = self.cache.cached[row] = cached
 
     def close_gap(self) -> None:
@@ -282,7 +282,7 @@ class Engine(PrefixSharer):
             tensor[free] = tensor[last]
         if self.extras is not None:
             self.extras.copy_row(last, free)
-        self.active[last] = 0
+        self.active[last].zero_()
         self.rest(last, running.request.cached)
 
     @on_its_device

@@ -98,10 +98,10 @@ class PrefixSharer(Speculator):
     def read_alone(self, row: int, prompt: list[int], done: int) -> Iterator[bool]:
         """Put the tokens of a prompt behind the first `done` into one row, a chunk a yield."""
         where = slice(row, row + 1)
-        tokens = torch.tensor([prompt], device=self.device)
+        [tokens] = self.to_device(torch.tensor([prompt], device="cpu"))
         while done < len(prompt):
             part = tokens[:, done:done + self.chunk()]
-            last = torch.tensor([part.shape[1] - 1], device=self.device)
+            last = torch.full((1,), part.shape[1] - 1, device=self.device)
             self.read_part(part, where, done, last)
             done += part.shape[1]
             self.input_pos[where] = done

@@ -475,18 +475,19 @@ class Part(NamedTuple):
 
 
 PARTS = [
-    Part("machine", 20, machine),
-    Part("smoke", 60, smoke),  # some 22 kernels are compiled, one after the other
-    Part("sanitizer", 45, sanitizer),  # which has little to do where nothing failed
+    Part("machine", 15, machine),
+    Part("smoke", 50, smoke),  # some 24 kernels are compiled, one after the other
+    Part("sanitizer", 30, sanitizer),  # which has little to do where nothing failed
     Part("cuda_test", 70, partial(tests, file="cuda_test.py", small="llama and not bfloat16")),
     Part("kernels_test", 60, partial(tests, file="kernels_test.py", small="no_rows")),
     Part("decode", 100, decode_steps),
-    Part("profile", 40, profile),
+    Part("profile", 25, profile),
     Part("attention", 60, attention),
     Part("prefill", 30, prefill),
-    Part("rooms", 45, rooms),
-    Part("gpt-fast", 25, partial(peer, name="gpt-fast")),
-    Part("transformers", 35, partial(peer, name="transformers")),
+    # these two compile all layers, where ours has one: a minute or more each
+    Part("gpt-fast", 75, partial(peer, name="gpt-fast")),
+    Part("transformers", 60, partial(peer, name="transformers")),
+    Part("rooms", 40, rooms),
     Part("pictures", 10, pictures),
 ]
 

@@ -263,7 +263,7 @@ def test_the_command_for_a_gpu_runs_on_a_cpu_in_small(tmp_path: Path) -> None:
     assert set(ended.values()) == {"done"}, log
     assert list(ended) == [
         "machine", "smoke", "sanitizer", "cuda_test", "kernels_test", "decode", "profile",
-        "attention", "prefill", "rooms", "gpt-fast", "transformers", "pictures",
+        "attention", "prefill", "gpt-fast", "transformers", "rooms", "pictures",
     ]
     said = {line["part"] for line in lines if "ended" not in line}
     assert ended.keys() - said <= {"sanitizer", "pictures"}

@@ -8,10 +8,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli.stats
 from batching import Engine, Stats
@@ -20,7 +22,7 @@ from checks.engine_test import insert
 from cli.arguments import parse_args
 from cli.errors import sentence_for, sentences
 from cli.stats import copy_bandwidth, summarize
-from generate import Drawn, Request, few_sizes, fit_cache, key_of
+from generate import Decoder, Drawn, Request, few_sizes, fit_cache, key_of
 from model import KVCache, choose_attention, load_model
 
 GPU_1 = torch.device("cuda", 1)
@@ -240,6 +242,30 @@ def test_a_request_is_sent_in_one_copy(engine: Engine, monkeypatch: pytest.Monke
     assert torch.allclose(engine.sampling.filters[0], torch.tensor([float("inf"), 0.9, 0.0]))
     assert engine.sampling.key[1].tolist() == list(key_of(5))
     assert engine.sampling.temperature.tolist() == [1, 1]
+
+class Noted(TorchDispatchMode):
+    """Keeps the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_row_is_let_go_without_a_copy(engine: Engine) -> None:
+    """x[i] = 0 would copy a number of the host's, which waits for all steps under way."""
+    engine.device = torch.device("cpu")
+    for decoder, n_requests in ((engine, 3), (Decoder(engine.model), 2)):
+        run = decoder.run([Request([1, 2, 3], 5)] * n_requests)
+        next(run)
+        with Noted() as noted:
+            decoder.end(0)
+        assert noted.names and "aten::copy_" not in noted.names
 
 # --- the size of a cache ---
 
