@@ -84,14 +84,13 @@ class Engine(PrefixSharer):
         self.stats.wall_s += time.perf_counter() - began
 
     def start(self, requests: Sequence[Request]) -> None:
-        refills = len(requests) > self.cache.max_batch_size
-        if refills:
+        if len(requests) > self.cache.max_batch_size:
             self.refuse_lost_prefix(requests)
         super().start(requests)
         self.started.clear()
         self.held.clear()  # others may have had the cache since
         self.furthest = self.input_pos.tolist()
-        self.refills = refills
+        self.refills = len(requests) > self.cache.max_batch_size
 
     def refuse_lost_prefix(self, requests: Sequence[Request]) -> None:
         """ValueError if a request that has a row would drive cached tokens out of it that the next
