@@ -73,13 +73,7 @@ class ChatTokenizer(Tokenizer):
 
     def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
         """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
-        text = TextStream(self, prompt, stop)
-
-        def ends(ids: list[int]) -> bool:
-            text.push(ids)
-            return text.stopped
-
-        return ends
+        return TextStream(self, prompt, stop).ends
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own
@@ -181,10 +175,6 @@ class ChatTokenizer(Tokenizer):
         return known | self.names
 
 
-# of Metaspace, in a tokenizer.json: only a text's first word gets a blank; none does
-PREPENDING = '"prepend_scheme":"first"', '"prepend_scheme":"never"'
-
-
 class JSONTokenizer(ChatTokenizer):
     """By a tokenizers.Tokenizer."""
 
@@ -203,8 +193,9 @@ class JSONTokenizer(ChatTokenizer):
 
     @cached_property
     def without_blank(self) -> tokenizers.Tokenizer:
-        """Another one, as others may be encoding."""
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str().replace(*PREPENDING))
+        """Another one, as others may be encoding. With "first" a text's first word gets a blank."""
+        text = self.backend.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        backend = tokenizers.Tokenizer.from_str(text)
         backend.encode_special_tokens = True
         return backend
 
