@@ -543,8 +543,7 @@ class Decoder:
                 raise ValueError(f"{request.cached} tokens are not cached: one row has {there}")
             if request.cached:
                 self.cache.refuse_lost(slice(row, row + 1), request.cached)
-        given = [getattr(request, name) for request in requests for name in EXTRAS]
-        asks = any(value not in (None, (), []) for value in given)
+        asks = any(getattr(r, name) not in (None, (), []) for r in requests for name in EXTRAS)
         if self.extras is not None or asks:
             extras = self.extras or extension("processors").Extras(self)
             extras.start(requests, asks)
@@ -554,8 +553,7 @@ class Decoder:
         self.active.zero_()
         # rows, also those without a request, and trials write after what is cached
         cached[:len(requests)] = [request.cached for request in requests[:len(cached)]]
-        there = self.input_pos.new_tensor(cached)
-        self.input_pos.copy_(there.clamp(max=self.cache.max_seq_len - 1))
+        self.input_pos[:] = self.input_pos.new_tensor(cached).clamp(max=self.cache.max_seq_len - 1)
         self.kind = kind_of(requests)  # of all of them: a step is compiled before the first begins
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:

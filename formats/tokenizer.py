@@ -140,10 +140,7 @@ class ChatTokenizer(Tokenizer):
         known = self.added | self.special
         ids = []
         for n, piece in enumerate(pieces):
-            if n % 2:
-                ids.append(known[piece])
-                continue
-            ids += self.plain_ids(piece, self.legacy or n == 0)
+            ids += [known[piece]] if n % 2 else self.plain_ids(piece, self.legacy or n == 0)
         return ids
 
     def plain_ids(self, text: str, blank: bool) -> list[int]:

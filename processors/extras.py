@@ -86,8 +86,7 @@ class Extras:
         self.functions: dict[int, list[Function]] = {}  # by the row
 
     def start(self, requests: Sequence[Request], asks: bool) -> None:
-        """A run begins: what its requests ask for, if one asks for anything. ValueError: they
-        cannot have it."""
+        """A run begins: what its requests ask for, if they do. ValueError: they cannot have it."""
         for request in requests:
             self.refuse(request)
         self.on = {  # the names of PROCESSORS that change something
