@@ -440,8 +440,6 @@ class Decoder:
         last, and draw their first tokens. done: tokens of each prompt that are there. Steps of
         other rows in between write into these rows too: where the next chunk will."""
         cached = requests[0].cached
-        if cached:
-            self.cache.refuse_lost(rows, cached)
         cpu = torch.device("cpu")  # whatever the default is
         new = Sampling.of(requests, cpu)
         if any(request.seed is None for request in requests):  # all ranks take one rank's keys
@@ -538,25 +536,25 @@ class Decoder:
 
     @torch.inference_mode(False)
     def start(self, requests: Sequence[Request]) -> None:
-        """Take the rows for these requests, whatever they did."""
-        n, cached = len(requests), self.cache.cached
-        if n > len(cached):  # a request's row may be any
-            cached = [min(cached)] * n
-        for request, there in zip(requests, cached):
+        """Take the rows for these requests, whatever they did. ValueError: what runs goes on."""
+        cached = self.cache.cached
+        for row, (request, there) in enumerate(zip(requests, cached)):
             if request.cached > there:
                 raise ValueError(f"{request.cached} tokens are not cached: one row has {there}")
+            if request.cached:
+                self.cache.refuse_lost(slice(row, row + 1), request.cached)
+        asks = any(getattr(r, name) not in (None, (), []) for r in requests for name in EXTRAS)
+        if self.extras is not None or asks:
+            extras = self.extras or extension("processors").Extras(self)
+            extras.start(requests, asks)
+            self.extras = extras
         self.running = {}  # the run before sees that it is no longer its own
         self.finish_reasons.clear()
         self.active.zero_()
-        # rows without a request, and trials, write after what is cached
-        self.input_pos.clamp_(min=max((request.cached for request in requests), default=0))
-        there = self.input_pos.new_tensor(cached[n:])
-        self.input_pos[n:] = there.clamp(max=self.cache.max_seq_len - 1)
+        # rows, also those without a request, and trials write after what is cached
+        cached[:len(requests)] = [request.cached for request in requests[:len(cached)]]
+        self.input_pos[:] = self.input_pos.new_tensor(cached).clamp(max=self.cache.max_seq_len - 1)
         self.kind = kind_of(requests)  # of all of them: a step is compiled before the first begins
-        given = [getattr(request, name) for request in requests for name in EXTRAS]
-        if self.extras is not None or any(value not in (None, (), []) for value in given):
-            self.extras = self.extras or extension("processors").Extras(self)
-            self.extras.start(requests)
 
     def to_device(self, *tensors: Tensor) -> list[Tensor]:
         """Copy tensors in one transfer, which a GPU's host need not wait for. Those of 8-byte

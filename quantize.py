@@ -516,5 +516,5 @@ def remove_abandoned(folder: Path) -> None:
 
 def perplexity(*args: Any, **options: Any) -> Any:
     """What quantizing costs on a text: benchmarks/quality.py's."""
-    from benchmarks.quality import perplexity as measured
-    return measured(*args, **options)
+    from benchmarks import quality
+    return quality.perplexity(*args, **options)

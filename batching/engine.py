@@ -51,8 +51,8 @@ class Engine(PrefixSharer):
         front of it; RuntimeError if another run of this engine has begun meanwhile."""
         wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(wanted, take_number)
-        self.wanted = wanted
         self.start([running.request for running in wanted])
+        self.wanted = wanted
         self.stats.compile_s += self.prepare_all()
         began = time.perf_counter()
         reading: Reading | None = None
@@ -84,19 +84,19 @@ class Engine(PrefixSharer):
         self.stats.wall_s += time.perf_counter() - began
 
     def start(self, requests: Sequence[Request]) -> None:
+        if len(requests) > self.cache.max_batch_size:
+            self.refuse_lost_prefix(requests)
+        super().start(requests)
         self.started.clear()
         self.held.clear()  # others may have had the cache since
-        super().start(requests)
         self.furthest = self.input_pos.tolist()
         self.refills = len(requests) > self.cache.max_batch_size
-        if self.refills:
-            self.refuse_lost_prefix()
 
-    def refuse_lost_prefix(self) -> None:
+    def refuse_lost_prefix(self, requests: Sequence[Request]) -> None:
         """ValueError if a request that has a row would drive cached tokens out of it that the next
         one is to have in front of its prompt: by writing over them, or out of a layer's ring."""
-        cached = {running.request.cached for running in self.wanted}
-        longest = max(running.prompt_end + running.budget for running in self.wanted)
+        cached = {each.cached for each in requests}
+        longest = max(each.cached + len(each.prompt) + self.budget(each) for each in requests)
         longest += (self.lag + 1) * (self.k + 1)  # steps that are under way
         lost = any(each.places.ring and longest > each.places.S for each in self.cache.whole)
         why = ""
@@ -106,7 +106,7 @@ class Engine(PrefixSharer):
             why = "layers with a sliding window keep the last "
             why += f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
         if why:
-            n, B = len(self.wanted), self.cache.max_batch_size
+            n, B = len(requests), self.cache.max_batch_size
             raise ValueError(f"{n} prompts behind cached tokens need as many rows, not {B}: {why}")
 
     # --- prompts and steps ---

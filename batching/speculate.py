@@ -355,5 +355,5 @@ class Speculator(Decoder):
         return self.k if pays and self.has_room() else 0
 
     def has_room(self) -> bool:
-        """Whether each row surely has room for k proposals behind its last token."""
-        return max(self.furthest) + self.k < self.cache.max_seq_len
+        """Whether each row of a step surely has room for k proposals behind its last token."""
+        return max(self.furthest[:self.width()]) + self.k < self.cache.max_seq_len

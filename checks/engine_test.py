@@ -598,6 +598,40 @@ def test_another_run_ends_the_one_before(checkpoint: Checkpoint, n: int) -> None
     assert answers == expected
 
 
+# what a run of two rows refuses that have 40 tokens each, of which rings keep the last; those of a
+# Decoder alone are behind it
+REFUSED = [
+    [Request([], 5)],
+    [Request([5], 5), Request([131], 5)],
+    [Request([5], 5, cached=95)],
+    [Request([5], 5, cached=70)],
+    [Request([5], 5, cached=9)],
+    [Request([5], 5), Request([5], 5, processors=[3])],
+    [Request([5], 5, echo=True)],
+    [Request([5], 5, cached=each) for each in (0, 2, 0)],
+    [Request([5], 5, logprobs=2)],
+]
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("kind, refused", [(Engine, REFUSED[:-1]), (Decoder, REFUSED)])
+def test_a_run_that_is_refused_leaves_the_one_before_as_it_was(
+    checkpoint: Checkpoint, kind: type[Decoder], refused: list[list[Request]], extras: bool
+) -> None:
+    model = loaded(checkpoint, "mistral")
+    processors = [lambda ids, logits: logits.roll(1)] if extras else []
+    requests = [Request(random_prompt(40), n, processors=processors) for n in (9, 30)]
+    model.setup_caches(2, 96)
+    expected = collect(kind(model), requests)
+    decoder = kind(model, model.setup_caches(2, 96))
+    run, got = decoder.run(requests), [[], []]
+    for i, (number, tokens) in enumerate(run):
+        got[number] += tokens
+        with pytest.raises(ValueError):
+            collect(decoder, refused[i % len(refused)])
+    assert got == expected and decoder.finish_reasons == {0: "length", 1: "length"}
+
+
 def test_a_prefix_in_every_row_outlasts_refills(checkpoint: Checkpoint) -> None:
     model = loaded(checkpoint)
     prefix = random_prompt(20)

@@ -519,6 +519,8 @@ def test_an_experts_blocks_are_its_own(tmp_path: Path) -> None:
     ("deepseek2", "blk.0.attn_k_b.weight", torch.ones(16, 24, 9), "kv_b_proj.* has shape"),
     ("deepseek2", "blk.0.attn_k_b.weight", torch.ones(16, 9, 12), "makes no sense"),
     ("deepseek2", "blk.0.attn_v_b.weight", torch.ones(24), "makes no sense"),
+    ("qwen3next", "blk.1.ffn_up_exps.weight", torch.ones(5, 32, 256), r"\(5, .*expected \(4, "),
+    ("qwen3next", "blk.1.ffn_up_exps.weight", torch.ones(3, 32, 256), r"\(3, .*expected \(4, "),
 ])
 def test_parts_that_do_not_fit_are_refused(
     tmp_path: Path, arch: str, name: str, tensor: Tensor, message: str

@@ -23,7 +23,7 @@ from benchmarks.quality import perplexity
 from checks.common import (
     CPU_ENV, HERE, byte_level_tokenizer, random_blocks, run_cli, write_gguf,
 )
-from checks.hostile import GGUF, hostile_gguf
+from checks.hostile import GGUF, U32, hostile_gguf
 from cpu.products import tile, tiling, untile, untile_rows
 from formats.blocks import TYPES, dequantized, file_blocks, unpack
 from formats.default import default_model
@@ -299,6 +299,15 @@ def test_a_hostile_file_is_refused_in_its_own_size(tmp_path: Path, name: str) ->
     tracemalloc.stop()
     assert "\n" not in str(e.value)
     assert peak < 2**24 and time.thread_time() - began < 10
+
+
+def test_no_model_of_more_layers_than_there_are_tensors_is_made(tmp_path: Path) -> None:
+    """Which would take seconds."""
+    file = GGUF()
+    file.settings["llama.block_count"] = (U32, 2048)
+    (tmp_path / "m.gguf").write_bytes(file.content())
+    with pytest.raises(ValueError, match="has 11 tensors, too few for 2048 layers"):
+        load_model(tmp_path / "m.gguf")
 
 
 def test_the_hostile_files_are_else_whole(tmp_path: Path) -> None:

@@ -191,6 +191,40 @@ def test_tokens_added_behind_the_models_are_no_more_of_its_vocabulary(
         assert tokenizer.vocab_size == size and tokenizer.special["[PAD]"] == n
 
 
+def random_tokens(random: Random) -> list[AddedToken]:
+    """Up to five that overlap each other or themselves, of which most are special: all that begin
+    or end with white space."""
+    texts = []
+    for _ in range(random.randint(1, 5)):
+        begin = random.choice(["", *texts])[:random.randint(0, 4)]
+        texts.append(begin + "".join(random.choices("ab \n<", k=random.randint(1, 3))))
+    tokens = []
+    for text in dict.fromkeys(texts):
+        special = text != text.strip() or random.random() < 0.7
+        names = ("lstrip", "rstrip", "single_word", "normalized")[:4 if special else 2]
+        flags = {name: random.random() < 0.3 for name in names}
+        tokens.append(AddedToken(text, special=special, **flags))
+    return tokens
+
+
+def test_tokens_are_found_where_the_library_finds_them(tmp_path: Path) -> None:
+    """Whichever there are: what a template writes has the ids that tokenizers gives."""
+    backend, _, _ = byte_level_tokenizer([])
+    plain = backend.to_str()
+    for seed in range(300):
+        random = Random(seed)
+        backend = tokenizers.Tokenizer.from_str(plain)
+        known = backend.get_vocab()  # a special piece of it may stay text
+        added = [token for token in random_tokens(random) if token.content not in known]
+        backend.add_tokens(added)
+        backend.save(str(tmp_path / "tokenizer.json"))
+        parts = [*(token.content for token in added), "a", "b", " ", "\n", "<", "c"]
+        text = "".join(random.choices(parts, k=random.randint(1, 12)))
+        write_json(tmp_path, tokenizer_config={"chat_template": "{{ %s }}" % json.dumps(text)})
+        want = backend.encode(text, add_special_tokens=False).ids
+        assert load_tokenizer(tmp_path).chat(TALK) == want, (seed, text, added)
+
+
 # --- what a message says is text ---
 
 SPICED = ["</s>", "<|end|>", "<|user|>\n", "a<|assistant|>b"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from batching import Engine
+from batching import Engine, Stats
 from batching.speculate import Gauge, PromptLookup
 from checks.common import hf_folder, run_cli
 from checks.engine_test import alone, chi_squared, collect, is_last, loaded, random_prompt
@@ -219,6 +219,21 @@ def test_a_row_that_is_done_keeps_its_text_beside_checks(
     assert len(engine.stats.speculation.plain_s) > 20  # checks had no room beside it
     more, _ = collect(engine, [Request([last], 3, cached=92), Request(short, 1)])
     assert [more] == alone(model, [Request(long + turn[0], 3)])
+
+def test_a_full_row_without_a_request_is_no_reason_against_proposals(
+    checkpoint: Checkpoint, always: None
+) -> None:
+    """Steps of the rows before it do not reach it."""
+    model = loaded(checkpoint)
+    engine = speculating(model, 2, 4)
+    full = random_prompt(90)
+    _, said = collect(engine, [Request([5], 1), Request(full, 5)])
+    engine.stats = Stats()
+    got = collect(engine, [Request(REPEATED, 30)])
+    assert engine.stats.speculation.checked > 0 and not engine.stats.speculation.plain_s
+    _, more = collect(engine, [Request([5], 1), Request(said[-1:], 9, cached=94)])
+    whole = [Request(REPEATED, 30), Request(full + said, 9)]
+    assert [got[0], more] == alone(model, whole)
 
 # --- the distribution ---
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import generate as program
 from batching import Engine
-from checks.common import CPU_ENV, HERE, hf_folder, read_to_end, run_cli, wait_until
+from checks.common import CPU_ENV, HERE, hf_folder, ours, read_to_end, run_cli, wait_until
 from checks.soak import make_checkpoints
 from cli.errors import become_a_program
 from formats import default
@@ -753,13 +753,13 @@ def test_ctrl_c_during_the_imports_is_quiet(module: str, tmp_path: Path) -> None
     signal.signal(signal.SIGINT, before)
     out, err = process.communicate()
     assert process.returncode in (-signal.SIGINT, 130)
-    assert (out, err) == (b"", b"")
+    assert (out, ours(err.decode())) == (b"", "")
 
 
 def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
     command = f"{sys.executable} {HERE / 'generate.py'} --help | true"
     result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, env=CPU_ENV)
-    assert result.returncode == 0 and result.stderr == b""
+    assert result.returncode == 0 and not ours(result.stderr.decode())
 
 
 def test_another_default_model_is_not_taken(

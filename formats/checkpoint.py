@@ -29,7 +29,7 @@ from formats.integers import Blocks, Rows, check_shape, fill_layers, put, read
 from formats.packed import Floats, settle_quantized
 from formats.settings import check_settings, plain_file, read_json, refuse_unsupported
 from formats.wrappers import plain_names, text_config
-from model import FAMILIES, Checkpoint, Transformer, family_of, first_line
+from model import FAMILIES, Checkpoint, Transformer, family_of, first_line, is_number
 from quantize import Linear, affine, say_once
 
 Plan = dict[str, dict[str, tuple[int, ...]]]  # by parameter: what it is read from, and its shape
@@ -63,6 +63,9 @@ class CheckedCheckpoint(Checkpoint):
 
     def empty_model(self) -> Transformer:
         """ValueError also where settings go together so badly that using them fails."""
+        n, n_layer = len(self.tensors), self.config.get("num_hidden_layers")
+        if is_number(n_layer, int) and 0 < n < n_layer:  # 0: of a bare configuration
+            raise ValueError(f"{self.path} has {n} tensors, too few for {n_layer} layers")
         with making_sense_of(self.path):
             refuse_unsupported(self.config)
             return super().empty_model()
@@ -236,8 +239,8 @@ class InFile:
         """One of those that are stacked."""
         if i >= self.shape[0]:
             raise ValueError(f"tensor {self.name} has shape {self.shape}, no entry {i}")
-        part = replace(self, shape=self.shape[1:])
-        return replace(part, offset=self.offset + i * part.nbytes)
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], offset=self.offset + i * nbytes)
 
     def read(self, rows: Rows | None = None) -> Tensor:
         """All of it, or some rows; of a type of GGUF's bytes. ValueError: the file ends there."""

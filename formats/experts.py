@@ -44,10 +44,11 @@ def settle_experts(tensors: dict[str, Any], model_type: str) -> None:
             if model_type == "gpt_oss":  # by turns
                 parts = {"gate": rows[::2], "up": rows[1::2]}
         for i in range(stack.shape[0]):
+            whole = stack[i]
             for part, rows in parts.items():
-                own = Part(stack[i], rows, is_turned)
+                own = Part(whole, rows, is_turned)
                 if exponents is not None:
-                    own = mxfp4_blocks(name, stack[i], exponents[i], rows)
+                    own = mxfp4_blocks(name, whole, exponents[i], rows)
                 tensors[f"{prefix}{i}.{part}_proj.{ENDS[kind]}"] = own
 
 

@@ -32,6 +32,10 @@ def read_checkpoint(path: Path) -> GGUFCheckpoint:
         if has_pictures(path, meta):
             say_once(LEFT_OUT.format(path, meta.get("general.architecture")))
         config, file = hf_config(meta, tensors)
+        n_expert = meta.get(f"{meta['general.architecture']}.expert_count")
+        for name, tensor in tensors.items():
+            if "_exps." in name:  # a stack
+                check_shape(name, tensor.shape, (n_expert, *tensor.shape[1:]))
     return GGUFCheckpoint(path, config, tensors, file)
 
 

@@ -50,6 +50,11 @@ class TextStream:
             text = text.replace(token, "")
         return text
 
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether new ids complete a stop string: Request.ends."""
+        self.push(ids)
+        return self.stopped
+
     def text(self, ids: Sequence[int], final: bool) -> str:
         """That of new ids, with the control tokens that a stop string names."""
         text, begin = "", 0

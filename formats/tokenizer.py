@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -68,18 +68,12 @@ class ChatTokenizer(Tokenizer):
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """ValueError for a token that stands for a picture, where these are left out."""
-        ids = self.ids(re.split(f"({any_of(self.added)})", text))
+        ids = self.ids(self.cut(text, self.added))
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def ends(self, stop: Sequence[str], prompt: list[int]) -> Callable[[list[int]], bool]:
         """Request.ends for the text behind a prompt: whether new ids complete a stop string."""
-        text = TextStream(self, prompt, stop)
-
-        def ends(ids: list[int]) -> bool:
-            text.push(ids)
-            return text.stopped
-
-        return ends
+        return TextStream(self, prompt, stop).ends
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """[{"role": ..., "content": ...}, ...] -> the ids of the conversation in the model's own
@@ -113,9 +107,29 @@ class ChatTokenizer(Tokenizer):
             what = special if key in ASKED_FOR else hidden
             return re.sub(what, mark, said) if isinstance(said, str) else said
 
-        pieces = re.split(f"({any_of(self.special | self.added)})", self.render(hide(messages)))
+        pieces = self.cut(self.render(hide(messages)), self.special | self.added)
         show = partial(re.sub, rf"{WRITTEN}(\d+);", lambda found: written[int(found[1])])
         return [show(piece) for piece in pieces]
+
+    def cut(self, text: str, known: Collection[str]) -> list[str]:
+        """A text in pieces, of which every second one is one of the known tokens."""
+        found = ask(self.finder.encode, text)
+        tokens = self.finder.get_added_tokens_decoder()
+        pieces, end = [], 0
+        for i, (start, stop) in zip(found.ids, found.offsets):
+            if i in tokens and tokens[i].content in known:
+                pieces += [text[end:start], tokens[i].content]
+                end = stop
+        return [*pieces, text[end:]]
+
+    @cached_property
+    def finder(self) -> tokenizers.Tokenizer:
+        """It finds tokens with the white space that they take in; between them all is unknown."""
+        finder = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+        finder.normalizer = getattr(self.backend, "normalizer", None)
+        plain = {name: AddedToken(name, normalized=False) for name in self.added | self.special}
+        finder.add_tokens([*(plain | self.flags).values()])
+        return finder
 
     def ids(self, pieces: list[str]) -> list[int]:
         """The ids of a text in pieces, of which every second one is a token. ValueError for one
@@ -124,16 +138,9 @@ class ChatTokenizer(Tokenizer):
         if found:
             raise ValueError(f"the text has {found[0]}, but pictures and sound are left out")
         known = self.added | self.special
-        plain = AddedToken()
-        flags = [plain, *(self.flags.get(piece, plain) for piece in pieces), plain]
         ids = []
         for n, piece in enumerate(pieces):
-            if n % 2:
-                ids.append(known[piece])
-                continue
-            piece = piece.lstrip() if flags[n].rstrip else piece
-            piece = piece.rstrip() if flags[n + 2].lstrip else piece
-            ids += self.plain_ids(piece, self.legacy or n == 0)
+            ids += [known[piece]] if n % 2 else self.plain_ids(piece, self.legacy or n == 0)
         return ids
 
     def plain_ids(self, text: str, blank: bool) -> list[int]:
@@ -165,10 +172,6 @@ class ChatTokenizer(Tokenizer):
         return known | self.names
 
 
-# of Metaspace, in a tokenizer.json: only a text's first word gets a blank; none does
-PREPENDING = '"prepend_scheme":"first"', '"prepend_scheme":"never"'
-
-
 class JSONTokenizer(ChatTokenizer):
     """By a tokenizers.Tokenizer."""
 
@@ -187,8 +190,9 @@ class JSONTokenizer(ChatTokenizer):
 
     @cached_property
     def without_blank(self) -> tokenizers.Tokenizer:
-        """Another one, as others may be encoding."""
-        backend = tokenizers.Tokenizer.from_str(self.backend.to_str().replace(*PREPENDING))
+        """Another one, as others may be encoding. With "first" a text's first word gets a blank."""
+        text = self.backend.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        backend = tokenizers.Tokenizer.from_str(text)
         backend.encode_special_tokens = True
         return backend
 
@@ -282,7 +286,7 @@ def json_tokenizer(file: Path, settings: Settings) -> JSONTokenizer:
     is_put = encoded.special_tokens_mask
     bos_id = encoded.ids[0] if 0 in is_put and is_put[0] else None  # not what is put behind a text
     tokenizer = JSONTokenizer(backend, backend.get_vocab_size(), special, bos_id, set())
-    tokenizer.flags = {token.content: token for token in known.values() if token.special}
+    tokenizer.flags = {token.content: token for token in known.values()}
     tokenizer.legacy = "prepend_scheme=first" not in str(backend.pre_tokenizer)
     return tokenizer
 

@@ -14,7 +14,7 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from generate import EXTRAS, Decoder, Request, settings_of
+from generate import Decoder, Request, settings_of
 from processors.functions import Function
 from processors.logprobs import LogProbs
 
@@ -85,15 +85,14 @@ class Extras:
         self.settings = torch.zeros(B, len(PROCESSORS), device=device)
         self.functions: dict[int, list[Function]] = {}  # by the row
 
-    def start(self, requests: Sequence[Request]) -> None:
-        """A run begins: what its requests ask for. ValueError: they cannot have it."""
+    def start(self, requests: Sequence[Request], asks: bool) -> None:
+        """A run begins: what its requests ask for, if they do. ValueError: they cannot have it."""
         for request in requests:
             self.refuse(request)
-        given = [getattr(request, name) for request in requests for name in EXTRAS]
-        asks = any(value not in (None, (), []) for value in given) or None
-        self.on: set[str] = set()  # the names of PROCESSORS that change something
-        for request in requests:
-            self.on |= {name for name in PROCESSORS if getattr(request, name, asks) is not None}
+        self.on = {  # the names of PROCESSORS that change something
+            name for name in PROCESSORS for request in requests
+            if getattr(request, name, asks or None) is not None
+        }
         self.by_host = any(request.processors for request in requests)
         self.functions.clear()
         self.proposals: Tensor | None = None  # [B, T - 1 or T] that a step checks
