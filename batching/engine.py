@@ -99,13 +99,11 @@ class Engine(PrefixSharer):
         longest = max(each.cached + len(each.prompt) + self.budget(each) for each in requests)
         longest += (self.lag + 1) * (self.k + 1)  # steps that are under way
         lost = any(each.places.ring and longest > each.places.S for each in self.cache.whole)
-        why = ""
-        if len(cached) > 1:
-            why = f"some would write over the {max(cached)} tokens that others are behind"
-        elif lost and cached != {0}:
+        why = f"some would write over the {max(cached)} tokens that others are behind"
+        if lost and len(cached) == 1:
             why = "layers with a sliding window keep the last "
             why += f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
-        if why:
+        if len(cached) > 1 or lost and cached != {0}:
             n, B = len(requests), self.cache.max_batch_size
             raise ValueError(f"{n} prompts behind cached tokens need as many rows, not {B}: {why}")
 
@@ -164,12 +162,14 @@ class Engine(PrefixSharer):
     @on_its_device
     def launch(self, began: Mark) -> Launch:
         """Launch a step for the requests that run."""
-        self.k_now = k = self.next_k()
+        pays = self.gauge is None or self.gauge.pays(self.width())
+        self.k_now = k = self.k if pays and self.has_room() else 0
         rows = dict(self.running)
         if not self.compiled:  # nor is a cheaper kind for these rows
             self.kind = kind_of(running.request for running in rows.values())
         self.stats.row_steps += self.width()
-        self.forget_resting(rows)
+        # it writes into the rows that rest, at places that these held
+        self.held = {row: prompt for row, prompt in self.held.items() if row in rows}
         drawn = self.step()
         for row, running in rows.items():
             running.drawn += 1

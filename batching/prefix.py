@@ -106,7 +106,3 @@ class PrefixSharer(Speculator):
             done += part.shape[1]
             self.input_pos[where] = done
             yield False
-
-    def forget_resting(self, rows: Sequence[int]) -> None:
-        """A step of some rows writes into the others, at places that these held."""
-        self.held = {row: prompt for row, prompt in self.held.items() if row in rows}

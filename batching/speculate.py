@@ -349,11 +349,6 @@ class Speculator(Decoder):
             self.drafter.read(tokens, rows, cached, last)
         return logits
 
-    def next_k(self) -> int:
-        """How many proposals the next step checks: none where that does not pay."""
-        pays = self.gauge is None or self.gauge.pays(self.width())
-        return self.k if pays and self.has_room() else 0
-
     def has_room(self) -> bool:
         """Whether each row of a step surely has room for k proposals behind its last token."""
         return max(self.furthest[:self.width()]) + self.k < self.cache.max_seq_len

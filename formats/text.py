@@ -80,10 +80,9 @@ class TextStream:
         """The last ids, enough for a word's leading space: eight, or up to three more where these
         begin inside a character, since some decoders give up all bytes of a run that has half a
         character (ByteFallback of tokenizers)."""
-        for n in range(8, 12):
-            if not self.tokenizer.decode(ids[-n:]).startswith("\ufffd"):
-                return ids[-n:]
-        return ids[-8:]
+        tails = [ids[-n:] for n in range(8, 12)]
+        whole = (each for each in tails if not self.tokenizer.decode(each).startswith("\ufffd"))
+        return next(whole, tails[0])
 
 
 class StreamPrinter(Printer):

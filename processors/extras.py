@@ -89,10 +89,8 @@ class Extras:
         """A run begins: what its requests ask for, if they do. ValueError: they cannot have it."""
         for request in requests:
             self.refuse(request)
-        self.on = {  # the names of PROCESSORS that change something
-            name for name in PROCESSORS for request in requests
-            if getattr(request, name, asks or None) is not None
-        }
+        self.on = {name for name in PROCESSORS  # those that change something
+                   if any(getattr(each, name, asks or None) is not None for each in requests)}
         self.by_host = any(request.processors for request in requests)
         self.functions.clear()
         self.proposals: Tensor | None = None  # [B, T - 1 or T] that a step checks
