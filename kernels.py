@@ -179,6 +179,10 @@ def _check(
     alibi_slopes: Tensor | None, sinks: Tensor | None, ring: bool,
 ) -> None:
     """ValueError for what flash_decode does not take."""
+    needed = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "cache_seqlens": cache_seqlens}
+    for name, x in needed.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"flash_decode: {name} must be a tensor, got {x!r:.60}")
     if q.dim() != 4 or k_cache.dim() != 4:
         raise ValueError("flash_decode: q must be [B, Hq, T, D] and k_cache [B, Hkv, S, D], "
                          f"got {list(q.shape)} and {list(k_cache.shape)}")
@@ -197,14 +201,14 @@ def _check(
         problem = "k and v go together"
     elif (k_scale is None) == int8 or (v_scale is None) == int8:
         problem = "int8 caches, and only they, need k_scale and v_scale"
-    elif window is not None and window < 1:
-        problem = f"window must be at least 1, got {window}"
+    elif window is not None and (isinstance(window, float) or window < 1):
+        problem = f"window must be at least 1, and whole, got {window}"
     elif window is not None and not causal:
         problem = "window needs causal=True"
     elif ring and (window is None or window + T - 1 > S):
         problem = f"a ring of {S} places needs a window of at most {S - T + 1}, got {window}"
-    elif softcap is not None and softcap <= 0:
-        problem = f"softcap must be above 0, got {softcap}"
+    elif softcap is not None and not 0 < softcap < math.inf:
+        problem = f"softcap must be above 0, and finite, got {softcap}"
     if problem:
         raise ValueError(f"flash_decode: {problem}")
 
@@ -227,9 +231,9 @@ def _check_tensor(
     """ValueError for an x that is given and is not of that kind."""
     if x is None:
         return
-    if x.shape != shape or x.dtype not in dtypes or x.device != device:
+    if getattr(x, "shape", None) != shape or x.dtype not in dtypes or x.device != device:
         wanted = f"{list(shape)} {' or '.join(map(str, dtypes))} on {device}"
-        got = f"{list(x.shape)} {x.dtype} on {x.device}"
+        got = f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"{x!r:.60}"
         raise ValueError(f"flash_decode: {name} must be {wanted}, got {got}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"flash_decode: the last dimension of {name} must be contiguous")
@@ -273,9 +277,9 @@ def _flash_decode_torch(
     new = 0 if k is None else k.shape[2]
     S, T = k_cache.shape[2], q.shape[2]
     _, causal, *_, ring = options
-    if longest + new > S and not ring:
-        raise ValueError(f"flash_decode: {longest} cached + {new} new tokens do not fit into "
-                         f"a cache of {S}")
+    if min(lens) < 0 or longest + new > S and not ring:
+        raise ValueError(f"flash_decode: rows of {min(lens)} to {longest} cached + {new} new "
+                         f"tokens do not fit into a cache of {S}")
     if T > 1 and causal:
         # each token alone: among others, its weights would be summed in another order
         parts = []

@@ -675,8 +675,7 @@ class KVCache:
         kind = FORMATS.get(self.dtype, LayerCache)
         n_kv_head, head_dim = heads
         shape = (2, self.max_batch_size, n_kv_head, places.S, head_dim)
-        tensors = kind.allocate(shape, self.dtype, device)
-        return kind(tensors, places, self.attention == "flash")
+        return kind(kind.allocate(shape, self.dtype, device), places, self.attention == "flash")
 
     def places(self, n_layer: int) -> list[Places]:
         return [Places(self.max_seq_len)] * n_layer
@@ -1163,8 +1162,7 @@ class Checkpoint:
 
     def parts(self, model: Transformer, name: str, x: Tensor) -> dict[str, tuple[int, ...]]:
         """What our parameter x is read from; a folder that save_quantized wrote has our names."""
-        saved = "gpt_flash" in self.config
-        return {name: tuple(x.shape)} if saved else sources(model, name, x)
+        return {name: tuple(x.shape)} if "gpt_flash" in self.config else sources(model, name, x)
 
     def has(self, model: Transformer, name: str, x: Tensor) -> bool:
         """Whether the file has a tensor for a parameter that has a value of its own."""

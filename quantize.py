@@ -135,8 +135,7 @@ class Int8Linear(QuantizedLinear):
             largest = self.over_ranks(largest)
         scales = (largest / 127).bfloat16()
         steps = scales.float()[:, None]  # (rows, 1)
-        q = (w / steps.clamp_min(1e-30)).round().clamp(-127, 127)
-        self.weight[rows] = q.to(torch.int8)
+        self.weight[rows] = (w / steps.clamp_min(1e-30)).round().clamp(-127, 127).to(torch.int8)
         self.scales[rows] = scales
         return self.weight[rows] * steps
 
@@ -340,8 +339,7 @@ def least_squares_line(w: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     covariance = ((q - mean) * w).sum(-1, keepdim=True)
     variance = (q - mean).square_().sum(-1, keepdim=True)
     scale = covariance / variance.clamp_min(1e-30)
-    zero = w.mean(-1, keepdim=True) - scale * mean
-    return scale, zero
+    return scale, w.mean(-1, keepdim=True) - scale * mean
 
 
 def affine(q: Tensor, middle: int, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:

@@ -792,8 +792,11 @@ MISTAKES = [
     (dict(k_cache=CACHE.to(I8), v_cache=CACHE.to(I8)),
      "int8 caches, and only they, need"),
     (dict(window=0), "window must be at least 1"),
+    (dict(window=2.5), "window must be at least 1, and whole, got 2.5"),
     (dict(window=4, causal=False), "needs causal=True"),
     (dict(softcap=0.0), "softcap must be above 0"),
+    (dict(softcap=math.nan), "softcap must be above 0, and finite, got nan"),
+    (dict(softcap=math.inf), "softcap must be above 0, and finite, got inf"),
     (dict(ring=True), "a ring of 9 places needs a window of at most 9, got None"),
     (dict(ring=True, window=10), "a ring of 9 places needs a window of at most 9, got 10"),
     (dict(sinks=torch.zeros(3)),
@@ -806,6 +809,13 @@ MISTAKES = [
      "v_cache must be .* on cpu, got .* on meta"),
     (dict(cache_seqlens=torch.tensor([9, 1]).int()),
      "9 cached . 1 new tokens do not fit"),
+    (dict(cache_seqlens=torch.tensor([-1, 1]).int()),
+     "rows of -1 to 1 cached . 1 new tokens do not fit"),
+    (dict(cache_seqlens=torch.tensor([-3, -3]).int(), k=None, v=None),
+     "rows of -3 to -3 cached . 0 new tokens do not fit"),
+    (dict(cache_seqlens=[3, 2]), r"cache_seqlens must be a tensor, got \[3, 2\]"),
+    (dict(v_cache=None), "v_cache must be a tensor, got None"),
+    (dict(sinks=[0.0] * 4), r"sinks must be \[4\] torch.float32 on cpu, got \[0.0, 0.0"),
 ]
 
 
