@@ -404,6 +404,18 @@ def test_linear_arguments_are_checked() -> None:
         linear.packed_int4_linear(x[..., :32], packed, lines[:, :, :0])
     with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
         linear.packed_int4_linear(x, packed[:2], lines)
+    q, one = torch.ones(3, 64, dtype=I8, device=DEVICE), torch.ones(3, device=DEVICE)
+    wrong = (x.long(), q, one), (x, q.float(), one), (x, q.byte(), one), (x, q, one.int())
+    for given in (*wrong, (x[0, 0, 0], q, one), (x, q, one[:, None])):
+        with pytest.raises(ValueError, match="int8_linear: needs x"):
+            linear.int8_linear(*given)
+    for given in ((x, packed, lines.float()), (x, packed.byte(), lines), (x, packed, lines.long())):
+        with pytest.raises(ValueError, match="packed_int4_linear: needs x"):
+            linear.packed_int4_linear(*given)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    for given in ((x[0], ids, q[None], one[None].int()), (x[0].int(), ids, q.float()[None])):
+        with pytest.raises(ValueError, match="experts_linear: needs x"):
+            linear.experts_linear(*given)
     with pytest.raises(ValueError, match="must be torch.bfloat16, got torch.float32"):
         linear.pack_int4(w, scales.float(), zeros)
 

@@ -37,18 +37,18 @@ jit = triton.jit if triton else lambda fn: fn
 def int8_linear(x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """x [..., K] times int8 w [N, K] with a scale per output [N]: (x @ w.T) * scales, summed in
     float32; [..., N]. On a GPU up to 64 vectors are taken in 16-bit steps, as said below."""
-    if w.shape[1:] != x.shape[-1:] or scales.shape != w.shape[:1]:
-        raise ValueError("int8_linear: needs x [..., K], w [N, K] and scales [N], "
-                         f"got {[list(t.shape) for t in (x, w, scales)]}")
+    if scales.dim() != 1 or not _fit_experts(x, w[None], scales[None]):
+        raise ValueError("int8_linear: needs x [..., K], int8 w [N, K] and scales [N], "
+                         f"got {[(*t.shape, t.dtype) for t in (x, w, scales)]}")
     return torch.ops.gpt_flash.quantized_linear(x, w, scales, None)
 
 
 def packed_int4_linear(x: Tensor, packed: Tensor, lines: Tensor) -> Tensor:
     """x [..., K] times weights of pack_int4 -> [..., N]. On a GPU up to 64 vectors are taken in
     16-bit steps, as said below."""
-    if lines.dim() != 3 or not _fit_experts(x.shape[-1], packed[None], lines[None]):
+    if lines.dim() != 3 or not _fit_experts(x, packed[None], lines[None]):
         raise ValueError("packed_int4_linear: needs x [..., K] and what pack_int4 returns, "
-                         f"got {[list(t.shape) for t in (x, packed, lines)]}")
+                         f"got {[(*t.shape, t.dtype) for t in (x, packed, lines)]}")
     return torch.ops.gpt_flash.quantized_linear(x, packed, lines, None)
 
 
@@ -65,10 +65,10 @@ def experts_linear(x: Tensor, ids: Tensor, w: Tensor, scales: Tensor | None = No
     On a GPU a chosen weight is read once for up to 16 tokens; what nobody chose is not read, and
     the host does not learn what was chosen."""
     R, n_active = ids.shape
-    if x.shape[:-1] not in ((R,), (R, n_active)) or not _fit_experts(x.shape[-1], w, scales):
-        shapes = [None if t is None else list(t.shape) for t in (x, ids, w, scales)]
+    if x.shape[:-1] not in ((R,), (R, n_active)) or not _fit_experts(x, w, scales):
+        given = [None if t is None else (*t.shape, t.dtype) for t in (x, ids, w, scales)]
         raise ValueError("experts_linear: needs x [R, K] or [R, n_active, K], ids [R, n_active], "
-                         f"and a stack of weights with their scales, got {shapes}")
+                         f"and a stack of weights with their scales, got {given}")
     return torch.ops.gpt_flash.quantized_linear(x, w, scales, ids)
 
 
@@ -82,17 +82,22 @@ def dense_weight(w: Tensor, scales: Tensor, K: int, dtype: torch.dtype, nibbles:
     return torch.ops.gpt_flash.dense_weight(w, scales, K, dtype, nibbles)
 
 
-def _fit_experts(K: int, w: Tensor, scales: Tensor | None) -> bool:
-    """Whether w and scales are a stack that experts_linear knows, of weights with K inputs."""
+def _fit_experts(x: Tensor, w: Tensor, scales: Tensor | None) -> bool:
+    """Whether w and scales are a stack that experts_linear knows, of weights with x's inputs."""
+    if x.dim() == 0 or not x.is_floating_point():
+        return False
+    K = x.shape[-1]
     E, N = w.shape[:2]
     if scales is None:
         return w.is_floating_point() and w.shape == (E, N, K)
-    if scales.dim() == 2:
-        return w.shape == (E, N, K) and scales.shape == (E, N)
-    if w.shape != (E, N, (K + 63) // 64, 32):
+    if scales.is_floating_point():
+        return w.dtype == torch.int8 and w.shape == (E, N, K) and scales.shape == (E, N)
+    if w.dtype != torch.int8 or w.shape != (E, N, (K + 63) // 64, 32):
         return False
     if scales.dtype == torch.uint8:
         return K % 32 == 0 and scales.shape == (E, N, K // 32)
+    if scales.dtype != torch.int32 or scales.dim() != 4:
+        return False
     halves = scales.shape[1] == 2 and scales.shape[3] == w.shape[2] and K % 32 == 0
     plain = scales.shape[1] == 1 and K in (64 * scales.shape[3], 128 * scales.shape[3])
     return scales.shape[:3:2] == (E, N) and (halves or plain)
