@@ -28,7 +28,8 @@ Draw = Callable[[Tensor, int], Tensor]
 
 
 class Drafter:
-    """Proposes tokens for the rows of an engine, on the device.
+    """Proposes tokens for the rows of an engine, on the device: engine.drafter, which may be of a
+    class of your own that has propose.
 
     history [B, S + 1] int64 holds the tokens of each row, by position, as far as this engine has
     read or drawn them; what lies behind a row's last token is no part of it."""
@@ -244,8 +245,7 @@ class Gauge:
     def observe(self, k: int, agreed: dict[int, int], n_rows: int, seconds: float) -> None:
         """A step of n_rows that checked k proposals; agreed: how many were right, by request; of
         a plain step, whether its one was."""
-        times = self.seconds.setdefault((n_rows, k), deque(maxlen=self.KEPT))
-        times.append(seconds)
+        self.seconds.setdefault((n_rows, k), deque(maxlen=self.KEPT)).append(seconds)
         if not agreed:
             return
         streaks = {}

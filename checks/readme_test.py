@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +53,24 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_snippet_for_programs_runs(capsys: pytest.CaptureFixture) -> None:
     run_code("## From Python")
     assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_a_file_of_a_fork_is_imported_where_readme_says(tmp_path: Path) -> None:
+    """Of the program, which is __main__ while it imports that file."""
+    assert "imports above its last `if`:" in README
+    words = ("**A sampler**", "**A cache**", "**A family**", "**An attention layer**")
+    imports = (
+        "import torch\nfrom generate import FILTERS, Filter\n"
+        "from model import FAMILIES, FORMATS, Attention, Family, LayerCache, Transformer\n"
+    )
+    (tmp_path / "mine.py").write_text(imports + "".join(map(code_behind, words)))
+    for name in ("model.py", "kernels.py", "quantize.py"):
+        shutil.copy(HERE / name, tmp_path)
+    above, last, below = (HERE / "generate.py").read_text().rpartition("if __name__")
+    (tmp_path / "generate.py").write_text(f"{above}import mine\n{last}{below}")
+    run = [sys.executable, tmp_path / "generate.py", "--help"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_added_sampler_drops_unlikely_tokens() -> None:
