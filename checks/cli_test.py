@@ -508,6 +508,16 @@ def test_a_download_shows_how_far_it_is_on_a_terminal_only(
     assert ("--quiet" in command) != on_terminal
 
 
+def test_a_full_disk_is_a_sentence_before_the_default_model_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **options: pytest.fail("it was fetched"))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100e6))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"takes 276 MB while it comes, and {tmp_path}/gpt-flash"):
+        default_model()
+
+
 def test_long_loading_says_how_far_it_is_where_stderr_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

