@@ -145,7 +145,7 @@ def test_random_weights_are_announced(
     (dict(rope_scaling={"rope_type": "longrope"}), "longrope"),
     (dict(rope_scaling={"rope_type": "linear"}), "factor"),
     (dict(rope_scaling="linear"), "rope_scaling"),
-    (dict(hidden_act="gelu"), "gelu"),
+    (dict(hidden_act="gelu"), "gelu.* of llama: only 'silu', unless its row of FAMILIES has"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     (dict(quantization_config={"quant_method": "awq"}), "awq"),
     (dict(num_key_value_heads=4), "4 key/value heads"),
@@ -491,6 +491,12 @@ def test_broken_tokenizers(tmp_path: Path, name: str, content: str, message: str
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_a_file_of_weights_is_no_place_for_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="it is a file of another kind; give a folder"):
+        load_tokenizer(tmp_path / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -213,8 +213,7 @@ def making_sense_of(path: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, re.error) as e:
-        why = f"the configuration in {path} makes no sense ({first_line(e)})"
-        raise ValueError(why) from None
+        raise ValueError(f"the configuration in {path} makes no sense ({first_line(e)})") from None
 
 
 # --- files ---

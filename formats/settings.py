@@ -91,12 +91,13 @@ FIXED = {
 
 def refuse_unsupported(config: dict[str, Any]) -> None:
     """ValueError names a setting that the family of a configuration does not support."""
-    _, family = family_of(config)
+    name, family = family_of(config)
     settings = rope_settings(family.defaults | config)
     for key, supported in FIXED.items():
         value = settings.get(key)
         if value not in (None, supported) and key not in family.defaults:
-            raise ValueError(f"unsupported {key} {value!r}: only {supported!r} is supported")
+            raise ValueError(f"unsupported {key} {value!r} of {name}: only {supported!r}, unless "
+                             "its row of FAMILIES has a default of it")
 
 
 def read_json(path: Path) -> dict:

@@ -238,7 +238,8 @@ def folder_tokenizer(path: Path) -> ChatTokenizer:
     kinds = ("tokenizer.json", ".model")
     found = [file for file in files if file.is_file() and file.name.endswith(kinds)]
     if not found:
-        raise ValueError("no tokenizer.json or tokenizer.model there")
+        other = "it is a file of another kind; give a folder, or a .gguf file"
+        raise ValueError(other if path.is_file() else "no tokenizer.json or tokenizer.model there")
     file = found[0]
     settings = read_settings(file.parent)
     values = settings.values
@@ -501,5 +502,4 @@ def save_tokenizer(source: Path, folder: Path) -> None:
             (tokenizer.added | tokenizer.special)[name]: flags.__getstate__()
             for name, flags in tokenizer.flags.items()},
     }
-    text = json.dumps(config, indent=2)
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
