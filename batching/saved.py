@@ -21,8 +21,7 @@ def save_row(model: Transformer, ids: list[int], file: Path, row: int = 0) -> No
     if cache.cached[row] < len(ids):
         raise ValueError(f"{len(ids)} tokens are not cached: the row has {cache.cached[row]}")
     cache.refuse_lost(slice(row, row + 1), len(ids))
-    parts = parts_of_row(cache, row, len(ids))
-    tensors = {name: x.contiguous() for name, x in parts.items()}
+    tensors = {name: x.contiguous() for name, x in parts_of_row(cache, row, len(ids)).items()}
     said = {"ids": json.dumps(ids), "model": fingerprint(model)}
     said["sums"] = sums_of(tensors)
     save_file(tensors, file, said)

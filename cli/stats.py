@@ -102,8 +102,8 @@ def say_library(model: Transformer) -> bool:
         say("decoded by the library that --compile made")
     elif getattr(model.decode_block, "missing", False):
         threads = plural(torch.get_num_threads(), "thread")
-        say(f"--compile makes a library for {threads}, in some 15 seconds, by which later runs "
-            "with as many decode faster")
+        say(f"--compile makes a library for {threads}, in some 15 seconds; later runs with "
+            f"{threads} decode faster by it")
     return ran
 
 # --- what it took ---

@@ -102,8 +102,7 @@ def mel_filters(n_mels: int) -> Tensor:
 def log_mel(samples: Tensor, n_mels: int) -> Tensor:
     """Up to 30 seconds of samples [n], silence behind them -> spectrogram [1, n_mels, WINDOW]."""
     padded = F.pad(samples, (0, WINDOW * HOP - len(samples)))
-    hann = torch.hann_window(N_FFT)
-    stft = torch.stft(padded, N_FFT, HOP, window=hann, return_complex=True)
+    stft = torch.stft(padded, N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True)
     energies = mel_filters(n_mels) @ stft[:, :-1].abs().square()  # (n_mels, WINDOW)
     mel = energies.clamp_min(1e-10).log10()
     return ((mel.clamp_min(mel.max() - 8) + 4) / 4)[None]

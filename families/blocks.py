@@ -315,8 +315,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        is_trained = config.act == "xielu"
-        self.act = TrainedXIELU(config, layer) if is_trained else ACTIVATIONS[config.act]
+        self.act = TrainedXIELU(config, layer) if config.act == "xielu" else ACTIVATIONS[config.act]
         self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
         self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 

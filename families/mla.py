@@ -105,8 +105,7 @@ class LatentAttention(Attention):
         """In prefill to keys and values made of the vectors, of one size for PyTorch's kernels:
         shorter values end in zeros. In decode to the vectors, which no head repeats."""
         if not positions.prefill:
-            options = self.options()
-            return special_attention(q, keys, values, positions.index, key_pos, **options)
+            return special_attention(q, keys, values, positions.index, key_pos, **self.options())
         latent, turned = keys[:, 0].split([self.rank, self.turned], dim=-1)
         made = self.kv_b_proj(latent).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
         keys, values = made.split([self.plain, self.v_head_dim], dim=-1)

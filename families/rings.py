@@ -74,8 +74,7 @@ class RingKVCache(KVCache):
 
     def __init__(self, *shape: int, windows: Sequence[int | None], **options: Any):
         self.windows = tuple(windows)
-        largest = max(window or 0 for window in windows)
-        self.ring_len = largest + MAX_DECODE_TOKENS
+        self.ring_len = max(window or 0 for window in windows) + MAX_DECODE_TOKENS
         super().__init__(*shape, **options)
         # [B]: how far each row was written since it was last empty
         self.written = torch.zeros(self.max_batch_size, dtype=torch.int32, device=self.device)

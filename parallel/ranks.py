@@ -53,8 +53,7 @@ class Ranks:
         dist.broadcast(size, group=self.control, group_src=0)
         if self.rank > 0:
             text = bytearray(int(size))
-        content = torch.frombuffer(text, dtype=torch.uint8)
-        dist.broadcast(content, group=self.control, group_src=0)
+        dist.broadcast(torch.frombuffer(text, dtype=torch.uint8), group=self.control, group_src=0)
         return json.loads(text)
 
     def largest(self, x: Tensor) -> Tensor:
@@ -161,8 +160,7 @@ def part_of(
         model = FAMILIES[whole.config.family].model(local(whole.config, ranks))
         # of the vocabulary, the last rank's part is padded
         rows = math.ceil(whole.config.vocab_size / ranks.size)
-        has_bias = model.lm_head.bias is not None
-        model.lm_head = Linear(whole.config.dim, rows, bias=has_bias)
+        model.lm_head = Linear(whole.config.dim, rows, bias=model.lm_head.bias is not None)
     share_rows(model, whole, ranks, group_size)
     take_part(checkpoint, whole, ranks)
     return model
@@ -292,5 +290,4 @@ def all_gather(x: Tensor, size: int, group_name: str) -> Tensor:
     """x [B, T, N] of each of `size` ranks -> [B, T, size * N]."""
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), size, group_name)
     gathered = torch.ops._c10d_functional.wait_tensor(gathered)  # (size * B, T, N)
-    by_rank = gathered.view(size, *x.shape)
-    return by_rank.movedim(0, 2).flatten(2)
+    return gathered.view(size, *x.shape).movedim(0, 2).flatten(2)

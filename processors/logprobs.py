@@ -50,8 +50,7 @@ class LogProbs:
         inputs = before.flatten(0, 1).split(HEAD_TOKENS)
         ids = wanted.flatten().split(HEAD_TOKENS)
         for some, some_ids in zip(inputs, ids):
-            logits = self.logits_of_many(some)
-            self.noted.append(self.of(logits, some_ids))
+            self.noted.append(self.of(self.logits_of_many(some), some_ids))
         return self.model.head(ends[:, None])[:, 0]
 
     def logits_of_many(self, x: Tensor) -> Tensor:
