@@ -7,13 +7,13 @@ from benchmarks.house import CORE, HERE, measure
 
 # Each is what was reached, at most: whoever needs more takes something out first.
 LIMITS = {
-    "lines of generate.py": 930,
-    "lines of model.py": 1223,
+    "lines of generate.py": 928,
+    "lines of model.py": 1221,
     "lines of kernels.py": 960,
     "lines of quantize.py": 520,
     "lines of tests.py": 700,
-    "lines of the core": 4216,
-    "lines but for tests and benchmarks": 15366,
+    "lines of the core": 4214,
+    "lines but for tests and benchmarks": 15365,
     "longest class": 300,
     "longest function": 50,
     "files of a decode step": 6,
