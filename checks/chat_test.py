@@ -79,6 +79,7 @@ def chat(
 ) -> Chat:
     """A conversation with that in the place of a model, whose cache holds so many tokens."""
     settings = {"stop": stop, "max_new_tokens": 8, "temperature": 0.0, "top_k": None}
+    settings["logprobs"] = None  # which no conversation shows
     made = Chat(SimpleNamespace(context=room), tokenizer, settings, system, shift)
     made.reply = lambda ids, cached, show: reply(ids, cached, show, made.attempt)
     return made

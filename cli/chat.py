@@ -31,7 +31,7 @@ class Chat:
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.settings = {name: settings[name] for name in settings if name != "logprobs"}  # unseen
         self.room = engine.context  # the tokens that the cache holds
         self.messages: list[Message] = []  # of the user and the assistant in turn
         self.held: list[int] = []  # the ids whose keys and values are in the cache
