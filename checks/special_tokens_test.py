@@ -225,6 +225,16 @@ def test_tokens_are_found_where_the_library_finds_them(tmp_path: Path) -> None:
         assert load_tokenizer(tmp_path).chat(TALK) == want, (seed, text, added)
 
 
+def test_a_token_of_which_the_normalizer_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    """The library finds it between any two characters, and may take all memory for that."""
+    backend, _, _ = byte_level_tokenizer([])
+    backend.normalizer = tokenizers.normalizers.Strip()
+    backend.add_tokens([AddedToken("\n\n", special=True, normalized=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"of the token '\\n\\n' its normalizer leaves nothing"):
+        load_tokenizer(tmp_path)
+
+
 # --- what a message says is text ---
 
 SPICED = ["</s>", "<|end|>", "<|user|>\n", "a<|assistant|>b"]

@@ -141,8 +141,7 @@ def read_jobs(
             asked = title_of(entry), encode(entry), settings
             jobs += samples(index, *asked, n_samples, model, handed_on(entry))
         except ValueError as e:
-            content = line.content.encode(errors="surrogateescape")
-            digest = sha256(content).hexdigest()[:16]
+            digest = sha256(line.content.encode(errors="surrogateescape")).hexdigest()[:16]
             error = f"line {line.number}: {e!s:.300}"
             jobs.append(Job(index, passed=handed_on(entry), error=error, digest=digest))
     return jobs

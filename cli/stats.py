@@ -259,8 +259,7 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     of half a second."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     tensors = {"source": source, "target": torch.empty_like(source)}
-    threads = torch.get_num_threads()
-    timer = Timer("target.copy_(source)", globals=tensors, num_threads=threads)
+    timer = Timer("target.copy_(source)", globals=tensors, num_threads=torch.get_num_threads())
     with torch.accelerator.device_index(torch.device(device).index):  # on which the timer waits
         measured = timer.blocked_autorange(min_run_time=0.5)
     return 2 * nbytes / measured.median

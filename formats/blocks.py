@@ -72,8 +72,7 @@ def q3_k(third: Tensor, low: Tensor, scales: Tensor, upper: Tensor, d: Tensor) -
 
 def iq4_nl(d: Tensor, places: Tensor) -> Affine:
     """Places in a table, times d."""
-    q = IQ4[pieces(places, 4).int()]
-    return Affine(q.flatten(1), d, -128 * d)
+    return Affine(IQ4[pieces(places, 4).int()].flatten(1), d, -128 * d)
 
 
 def iq4_xs(d: Tensor, upper: Tensor, scales: Tensor, places: Tensor) -> Affine:

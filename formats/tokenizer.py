@@ -215,8 +215,7 @@ class JSONTokenizer(ChatTokenizer):
 
 def any_of(tokens: Iterable[str]) -> str:
     """A regular expression for any of the tokens, the longest first; without any, for nothing."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return "|".join(re.escape(token) for token in longest_first) or "(?!)"
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
 
 # --- Hugging Face folders ---
@@ -282,6 +281,10 @@ def json_tokenizer(file: Path, settings: Settings) -> JSONTokenizer:
             added.setdefault(text, AddedToken(text)).special = True
     backend.add_tokens(list(added.values()))
     known = backend.get_added_tokens_decoder()
+    normalized = backend.normalizer.normalize_str if backend.normalizer else str
+    for token in known.values():
+        if token.normalized and not normalized(token.content):
+            raise ValueError(f"of the token {token.content!r} its normalizer leaves nothing")
     special = {token.content: i for i, token in known.items() if token.special}
     encoded = backend.encode("a")
     is_put = encoded.special_tokens_mask
