@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -108,6 +109,14 @@ def test_results_that_were_cut_off_go_into_the_pages(
 
 # --- benchmarks/device.py ---
 
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """It, on a CPU, without what it leaves in the environment."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", [str(HERE / "benchmarks"), *sys.path])
+    from benchmarks import device
+    return device
+
 
 OF_FLASH = dict(part="smoke", name="flash_decode bf16", ok=True)
 OF_PRODUCT = dict(part="smoke", name="product of int8, 1 rows", ok=True)
@@ -123,25 +132,18 @@ LIMIT = dict(part="smoke", ended="limit")
     ([LIMIT], False),
 ])
 def test_flash_is_timed_unless_its_own_checks_fail_or_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[dict[str, Any]], works: bool
+    device: ModuleType, tmp_path: Path, said: list[dict[str, Any]], works: bool
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as device.py sets it
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    from benchmarks.device import Job
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
-    assert Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
+    assert device.Job("decode", tmp_path, tmp_path, None, None, 0.0).flash_works == works
 
 
 @pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError, RuntimeError])
 def test_weights_that_fail_leave_others_their_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    device: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     """As where there is no room for them, or a kernel does not compile."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    from benchmarks import device
-
-    def ours(job: device.Job, variant: str) -> str:
+    def ours(job: Any, variant: str) -> str:
         if variant == "bf16":
             raise kind("loading x needs 16.1 GB but cuda has 8.0 GB free; take a smaller one")
         return variant
@@ -157,13 +159,9 @@ def test_weights_that_fail_leave_others_their_rows(
 
 
 def test_behind_a_fault_of_the_device_nothing_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    from benchmarks import device
-
-    def ours(job: device.Job, variant: str) -> None:
+    def ours(job: Any, variant: str) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(device, "ours", ours)
@@ -173,13 +171,8 @@ def test_behind_a_fault_of_the_device_nothing_is_tried(
     assert "illegal memory access" in line["left_out"]
 
 
-def test_rows_say_where_the_kernel_was_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_say_where_the_kernel_was_not_used(device: ModuleType, tmp_path: Path) -> None:
     """Of weights that only look like those of the rows beside them."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "path", [str(HERE / "benchmarks"), *sys.path])
-    from benchmarks import device
     (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
     job = device.Job("decode", tmp_path, tmp_path / "tiny.json", None, None, 0.0)
     (tmp_path / "results.jsonl").write_text(json.dumps(LIMIT) + "\n")
@@ -188,12 +181,9 @@ def test_rows_say_where_the_kernel_was_not_used(
 
 
 def test_a_part_ends_with_the_command_however_that_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: ModuleType, tmp_path: Path
 ) -> None:
     """And so does what the part has started: a GPU that is lent is free for the next command."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    from benchmarks.device import in_child
     started = tmp_path / "started"
 
     def part() -> None:
@@ -201,7 +191,7 @@ def test_a_part_ends_with_the_command_however_that_ends(
         started.write_text(f"{os.getpid()} {helper.pid} all")
         helper.wait()
 
-    command = in_child(lambda: in_child(part) and signal.pause())
+    command = device.in_child(lambda: device.in_child(part) and signal.pause())
     wait_until(lambda: started.exists() and started.read_text().endswith("all"))
     os.kill(command, signal.SIGKILL)
     os.waitpid(command, 0)
@@ -210,12 +200,9 @@ def test_a_part_ends_with_the_command_however_that_ends(
 
 
 def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is a process that runs another one, which outlives it, and is not waited for."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    from benchmarks.device import Job, sanitizer
     tool = tmp_path / "compute-sanitizer"
     sleeper = tmp_path / "sleeper"
     tool.write_text(
@@ -230,7 +217,7 @@ def test_what_the_sanitizer_said_is_kept_where_its_time_is_over(
         raise subprocess.TimeoutExpired(process.args, seconds)
 
     monkeypatch.setattr(subprocess.Popen, "wait", time_is_over)
-    sanitizer(Job("sanitizer", tmp_path, tmp_path, None, None, 0.0))
+    device.sanitizer(device.Job("sanitizer", tmp_path, tmp_path, None, None, 0.0))
     os.kill(int(sleeper.read_text()), signal.SIGKILL)  # it is still there
     assert results_in(tmp_path)[-1]["says"] == "Invalid __global__ write\n"
 
