@@ -139,8 +139,7 @@ class Grid:
         """Give input k the integers nearest to x [rows] -> the values that they stand for."""
         group, i = divmod(k, self.q.shape[1])
         scale, zero = self.scale[group], self.zero[group]
-        steps = (x - zero).div_(scale.clamp_min(1e-30))
-        q = steps.round_().clamp_(self.low, self.high)
+        q = (x - zero).div_(scale.clamp_min(1e-30)).round_().clamp_(self.low, self.high)
         self.q[group, i] = q
         return torch.addcmul(zero, q, scale)
 

@@ -179,8 +179,7 @@ class Chat:
 
     def help(self, argument: str) -> None:
         for name, (_, usage, text) in COMMANDS.items():
-            usage = f"{name} {usage}"
-            say(f"{usage:21} {text}")
+            say(f"{name + ' ' + usage:21} {text}")
         say(f"{QUOTES:21} begins and ends a message of several lines; pasted lines are one too")
 
     def clear(self, argument: str) -> None:

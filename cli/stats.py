@@ -261,8 +261,7 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     tensors = {"source": source, "target": torch.empty_like(source)}
     timer = Timer("target.copy_(source)", globals=tensors, num_threads=torch.get_num_threads())
     with torch.accelerator.device_index(torch.device(device).index):  # on which the timer waits
-        measured = timer.blocked_autorange(min_run_time=0.5)
-    return 2 * nbytes / measured.median
+        return 2 * nbytes / timer.blocked_autorange(min_run_time=0.5).median
 
 
 def profile(engine: Engine, file: Path) -> None:

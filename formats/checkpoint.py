@@ -249,8 +249,7 @@ class InFile:
             return torch.cat([self.read(span)[x - span.start] for x, span in spans])
         stored = (*self.shape[:-1], self.row_bytes)
         rows = range(stored[0]) if rows is None else rows
-        shape = rows[-1] + 1 - rows[0], *stored[1:]
-        data = torch.empty(shape, dtype=torch.uint8, device="cpu")
+        data = torch.empty(rows[-1] + 1 - rows[0], *stored[1:], dtype=torch.uint8, device="cpu")
         end = self.offset + (rows[-1] + 1) * (self.nbytes // stored[0])
         left = memoryview((ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr()))
         while left:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,12 +156,16 @@ def has_pictures(path: Path, meta: dict[str, Any]) -> bool:
     architecture, or an mmproj beside it that gives vectors of its size."""
     arch = meta.get("general.architecture")
     size = meta.get(f"{arch}.embedding_length")
-    sizes = set()
-    for mmproj in path.parent.glob("*mmproj*.gguf"):
-        with suppress(ValueError):
-            _, tensors = read_part(mmproj)
-            sizes.update(n for tensor in tensors.values() for n in tensor.shape)
-    return arch in TEXTS or size in sizes
+    beside = path.parent.glob("*mmproj*.gguf")
+    return arch in TEXTS or any(size in sizes_in(file) for file in beside)
+
+
+def sizes_in(mmproj: Path) -> set[int]:
+    try:
+        _, tensors = read_part(mmproj)
+    except ValueError:
+        return set()
+    return {n for tensor in tensors.values() for n in tensor.shape}
 
 
 # --- reading ---
