@@ -51,6 +51,8 @@ class Engine(PrefixSharer):
         front of it; RuntimeError if another run of this engine has begun meanwhile."""
         wanted = [Running(i, each, self.budget(each)) for i, each in enumerate(requests)]
         waiting = Waiting(wanted, take_number)
+        if len(wanted) > self.cache.max_batch_size:
+            self.refuse_lost_prefix(wanted)
         self.start([running.request for running in wanted])
         self.wanted = wanted
         self.stats.compile_s += self.prepare_all()
@@ -84,27 +86,27 @@ class Engine(PrefixSharer):
         self.stats.wall_s += time.perf_counter() - began
 
     def start(self, requests: Sequence[Request]) -> None:
-        if len(requests) > self.cache.max_batch_size:
-            self.refuse_lost_prefix(requests)
         super().start(requests)
         self.started.clear()
         self.held.clear()  # others may have had the cache since
         self.furthest = self.input_pos.tolist()
         self.refills = len(requests) > self.cache.max_batch_size
 
-    def refuse_lost_prefix(self, requests: Sequence[Request]) -> None:
+    def refuse_lost_prefix(self, wanted: Sequence[Running]) -> None:
         """ValueError if a request that has a row would drive cached tokens out of it that the next
         one is to have in front of its prompt: by writing over them, or out of a layer's ring."""
-        cached = {each.cached for each in requests}
-        longest = max(each.cached + len(each.prompt) + self.budget(each) for each in requests)
+        cached = {running.request.cached for running in wanted}
+        longest = max(running.prompt_end + running.budget for running in wanted)
         longest += (self.lag + 1) * (self.k + 1)  # steps that are under way
         lost = any(each.places.ring and longest > each.places.S for each in self.cache.whole)
-        why = f"some would write over the {max(cached)} tokens that others are behind"
-        if lost and len(cached) == 1:
+        why = ""
+        if len(cached) > 1:
+            why = f"some would write over the {max(cached)} tokens that others are behind"
+        elif lost and cached != {0}:
             why = "layers with a sliding window keep the last "
             why += f"{self.cache.ring_len} tokens of a row, and no others for the prompt after"
-        if len(cached) > 1 or lost and cached != {0}:
-            n, B = len(requests), self.cache.max_batch_size
+        if why:
+            n, B = len(wanted), self.cache.max_batch_size
             raise ValueError(f"{n} prompts behind cached tokens need as many rows, not {B}: {why}")
 
     # --- prompts and steps ---

@@ -85,8 +85,7 @@ class PromptLookup(Drafter):
 
         # the longest match, and of these the last, that ends before the row's own end
         at = torch.arange(S, device=history.device)
-        rank = (length * S + at).masked_fill(at >= end, 0)
-        best = rank.amax(1, keepdim=True)  # (n, 1)
+        best = (length * S + at).masked_fill(at >= end, 0).amax(1, keepdim=True)  # (n, 1)
         found = torch.where(best >= S, best % S, end - 1)  # or propose the last token again
 
         # what followed, over and over where it reaches the end
